@@ -1,0 +1,152 @@
+"""Momentum encoders and feature queues: the training state behind the soft targets and the extra negatives of ITC.
+
+MoCo (https://arxiv.org/abs/1911.05722) for the queue, ALBEF (https://arxiv.org/abs/2107.07651) for the soft targets.
+
+Legend: B rows of a batch on one rank, G rows of all ranks, Q queue slots, E width of the features.
+
+This state is not part of the model and never goes through `accelerator.prepare`: DDP would broadcast the queues at every
+forward, and an engine that casts to bf16 would stop the average dead (a step of 0.005 of the distance is below the
+spacing of bf16). It stays in fp32 on every rank, equal on all of them, since each rank applies the same updates.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aliblip.distributed import all_gather
+
+
+@dataclass
+class Targets:
+    """What the momentum side gives to one forward of the objective. All fp32 without gradient."""
+
+    image: Tensor  # (B, E) unit features of the batch's photos
+    text: Tensor  # (B, E) unit features of the batch's titles
+    image_queue: Tensor  # (Q, E)
+    text_queue: Tensor  # (Q, E)
+    queue_ids: Tensor  # (Q,) int64 products of the slots
+    queue_filled: Tensor  # (Q,) bool, False: the slot holds a random unit vector, a negative for everybody
+
+
+class MomentumState(nn.Module):
+    """An exponential moving average of a model's two encoders, and a queue of their features.
+
+    Args:
+        model: the model that is trained, unwrapped and with its initial weights: has `get_image_features(pixel_values)`
+            and `get_text_features(input_ids, attention_mask)`. It is copied; cross-attention and the matching head, which
+            the features don't need, are left out of the copy.
+        queue_size: slots of each queue; any size from 1.
+        embedding_size: width of the features.
+        momentum: share of the average that stays at each update.
+        warmup: let the average follow quickly at first: update n keeps at most (1 + n) / (10 + n).
+        dropout: keep dropout and drop-path of the copy on, as the published code does; off gives steadier targets.
+        autocast_dtype: type in which the encoders run under autocast; None: fp32. The average is fp32 in any case.
+        seed: for the random unit vectors of the slots not yet filled; the same on all ranks.
+
+    Raises:
+        ValueError: a queue without slots or a momentum outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        queue_size: int,
+        embedding_size: int,
+        momentum: float = 0.995,
+        warmup: bool = False,
+        dropout: bool = False,
+        autocast_dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ):
+        super().__init__()
+        if queue_size < 1:
+            raise ValueError(f"a queue of {queue_size} slots: give at least 1")
+        if not 0.0 <= momentum <= 1.0:
+            raise ValueError(f"momentum {momentum}: give a number from 0 to 1 (0.995 is usual)")
+        self.momentum = momentum
+        self.warmup = warmup
+        self.autocast_dtype = autocast_dtype
+        self.encoders = copy.deepcopy(model).float().requires_grad_(False).train(dropout)
+        for module in self.encoders.modules():
+            for unused in ("crossattention", "itm_head"):
+                if hasattr(module, unused):
+                    setattr(module, unused, None)
+        generator = torch.Generator().manual_seed(seed)
+        for name in ("image_queue", "text_queue"):
+            queue = F.normalize(torch.randn(queue_size, embedding_size, generator=generator), dim=1)
+            self.register_buffer(name, queue)
+        self.register_buffer("queue_ids", torch.zeros(queue_size, dtype=torch.int64))
+        self.register_buffer("queue_filled", torch.zeros(queue_size, dtype=torch.bool))
+        self.pointer = 0  # the slot that is written next
+        self.updates = 0  # updates of the average so far
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"pointer": self.pointer, "updates": self.updates}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.pointer, self.updates = state["pointer"], state["updates"]
+
+    @property
+    def queue_size(self) -> int:
+        return self.queue_ids.shape[0]
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move the average towards the (unwrapped) model's present weights: once per optimizer step, before `encode`."""
+        keep = min(self.momentum, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.momentum
+        trained = dict(model.named_parameters())
+        for name, average in self.encoders.named_parameters():
+            average.lerp_(trained[name].detach().to(average.dtype), 1.0 - keep)
+        self.updates += 1
+
+    @torch.no_grad()
+    def encode(self, batch: dict[str, Tensor]) -> Targets:
+        """The momentum features of this rank's batch, with both queues as they are now."""
+        device_type = batch["pixel_values"].device.type
+        autocast = torch.autocast(device_type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
+        with autocast:
+            image = self.encoders.get_image_features(batch["pixel_values"]).pooler_output
+            text = self.encoders.get_text_features(batch["input_ids"], batch["attention_mask"]).pooler_output
+        # Clones: `enqueue` writes into the buffers before the backward pass of the next micro-batch has read them.
+        return Targets(
+            image.float(),
+            text.float(),
+            self.image_queue.clone(),
+            self.text_queue.clone(),
+            self.queue_ids.clone(),
+            self.queue_filled.clone(),
+        )
+
+    @torch.no_grad()
+    def enqueue(self, targets: Targets, product_id: Tensor) -> None:
+        """Put the momentum features of all ranks' batches into the queues, over the oldest ones. A collective.
+
+        Args:
+            targets: of this rank's batch, B rows, as many on every rank.
+            product_id: (B,) int64.
+        """
+        image, text = all_gather(torch.cat([targets.image, targets.text], dim=1)).chunk(2, dim=1)  # (G, E) each
+        product_id = all_gather(product_id)  # (G,)
+        # Of a batch larger than the queue only the last rows would survive: writing just these keeps the slots distinct.
+        rows = min(product_id.shape[0], self.queue_size)
+        dropped = product_id.shape[0] - rows
+        slots = (self.pointer + dropped + torch.arange(rows, device=product_id.device)) % self.queue_size
+        self.image_queue[slots] = image[dropped:]
+        self.text_queue[slots] = text[dropped:]
+        self.queue_ids[slots] = product_id[dropped:]
+        self.queue_filled[slots] = True
+        self.pointer = (self.pointer + dropped + rows) % self.queue_size
+
+    def queue_fill(self) -> float:
+        """Share of the slots that hold features, 0 to 1."""
+        return self.queue_filled.float().mean().item()
+
+
+__all__ = ["MomentumState", "Targets"]

@@ -1,0 +1,248 @@
+"""Configuration of AliBLIP: a ViT, a BERT with cross-attention in every layer, and what BLIP retrieval adds to them.
+
+    config = AliBlipConfig.from_size("base")                       # ViT-B/16 at 384 px, BERT-base
+    config = AliBlipConfig.from_size("large", vision_config={"image_size": 224})
+    config = AliBlipConfig(vision_config={...}, text_config={...}, image_text_hidden_size=256)
+
+Field names are those of transformers' BLIP, so that its retrieval checkpoints translate by name. Every value is checked
+when the configuration is constructed: a wrong one raises ValueError with what was given and what is accepted.
+"""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    # ViT-B/16 and ViT-L/16 as BLIP trains them; the text side is BERT-base in both.
+    "base": {"vision_config": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}},
+    "large": {
+        "vision_config": {
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+            "drop_path_rate": 0.1,
+        }
+    },
+}
+
+
+def _check_positive_int(owner: str, **values: int) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{owner}.{name} is {value!r}: it must be a whole number of at least 1")
+
+
+def _check_rate(owner: str, **values: float) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
+            raise ValueError(f"{owner}.{name} is {value!r}: it must be a number from 0 up to, not including, 1")
+
+
+def _check_heads(owner: str, hidden_size: int, num_attention_heads: int) -> None:
+    if hidden_size % num_attention_heads:
+        raise ValueError(
+            f"{owner}.hidden_size {hidden_size} is not divisible by num_attention_heads {num_attention_heads}: "
+            f"choose a number of heads that divides it"
+        )
+
+
+def _check_positive_number(owner: str, **values: float) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            raise ValueError(f"{owner}.{name} is {value!r}: it must be a number above 0")
+
+
+class AliBlipVisionConfig(PreTrainedConfig):
+    """The ViT. `image_size` and `patch_size` are in pixels of a square; `drop_path_rate` is the stochastic-depth rate of
+    the last layer (it rises linearly from 0)."""
+
+    model_type = "aliblip_vision_model"
+    base_config_key = "vision_config"
+
+    def __init__(
+        self,
+        hidden_size: int = 768,
+        intermediate_size: int | None = None,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        image_size: int = 384,
+        patch_size: int = 16,
+        hidden_act: str = "gelu",
+        layer_norm_eps: float = 1e-6,
+        attention_dropout: float = 0.0,
+        drop_path_rate: float = 0.0,
+        initializer_range: float = 0.02,
+        **kwargs,
+    ):
+        _check_positive_int(
+            "vision_config",
+            hidden_size=hidden_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=num_attention_heads,
+            image_size=image_size,
+            patch_size=patch_size,
+        )
+        intermediate_size = 4 * hidden_size if intermediate_size is None else intermediate_size
+        _check_positive_int("vision_config", intermediate_size=intermediate_size)
+        _check_heads("vision_config", hidden_size, num_attention_heads)
+        _check_rate("vision_config", attention_dropout=attention_dropout, drop_path_rate=drop_path_rate)
+        _check_positive_number("vision_config", layer_norm_eps=layer_norm_eps, initializer_range=initializer_range)
+        if image_size % patch_size:
+            nearest = max(1, round(image_size / patch_size)) * patch_size
+            raise ValueError(
+                f"image size {image_size} is not divisible by the patch size {patch_size}: "
+                f"choose a multiple of {patch_size}, for example {nearest}"
+            )
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.hidden_act = hidden_act
+        self.layer_norm_eps = layer_norm_eps
+        self.attention_dropout = attention_dropout
+        self.drop_path_rate = drop_path_rate
+        self.initializer_range = initializer_range
+        super().__init__(**kwargs)
+
+
+class AliBlipTextConfig(PreTrainedConfig):
+    """The BERT with cross-attention in every layer. `encoder_hidden_size` is the width of the image tokens; within an
+    `AliBlipConfig` it always follows `vision_config.hidden_size`."""
+
+    model_type = "aliblip_text_model"
+    base_config_key = "text_config"
+
+    def __init__(
+        self,
+        vocab_size: int = 30524,
+        hidden_size: int = 768,
+        encoder_hidden_size: int = 768,
+        intermediate_size: int = 3072,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        max_position_embeddings: int = 512,
+        hidden_act: str = "gelu",
+        layer_norm_eps: float = 1e-12,
+        hidden_dropout_prob: float = 0.1,
+        attention_probs_dropout_prob: float = 0.1,
+        initializer_range: float = 0.02,
+        pad_token_id: int = 0,
+        **kwargs,
+    ):
+        _check_positive_int(
+            "text_config",
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            encoder_hidden_size=encoder_hidden_size,
+            intermediate_size=intermediate_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=num_attention_heads,
+            max_position_embeddings=max_position_embeddings,
+        )
+        _check_heads("text_config", hidden_size, num_attention_heads)
+        _check_rate(
+            "text_config",
+            hidden_dropout_prob=hidden_dropout_prob,
+            attention_probs_dropout_prob=attention_probs_dropout_prob,
+        )
+        _check_positive_number("text_config", layer_norm_eps=layer_norm_eps, initializer_range=initializer_range)
+        if not 0 <= pad_token_id < vocab_size:
+            raise ValueError(f"text_config.pad_token_id {pad_token_id} is outside the vocabulary of {vocab_size} tokens")
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.encoder_hidden_size = encoder_hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.max_position_embeddings = max_position_embeddings
+        self.hidden_act = hidden_act
+        self.layer_norm_eps = layer_norm_eps
+        self.hidden_dropout_prob = hidden_dropout_prob
+        self.attention_probs_dropout_prob = attention_probs_dropout_prob
+        self.initializer_range = initializer_range
+        self.pad_token_id = pad_token_id
+        super().__init__(**kwargs)
+
+
+class AliBlipConfig(PreTrainedConfig):
+    """Image-text retrieval with ITC and ITM (BLIP, https://arxiv.org/abs/2201.12086).
+
+    Args:
+        vision_config, text_config: a dictionary of fields, a configuration object, or None for the ViT-B/16 + BERT-base
+            defaults.
+        image_text_hidden_size: width of the shared embedding space (ITC).
+        temperature_init: initial ITC temperature, the value of the `temp` parameter.
+        enc_token_id: id of `[ENC]`, the token that opens every cross-attention pass; None: the last id of the vocabulary,
+            where `AliBlipProcessor` puts it.
+
+    Raises:
+        ValueError: a value that no model can be built from, with what is accepted.
+    """
+
+    model_type = "aliblip"
+    sub_configs = {"vision_config": AliBlipVisionConfig, "text_config": AliBlipTextConfig}
+
+    def __init__(
+        self,
+        vision_config=None,
+        text_config=None,
+        image_text_hidden_size: int = 256,
+        temperature_init: float = 0.07,
+        enc_token_id: int | None = None,
+        initializer_range: float = 0.02,
+        **kwargs,
+    ):
+        self.vision_config = _sub_config("vision_config", AliBlipVisionConfig, vision_config)
+        self.text_config = _sub_config("text_config", AliBlipTextConfig, text_config)
+        # One truth: cross-attention reads the image tokens as wide as the ViT makes them.
+        self.text_config.encoder_hidden_size = self.vision_config.hidden_size
+        _check_positive_int("config", image_text_hidden_size=image_text_hidden_size)
+        _check_positive_number("config", temperature_init=temperature_init, initializer_range=initializer_range)
+        vocab_size = self.text_config.vocab_size
+        enc_token_id = vocab_size - 1 if enc_token_id is None else enc_token_id
+        if isinstance(enc_token_id, bool) or not isinstance(enc_token_id, int) or not 0 <= enc_token_id < vocab_size:
+            raise ValueError(
+                f"enc_token_id is {enc_token_id!r}: it must be the id of [ENC] in the vocabulary of {vocab_size} tokens"
+            )
+        self.image_text_hidden_size = image_text_hidden_size
+        self.temperature_init = temperature_init
+        self.enc_token_id = enc_token_id
+        self.initializer_range = initializer_range
+        # Nothing is tied here (BERT's word embedding has no output twin without a language-model head).
+        kwargs["tie_word_embeddings"] = False
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_size(cls, size: str, *, vision_config: dict | None = None, text_config: dict | None = None, **kwargs):
+        """The configuration of a named size (`base`: ViT-B/16, `large`: ViT-L/16 with drop-path 0.1), with single fields
+        replaced by `vision_config` / `text_config`. Raises ValueError for a name that does not exist."""
+        if size not in SIZES:
+            raise ValueError(f"there is no size {size!r}: choose one of {', '.join(SIZES)}")
+        return cls(
+            vision_config={**SIZES[size].get("vision_config", {}), **(vision_config or {})},
+            text_config={**SIZES[size].get("text_config", {}), **(text_config or {})},
+            **kwargs,
+        )
+
+
+def _sub_config(name: str, config_class, value):
+    if value is None:
+        return config_class()
+    if isinstance(value, dict):
+        value = dict(value)
+        given = value.pop("model_type", config_class.model_type)
+        if given != config_class.model_type:
+            raise ValueError(f"{name} is of model type {given!r}: expected {config_class.model_type!r}")
+        return config_class(**value)
+    # By attribute, not isinstance: code loaded from the Hub has its own copy of the classes.
+    if getattr(value, "model_type", None) == config_class.model_type:
+        return value
+    raise ValueError(f"{name} is a {type(value).__name__}: give a dictionary or a {config_class.__name__}")
+
+
+AliBlipConfig.register_for_auto_class()
+
+__all__ = ["SIZES", "AliBlipConfig", "AliBlipTextConfig", "AliBlipVisionConfig"]

@@ -1,0 +1,108 @@
+"""The losses of BLIP retrieval as pure functions of tensors: no model, no collectives, no state.
+
+Legend: B rows of a batch, K keys of a contrastive row (own batch and queue), E embedding width.
+
+ITC, image-text contrastive with soft targets from momentum encoders: ALBEF, https://arxiv.org/abs/2107.07651, section 3.2.
+ITM, image-text matching with hard negatives: the same, and BLIP, https://arxiv.org/abs/2201.12086, section 3.2.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def positives(product_id: Tensor, key_id: Tensor, key_valid: Tensor | None = None) -> Tensor:
+    """Which keys show the same product as which row.
+
+    Args:
+        product_id: (B,) int64, the products of the rows.
+        key_id: (K,) int64, the products of the keys.
+        key_valid: (K,) bool, False for keys that stand for no product (queue slots not yet filled).
+
+    Returns:
+        (B, K) bool.
+    """
+    same = product_id[:, None] == key_id[None, :]  # (B, K)
+    return same if key_valid is None else same & key_valid[None, :]
+
+
+def soft_targets(positive: Tensor, momentum_logits: Tensor | None = None, alpha: float = 0.0) -> Tensor:
+    """ITC targets: equal shares for all positives of a row, mixed with the momentum encoders' own opinion.
+
+    Args:
+        positive: (B, K) bool with at least one True in every row.
+        momentum_logits: (B, K) similarities of the momentum features over the temperature; may be None when alpha is 0.
+        alpha: share of the momentum opinion, 0 to 1.
+
+    Returns:
+        (B, K) fp32, every row sums to 1.
+    """
+    hard = positive.float()
+    hard = hard / hard.sum(dim=1, keepdim=True)
+    if momentum_logits is None or alpha == 0.0:
+        return hard
+    return alpha * F.softmax(momentum_logits.float(), dim=1) + (1.0 - alpha) * hard
+
+
+def itc_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of (B, K) logits against (B, K) soft targets, in nats, mean over the rows; fp32 scalar."""
+    return -(F.log_softmax(logits.float(), dim=1) * targets).sum(dim=1).mean()
+
+
+def hard_negatives(
+    similarity: Tensor, positive: Tensor, *, hardest: bool = False, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """One negative for each row, drawn with probability softmax(similarity) over the candidates of other products.
+
+    Args:
+        similarity: (B, K) similarities over the temperature.
+        positive: (B, K) bool, the candidates that must never be drawn (same product).
+        hardest: take the most similar candidate instead of drawing (ties: the lowest index).
+        generator: source of randomness for the draw.
+
+    Returns:
+        index: (B,) int64, the candidate taken (0 where there is none).
+        exists: (B,) bool, False for rows whose candidates all show the same product.
+    """
+    exists = ~positive.all(dim=1)
+    # The softmax runs over the allowed candidates only. Masking after a softmax over all of them draws from the same
+    # distribution, but underflows to all zeros where the positive stands far above the rest.
+    allowed = similarity.detach().float().masked_fill(positive, float("-inf"))
+    allowed = torch.where(exists[:, None], allowed, torch.zeros_like(allowed))
+    if hardest:
+        index = allowed.argmax(dim=1)
+    else:
+        index = torch.multinomial(F.softmax(allowed, dim=1), 1, generator=generator).squeeze(1)
+    return torch.where(exists, index, torch.zeros_like(index)), exists
+
+
+def itm_loss(logits: Tensor, is_match: Tensor) -> Tensor:
+    """Cross-entropy of (M, 2) match logits, column 1 = match, against (M,) bool, in nats, mean over the pairs; fp32 scalar.
+
+    A head that always answers the prior of one match in three pairs scores 0.6365.
+    """
+    return F.cross_entropy(logits.float(), is_match.long())
+
+
+def itm_pairs(negative_image: Tensor, image_exists: Tensor, negative_text: Tensor, text_exists: Tensor):
+    """The pairs of an ITM step as indices: every row with itself, with its negative image, and with its negative text.
+
+    Args:
+        negative_image: (B,) int64, index into the images of the negative image of each text.
+        image_exists: (B,) bool, texts that have a negative image.
+        negative_text: (B,) int64, index into the texts of the negative text of each image.
+        text_exists: (B,) bool, images that have a negative text.
+
+    Returns:
+        image_index, text_index: (M,) int64 with B <= M <= 3 B; is_match: (M,) bool. Rows without a possible negative are
+        left out of that block. The indices of the B own rows are 0..B-1 in both.
+    """
+    own = torch.arange(negative_image.shape[0], device=negative_image.device)
+    image_index = torch.cat([own, negative_image[image_exists], own[text_exists]])
+    text_index = torch.cat([own, own[image_exists], negative_text[text_exists]])
+    is_match = torch.zeros_like(image_index, dtype=torch.bool)
+    is_match[: own.shape[0]] = True
+    return image_index, text_index, is_match
+
+
+__all__ = ["hard_negatives", "itc_loss", "itm_loss", "itm_pairs", "positives", "soft_targets"]

@@ -1,0 +1,582 @@
+"""AliBLIP: a ViT and a BERT with cross-attention for image-text retrieval (BLIP, https://arxiv.org/abs/2201.12086).
+
+    model = AliBlipForImageTextRetrieval.from_pretrained(folder)
+    image_embeds = model.get_image_features(pixel_values).pooler_output                  # ITC: unit vectors (N, E)
+    text_embeds = model.get_text_features(input_ids, attention_mask).pooler_output
+    image_kv = model.project_image_kv(model.encode_image(pixel_values))                  # ITM: once per image,
+    logits = model.match(input_ids, attention_mask, image_kv, image_index)               # then any number of titles
+
+Legend: B images or titles, N images, M image-title pairs, L text tokens, P image tokens (patches and the class token),
+D width of a tower, H heads, C width of a head, E width of the shared embedding.
+
+The first token of every pass with cross-attention becomes `[ENC]` inside the model, in training and in inference alike;
+the text-only pass keeps `[CLS]`. Callers never swap tokens.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+try:
+    from .configuration_aliblip import AliBlipConfig
+    from .losses_aliblip import hard_negatives, itc_loss, itm_loss, itm_pairs, positives, soft_targets
+except ImportError:
+    if __package__:  # inside a package (the Hub cache) a failure is real
+        raise
+    from configuration_aliblip import AliBlipConfig
+    from losses_aliblip import hard_negatives, itc_loss, itm_loss, itm_pairs, positives, soft_targets
+
+# (key, value) of one cross-attention layer for N images, each (N, H, P, C); an `ImageKV` holds one pair per text layer.
+ImageKV = tuple[tuple[Tensor, Tensor], ...]
+
+# The name is not free: transformers looks for it to tell whether a model can change its attention after loading.
+ALL_ATTENTION_FUNCTIONS = AttentionInterface()
+
+
+def _eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """The plain reference of the attention interface: (B, H, L, C) in, (B, L, H, C) out."""
+    weights = query @ key.transpose(-1, -2) * scaling  # (B, H, L, keys)
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention by the implementation that the configuration names; (B, H, L, C) -> (B, L, D)."""
+    attention = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, _eager_attention)
+    dropout = module.dropout if module.training else 0.0
+    context, _ = attention(
+        module, query, key, value, mask, scaling=query.shape[-1] ** -0.5, dropout=dropout, is_causal=False
+    )
+    return context.flatten(2)  # (B, L, H, C) -> (B, L, D)
+
+
+def _split_heads(states: Tensor, heads: int) -> Tensor:
+    return states.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, L, D) -> (B, H, L, C)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (https://arxiv.org/abs/1603.09382): drops the residual branch of whole samples."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Tensor) -> Tensor:
+        if self.rate == 0.0 or not self.training:
+            return branch
+        keep = 1.0 - self.rate
+        kept = branch.new_empty((branch.shape[0],) + (1,) * (branch.dim() - 1)).bernoulli_(keep)
+        return branch * kept / keep
+
+
+class AliBlipPreTrainedModel(PreTrainedModel):
+    config_class = AliBlipConfig
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["AliBlipVisionLayer", "AliBlipTextLayer", "AliBlipVisionEmbeddings", "AliBlipTextEmbeddings"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Truncated-normal initialisation as BLIP trains from scratch; also what fills a key that a checkpoint lacks."""
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
+            init.trunc_normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                init.zeros_(module.weight[module.padding_idx])
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, AliBlipVisionEmbeddings):
+            init.trunc_normal_(module.class_embedding, mean=0.0, std=self.config.initializer_range)
+            init.trunc_normal_(module.position_embedding, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(getattr(module, "temp", None), nn.Parameter):
+            init.constant_(module.temp, self.config.temperature_init)
+
+
+# --- the ViT ----------------------------------------------------------------------------------------------------------
+
+
+class AliBlipVisionEmbeddings(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.grid = config.image_size // config.patch_size
+        self.class_embedding = nn.Parameter(torch.empty(1, 1, config.hidden_size))
+        self.patch_embedding = nn.Conv2d(3, config.hidden_size, config.patch_size, stride=config.patch_size)
+        self.position_embedding = nn.Parameter(torch.empty(1, self.grid**2 + 1, config.hidden_size))
+
+    def interpolated_positions(self, rows: int, columns: int) -> Tensor:
+        """The position embedding for a grid of rows x columns patches, bicubic, (1, rows * columns + 1, D)."""
+        class_position, patches = self.position_embedding[:, :1], self.position_embedding[:, 1:]
+        patches = patches.unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)  # (1, D, grid, grid)
+        # In fp32: bicubic weights in half precision shift every position.
+        patches = F.interpolate(patches.float(), size=(rows, columns), mode="bicubic", align_corners=False)
+        return torch.cat([class_position, patches.to(class_position.dtype).flatten(2).transpose(1, 2)], dim=1)
+
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        height, width = pixel_values.shape[-2:]
+        rows, columns = height // self.patch_size, width // self.patch_size
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"photos of {height} x {width} pixels are not divisible by the patch size {self.patch_size}"
+            )
+        positions = self.position_embedding
+        if (rows, columns) != (self.grid, self.grid):
+            if not interpolate_pos_encoding:
+                expected = self.grid * self.patch_size
+                raise ValueError(
+                    f"photos of {height} x {width} pixels given, the model takes {expected} x {expected}: resize them, "
+                    f"call resize_image() once, or pass interpolate_pos_encoding=True"
+                )
+            positions = self.interpolated_positions(rows, columns)
+        # The engine of a mixed-precision run does not cast inputs.
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        patches = patches.flatten(2).transpose(1, 2)  # (B, D, rows, columns) -> (B, P - 1, D)
+        classes = self.class_embedding.expand(patches.shape[0], -1, -1).to(patches.dtype)
+        return torch.cat([classes, patches], dim=1) + positions.to(patches.dtype)
+
+
+class AliBlipVisionAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.heads = config.num_attention_heads
+        self.dropout = config.attention_dropout
+        self.is_causal = False
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.projection = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        query, key, value = (_split_heads(part, self.heads) for part in self.qkv(hidden).chunk(3, dim=-1))
+        return self.projection(_attend(self, query, key, value, None))
+
+
+class AliBlipVisionMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.fc2(self.activation_fn(self.fc1(hidden)))
+
+
+class AliBlipVisionLayer(GradientCheckpointingLayer):
+    def __init__(self, config, drop_path_rate: float):
+        super().__init__()
+        self.self_attn = AliBlipVisionAttention(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = AliBlipVisionMLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + self.drop_path(self.self_attn(self.layer_norm1(hidden)))
+        return hidden + self.drop_path(self.mlp(self.layer_norm2(hidden)))
+
+
+class AliBlipVisionEncoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        depth = config.num_hidden_layers
+        self.layers = nn.ModuleList(
+            AliBlipVisionLayer(config, config.drop_path_rate * i / max(1, depth - 1)) for i in range(depth)
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+class AliBlipVisionModel(AliBlipPreTrainedModel):
+    """Pre-norm ViT (https://arxiv.org/abs/2010.11929) without a pooler: pixels (B, 3, height, width) -> tokens (B, P, D)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embeddings = AliBlipVisionEmbeddings(config)
+        self.encoder = AliBlipVisionEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        return self.post_layernorm(self.encoder(self.embeddings(pixel_values, interpolate_pos_encoding)))
+
+
+# --- the BERT ---------------------------------------------------------------------------------------------------------
+
+
+class AliBlipTextEmbeddings(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        # Positions are a slice and not a buffer: a non-persistent buffer is garbage after from_pretrained.
+        positions = self.position_embeddings.weight[: input_ids.shape[1]]  # (L, D)
+        return self.dropout(self.LayerNorm(self.word_embeddings(input_ids) + positions))
+
+
+class AliBlipTextSelfAttention(nn.Module):
+    """Query, key and value of one attention; keys and values read `source_size` wide states (image tokens in
+    cross-attention)."""
+
+    def __init__(self, config, source_size: int):
+        super().__init__()
+        self.config = config
+        self.heads = config.num_attention_heads
+        self.dropout = config.attention_probs_dropout_prob
+        self.is_causal = False
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(source_size, config.hidden_size)
+        self.value = nn.Linear(source_size, config.hidden_size)
+
+    def project(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        return _split_heads(self.key(source), self.heads), _split_heads(self.value(source), self.heads)
+
+    def forward(self, hidden: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return _attend(self, _split_heads(self.query(hidden), self.heads), key, value, mask)
+
+
+class AliBlipTextResidual(nn.Module):
+    """BERT's post-norm end of a block: dense, dropout, add, LayerNorm."""
+
+    def __init__(self, config, input_size: int):
+        super().__init__()
+        self.dense = nn.Linear(input_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, branch: Tensor, hidden: Tensor) -> Tensor:
+        return self.LayerNorm(self.dropout(self.dense(branch)) + hidden)
+
+
+class AliBlipTextAttention(nn.Module):
+    def __init__(self, config, source_size: int):
+        super().__init__()
+        self.self = AliBlipTextSelfAttention(config, source_size)
+        self.output = AliBlipTextResidual(config, config.hidden_size)
+
+    def attend_text(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        return self.output(self.self(hidden, *self.self.project(hidden), mask), hidden)
+
+    def attend_images(self, hidden: Tensor, image_kv: tuple[Tensor, Tensor], image_index: Tensor) -> Tensor:
+        """hidden (M, L, D) of the pairs, image_kv two of (N, H, P, C), image_index (M,): the image of each pair."""
+        key, value = image_kv
+        if key.shape[0] == 1:
+            # All titles look at the same image: one dense attention of M * L queries, no copy of keys and values.
+            context = self.self(hidden.flatten(0, 1)[None], key, value, None).view_as(hidden)
+        else:
+            context = self.self(hidden, key[image_index], value[image_index], None)
+        return self.output(context, hidden)
+
+
+class AliBlipTextIntermediate(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.intermediate_act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.intermediate_act_fn(self.dense(hidden))
+
+
+class AliBlipTextLayer(GradientCheckpointingLayer):
+    def __init__(self, config):
+        super().__init__()
+        self.attention = AliBlipTextAttention(config, config.hidden_size)
+        self.crossattention = AliBlipTextAttention(config, config.encoder_hidden_size)
+        self.intermediate = AliBlipTextIntermediate(config)
+        self.output = AliBlipTextResidual(config, config.intermediate_size)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        mask: Tensor | None,
+        image_kv: tuple[Tensor, Tensor] | None = None,
+        image_index: Tensor | None = None,
+    ) -> Tensor:
+        hidden = self.attention.attend_text(hidden, mask)
+        if image_kv is not None:
+            hidden = self.crossattention.attend_images(hidden, image_kv, image_index)
+        return self.output(self.intermediate(hidden), hidden)
+
+
+class AliBlipTextEncoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.layer = nn.ModuleList(AliBlipTextLayer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, hidden, mask, image_kv: ImageKV | None, image_index: Tensor | None) -> Tensor:
+        for i, layer in enumerate(self.layer):
+            hidden = layer(hidden, mask, None if image_kv is None else image_kv[i], image_index)
+        return hidden
+
+
+class AliBlipTextModel(AliBlipPreTrainedModel):
+    """Post-norm BERT (https://arxiv.org/abs/1810.04805) without token types and pooler: ids (B, L) -> tokens (B, L, D).
+
+    With `image_kv` every layer also attends to the image tokens of its pair; without, it is a text-only encoder.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embeddings = AliBlipTextEmbeddings(config)
+        self.encoder = AliBlipTextEncoder(config)
+        self.post_init()
+
+    def _attention_mask(self, attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """(B, L) of ones and zeros in the form that the attention implementation reads."""
+        if attention_mask is None or "flash" in (self.config._attn_implementation or ""):
+            return attention_mask
+        blocked = attention_mask[:, None, None, :] == 0  # (B, 1, 1, L)
+        return torch.zeros_like(blocked, dtype=dtype).masked_fill(blocked, torch.finfo(dtype).min)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        image_kv: ImageKV | None = None,
+        image_index: Tensor | None = None,
+    ) -> Tensor:
+        longest = self.embeddings.position_embeddings.num_embeddings
+        if input_ids.shape[1] > longest:
+            raise ValueError(f"titles of {input_ids.shape[1]} tokens given, the model takes at most {longest}")
+        hidden = self.embeddings(input_ids)
+        # Under autocast the attention runs in the autocast type, whatever the weights are.
+        autocast = torch.is_autocast_enabled(hidden.device.type)
+        dtype = torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype
+        return self.encoder(hidden, self._attention_mask(attention_mask, dtype), image_kv, image_index)
+
+
+# --- retrieval --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class AliBlipRetrievalOutput(ModelOutput):
+    """
+    Args:
+        loss: scalar fp32, in-batch ITC + ITM; only with `return_loss=True`.
+        logits_per_image: (images, titles), cosine similarities over the temperature.
+        logits_per_text: (titles, images), its transpose.
+        image_embeds: (images, E), unit vectors.
+        text_embeds: (titles, E), unit vectors.
+        itm_logits: (B, 2) of image i with title i, column 1 = match; None unless there are as many images as titles.
+    """
+
+    loss: Tensor | None = None
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    image_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+    itm_logits: Tensor | None = None
+
+
+class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
+    """The retrieval model: two towers with a shared embedding space (ITC) and a matching head on the text tower that
+    looks at the image (ITM)."""
+
+    # A temperature near 0.07 has a spacing of 0.0005 in bf16: it could not be trained or compared.
+    _keep_in_fp32_modules_strict = ["temp"]
+
+    def __init__(self, config: AliBlipConfig):
+        super().__init__(config)
+        self.vision_model = AliBlipVisionModel(config.vision_config)
+        self.text_encoder = AliBlipTextModel(config.text_config)
+        self.vision_proj = nn.Linear(config.vision_config.hidden_size, config.image_text_hidden_size)
+        self.text_proj = nn.Linear(config.text_config.hidden_size, config.image_text_hidden_size)
+        self.itm_head = nn.Linear(config.text_config.hidden_size, 2)
+        # One element and not a scalar: DeepSpeed can't broadcast a parameter without dimensions.
+        self.temp = nn.Parameter(torch.empty(1, dtype=torch.float32))
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
+        """As in transformers, but nothing is left to chance: raises ValueError naming every weight that the checkpoint
+        lacks, has too many or has in another shape. The temperature alone may be missing (transformers' BLIP has none)."""
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        wrong = {
+            "missing": sorted(set(info["missing_keys"]) - {"temp"}),
+            "unexpected": sorted(info["unexpected_keys"]),
+            "of another shape": sorted(str(key) for key in info["mismatched_keys"]),
+        }
+        if any(wrong.values()):
+            problems = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in wrong.items() if keys)
+            raise ValueError(f"the weights of {pretrained_model_name_or_path} do not fit this model ({problems})")
+        return (model, info) if output_loading_info else model
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights. Not that of the first parameter: that is the temperature, always fp32."""
+        return self.itm_head.weight.dtype
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_encoder.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_encoder.embeddings.word_embeddings = value
+
+    def set_checkpointed_layers(self, vision: int | None = None, text: int | None = None) -> None:
+        """Recompute the activations of the last `vision` ViT layers and the last `text` BERT layers in the backward pass;
+        None: all, 0: none. Finer than transformers' all-or-nothing switch, which works too.
+
+        Raises:
+            ValueError: more layers than the tower has.
+        """
+        for name, layers, wanted in (
+            ("vision", self.vision_model.encoder.layers, vision),
+            ("text", self.text_encoder.encoder.layer, text),
+        ):
+            wanted = len(layers) if wanted is None else wanted
+            if not 0 <= wanted <= len(layers):
+                raise ValueError(f"{wanted} {name} layers to checkpoint: the model has {len(layers)}")
+            for i, layer in enumerate(layers):
+                layer.gradient_checkpointing = i >= len(layers) - wanted
+                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+    def resize_image(self, image_size: int) -> None:
+        """Make the model take photos of `image_size` pixels: interpolates the position embedding, in place, once.
+
+        Raises:
+            ValueError: a size that the patch size does not divide.
+        """
+        vision, embeddings = self.config.vision_config, self.vision_model.embeddings
+        if image_size == vision.image_size:
+            return
+        # Constructing the configuration again checks the new size by the one rule there is.
+        type(vision)(**{**vision.to_dict(), "image_size": image_size})
+        grid = image_size // vision.patch_size
+        with torch.no_grad():
+            positions = embeddings.interpolated_positions(grid, grid)
+        embeddings.position_embedding = nn.Parameter(
+            positions.clone(), requires_grad=embeddings.position_embedding.requires_grad
+        )
+        embeddings.grid = grid
+        vision.image_size = image_size
+
+    # ITC
+
+    def get_image_features(
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool = False
+    ) -> BaseModelOutputWithPooling:
+        """Photos (B, 3, height, width) -> `last_hidden_state` tokens (B, P, D), `pooler_output` unit features (B, E)."""
+        tokens = self.vision_model(pixel_values, interpolate_pos_encoding)
+        features = F.normalize(self.vision_proj(tokens[:, 0]), dim=-1)
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=features)
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutputWithPooling:
+        """Titles (B, L) -> `last_hidden_state` tokens (B, L, D), `pooler_output` unit features (B, E); no image is seen."""
+        tokens = self.text_encoder(input_ids, attention_mask)
+        features = F.normalize(self.text_proj(tokens[:, 0]), dim=-1)
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=features)
+
+    # ITM
+
+    def encode_image(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        """Photos (N, 3, height, width) -> image tokens (N, P, D)."""
+        return self.vision_model(pixel_values, interpolate_pos_encoding)
+
+    def project_image_kv(self, image_tokens: Tensor) -> ImageKV:
+        """Image tokens (N, P, D) -> keys and values of every cross-attention layer, each (N, H, P, C). Do it once per
+        image: in a pair of one title and one image it is most of the work."""
+        return tuple(layer.crossattention.self.project(image_tokens) for layer in self.text_encoder.encoder.layer)
+
+    def match(
+        self, input_ids: Tensor, attention_mask: Tensor | None, image_kv: ImageKV, image_index: Tensor
+    ) -> Tensor:
+        """Match logits of M pairs: title m (row m of input_ids (M, L)) with image image_index[m] of the N in `image_kv`.
+
+        Returns:
+            (M, 2), column 1 = match. With N = 1 all titles share one dense attention over the image.
+        """
+        input_ids = input_ids.clone()
+        input_ids[:, 0] = self.config.enc_token_id
+        tokens = self.text_encoder(input_ids, attention_mask, image_kv, image_index)
+        return self.itm_head(tokens[:, 0])
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        product_id: Tensor | None = None,
+        return_loss: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> AliBlipRetrievalOutput:
+        """Photos and titles to similarities and, for pairs, match logits.
+
+        Args:
+            pixel_values: (images, 3, height, width).
+            input_ids, attention_mask: (titles, L).
+            product_id: (B,) int64; rows of equal id are positives of each other. None: every row is a product of its own.
+            return_loss: also the in-batch loss, ITC + ITM with one hard negative per side. It has no momentum encoders
+                and no queue: for full training use `train.py`.
+
+        Raises:
+            ValueError: `return_loss` with unequal numbers of images and titles.
+        """
+        image = self.get_image_features(pixel_values, interpolate_pos_encoding)
+        text = self.get_text_features(input_ids, attention_mask)
+        image_embeds, text_embeds = image.pooler_output, text.pooler_output
+        logits_per_image = image_embeds.float() @ text_embeds.float().t() / self.temp.float()  # (images, titles)
+        paired = image_embeds.shape[0] == text_embeds.shape[0]
+        if return_loss and not paired:
+            raise ValueError(
+                f"{image_embeds.shape[0]} images and {text_embeds.shape[0]} titles: the loss needs as many of both"
+            )
+        itm_logits = loss = None
+        if paired:
+            own = torch.arange(len(image_embeds), device=image_embeds.device)
+            image_index, text_index, is_match = own, own, None
+            if return_loss:
+                product_id = own if product_id is None else product_id
+                positive = positives(product_id, product_id)
+                targets = soft_targets(positive)
+                itc = (itc_loss(logits_per_image, targets) + itc_loss(logits_per_image.t(), targets)) / 2
+                image_index, text_index, is_match = itm_pairs(
+                    *hard_negatives(logits_per_image.t(), positive), *hard_negatives(logits_per_image, positive)
+                )
+            mask = None if attention_mask is None else attention_mask[text_index]
+            image_kv = self.project_image_kv(image.last_hidden_state)
+            pair_logits = self.match(input_ids[text_index], mask, image_kv, image_index)
+            itm_logits = pair_logits[: len(own)]
+            if return_loss:
+                loss = itc + itm_loss(pair_logits, is_match)
+        return AliBlipRetrievalOutput(
+            loss=loss,
+            logits_per_image=logits_per_image,
+            logits_per_text=logits_per_image.t(),
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+            itm_logits=itm_logits,
+        )
+
+
+AliBlipForImageTextRetrieval.register_for_auto_class("AutoModel")
+
+__all__ = ["AliBlipForImageTextRetrieval", "AliBlipPreTrainedModel", "AliBlipRetrievalOutput"]

@@ -1,0 +1,72 @@
+"""Processor of AliBLIP: photos to pixels and titles to token ids, the deterministic view of evaluation and search.
+
+    processor = AliBlipProcessor.from_pretrained(folder)
+    batch = processor(images=[photo], text=["red cotton t-shirt"], return_tensors="pt")
+
+Photos go through Pillow alone, so that the pixels do not depend on whether torchvision happens to be installed: bicubic
+resize to a square, CLIP's mean and deviation. Titles go through a WordPiece tokenizer with BLIP's two tokens added.
+"""
+
+from transformers import BlipImageProcessorPil, ProcessorMixin
+
+
+class AliBlipProcessor(ProcessorMixin):
+    """Image processor and tokenizer in one.
+
+    Args:
+        image_processor: a BLIP image processor of any backend (it is replaced by the Pillow one of equal settings), or
+            None for 384 px.
+        tokenizer: a fast WordPiece tokenizer; `[DEC]` and `[ENC]` are added where it lacks them.
+        max_length: longest title in tokens, `[CLS]` and `[SEP]` included; longer ones are cut.
+    """
+
+    def __init__(self, image_processor=None, tokenizer=None, max_length: int = 35, **kwargs):
+        if tokenizer is None:
+            raise ValueError("AliBlipProcessor needs a tokenizer: give a fast WordPiece tokenizer such as BertTokenizer")
+        if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 3:
+            raise ValueError(f"max_length is {max_length!r}: it must be a whole number of at least 3 tokens")
+        if image_processor is None:
+            image_processor = BlipImageProcessorPil()
+        elif not isinstance(image_processor, BlipImageProcessorPil):
+            # The automatic class prefers torchvision where it is installed, and resizes differently then.
+            settings = image_processor.to_dict()
+            image_processor = BlipImageProcessorPil(
+                **{key: value for key, value in settings.items() if key in BlipImageProcessorPil.valid_kwargs.__annotations__}
+            )
+        # BLIP's order and roles: [DEC] is the first added id, [ENC] the second (30522 and 30523 with BERT's vocabulary).
+        tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+        if "[ENC]" not in tokenizer.get_added_vocab():
+            tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
+        self.max_length = max_length
+        super().__init__(image_processor, tokenizer, **kwargs)
+
+    @property
+    def enc_token_id(self) -> int:
+        """Id of `[ENC]`, for `AliBlipConfig.enc_token_id`."""
+        return self.tokenizer.convert_tokens_to_ids("[ENC]")
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square that photos are resized to, in pixels."""
+        return self.image_processor.size["height"]
+
+    def __call__(self, images=None, text=None, **kwargs):
+        """Photos (PIL or arrays) and titles (str) to `pixel_values` (B, 3, H, H) and `input_ids`, `attention_mask` (B, L).
+
+        Titles are padded to the longest of the call and cut at `max_length` unless the call says otherwise.
+        """
+        if text is not None:
+            text_kwargs = kwargs.setdefault("text_kwargs", {}) if "text_kwargs" in kwargs else kwargs
+            for key, value in (
+                ("padding", True),
+                ("truncation", True),
+                ("max_length", self.max_length),
+                ("return_token_type_ids", False),
+            ):
+                text_kwargs.setdefault(key, value)
+        return super().__call__(images=images, text=text, **kwargs)
+
+
+AliBlipProcessor.register_for_auto_class()
+
+__all__ = ["AliBlipProcessor"]
