@@ -1,0 +1,143 @@
+"""Rows to batches: decode, augment, process; a row that can't be used leaves a hole, and shifts nothing.
+
+Shapes: `B` rows, `L` tokens of the longest title, `H` side of the photos in pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from aliblip.data.sources import Example, Row, UnusableRow, decode
+
+__all__ = ["Collator", "NoUsableRow", "sample_rng"]
+
+
+class NoUsableRow(ValueError):
+    """Not one row of a batch, nor any spare, is usable; the first reasons are in the message."""
+
+
+def sample_rng(seed: int, epoch: int, row: int) -> random.Random:
+    """The generator of one sample in one epoch, whatever rank, worker or batch it falls to."""
+    digest = hashlib.blake2b(f"{seed} {epoch} {row}".encode(), digest_size=8).digest()
+    return random.Random(int.from_bytes(digest, "little"))
+
+
+class Collator:
+    """Turns undecoded rows into a batch.
+
+    Args:
+        processor: called as `processor(images=[PIL], text=[str], return_tensors="pt", padding=True, truncation=True)`,
+            returns `pixel_values`, `input_ids`, `attention_mask`.
+        augment: `augment(image, rng) -> image` before the processor, or None.
+        seed: of the augmentation.
+        max_length: longest title in tokens; None leaves it to the processor.
+    """
+
+    def __init__(
+        self,
+        processor: Callable[..., Any],
+        augment: Callable[..., Any] | None = None,
+        seed: int = 0,
+        max_length: int | None = None,
+    ):
+        self.processor = processor
+        self.augment = augment
+        self.seed = seed
+        self.max_length = max_length
+
+    def __call__(
+        self, rows: Sequence[Row], epoch: int = 0, fill: bool = True, spares: Iterable[Row] = ()
+    ) -> dict[str, Any]:
+        """A batch of `rows`.
+
+        Args:
+            rows: undecoded rows.
+            epoch: of the augmentation.
+            fill: whether the hole of an unusable row is filled by repeating the next usable row of the batch (training:
+                the batch keeps its size B = len(rows)), or left out (evaluation: B = usable rows, which may be 0).
+            spares: further rows, tried in order only if `fill` is asked for and no row of the batch is usable.
+
+        Returns:
+            `pixel_values` (B, 3, H, H) float32, `input_ids` and `attention_mask` (B, L) int64, `product_id` and `row`
+            (B,) int64, and `skipped`, a list of {"row", "name", "reason"} of the rows that are not in the batch.
+
+        Raises:
+            NoUsableRow: `fill` is asked for, and neither a row nor a spare is usable.
+        """
+        skipped: list[dict[str, Any]] = []
+        slots = [self._example(row, epoch, skipped) for row in rows]  # None is a hole
+        usable = [index for index, example in enumerate(slots) if example is not None]
+        examples = [slots[index] for index in usable]
+        places = list(range(len(examples)))
+        if fill:
+            if not examples:
+                # The spare's own skips belong to the batch that holds it, which reports them.
+                spare = next((found for row in spares if (found := self._example(row, epoch, [])) is not None), None)
+                if spare is None:
+                    reasons = "; ".join(f"{entry['name']}: {entry['reason']}" for entry in skipped[:3])
+                    raise NoUsableRow(
+                        f"none of {len(rows)} rows is usable ({reasons}): check the columns and the files"
+                    )
+                examples, places = [spare], [0] * len(rows)
+            else:
+                places = _next_usable(len(rows), usable)
+        batch = self._process(examples)
+        index = torch.tensor(places, dtype=torch.int64)
+        if places != list(range(len(examples))):
+            batch = {key: value[index] for key, value in batch.items()}
+        batch["skipped"] = skipped
+        return batch
+
+    def _example(self, row: Row, epoch: int, skipped: list[dict[str, Any]]) -> Example | None:
+        try:
+            example = decode(row)
+        except UnusableRow as error:
+            skipped.append({"row": row.row, "name": row.name, "reason": str(error)})
+            return None
+        if self.augment is not None:
+            example.image = self.augment(example.image, sample_rng(self.seed, epoch, row.row))
+        return example
+
+    def _process(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        if not examples:
+            size = self.processor.image_processor.size
+            return {
+                "pixel_values": torch.zeros(0, 3, size["height"], size["width"]),
+                "input_ids": torch.zeros(0, 1, dtype=torch.int64),
+                "attention_mask": torch.zeros(0, 1, dtype=torch.int64),
+                "product_id": torch.zeros(0, dtype=torch.int64),
+                "row": torch.zeros(0, dtype=torch.int64),
+            }
+        # Left out where not set, so that the processor's own longest title holds.
+        length = {} if self.max_length is None else {"max_length": self.max_length}
+        encoded = self.processor(
+            images=[example.image for example in examples],
+            text=[example.text for example in examples],
+            return_tensors="pt",
+            padding=True,
+            truncation=True,
+            **length,
+        )
+        return {
+            "pixel_values": encoded["pixel_values"].to(torch.float32),
+            "input_ids": encoded["input_ids"].to(torch.int64),
+            "attention_mask": encoded["attention_mask"].to(torch.int64),
+            "product_id": torch.tensor([example.product_id for example in examples], dtype=torch.int64),
+            "row": torch.tensor([example.row for example in examples], dtype=torch.int64),
+        }
+
+
+def _next_usable(size: int, usable: Sequence[int]) -> list[int]:
+    """For each of `size` slots the place among the usable ones of itself, or of the next usable slot round the end."""
+    places, position, following = [0] * size, len(usable), 0
+    for slot in reversed(range(size)):
+        if position and usable[position - 1] == slot:
+            position -= 1
+            following = position
+        places[slot] = following
+    return places

@@ -1,0 +1,894 @@
+"""Where photos and titles come from: Parquet, WebDataset, ImageFolder, Hub names, JSON lists.
+
+    source = open_source(data_dir="catalogue", split="train")
+    for row in source.read(shard_index=0, start=10, stop=20):
+        example = decode(row)
+
+A source is a list of shards whose row counts are known without decoding (or even reading) a single photo, so that an
+epoch can be planned from it. `read` skips inside a shard and yields rows as they are stored; `decode` turns one of them
+into an RGB photo and a title, or raises `UnusableRow` with a plain reason.
+
+Which files belong to which split is always decided by `datasets`. Parquet is read by `datasets` streaming as well. Tars
+and folders are read here, because a single bad record (a metadata line without its file, JSON that does not parse, a
+sample without a title) makes `datasets` raise inside its generator, which ends the stream; here it is one unusable row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import posixpath
+import re
+import tarfile
+import unicodedata
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import fsspec
+import numpy as np
+from PIL import Image, ImageOps
+
+__all__ = [
+    "Example",
+    "Row",
+    "Shard",
+    "Source",
+    "UnusableRow",
+    "decode",
+    "open_source",
+    "product_id_of",
+    "require_usable_row",
+]
+
+# Pillow warns above this size and refuses only twice of it; a product photo of 90 megapixels is an attack or a mistake.
+MAX_PIXELS = 89_478_485
+# A title keeps about 35 tokens: what follows this many characters can't matter, but would take the tokenizer seconds.
+MAX_TITLE_CHARACTERS = 10_000
+# Parquet row groups are joined to shards of at least this many rows: small enough to mix well, few enough to open.
+PARQUET_SHARD_ROWS = 1024
+# Undecoded rows of a Parquet file that are converted at once.
+PARQUET_BATCH_ROWS = 64
+# Rows of a folder can be read in any order at no cost: small shards mix them well.
+FOLDER_SHARD_ROWS = 64
+# Formats a shop would use. Others stay out: Pillow starts a PostScript interpreter for EPS, for instance.
+IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
+TAR_IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2")
+TAR_TEXT_FIELDS = ("txt", "text", "transcript", "caption", "title")
+COLUMN_PROBE_ROWS = 1000
+
+
+class UnusableRow(ValueError):
+    """A row that can't be trained on; the message is a plain reason for the report."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A run of rows that is read as one piece.
+
+    `first_row` is the global number of its first row.
+    """
+
+    index: int
+    name: str
+    num_rows: int
+    first_row: int
+
+
+@dataclass
+class Row:
+    """One undecoded row.
+
+    `row` is its number in the source, `image` bytes, a path or a PIL image, `text` the stored value, `product_id` an
+    int64, `name` the file name or key for reports, `problem` the reason why the row could not be read, if so.
+    """
+
+    row: int
+    image: Any
+    text: Any
+    product_id: int
+    name: str
+    problem: str | None = None
+
+
+@dataclass
+class Example:
+    """A decoded row: `image` PIL RGB, `text` str, `product_id` int64, `row` the number in the source."""
+
+    image: Image.Image
+    text: str
+    product_id: int
+    row: int
+
+
+# ------------------------------------------------------------------------------------------------------ decoding
+
+
+def decode(row: Row) -> Example:
+    """Decode one row: the photo as a person sees it (EXIF applied, transparency over white), and its title.
+
+    Raises:
+        UnusableRow: with a plain reason; no other exception leaves this function, whatever the bytes are.
+    """
+    if row.problem is not None:
+        raise UnusableRow(row.problem)
+    text = _clean_title(row.text)  # first, since it costs nothing
+    return Example(_decode_image(row.image), text, row.product_id, row.row)
+
+
+def _clean_title(value: Any) -> str:
+    if value is None:
+        raise UnusableRow("the title is null")
+    if not isinstance(value, str):
+        raise UnusableRow(f"the title is not text but {type(value).__name__}")
+    # Lone surrogates (half an emoji) can't be encoded, and would make the tokenizer fail for the whole batch.
+    text = value[:MAX_TITLE_CHARACTERS].encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
+    if not any(_is_visible(character) for character in text):
+        raise UnusableRow("the title is empty" if not value else "the title has no visible character")
+    return text
+
+
+def _is_visible(character: str) -> bool:
+    # Separators, controls, format characters, unassigned ones, and combining marks with nothing below them.
+    return unicodedata.category(character)[0] not in "ZCM"
+
+
+def _decode_image(value: Any) -> Image.Image:
+    if value is None:
+        raise UnusableRow("the image is null")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on odd EXIF or palettes: the photo decides, not they
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if isinstance(value, Image.Image):
+                return _to_rgb(value)
+            with Image.open(_open_image(value), formats=_formats()) as image:
+                return _to_rgb(image)
+    except UnusableRow:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UnusableRow(f"the image has more than {MAX_PIXELS:,} pixels") from None
+    except Image.UnidentifiedImageError:
+        raise UnusableRow("the file is not an image of a known format") from None
+    except FileNotFoundError:
+        raise UnusableRow("the image file is missing") from None
+    except Exception as error:  # Pillow's plugins raise anything at all on damaged files
+        reason = " ".join(str(error).split())[:200]
+        raise UnusableRow(f"the image can't be decoded ({type(error).__name__}: {reason})") from None
+
+
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in IMAGE_FORMATS if name in Image.OPEN]
+
+
+def _open_image(value: Any) -> io.BytesIO:
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        data = bytes(value)
+    elif isinstance(value, (str, os.PathLike)):
+        path = os.fspath(value)
+        if "://" in path:
+            with fsspec.open(path, "rb") as file:
+                data = file.read()
+        else:
+            if os.path.exists(path) and not os.path.isfile(path):  # a named pipe would be read for ever
+                raise UnusableRow("the image is a folder or a device, not a file")
+            with open(path, "rb") as file:
+                data = file.read()
+    else:
+        raise UnusableRow(f"the image is neither bytes nor a path but {type(value).__name__}")
+    if not data:
+        raise UnusableRow("the image file is empty")
+    return io.BytesIO(data)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.width * image.height > MAX_PIXELS:
+        raise UnusableRow(f"the image has more than {MAX_PIXELS:,} pixels")
+    image.load()
+    with contextlib.suppress(Exception):  # damaged EXIF: every viewer then shows the photo as it is stored
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _to_eight_bits(image)
+    # Not Image.has_transparency_data, which older Pillow lacks.
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        if image.mode in ("La", "PA"):
+            image = image.convert("LA" if image.mode == "La" else "RGBA")
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    # A copy even of RGB, so that no file handle and no metadata travels on.
+    return image.convert("RGB") if image.mode != "RGB" else image.copy()
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Greyscale of 16 or 32 bits, or floats, to 8 bits by its range (Pillow's own conversion cuts at 255)."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=255.0, neginf=0.0)
+        if values.size and values.max() <= 1.0:
+            values = values * 255.0
+    else:
+        values = values.astype(np.int64)
+        largest = int(values.max()) if values.size else 0
+        if image.mode.startswith("I;16") or 255 < largest <= 65535:
+            values = values // 257
+        elif largest > 65535:
+            values = values // 16_843_009
+    return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
+
+
+# ---------------------------------------------------------------------------------------------------- product ids
+
+
+def product_id_of(value: Any, row: int) -> int:
+    """The int64 product id of a stored value.
+
+    Integers (and floats of whole value, which tables with gaps make of integers) stay as they are; everything else, and
+    integers beyond int64, becomes a 64-bit BLAKE2 hash. A null is no product: it becomes an id of its own, hashed from
+    the row number, so that two rows without id never count as one product.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return _hash64(f"null product id of row {row}".encode())
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        value = int(value)
+        return value if -(2**63) <= value < 2**63 else _hash64(str(value).encode())
+    if isinstance(value, bytes):
+        return _hash64(value)
+    if not isinstance(value, str):
+        value = json.dumps(value, sort_keys=True, default=str)
+    return _hash64(value.encode("utf-8", "surrogatepass"))
+
+
+def _hash64(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
+
+
+# -------------------------------------------------------------------------------------------------------- sources
+
+
+@dataclass(frozen=True)
+class _Columns:
+    image: str
+    caption: str
+    product_id: str | None
+
+
+class Source:
+    """Photos and titles in shards.
+
+    Attributes:
+        name: what was opened, for messages.
+        split: the split.
+        columns: all columns there are.
+        num_rows: rows in all shards.
+        shards: list of `Shard`, in a fixed order.
+        random_access: whether rows can be read in any order at no cost (folders), rather than shard by shard.
+    """
+
+    random_access = False
+
+    def __init__(
+        self, name: str, split: str, columns: Sequence[str], selected: _Columns, sizes: Sequence[tuple[str, int]]
+    ):
+        self.name = name
+        self.split = split
+        self.columns = list(columns)
+        self.selected = selected
+        self.shards: list[Shard] = []
+        first_row = 0
+        for index, (shard_name, num_rows) in enumerate(sizes):
+            self.shards.append(Shard(index, shard_name, num_rows, first_row))
+            first_row += num_rows
+        self.num_rows = first_row
+        if not first_row:
+            raise ValueError(f"{name} has no rows in split '{split}': give data with at least one photo and title")
+
+    def read(self, shard_index: int, start: int = 0, stop: int | None = None) -> Iterator[Row]:
+        """Undecoded rows [start, stop) of one shard; `stop` None or beyond the end means the end."""
+        shard = self.shards[shard_index]
+        stop = shard.num_rows if stop is None else min(stop, shard.num_rows)
+        start = max(start, 0)
+        if start < stop:
+            yield from self._read(shard, start, stop)
+
+    def read_range(self, start: int, stop: int) -> Iterator[Row]:
+        """Undecoded rows [start, stop) by their global numbers."""
+        firsts = [shard.first_row for shard in self.shards]
+        index = max(int(np.searchsorted(firsts, start, side="right")) - 1, 0)
+        while index < len(self.shards) and self.shards[index].first_row < stop:
+            first = self.shards[index].first_row
+            yield from self.read(index, start - first, stop - first)
+            index += 1
+
+    def _read(self, shard: Shard, start: int, stop: int) -> Iterator[Row]:
+        raise NotImplementedError
+
+    def _row(
+        self, number: int, image: Any, text: Any, fields: dict, name: str | None, problem: str | None = None
+    ) -> Row:
+        key = self.selected.product_id
+        product_id = number if key is None else product_id_of(fields.get(key), number)
+        return Row(number, image, text, product_id, name or f"row {number}", problem)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Row groups of one Parquet file that make a shard; `rows_before` lie before them, of `file_groups` in all."""
+
+    name: str
+    file: str
+    first_group: int
+    group_rows: tuple[int, ...]
+    rows_before: int
+    file_groups: int
+
+
+class ParquetSource(Source):
+    """Parquet files, read by `datasets` streaming; a shard is one or several row groups of one file."""
+
+    def __init__(self, name, split, columns, selected, pieces, image_dir, cache_dir):
+        super().__init__(name, split, columns, selected, [(piece.name, sum(piece.group_rows)) for piece in pieces])
+        self._pieces = pieces
+        self._image_dir = image_dir
+        self._cache_dir = cache_dir
+
+    def _read(self, shard: Shard, start: int, stop: int) -> Iterator[Row]:
+        for position, stream in self._streams(self._pieces[shard.index], start, stop):
+            # Tables, not Python rows: a cell that can't be converted (text that is not UTF-8) is then one bad row.
+            for table in stream.with_format("arrow").iter(batch_size=PARQUET_BATCH_ROWS):
+                for i in range(table.num_rows):
+                    if start <= position < stop:
+                        yield self._convert(table, i, shard.first_row + position)
+                    position += 1
+                if position >= stop:
+                    break
+
+    def _streams(self, piece: _Piece, start: int, stop: int) -> Iterator[tuple[int, Any]]:
+        """(place in the shard of its first row, stream) of what has to be read for rows [start, stop)."""
+        selected = (self.selected.image, self.selected.caption, self.selected.product_id)
+        groups = _stream_row_groups(piece.file, [key for key in dict.fromkeys(selected) if key], self._cache_dir)
+        if groups.num_shards != piece.file_groups:
+            # A datasets that can't cut Parquet into row groups (before May 2026): from the start of the file.
+            yield -piece.rows_before, groups
+            return
+        begin = 0
+        for index, num_rows in enumerate(piece.group_rows, start=piece.first_group):
+            if begin < stop and start < begin + num_rows:
+                yield begin, groups.shard(num_shards=groups.num_shards, index=index, contiguous=True)
+            begin += num_rows
+
+    def _convert(self, table, i: int, number: int) -> Row:
+        fields, problem = {}, None
+        for key in table.column_names:
+            try:
+                fields[key] = table.column(key)[i].as_py()
+            except Exception as error:
+                fields[key] = None
+                problem = problem or f"column '{key}' can't be read ({type(error).__name__})"
+        image, name = fields.get(self.selected.image), None
+        if isinstance(image, dict):  # the storage of datasets.Image
+            name = image.get("path") if isinstance(image.get("path"), str) else None
+            image = image["bytes"] if image.get("bytes") is not None else image.get("path")
+        if isinstance(image, str) and problem is None:
+            if self._image_dir is None:
+                problem = "the image is a path, and no image folder was given (--image_dir)"
+            else:
+                name, (image, problem) = image, _inside(self._image_dir, image)
+        return self._row(number, image, fields.get(self.selected.caption), fields, name, problem)
+
+
+def _stream_row_groups(file: str, columns: list[str], cache_dir: str | None):
+    """A streamed dataset of one Parquet file whose shards are its row groups (where `datasets` can do that)."""
+    from datasets import load_dataset
+
+    stream = load_dataset(
+        "parquet",
+        data_files={"train": [file]},
+        split="train",
+        streaming=True,
+        columns=columns,
+        batch_size=PARQUET_BATCH_ROWS,  # the default is a whole row group
+        cache_dir=cache_dir,
+    )
+    return stream.reshard() if hasattr(stream, "reshard") else stream
+
+
+class TarSource(Source):
+    """WebDataset tars; a shard is one tar, and one indexed scan of its headers finds every sample."""
+
+    def __init__(self, name, split, columns, selected, tars):
+        super().__init__(
+            name, split, columns, selected, [(os.path.basename(file), len(keys)) for file, keys, _ in tars]
+        )
+        self._tars = tars  # per shard: file, keys of the samples, {field: (offset, size)} of each
+
+    def _read(self, shard: Shard, start: int, stop: int) -> Iterator[Row]:
+        file, keys, samples = self._tars[shard.index]
+        with fsspec.open(file, "rb") as stream:
+            for position in range(start, stop):
+                fields, problem = {}, None
+                for field, (offset, size) in samples[position].items():
+                    if not self._is_wanted(field):
+                        continue
+                    stream.seek(offset)
+                    data = stream.read(size)
+                    if len(data) < size:
+                        problem = problem or "the tar ends within this sample"
+                    try:
+                        _add_tar_field(fields, field, data)
+                    except ValueError:
+                        fields.setdefault(field, None)
+                        problem = problem or f"field '{field}' can't be read as text or JSON"
+                yield self._row(
+                    shard.first_row + position,
+                    next((fields[key] for key in self._image_keys() if fields.get(key) is not None), None),
+                    fields.get(self.selected.caption),
+                    fields,
+                    keys[position],
+                    problem,
+                )
+
+    def _image_keys(self) -> Sequence[str]:
+        # A sample is a photo of any usual extension, unless the user named one.
+        return TAR_IMAGE_FIELDS if self.selected.image == "image" else (self.selected.image,)
+
+    def _is_wanted(self, field: str) -> bool:
+        wanted = (*self._image_keys(), self.selected.caption, self.selected.product_id)
+        return field in wanted or field == "json"
+
+
+def _add_tar_field(fields: dict, field: str, data: bytes) -> None:
+    """Decode one member; the keys of a `json` member count as columns of their own."""
+    extension = field.rsplit(".", 1)[-1]
+    if extension in ("json", "jsn"):
+        value = json.loads(data)
+        fields[field] = value
+        if isinstance(value, dict):
+            for key, item in value.items():
+                fields.setdefault(key, item)
+    elif extension in TAR_TEXT_FIELDS:
+        fields[field] = data.decode("utf-8")
+    elif extension in ("cls", "cls2", "id", "index", "product_id"):
+        text = data.decode("utf-8").strip()
+        fields[field] = int(text) if re.fullmatch(r"[+-]?\d{1,400}", text) else (text or None)
+    else:
+        fields[field] = data
+
+
+class RecordSource(Source):
+    """An image folder with records in JSON lines, CSV or a JSON list; only their places are held in memory."""
+
+    random_access = True
+
+    def __init__(self, name, split, columns, selected, tables, image_keys):
+        pieces = [
+            (table_index, start, min(start + FOLDER_SHARD_ROWS, len(table)))
+            for table_index, table in enumerate(tables)
+            for start in range(0, len(table), FOLDER_SHARD_ROWS)
+        ]
+        super().__init__(
+            name,
+            split,
+            columns,
+            selected,
+            [(f"{tables[t].name}[{start}:{stop}]", stop - start) for t, start, stop in pieces],
+        )
+        self._pieces = pieces
+        self._tables = tables
+        self._image_keys = image_keys
+
+    def _read(self, shard: Shard, start: int, stop: int) -> Iterator[Row]:
+        table_index, first, _ = self._pieces[shard.index]
+        table = self._tables[table_index]
+        for position, record in enumerate(table.read(first + start, first + stop), start=start):
+            number = shard.first_row + position
+            if not isinstance(record, dict):
+                yield self._row(number, None, None, {}, None, "the metadata record is not a JSON object")
+                continue
+            file = next((record[key] for key in self._image_keys if record.get(key) is not None), None)
+            image, problem = (None, None) if file is None else _inside(table.image_dir, file)
+            name = file if isinstance(file, str) else None
+            yield self._row(number, image, record.get(self.selected.caption), record, name, problem)
+
+
+class _Records:
+    """Records of one metadata file: where each begins and ends, parsed when read."""
+
+    def __init__(self, name: str, image_dir: str, file: str | None, data: bytes | None, spans: np.ndarray):
+        self.name, self.image_dir = name, image_dir
+        self._file, self._data, self._spans = file, data, spans  # spans (records, 2) int64 byte offsets
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def read(self, start: int, stop: int) -> Iterator[Any]:
+        opened = io.BytesIO(self._data) if self._data is not None else fsspec.open(self._file, "rb")
+        with opened as stream:
+            for begin, end in self._spans[start:stop]:
+                stream.seek(int(begin))
+                try:
+                    yield json.loads(stream.read(int(end - begin)), strict=False)
+                except (ValueError, RecursionError):  # bad JSON or bad UTF-8: one bad row, not the end of the stream
+                    yield None
+
+    @classmethod
+    def open(cls, file: str, image_dir: str) -> _Records:
+        name = posixpath.basename(file.replace(os.sep, "/"))
+        with fsspec.open(file, "rb") as stream:
+            if name.endswith(".csv"):
+                text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
+                # An empty CSV cell is the only way to write a null.
+                rows = ({key: value or None for key, value in row.items()} for row in csv.DictReader(text))
+                lines = [json.dumps(row, default=str).encode() for row in rows]
+                ends = np.cumsum([len(line) for line in lines], dtype=np.int64)
+                spans = np.stack([ends - [len(line) for line in lines], ends], axis=1) if lines else _no_spans()
+                return cls(name, image_dir, None, b"".join(lines), spans)
+            head = stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+            stream.seek(0)
+            if head.startswith(b"["):
+                return cls(name, image_dir, file, None, _spans_of_list(stream.read(), name))
+            return cls(name, image_dir, file, None, _spans_of_lines(stream))
+
+
+def _no_spans() -> np.ndarray:
+    return np.zeros((0, 2), dtype=np.int64)
+
+
+def _spans_of_lines(stream) -> np.ndarray:
+    spans, position = [], 0
+    for line in stream:
+        skip = 3 if not position and line.startswith(b"\xef\xbb\xbf") else 0
+        if line[skip:].strip():
+            spans.append((position + skip, position + len(line)))
+        position += len(line)
+    return np.array(spans, dtype=np.int64) if spans else _no_spans()
+
+
+def _spans_of_list(data: bytes, name: str) -> np.ndarray:
+    """Byte ranges of the elements of a JSON list, found by parsing them one after the other."""
+    # Latin-1 keeps one character per byte, so that positions are byte offsets; strings are decoded properly when read.
+    text, decoder, gap = data.decode("latin-1"), json.JSONDecoder(strict=False), re.compile(r"[ \t\r\n]*")
+    position = gap.match(text, 3 if text.startswith("\xef\xbb\xbf") else 0).end() + 1
+    spans = []
+    try:
+        position = gap.match(text, position).end()
+        while text[position : position + 1] != "]":
+            _, end = decoder.raw_decode(text, position)
+            spans.append((position, end))
+            position = gap.match(text, end).end()
+            if text[position : position + 1] == ",":
+                position = gap.match(text, position + 1).end()
+            elif text[position : position + 1] != "]":
+                raise json.JSONDecodeError("expected ',' or ']'", text, position)
+    except (json.JSONDecodeError, RecursionError) as error:
+        line = text.count("\n", 0, getattr(error, "pos", position)) + 1
+        raise ValueError(f"{name} is not a valid JSON list (line {line}): repair or rewrite it") from None
+    return np.array(spans, dtype=np.int64) if spans else _no_spans()
+
+
+def _inside(folder: str, file: Any) -> tuple[str | None, str | None]:
+    """(path, None) of a file name inside the folder, or (None, the reason why not).
+
+    By the name alone: links that stand in the folder were put there by its owner (the Hub cache consists of them).
+    """
+    if not isinstance(file, str) or not file.strip():
+        return None, "the image file name is empty" if isinstance(file, str) else "the image file name is not text"
+    normal = posixpath.normpath(file.replace("\\", "/"))
+    if normal.startswith(("/", "../")) or normal == ".." or re.match(r"[A-Za-z]:|[a-z0-9+]+://", file):
+        return None, "the image file name leads outside the image folder"
+    if "\0" in file:
+        return None, "the image file name contains a NUL character"
+    return f"{folder.rstrip('/')}/{normal}" if "://" in folder else os.path.join(folder, normal), None
+
+
+# -------------------------------------------------------------------------------------------------------- opening
+
+
+def open_source(
+    *,
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    data_dir: str | None = None,
+    data_files: str | Sequence[str] | dict | None = None,
+    image_dir: str | None = None,
+    split: str,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    product_id_column: str | None = None,
+    cache_dir: str | None = None,
+) -> Source:
+    """Open one split of a data set; no photo is read.
+
+    Args:
+        dataset_name: a Hub name, or a local folder.
+        dataset_config_name: configuration of that data set, if it has several.
+        data_dir: a local folder of Parquet files, WebDataset tars, or photos with `metadata.jsonl`; or, together with
+            `dataset_name`, a folder inside that data set.
+        data_files: paths or globs of Parquet files, tars, metadata files or JSON lists of
+            `{"product": file name, "caption": text}`; or a dict of them by split. The way to open a folder of millions
+            of photos is its `metadata.jsonl`: `datasets` looks at every file of a `data_dir`.
+        image_dir: the folder that file names in a JSON list, or in a Parquet column, are relative to (default: where
+            the JSON list lies).
+        split: e.g. "train" or "validation".
+        image_column: default "image" ("product", "image" or "file_name" in a JSON list).
+        caption_column: default "caption", then "text".
+        product_id_column: default "product_id" if there is such a column, otherwise every row is a product of its own.
+        cache_dir: cache of `datasets`.
+
+    Raises:
+        ValueError: in one line, what was given, what is there, and what to do.
+    """
+    name, kind, files, folder_of_list = _resolve(
+        dataset_name, dataset_config_name, data_dir, data_files, split, cache_dir
+    )
+    if image_dir is not None and "://" not in image_dir and not os.path.isdir(image_dir):
+        raise ValueError(f"the image folder '{image_dir}' does not exist: give an existing folder as --image_dir")
+    asked = (image_column, caption_column, product_id_column)
+    try:
+        if kind == "parquet":
+            return _open_parquet(name, split, files, asked, image_dir, cache_dir)
+        if kind == "webdataset":
+            return _open_tars(name, split, files, asked)
+        if kind == "imagefolder":
+            return _open_folder(name, split, files, asked)
+        if kind in ("json", "csv"):
+            return _open_list(name, split, files, asked, image_dir or folder_of_list)
+    except OSError as error:
+        raise ValueError(f"{name} can't be read: {_one_line(error)}") from None
+    raise ValueError(
+        f"{name} holds data of the kind '{kind}': accepted are Parquet, WebDataset tars, photos with metadata.jsonl, "
+        "and JSON lists; convert it to Parquet with datasets' to_parquet()"
+    )
+
+
+def require_usable_row(source: Source, tries: int = 1000) -> None:
+    """Check before a long run that the data holds something: decode rows from the start until one is usable.
+
+    Raises:
+        ValueError: none of the first `tries` rows is usable; the first reasons are in the message.
+    """
+    reasons, tried = [], 0
+    for row in source.read_range(0, min(tries, source.num_rows)):
+        try:
+            decode(row)
+            return
+        except UnusableRow as error:
+            tried += 1
+            if len(reasons) < 3:
+                reasons.append(f"{row.name}: {error}")
+    raise ValueError(
+        f"none of the first {tried} rows of {source.name} (split '{source.split}') is usable ({'; '.join(reasons)}): "
+        "check the image and caption columns and the files"
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+_KIND_OF_EXTENSION = {".parquet": "parquet", ".tar": "webdataset", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+
+
+def _resolve(dataset_name, config, data_dir, data_files, split, cache_dir) -> tuple[str, str, list[str], str]:
+    """Name for messages, kind, the files of the split as `datasets` resolves them, and the folder of the first one."""
+    from datasets import load_dataset_builder
+
+    if data_files is not None:
+        name = _name_of_files(data_files)
+        if not isinstance(data_files, dict):
+            data_files = {split: data_files}  # files given without split names are the split that is asked for
+        if split not in data_files:
+            raise ValueError(f"{name} has no split '{split}': there are {_listed(data_files)}")
+        if dataset_name is None:
+            kind = _kind_of_files(data_files[split], name)
+    if dataset_name is None and data_dir is None and data_files is None:
+        raise ValueError("no data given: set --dataset_name, --data_dir or --data_files")
+    if data_dir is not None and dataset_name is None and "://" not in data_dir and not os.path.isdir(data_dir):
+        raise ValueError(f"the data folder '{data_dir}' does not exist: give an existing folder as --data_dir")
+    if data_files is None:
+        name = dataset_name or data_dir
+    try:
+        if dataset_name is not None:
+            builder = load_dataset_builder(
+                dataset_name, name=config, data_dir=data_dir, data_files=data_files, cache_dir=cache_dir
+            )
+        elif data_files is not None:
+            builder = load_dataset_builder(kind, data_dir=data_dir, data_files=data_files, cache_dir=cache_dir)
+        else:
+            builder = load_dataset_builder(data_dir, name=config, cache_dir=cache_dir)
+    except Exception as error:  # datasets and the Hub client have some dozens of classes for "not there"
+        raise ValueError(f"{name} can't be opened: {_one_line(error)}") from None
+    resolved = builder.config.data_files or {}
+    splits = {str(key): files for key, files in resolved.items()}
+    if split not in splits:
+        raise ValueError(f"{name} has no split '{split}': there are {_listed(splits)}")
+    module = type(builder).__module__.rsplit(".", 1)[-1]
+    if module not in ("parquet", "webdataset", "imagefolder", "json", "csv"):
+        # A configured builder of a Hub data set is a subclass made in another module.
+        bases = [base.__module__.rsplit(".", 1)[-1] for base in type(builder).__mro__]
+        module = next(
+            (base for base in bases if base in ("parquet", "webdataset", "imagefolder", "json", "csv")), module
+        )
+    files = [str(file) for file in splits[split]]
+    if not files:
+        raise ValueError(f"{name} matches no files for split '{split}': check the path or the glob")
+    return name, module, files, posixpath.dirname(files[0].replace(os.sep, "/"))
+
+
+def _listed(names) -> str:
+    return ", ".join(f"'{name}'" for name in names) or "none"
+
+
+def _name_of_files(data_files) -> str:
+    if isinstance(data_files, (str, os.PathLike)):
+        return str(data_files)
+    values = list(data_files.values() if isinstance(data_files, dict) else data_files)
+    first = values[0] if values else "no files"
+    first = first if isinstance(first, (str, os.PathLike)) else next(iter(first), "no files")
+    return str(first) if len(values) < 2 else f"{first} and {len(values) - 1} more"
+
+
+def _kind_of_files(files, name: str) -> str:
+    files = [files] if isinstance(files, (str, os.PathLike)) else list(files)
+    extensions = {os.path.splitext(str(file))[1].lower() for file in files}
+    kinds = {_KIND_OF_EXTENSION.get(extension) for extension in extensions}
+    if len(kinds) != 1 or None in kinds:
+        raise ValueError(
+            f"{name} is of no known kind: --data_files takes .parquet, .tar, .json, .jsonl or .csv files, of one kind"
+        )
+    return kinds.pop()
+
+
+def _select(name: str, columns: Sequence[str], asked, image_defaults, caption_defaults=("caption", "text")) -> _Columns:
+    """Columns as the user named them, or by default; a named one that is absent is an error listing what there is."""
+    chosen = []
+    for flag, given, defaults in zip(
+        ("image_column", "caption_column", "product_id_column"),
+        asked,
+        (image_defaults, caption_defaults, ("product_id",)),
+        strict=True,
+    ):
+        if given is not None:
+            if given not in columns:
+                raise ValueError(f"{name} has no column '{given}' (--{flag}): there are {_listed(columns)}")
+            chosen.append(given)
+            continue
+        found = next((column for column in defaults if column in columns), None)
+        if found is None and flag != "product_id_column":
+            raise ValueError(
+                f"{name} has no column {' or '.join(repr(d) for d in defaults)}: there are {_listed(columns)}; "
+                f"name one with --{flag}"
+            )
+        chosen.append(found)
+    return _Columns(*chosen)
+
+
+def _open_parquet(name, split, files, asked, image_dir, cache_dir) -> Source:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def footer(file: str) -> tuple[list[str], list[int]]:
+        try:
+            with fsspec.open(file, "rb") as stream:
+                metadata = pq.ParquetFile(stream).metadata
+                groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+                return metadata.schema.to_arrow_schema().names, groups
+        except (pa.ArrowException, ValueError) as error:
+            raise ValueError(
+                f"{file} is not a readable Parquet file ({_one_line(error)}): repair or remove it"
+            ) from None
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        footers = list(pool.map(footer, files))
+    columns = footers[0][0]
+    selected = _select(name, columns, asked, ("image",))
+    pieces = []
+    for file, (names, groups) in zip(files, footers, strict=True):
+        missing = [key for key in (selected.image, selected.caption, selected.product_id) if key and key not in names]
+        if missing:
+            raise ValueError(f"{file} has no column '{missing[0]}' that the first file has: there are {_listed(names)}")
+        label, first, rows, before = os.path.basename(file), 0, [], 0
+        for index, num_rows in enumerate(groups):
+            rows.append(num_rows)
+            if sum(rows) >= PARQUET_SHARD_ROWS or index == len(groups) - 1:
+                suffix = "" if len(rows) == len(groups) else f"#{first}-{index}"
+                if sum(rows):
+                    pieces.append(_Piece(label + suffix, file, first, tuple(rows), before, len(groups)))
+                first, rows, before = index + 1, [], before + sum(rows)
+    return ParquetSource(name, split, columns, selected, pieces, image_dir, cache_dir)
+
+
+def _open_tars(name, split, files, asked) -> Source:
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        scans = list(pool.map(_scan_tar, files))
+    tars = [(file, keys, samples) for file, (keys, samples) in zip(files, scans, strict=True)]
+    fields: dict[str, None] = {}
+    for _, _, samples in tars:
+        for sample in samples:
+            fields.update(dict.fromkeys(sample))
+    for file, _, samples in tars[:1]:  # the keys inside JSON members are known only by reading some
+        with fsspec.open(file, "rb") as stream:
+            for sample in islice((s for s in samples if "json" in s), 20):
+                stream.seek(sample["json"][0])
+                try:
+                    value = json.loads(stream.read(sample["json"][1]))
+                except ValueError:
+                    continue
+                fields.update(dict.fromkeys(value if isinstance(value, dict) else ()))
+    columns = list(fields)
+    if any(field in TAR_IMAGE_FIELDS for field in columns) and asked[0] in (None, "image"):
+        asked = ("image", *asked[1:])
+        selected = _select(name, [*columns, "image"], asked, ("image",), ("caption", "text", "txt"))
+    else:
+        selected = _select(name, columns, asked, ("image",), ("caption", "text", "txt"))
+    return TarSource(name, split, columns, selected, tars)
+
+
+def _scan_tar(file: str) -> tuple[list[str], list[dict[str, tuple[int, int]]]]:
+    """Keys of the samples of a tar and where the members of each lie: one pass over the headers."""
+    keys: list[str] = []
+    samples: list[dict[str, tuple[int, int]]] = []
+    try:
+        with fsspec.open(file, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+            for member in tar:
+                match = re.match(
+                    r"^((?:.*/|)[^.]+)[.]([^/]*)$", member.name
+                )  # datasets' rule: base name up to its first dot
+                if not member.isfile() or not match:
+                    continue
+                key, field = match.group(1), match.group(2).lower()
+                if not keys or keys[-1] != key:
+                    keys.append(key)
+                    samples.append({})
+                samples[-1].setdefault(field, (member.offset_data, member.size))
+    except tarfile.ReadError as error:
+        raise ValueError(
+            f"{file} is not a readable, uncompressed tar ({_one_line(error)}): repair or remove it"
+        ) from None
+    return keys, samples
+
+
+def _open_folder(name, split, files, asked) -> Source:
+    metadata = [
+        file for file in files if posixpath.basename(file.replace(os.sep, "/")) in ("metadata.jsonl", "metadata.csv")
+    ]
+    if not metadata:
+        raise ValueError(
+            f"{name} has photos but no metadata.jsonl or metadata.csv in split '{split}': add one with the columns "
+            "file_name and caption, or give a JSON list as --data_files with --image_dir"
+        )
+    tables = [_Records.open(file, posixpath.dirname(file.replace(os.sep, "/")) or ".") for file in metadata]
+    # datasets calls the photo of file_name "image".
+    columns = ["image" if column == "file_name" else column for column in _record_columns(tables)]
+    selected = _select(name, columns, asked, ("image",))
+    key = "file_name" if selected.image == "image" else selected.image
+    return RecordSource(name, split, columns, selected, tables, (key,))
+
+
+def _open_list(name, split, files, asked, image_dir) -> Source:
+    tables = [_Records.open(file, image_dir or ".") for file in files]
+    columns = _record_columns(tables)
+    if not columns and any(len(table) for table in tables):
+        raise ValueError(f'{name} has no records: expected a JSON list of {{"product": file name, "caption": text}}')
+    selected = _select(name, columns, asked, ("product", "image", "file_name")) if columns else _Columns("", "", None)
+    return RecordSource(name, split, columns, selected, tables, (selected.image,))
+
+
+def _record_columns(tables: Sequence[_Records]) -> list[str]:
+    columns: dict[str, None] = {}
+    for table in tables:
+        for record in table.read(0, COLUMN_PROBE_ROWS):
+            if isinstance(record, dict):
+                columns.update(dict.fromkeys(record))
+    return list(columns)

@@ -1,0 +1,400 @@
+"""Loaders: the plan, the position, equal steps for every rank, and holes that shift nothing."""
+
+import json
+import multiprocessing
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_stub import (
+    MemorySource,
+    StubProcessor,
+    records,
+    write_image_folder,
+    write_json_list,
+    write_parquet,
+    write_tars,
+)
+
+from aliblip.data.augment import TrainAugmentation
+from aliblip.data.collate import Collator, NoUsableRow, sample_rng
+from aliblip.data.loader import EpochPlan, EvalLoader, TrainLoader
+from aliblip.data.sources import decode, open_source
+
+# Three workers on a machine of two cores are slow, not wrong.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+UNEVEN = [3, 17, 1, 40, 0, 8, 25, 6]  # 100 rows
+
+
+def loader_of(source, *, rank=0, world=1, batch=4, workers=0, window=16, seed=5, augment=None):
+    collator = Collator(StubProcessor(), augment, seed=seed)
+    return TrainLoader(
+        source, collator, batch_size=batch, seed=seed, rank=rank, world_size=world, num_workers=workers, window=window
+    )
+
+
+def rows_of(batches):
+    return [batch["row"].tolist() for batch in batches]
+
+
+# ------------------------------------------------------------------------------------------------------------ the plan
+
+
+def plan_slowly(sizes, seed, epoch, world, batch, window):
+    """All ranks' windows as lists of global rows, with lists instead of offsets."""
+    rng = np.random.default_rng([0, seed, epoch])
+    firsts = [sum(sizes[:i]) for i in range(len(sizes))]
+    sequence = [firsts[s] + r for s in rng.permutation(len(sizes)) for r in range(sizes[s])]
+    offset = int(rng.integers(len(sequence)))
+    sequence = sequence[offset:] + sequence[:offset]
+    steps = len(sequence) // (world * batch)
+    window = max(window // batch, 1) * batch
+    ranks = []
+    for rank in range(world):
+        start = rank * steps * batch
+        mine = sequence[start : start + steps * batch]
+        windows = []
+        for begin in range(0, len(mine), window):
+            rows = mine[begin : begin + window]
+            order = np.random.default_rng([1, seed, epoch, start + begin]).permutation(len(rows))
+            windows.append([rows[i] for i in order])
+        ranks.append(windows)
+    return ranks, sequence[world * steps * batch :]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+@pytest.mark.parametrize("batch", [1, 4, 13])
+@pytest.mark.parametrize("window", [1, 10, 64, 1000])
+def test_the_plan_equals_its_slow_version(world, batch, window):
+    for sizes in (UNEVEN, [100], [1] * 100):
+        for epoch in (0, 1):
+            plan = EpochPlan(sizes, seed=9, epoch=epoch, world_size=world, batch_size=batch, window=window)
+            ranks, leftover = plan_slowly(sizes, 9, epoch, world, batch, window)
+            for rank, windows in enumerate(ranks):
+                assert plan.num_windows == len(windows)
+                for index, expected in enumerate(windows):
+                    rows = plan.rows_of(plan.window_segments(rank, index))
+                    assert [rows[i] for i in plan.window_order(rank, index)] == expected
+                    assert plan.window_batches(index) * batch == len(expected)
+            assert plan.leftover() == leftover and plan.leftover_rows == len(leftover) < world * batch
+            every = [row for windows in ranks for window in windows for row in window] + leftover
+            assert sorted(every) == list(range(100))
+
+
+def test_the_rows_left_over_rotate():
+    seen = set()
+    for epoch in range(60):
+        plan = EpochPlan(UNEVEN, seed=1, epoch=epoch, world_size=2, batch_size=16, window=32)
+        assert len(plan.leftover()) == 4
+        seen.update(plan.leftover())
+    assert len(seen) > 60
+
+
+def test_a_plan_of_millions_of_rows():
+    rng = np.random.default_rng(0)
+    sizes = rng.multinomial(4_000_000, rng.dirichlet(np.full(1024, 5.0)))
+    plan = EpochPlan(sizes, seed=3, epoch=2, world_size=64, batch_size=16, window=4096)
+    taken = np.zeros(4_000_000, dtype=np.uint8)
+    firsts = np.cumsum(sizes) - sizes
+    for rank in range(64):
+        assert sum(plan.window_batches(index) for index in range(plan.num_windows)) == plan.steps
+        for shard, start, stop in plan.segments(rank * plan.rank_rows, (rank + 1) * plan.rank_rows):
+            taken[firsts[shard] + start : firsts[shard] + stop] += 1
+    assert taken.max() == 1 and 4_000_000 - int(taken.sum()) == plan.leftover_rows < 4_000  # below 0.1 %
+
+
+# ---------------------------------------------------------------------------------------------------------- train order
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+@pytest.mark.parametrize(("world", "batch", "window"), [(1, 4, 16), (2, 4, 16), (3, 7, 1000), (2, 25, 10)])
+def test_ranks_together_deliver_the_plan(world, batch, window, workers):
+    everything = []
+    for rank in range(world):
+        loader = loader_of(MemorySource(UNEVEN), rank=rank, world=world, batch=batch, window=window, workers=workers)
+        rows = rows_of(loader.epoch(1))
+        assert len(rows) == loader.steps_per_epoch == 100 // (world * batch)
+        assert all(len(batch_rows) == batch for batch_rows in rows)
+        windows = plan_slowly(UNEVEN, 5, 1, world, batch, loader.window)[0][rank]
+        cut = [[w[i : i + batch] for i in range(0, len(w), batch)] for w in windows]
+        queues = [[b for w in cut[k :: max(workers, 1)] for b in w] for k in range(max(workers, 1))]
+        expected = []  # workers take turns
+        while any(queues):
+            expected += [queue.pop(0) for queue in queues if queue]
+        assert rows == expected
+        everything += [row for batch_rows in rows for row in batch_rows]
+    assert len(set(everything)) == len(everything)
+
+
+@pytest.mark.parametrize("workers", [0, 2, 3])
+def test_every_start_step_is_the_tail_of_the_epoch(workers):
+    source = MemorySource(UNEVEN)
+    loader = loader_of(source, rank=1, world=2, workers=workers, window=12, augment=TrainAugmentation(8))
+    whole = list(loader.epoch(2))
+    starts = range(len(whole) + 1) if not workers else (0, 1, 2, 5, 6, 7, 11, 12)
+    for start in starts:
+        tail = list(loader.epoch(2, start_step=start))
+        assert len(tail) == len(whole) - start
+        for a, b in zip(tail, whole[start:], strict=True):
+            assert a.keys() == b.keys() and a["skipped"] == b["skipped"]
+            assert all(torch.equal(a[key], b[key]) for key in a if key != "skipped")
+    with pytest.raises(ValueError, match="steps 0 to 12"):
+        loader.epoch(2, start_step=13)
+
+
+def test_order_changes_with_epoch_and_seed_only():
+    first = rows_of(loader_of(MemorySource(UNEVEN)).epoch(0))
+    torch.manual_seed(7)
+    random.seed(7)
+    state = torch.get_rng_state()
+    assert rows_of(loader_of(MemorySource(UNEVEN)).epoch(0)) == first
+    assert torch.equal(torch.get_rng_state(), state)  # reading data must not move dropout
+    loader = loader_of(MemorySource(UNEVEN))
+    assert rows_of(loader.epoch(1)) != first and rows_of(loader.epoch(0)) == first
+    assert rows_of(loader_of(MemorySource(UNEVEN), seed=6).epoch(0)) != first
+
+
+def test_a_rank_reads_only_its_part_and_skips_what_was_consumed():
+    read = []
+    for rank in range(3):
+        source = MemorySource(UNEVEN)
+        loader = loader_of(source, rank=rank, world=3, window=12)
+        delivered = {row for rows in rows_of(loader.epoch(0)) for row in rows}
+        firsts = [shard.first_row for shard in source.shards]
+        mine = [firsts[s] + r for s, start, stop in source.reads for r in range(start, stop)]
+        assert sorted(mine) == sorted(delivered)  # every row once, and none of another rank
+        read += mine
+        source.reads.clear()
+        list(loader.epoch(0, start_step=7))  # batches of 4 in windows of 12: two windows are consumed whole
+        assert sum(stop - start for _, start, stop in source.reads) == len(mine) - 24
+        source.reads.clear()
+        next(loader.epoch(0))
+        assert sum(stop - start for _, start, stop in source.reads) == 12  # one window, not the epoch
+    assert len(set(read)) == len(read)
+
+
+def test_augmentation_depends_on_the_row_alone():
+    views = {}
+    for world, batch, workers in ((1, 4, 0), (2, 5, 2), (1, 10, 0)):
+        for rank in range(world):
+            loader = loader_of(
+                MemorySource(UNEVEN), rank=rank, world=world, batch=batch, workers=workers, augment=TrainAugmentation(8)
+            )
+            for item in loader.epoch(3):
+                for row, view in zip(item["row"].tolist(), item["pixel_values"], strict=True):
+                    assert torch.equal(views.setdefault(row, view), view)
+    assert len(views) > 95
+    draws = {sample_rng(seed, epoch, row).random() for seed in range(5) for epoch in range(5) for row in range(50)}
+    assert len(draws) == 5 * 5 * 50
+
+
+# ---------------------------------------------------------------------------------------------------------------- holes
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_rows_are_holes_that_shift_nothing(workers):
+    bad = {4, 5, 30, 31, 32, 33, 77}
+    clean = list(loader_of(MemorySource(UNEVEN), workers=workers, augment=TrainAugmentation(8)).epoch(0))
+    holes = list(loader_of(MemorySource(UNEVEN, bad), workers=workers, augment=TrainAugmentation(8)).epoch(0))
+    skipped = []
+    for a, b in zip(clean, holes, strict=True):
+        assert a["pixel_values"].shape == b["pixel_values"].shape
+        skipped += b["skipped"]
+        usable = [row for row in a["row"].tolist() if row not in bad]
+        for slot, row in enumerate(a["row"].tolist()):
+            if row in bad:
+                assert b["row"][slot].item() in usable
+            else:
+                assert b["row"][slot].item() == row
+                assert torch.equal(a["pixel_values"][slot], b["pixel_values"][slot])
+            filled = b["row"][slot].item()
+            assert b["product_id"][slot].item() == filled
+            title = [ord(c) % 1000 + 1 for c in f"title {filled}"]
+            assert b["input_ids"][slot][: len(title)].tolist() == title
+    assert sorted(entry["row"] for entry in skipped) == sorted(bad)
+    entry = next(entry for entry in skipped if entry["row"] == 30)
+    assert entry == {"row": 30, "name": "name 30", "reason": "the file is not an image of a known format"}
+
+
+def test_a_batch_without_any_usable_row_borrows_from_its_window():
+    bad = set(range(100)) - {50, 99}
+    for start in (0, 13):  # the same after a resume
+        loader = loader_of(MemorySource(UNEVEN, bad), batch=2, window=100)
+        batches = list(loader.epoch(0, start_step=start))
+        assert len(batches) == 50 - start
+        assert {row for rows in rows_of(batches) for row in rows} == {50, 99}
+        if not start:
+            assert sorted(entry["row"] for batch in batches for entry in batch["skipped"]) == sorted(bad)
+            whole = rows_of(batches)
+        else:
+            assert rows_of(batches) == whole[start:]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_usable_is_an_error_with_reasons(workers):
+    loader = loader_of(MemorySource(UNEVEN, range(100)), workers=workers)
+    with pytest.raises(NoUsableRow, match="not an image of a known format"):
+        list(loader.epoch(0))
+
+
+def test_an_error_in_a_worker_surfaces_with_its_message():
+    class Broken(MemorySource):
+        def _read(self, shard, start, stop):
+            raise RuntimeError("the disk is on fire")
+
+    with pytest.raises(RuntimeError, match="the disk is on fire"):
+        list(loader_of(Broken(UNEVEN), workers=2).epoch(0))
+
+    class Shrunk(MemorySource):
+        def _read(self, shard, start, stop):
+            yield from list(super()._read(shard, start, stop))[1:]
+
+    with pytest.raises(RuntimeError, match="did it change"):
+        list(loader_of(Shrunk(UNEVEN)).epoch(0))
+
+
+def test_an_epoch_left_early_leaves_no_worker_behind():
+    batches = loader_of(MemorySource(UNEVEN), workers=2).epoch(0)
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    batches.close()
+    assert not multiprocessing.active_children()
+    with pytest.raises(NoUsableRow) as kept:  # the traceback lives on in `kept`
+        list(loader_of(MemorySource(UNEVEN, range(100)), workers=2).epoch(0))
+    assert not multiprocessing.active_children() and kept.value.args
+
+
+def test_requests_that_make_no_sense():
+    with pytest.raises(ValueError, match="--per_device_train_batch_size 50 or less"):
+        loader_of(MemorySource(UNEVEN), world=2, batch=51)
+    for options, why in (
+        ({"batch": 0}, "batch_size"),
+        ({"window": 0}, "window"),
+        ({"rank": 2, "world": 2}, "rank 2"),
+        ({"workers": -1}, "num_workers"),
+        ({"seed": -1}, "seed"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            loader_of(MemorySource(UNEVEN), **options)
+    with pytest.raises(ValueError, match="no rows"):
+        MemorySource([])
+    line = loader_of(MemorySource(UNEVEN), world=2, batch=16).describe()
+    assert "\n" not in line
+    for part in ("100 rows", "8 shards", "3 steps of 16 x 2", "4 rows left over", "windows of 16 rows", "32.0%"):
+        assert part in line
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+
+
+@pytest.mark.parametrize("workers", [0, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_units_are_the_same_for_every_number_of_processes(world, workers):
+    bad = {8, 9, 10, 11, 50}
+    found = {}
+    for rank in range(world):
+        collator = Collator(StubProcessor())
+        loader = EvalLoader(
+            MemorySource(UNEVEN, bad), collator, unit_size=4, rank=rank, world_size=world, num_workers=workers
+        )
+        assert loader.num_units == 25
+        units = [unit for unit, batch in loader if not found.update({unit: batch})]
+        assert units == list(range(rank, 25, world)) and len(loader) == len(units)
+    for unit in range(25):
+        rows = [row for row in range(4 * unit, 4 * unit + 4) if row not in bad]
+        assert found[unit]["row"].tolist() == rows
+        assert [entry["row"] for entry in found[unit]["skipped"]] == [
+            r for r in range(4 * unit, 4 * unit + 4) if r in bad
+        ]
+        again = loader.read_unit(unit)
+        assert all(torch.equal(again[key], found[unit][key]) for key in again if key != "skipped")
+    assert found[2]["pixel_values"].shape == (0, 3, 8, 8) and found[2]["input_ids"].shape[0] == 0
+
+
+def test_a_last_short_unit():
+    loader = EvalLoader(MemorySource([5, 6]), Collator(StubProcessor()), unit_size=4, rank=0, world_size=1)
+    assert [batch["row"].tolist() for _, batch in loader] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+    with pytest.raises(IndexError):
+        loader.read_unit(3)
+
+
+# ------------------------------------------------------------------------------------------------------- collator
+
+
+def test_batch_contract_and_slow_version():
+    source = MemorySource([6])
+    rows = list(source.read(0))
+    batch = Collator(StubProcessor(), seed=4, max_length=7)(rows)
+    assert batch["pixel_values"].dtype == torch.float32 and batch["pixel_values"].shape == (6, 3, 8, 8)
+    for key in ("input_ids", "attention_mask", "product_id", "row"):
+        assert batch[key].dtype == torch.int64 and len(batch[key]) == 6
+    assert batch["input_ids"].shape == (6, 7)  # "title 0"
+    augment = TrainAugmentation(8)
+    views = Collator(StubProcessor(), augment, seed=4)(rows, epoch=2)["pixel_values"]
+    for row, view in zip(rows, views, strict=True):
+        slow = augment(decode(row).image, sample_rng(4, 2, row.row))
+        assert torch.equal(view, torch.from_numpy(np.asarray(slow, dtype=np.float32) / 255).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("pattern", range(1, 32))
+def test_a_hole_is_filled_by_the_next_usable_row(pattern):
+    bad = {slot for slot in range(5) if not pattern >> slot & 1}
+    rows = list(MemorySource([5], bad).read(0))
+    batch = Collator(StubProcessor())(rows)
+    expected = []
+    for slot in range(5):
+        while slot % 5 in bad:
+            slot += 1
+        expected.append(slot % 5)
+    assert batch["row"].tolist() == expected
+    assert [entry["row"] for entry in batch["skipped"]] == sorted(bad)
+
+
+# --------------------------------------------------------------------------------------------------- real layouts
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_layout_streams_with_a_corrupt_image_as_a_hole(tmp_path, workers):
+    rows = records(23)
+    rows[11]["bytes"] = rows[11]["bytes"][:60]
+    write_parquet(tmp_path / "parquet", rows, [9, 2, 12], row_group_size=5)
+    write_tars(tmp_path / "tars", rows, [9, 2, 12])
+    write_image_folder(tmp_path / "folder", rows)
+    file, images = write_json_list(tmp_path / "list", rows)
+    for arguments in (
+        {"data_dir": str(tmp_path / "parquet")},
+        {"data_dir": str(tmp_path / "tars")},
+        {"data_dir": str(tmp_path / "folder")},
+        {"data_files": str(file), "image_dir": str(images)},
+    ):
+        source = open_source(split="train", **arguments)
+        seen, skipped = [], []
+        for rank in range(2):
+            loader = loader_of(source, rank=rank, world=2, batch=2, window=6, workers=workers)
+            batches = list(loader.epoch(0))
+            assert len(batches) == 5
+            seen += [row for rows_ in rows_of(batches) for row in rows_]
+            skipped += [(entry["row"], entry["name"].split(".")[0]) for batch in batches for entry in batch["skipped"]]
+        left = set(loader.plan(0).leftover())
+        assert set(seen) == set(range(23)) - left - {11}
+        assert skipped == ([] if 11 in left else [(11, "p011")])
+
+
+PRODUCTS = Path(os.environ.get("ALIBLIP_PRODUCTS_DIR", Path(__file__).resolve().parents[2] / "shared" / "products"))
+
+
+@pytest.mark.skipif(not PRODUCTS.is_dir(), reason=f"no product photos at {PRODUCTS} (ALIBLIP_PRODUCTS_DIR)")
+def test_the_product_photos_train():
+    source = open_source(data_dir=str(PRODUCTS), split="train")
+    lines = (PRODUCTS / "train" / "metadata.jsonl").read_text("utf-8").splitlines()
+    captions = [json.loads(line)["caption"] for line in lines]
+    assert [row.text for row in source.read_range(0, source.num_rows)] == captions
+    loader = loader_of(source, batch=32, workers=2, window=4096, augment=TrainAugmentation(8))
+    assert loader.steps_per_epoch == 120
+    batches = [batch for batch, _ in zip(loader.epoch(0), range(6), strict=False)]
+    assert all(batch["pixel_values"].shape == (32, 3, 8, 8) and not batch["skipped"] for batch in batches)
+    assert len({row for rows in rows_of(batches) for row in rows}) == 6 * 32
