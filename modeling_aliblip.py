@@ -417,13 +417,16 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
         """As in transformers, but nothing is left to chance: raises ValueError naming every weight that the checkpoint
         lacks, has too many or has in another shape. The temperature alone may be missing (transformers' BLIP has none)."""
+        # Without the flag transformers raises first, and its message doesn't say which weights.
+        shapes_may_differ = kwargs.pop("ignore_mismatched_sizes", False)
         model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
+        misshaped = [] if shapes_may_differ else info["mismatched_keys"]
         wrong = {
             "missing": sorted(set(info["missing_keys"]) - {"temp"}),
             "unexpected": sorted(info["unexpected_keys"]),
-            "of another shape": sorted(str(key) for key in info["mismatched_keys"]),
+            "of another shape": sorted(f"{name} {tuple(given)} for {tuple(own)}" for name, given, own in misshaped),
         }
         if any(wrong.values()):
             problems = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in wrong.items() if keys)

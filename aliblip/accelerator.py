@@ -1,0 +1,312 @@
+"""The only place where an Accelerator is built, and the one step that differs between DDP and DeepSpeed.
+
+    accelerator = build_accelerator(max_grad_norm=1.0, per_device_train_batch_size=16)
+    objective, optimizer = accelerator.prepare(objective, optimizer)  # no data loader, no schedule: both are ours
+    for batch in batches:
+        with accelerator.accumulate(objective):
+            output = objective(batch)
+            grad_norm = backward_and_step(accelerator, objective, optimizer, output.loss, max_grad_norm=1.0)
+
+What a launcher promises and what it starts are not always the same (a CPU flag can silently make one process out of
+two, or DDP out of DeepSpeed), so the built Accelerator is compared with the launcher's environment.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
+
+__all__ = [
+    "AliBlipAccelerator",
+    "backward_and_step",
+    "build_accelerator",
+    "clamp_parameter",
+    "fp32_state_dict",
+    "fp32_value",
+]
+
+MIXED_PRECISIONS = ("no", "bf16")
+
+
+class AliBlipAccelerator(Accelerator):
+    """An Accelerator that refuses to prepare data loaders.
+
+    Our loader already reads only the rows of its rank; a prepared one would split them a second time and silently
+    leave out half of the data.
+    """
+
+    def prepare_data_loader(self, *args, **kwargs):
+        raise RuntimeError("data loaders are not prepared: aliblip.data.loader already reads only this rank's rows")
+
+
+def build_accelerator(
+    *,
+    mixed_precision: str | None = None,
+    gradient_accumulation_steps: int = 1,
+    log_with: str | list[str] | None = None,
+    project_dir: str | os.PathLike | None = None,
+    max_grad_norm: float,
+    per_device_train_batch_size: int,
+) -> AliBlipAccelerator:
+    """Build the Accelerator of this process as the launcher and the arguments say.
+
+    Under DeepSpeed the gradient clipping, the micro-batch size and the accumulation steps are written from these
+    arguments into the engine's configuration, so that they are stated in one place.
+
+    Args:
+        mixed_precision: `"no"` or `"bf16"`; None: as the launcher, or under DeepSpeed the DeepSpeed JSON, says.
+        gradient_accumulation_steps: micro-batches per optimizer step.
+        log_with: trackers of accelerate, for example `"tensorboard"`.
+        project_dir: where the trackers write.
+        max_grad_norm: gradients are clipped to this global norm; 0 means no clipping.
+        per_device_train_batch_size: rows of one micro-batch of one process.
+
+    Raises:
+        ValueError: in one line, before any process is contacted, for values that contradict each other or the
+            launcher's configuration; afterwards, when the launcher started something else than it says.
+    """
+    requested = _requested_precision(mixed_precision)
+    launched_as_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    accumulation_of_launcher = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto")
+    if accumulation_of_launcher not in ("auto", str(gradient_accumulation_steps)):
+        raise ValueError(
+            f"the launcher sets {accumulation_of_launcher} gradient accumulation steps and the arguments "
+            f"{gradient_accumulation_steps}: leave it out of the launcher's configuration"
+        )
+    # torch 2.13 announces a successor of broadcast_buffers that does not do the same yet.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+    without_gpu = not torch.accelerator.is_available()
+    kwargs_handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    if without_gpu and "LOCAL_RANK" in os.environ:
+        # Without a named backend, DeepSpeed on CPU leaves every rank believing that it is rank 0 of 1.
+        kwargs_handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    plugin = None
+    if launched_as_deepspeed:
+        if without_gpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        plugin = _deepspeed_plugin(
+            requested,
+            gradient_clipping=float(max_grad_norm),
+            train_micro_batch_size_per_gpu=per_device_train_batch_size,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+        )
+    accelerator = AliBlipAccelerator(
+        mixed_precision=mixed_precision,
+        # cpu=True would silently turn DeepSpeed into DDP.
+        cpu=without_gpu and not launched_as_deepspeed,
+        deepspeed_plugin=plugin,
+        # A plugin, since the bare argument is overridden by an environment variable. Our loader is not prepared, so
+        # there is no end of a data loader to react to.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        log_with=log_with,
+        project_dir=project_dir,
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=kwargs_handlers,
+    )
+    _check_launch(accelerator, launched_as_deepspeed)
+    return accelerator
+
+
+def _requested_precision(mixed_precision: str | None) -> str | None:
+    """What the flag or else the launcher asks for; None when neither says anything."""
+    if mixed_precision is not None:
+        given, where = mixed_precision, "--mixed_precision"
+    else:
+        # The launcher writes "no" also when nobody asked for anything.
+        given = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+        where = "the launcher's mixed_precision"
+        if given == "no":
+            return None
+    if given not in MIXED_PRECISIONS:
+        raise ValueError(f"{where} is {given!r}; accepted are {', '.join(MIXED_PRECISIONS)}: use bf16")
+    return given
+
+
+def _deepspeed_plugin(requested: str | None, **settings: float | int) -> DeepSpeedPlugin:
+    """The plugin for the DeepSpeed JSON of the launcher, with our settings in it."""
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if path == "none":  # configured by the fields of the accelerate YAML
+        config = DeepSpeedPlugin().deepspeed_config
+        path = "the launcher's deepspeed_config"
+    else:
+        try:
+            with open(path, encoding="utf-8") as file:
+                config = json.load(file)
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"cannot read the DeepSpeed configuration {path} ({error}): the path is taken from the folder in "
+                "which the launcher was started"
+            ) from error
+
+    if config.get("zero_optimization", {}).get("stage", 0) > 2:
+        raise ValueError(f"{path} asks for ZeRO stage 3; accepted are stages 0 to 2: set zero_optimization.stage to 2")
+    precision = _precision_of(config)
+    if precision == "fp16":
+        raise ValueError(f"{path} enables fp16; accepted are {', '.join(MIXED_PRECISIONS)}: enable bf16 instead")
+    if requested is not None and precision is not None and requested != precision:
+        # accelerate takes the JSON's value without a word
+        raise ValueError(
+            f"mixed precision {requested} contradicts {path}, which says {precision}: leave out --mixed_precision or "
+            "take another DeepSpeed configuration"
+        )
+
+    for key, value in settings.items():
+        in_file = config.get(key, "auto")
+        # 1 is what accelerate fills in for accumulation steps that nobody set
+        if in_file not in ("auto", value) and not (key == "gradient_accumulation_steps" and in_file == 1):
+            raise ValueError(
+                f"{path} sets {key} to {in_file} and the arguments to {value}: leave it out of the DeepSpeed file"
+            )
+        config[key] = value
+    config.pop("train_batch_size", None)  # the product of the above and the number of processes
+    if precision == "bf16" or (precision is None and requested == "bf16"):
+        # A step with a non-finite gradient is left out, as without DeepSpeed.
+        config["bf16"] = {**config.get("bf16", {}), "enabled": True, "check_grad_overflow": True}
+    return DeepSpeedPlugin(
+        hf_ds_config=config,
+        gradient_accumulation_steps=settings["gradient_accumulation_steps"],
+        gradient_clipping=settings["gradient_clipping"],
+    )
+
+
+def _precision_of(config: dict[str, Any]) -> str | None:
+    """The precision that a DeepSpeed configuration states; None when it leaves it open."""
+    enabled = {dtype: config.get(dtype, {}).get("enabled", "auto") for dtype in ("bf16", "fp16")}
+    for dtype, value in enabled.items():
+        if value is True:
+            return dtype
+    return "no" if enabled["bf16"] is False else None
+
+
+def _check_launch(accelerator: Accelerator, launched_as_deepspeed: bool) -> None:
+    """Compare what runs with what the launcher says it started."""
+    promised = int(os.environ.get("WORLD_SIZE", "1"))
+    grouped = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if not accelerator.num_processes == grouped == promised:
+        raise ValueError(
+            f"the launcher started {promised} processes, the process group has {grouped} and accelerate counts "
+            f"{accelerator.num_processes}: use one of the files in accelerate_configs/"
+        )
+    if launched_as_deepspeed and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise ValueError(
+            f"the launcher asks for DeepSpeed but accelerate runs {accelerator.distributed_type.value}: remove "
+            "use_cpu from its configuration"
+        )
+    if promised == 1 and "MASTER_ADDR" in os.environ and "RANK" not in os.environ and accelerator.device.type == "cpu":
+        # What `accelerate launch --cpu --num_processes 2` leaves behind.
+        warnings.warn(
+            "the launcher was set up for several processes but started one: on CPU use "
+            "accelerate_configs/cpu_2_processes.yaml (or unset MASTER_ADDR)",
+            stacklevel=3,
+        )
+
+
+def _is_deepspeed(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def backward_and_step(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: torch.Tensor,
+    max_grad_norm: float,
+) -> float | None:
+    """Differentiate a loss and, when the accumulation is complete, clip, step and clear the gradients.
+
+    A collective: every rank calls it for every micro-batch, inside `accelerator.accumulate(model)`. A step whose
+    gradient is not finite is left out on every rank: weights and optimizer state stay as they were. What else moves
+    once per step (momentum encoder, queue, schedule) is to be held back by the caller then.
+
+    Args:
+        accelerator: from `build_accelerator`.
+        model: the prepared module.
+        optimizer: the prepared optimizer.
+        loss: scalar, the loss of this rank's micro-batch, not divided by the accumulation steps.
+        max_grad_norm: the value given to `build_accelerator`; 0 means no clipping.
+
+    Returns:
+        The global gradient norm before clipping, equal on all ranks; `inf` when the step was left out; None when this
+        micro-batch only accumulated.
+    """
+    accelerator.backward(loss)  # under DeepSpeed this clips, steps and clears as well
+    if not accelerator.sync_gradients:
+        return None
+    if _is_deepspeed(accelerator):
+        norm = float(model.get_global_grad_norm())
+        return norm if math.isfinite(norm) else math.inf
+    # After DDP's reduction every rank has the same gradient, hence the same norm and the same decision.
+    norm = float(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm if max_grad_norm > 0 else math.inf))
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm if math.isfinite(norm) else math.inf
+
+
+def fp32_value(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The value of a parameter in full precision, as a detached copy on every rank.
+
+    Under ZeRO the weights in the module are working copies and the fp32 master is spread over the ranks; there this
+    is a collective. Frozen parameters have no master: theirs is the working copy.
+
+    Returns:
+        A tensor of the parameter's shape in fp32.
+    """
+    if hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter).detach()
+    return parameter.detach().float().clone()
+
+
+def fp32_state_dict(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The state of a module with its parameters in full precision, on the CPU, for saving.
+
+    A collective under ZeRO, where a checkpoint of the working copies would lose the digits that bfloat16 has not.
+
+    Args:
+        module: the plain module, not the engine around it.
+
+    Returns:
+        The keys of `module.state_dict()`; parameters in fp32, buffers as they are.
+    """
+    return {
+        name: (fp32_value(value) if isinstance(value, torch.nn.Parameter) else value.detach()).cpu()
+        for name, value in module.state_dict(keep_vars=True).items()
+    }
+
+
+def clamp_parameter(parameter: torch.nn.Parameter, low: float, high: float) -> None:
+    """Clamp a parameter in place, its fp32 master included. A collective under ZeRO.
+
+    Clamping the tensor of the module alone would be undone by the next step, which copies the master over it.
+
+    Args:
+        parameter: of a prepared or of a plain module.
+        low: smallest value allowed.
+        high: largest value allowed.
+    """
+    if hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        value = fp32_value(parameter).clamp_(low, high)
+        safe_set_full_fp32_param(parameter, value)
+        parameter.data.copy_(value)
+    else:
+        parameter.data.clamp_(low, high)

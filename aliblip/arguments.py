@@ -1,0 +1,262 @@
+"""Command-line arguments of both scripts, and recipes.
+
+    python train.py --config recipes/demo.yaml --learning_rate 1e-4
+
+A recipe is a YAML mapping of flag names to values: it sets defaults, flags override. Every mistake raises `UsageError`
+with one line: what was given, what is accepted, what to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+
+class UsageError(ValueError):
+    """A mistake in what the user gave; the message is the one line to show."""
+
+
+def _option(default, text: str, **kwargs):
+    return field(default=default, metadata={"help": text, **kwargs})
+
+
+@dataclass
+class ModelArguments:
+    """Where the model comes from: either a trained one, or a configuration and a tokenizer to train from scratch."""
+
+    model_name_or_path: str | None = _option(None, "Folder or Hub name of an AliBLIP model to start from.")
+    config_name: str | None = _option(
+        None, "To train from scratch: base (ViT-B/16), large (ViT-L/16), or a folder with a config.json."
+    )
+    vision_config: str | None = _option(
+        None, 'Fields of the ViT to change, as JSON or a recipe\'s mapping: {"hidden_size": 192}.'
+    )
+    text_config: str | None = _option(None, "Fields of the BERT to change, as JSON or a recipe's mapping.")
+    image_text_hidden_size: int | None = _option(None, "Width of the shared embedding space (256 from scratch).")
+    temperature_init: float | None = _option(None, "Initial ITC temperature (0.07 from scratch).")
+    tokenizer_name: str | None = _option(
+        None, "Tokenizer to start from: folder, vocab.txt or Hub name (bert-base-uncased from scratch)."
+    )
+    image_size: int | None = _option(
+        None, "Side of the photos in pixels; a trained model's position embedding is interpolated to it."
+    )
+    max_length: int | None = _option(None, "Longest title in tokens, [CLS] and [SEP] included (35 from scratch).")
+    attn_implementation: str | None = _option(None, "sdpa (default), eager or flash_attention_2.")
+
+
+@dataclass
+class DataArguments:
+    """The table of photos and titles."""
+
+    dataset_name: str | None = _option(None, "Data set on the Hub, read by streaming.")
+    dataset_config_name: str | None = _option(None, "Configuration of the Hub data set.")
+    data_dir: str | None = _option(None, "Local folder: Parquet files, WebDataset tars or an image folder.")
+    image_dir: str | None = _option(None, "Folder of the photos that a JSON list names (default: that of the list).")
+    image_column: str | None = _option(None, "Column of the photo (default: image).")
+    caption_column: str | None = _option(None, "Column of the title (default: caption, then text).")
+    product_id_column: str | None = _option(
+        None, "Column of the product; equal values are positives (default: product_id, otherwise each row is one)."
+    )
+    dataloader_num_workers: int = _option(2, "Processes that read and decode, per rank; 0: in the main process.")
+
+
+@dataclass
+class TrainDataArguments(DataArguments):
+    train_split_name: str = _option("train", "Split to train on.")
+    validation_split_name: str = _option("validation", "Split to evaluate on.")
+    train_file: str | None = _option(
+        None, 'Instead of a data set: a file or glob to train on; a JSON list of {"product": file, "caption": text} too.'
+    )
+    validation_file: str | None = _option(None, "The same for the evaluation.")
+    shuffle_window: int = _option(4096, "Rows that are permuted among themselves, undecoded; more mixes better.")
+    augmentation: str = _option("blip", "blip (crop, flip, RandAugment), crop_flip, or none.", choices=["blip", "crop_flip", "none"])
+    min_crop_scale: float = _option(0.5, "Smallest area of the random resized crop, as a share of the photo.")
+    horizontal_flip: bool = _option(True, "Mirror every second photo (not for catalogues where text or side matters).")
+    max_skipped_fraction: float = _option(0.05, "Stop the run when more than this share of the rows is unusable.")
+
+
+@dataclass
+class TrainingArguments:
+    """How to train."""
+
+    output_dir: str | None = _option(None, "Folder for models, checkpoints and logs (required).")
+    overwrite_output_dir: bool = _option(False, "Train into a folder that holds an earlier run, and replace it.")
+    per_device_train_batch_size: int = _option(16, "Rows per step and process.")
+    per_device_eval_batch_size: int = _option(32, "Rows encoded at a time in the evaluation.")
+    num_train_epochs: float = _option(6, "Epochs to train.")
+    max_train_steps: int | None = _option(None, "Optimizer steps to train, instead of epochs.")
+    gradient_accumulation_steps: int = _option(1, "Batches per optimizer step.")
+    learning_rate: float = _option(1e-5, "Peak learning rate of AdamW.")
+    lr_scheduler_type: str = _option(
+        "cosine", "Schedule of transformers by name (per step), or cosine_per_epoch as in the published code."
+    )
+    warmup_steps: int = _option(0, "Optimizer steps of linear warm-up.")
+    weight_decay: float = _option(0.05, "Weight decay of AdamW.")
+    decay_everything: bool = _option(False, "Decay biases, LayerNorms and the temperature too, as the published code.")
+    adam_beta1: float = _option(0.9, "First beta of AdamW.")
+    adam_beta2: float = _option(0.999, "Second beta of AdamW.")
+    adam_epsilon: float = _option(1e-8, "Epsilon of AdamW.")
+    max_grad_norm: float = _option(1.0, "Clip gradients to this norm; 0: don't.")
+    queue_size: int = _option(57600, "Features kept as extra contrastive keys.")
+    momentum: float = _option(0.995, "Share of the momentum encoders that stays at each step.")
+    momentum_warmup: bool = _option(False, "Let the momentum encoders follow quickly at first.")
+    momentum_dropout: bool = _option(False, "Keep dropout on in the momentum encoders, as the published code does.")
+    alpha: float = _option(0.4, "Weight of the momentum encoders' opinion in the ITC targets, from the second epoch on.")
+    negatives_from_all_ranks: bool = _option(False, "Choose ITM's hard negatives among all processes' batches.")
+    hardest_negatives: bool = _option(False, "Take the most similar candidate as hard negative instead of drawing.")
+    gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass: slower, less memory.")
+    gradient_checkpointing_vision_layers: int | None = _option(None, "Only the last so many ViT layers (default: all).")
+    gradient_checkpointing_text_layers: int | None = _option(None, "Only the last so many BERT layers (default: all).")
+    mixed_precision: str | None = _option(None, "no or bf16 (default: as the launcher says).", choices=["no", "bf16"])
+    seed: int = _option(42, "Seed of weights, order, augmentation, dropout and negatives.")
+    k_rerank: int | None = _option(None, "Candidates that ITM re-ranks in the evaluation (default: 128 or the gallery).")
+    evaluate_every: int = _option(1, "Evaluate every so many epochs, and after the last; 0: never.")
+    logging_steps: int = _option(50, "Optimizer steps between log lines.")
+    report_to: str = _option("none", "Trackers of accelerate: tensorboard, wandb, ..., all or none.")
+    checkpointing_steps: int | None = _option(None, "Optimizer steps between checkpoints to resume from.")
+    resume_from_checkpoint: str | None = _option(None, "A checkpoint folder, or last.")
+
+
+@dataclass
+class EvaluationDataArguments(DataArguments):
+    split_name: str = _option("validation", "Split to evaluate.")
+    data_files: str | None = _option(None, "Instead of a data set: a file or glob, a JSON list of pairs too.")
+
+
+@dataclass
+class EvaluationArguments:
+    """How to evaluate."""
+
+    model_name_or_path: str | None = _option(None, "Folder or Hub name of the model (required).")
+    output_dir: str | None = _option(None, "Folder for results.json (default: that of a local model).")
+    image_size: int | None = _option(None, "Side of the photos in pixels (default: the model's).")
+    k_rerank: int | None = _option(None, "Candidates that ITM re-ranks (default: 128, or the gallery where smaller).")
+    per_device_eval_batch_size: int = _option(32, "Rows encoded at a time.")
+    mixed_precision: str | None = _option(None, "no or bf16 (default: as the launcher says).", choices=["no", "bf16"])
+    contact_sheet: str | None = _option(None, "Draw queries with their best photos into this PNG file.")
+    seed: int = _option(0, "Seed of the choice of queries for the contact sheet.")
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):
+        raise UsageError(f"{message}; see --help")
+
+
+def parse(dataclass_types: Sequence[type], argv: Sequence[str] | None = None, description: str | None = None) -> tuple:
+    """Parse flags and the recipe that `--config` names into one instance per dataclass.
+
+    Raises:
+        UsageError: an unknown flag or key, a value of the wrong type, a recipe that can't be read.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(
+        dataclass_types, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", help="Recipe: a YAML mapping of these flags' names to values; flags override it.")
+    names = {f.name: f for dataclass_type in dataclass_types for f in dataclasses.fields(dataclass_type)}
+    recipe = _config_value(argv)
+    if recipe is not None:
+        # As flags before the given ones: argparse converts and checks both alike, and the later one wins.
+        argv = [*_recipe_flags(recipe, names), *argv]
+    parsed = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if parsed[-1]:
+        flag = parsed[-1][0]
+        raise UsageError(f"unknown argument {flag}: {_suggest(flag.lstrip('-').split('=')[0], names)}; see --help")
+    return tuple(parsed[: len(dataclass_types)])
+
+
+def _config_value(argv: list[str]) -> str | None:
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    try:
+        return finder.parse_known_args(argv)[0].config
+    except SystemExit as error:
+        raise UsageError("--config needs the path of a recipe") from error
+
+
+def _recipe_flags(path: str, names: dict) -> list[str]:
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"can't read the recipe {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"the recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(recipe, dict):
+        raise UsageError(f"the recipe {path} holds a {type(recipe).__name__}: it must be a mapping of flag names to values")
+    flags = []
+    for key, value in recipe.items():
+        if key not in names:
+            raise UsageError(f"unknown key {key!r} in the recipe {path}: {_suggest(str(key), names)}")
+        if value is None:
+            continue
+        flags += [f"--{key}={json.dumps(value) if isinstance(value, (dict, bool)) else value}"]
+    return flags
+
+
+def _suggest(name: str, names) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"accepted are {', '.join(sorted(names))}"
+
+
+def json_mapping(name: str, text: str | None) -> dict:
+    """A flag that holds a JSON object, as a dictionary; empty without the flag.
+
+    Raises:
+        UsageError: something else than a JSON object.
+    """
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"--{name} is not valid JSON ({error}): give an object such as {{\"hidden_size\": 192}}") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"--{name} is a {type(value).__name__}: give a JSON object such as {{\"hidden_size\": 192}}")
+    return value
+
+
+def check_range(**ranges) -> None:
+    """`name=(value, low, high)`; None as a bound: open; None as a value: not given.
+
+    Raises:
+        UsageError: a value out of its range.
+    """
+    for name, (value, low, high) in ranges.items():
+        if value is not None and ((low is not None and value < low) or (high is not None and value > high)):
+            accepted = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise UsageError(f"--{name} is {value}: it must be {accepted}")
+
+
+def main_with_usage_errors(name: str, main: Callable[[], None]) -> None:
+    """Run a script's `main`; a UsageError ends it with exit code 2 and one line, printed by the first process only."""
+    try:
+        main()
+    except UsageError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"{name}: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+__all__ = [
+    "DataArguments",
+    "EvaluationArguments",
+    "EvaluationDataArguments",
+    "ModelArguments",
+    "TrainDataArguments",
+    "TrainingArguments",
+    "UsageError",
+    "check_range",
+    "json_mapping",
+    "main_with_usage_errors",
+    "parse",
+]

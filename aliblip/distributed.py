@@ -1,0 +1,200 @@
+"""Every collective that AliBLIP owns.
+
+Each function is a collective: all ranks have to call it, in the same order, and none may stand inside a branch that
+only one rank takes. Without a process group (a single process, or before one is started) every function is the
+identity, so callers need no second code path.
+
+Shapes: `W` processes, `N` rows of one rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+__all__ = [
+    "all_gather",
+    "all_gather_objects",
+    "all_gather_with_grad",
+    "assert_equal_on_ranks",
+    "barrier",
+    "broadcast_object",
+    "checksum",
+    "is_main",
+    "rank",
+    "reduce_max",
+    "reduce_sum",
+    "world_size",
+]
+
+
+def _is_active() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def world_size() -> int:
+    """Number of processes of this run."""
+    return dist.get_world_size() if _is_active() else 1
+
+
+def rank() -> int:
+    """Number of this process, 0 to `world_size() - 1`."""
+    return dist.get_rank() if _is_active() else 0
+
+
+def is_main() -> bool:
+    """Whether this is the process that prints and writes files."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if _is_active():
+        dist.barrier()
+
+
+def all_gather(tensor: torch.Tensor) -> torch.Tensor:
+    """Concatenate a tensor of every rank along dimension 0, in rank order, without gradient.
+
+    Args:
+        tensor: `(N, ...)`, the same shape and dtype on every rank.
+
+    Returns:
+        `(W * N, ...)`, detached and equal on all ranks.
+
+    Raises:
+        ValueError: for a 0-dimensional tensor, which has no dimension to concatenate along.
+    """
+    if tensor.dim() == 0:
+        raise ValueError("all_gather got a 0-dimensional tensor; it needs at least one dimension: pass tensor[None]")
+    tensor = tensor.detach()
+    if not _is_active():
+        return tensor
+    gathered = tensor.new_empty((world_size(), *tensor.shape))
+    # The list form: the one-tensor form was renamed between the torch versions that we accept.
+    dist.all_gather(list(gathered.unbind(0)), tensor.contiguous())
+    return gathered.flatten(0, 1)
+
+
+class _GatherWithGrad(torch.autograd.Function):
+    """Gather in the forward; sum over ranks and take the own slice in the backward."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        ctx.rows = tensor.shape[0]
+        return all_gather(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad = reduce_sum(grad)
+        return grad.narrow(0, rank() * ctx.rows, ctx.rows)
+
+
+def all_gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
+    """Concatenate a tensor of every rank along dimension 0 so that gradients flow back to the rank that owns a row.
+
+    Every rank may use every row, so the gradient of a row is the sum over ranks. With the mean over ranks that DDP and
+    ZeRO take afterwards this gives the gradient of the mean of all ranks' losses, whether each rank computes the whole
+    loss or the loss of its own rows. All ranks have to use the result in their loss: the backward is a collective.
+
+    Args:
+        tensor: `(N, ...)`, the same shape and dtype on every rank.
+
+    Returns:
+        `(W * N, ...)`.
+
+    Raises:
+        ValueError: for a 0-dimensional tensor.
+    """
+    if not _is_active():
+        return tensor
+    return _GatherWithGrad.apply(tensor)
+
+
+def all_gather_objects(obj: Any) -> list[Any]:
+    """Collect a picklable object of every rank in a list, in rank order, on all ranks."""
+    if not _is_active():
+        return [obj]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, obj)
+    return gathered
+
+
+def reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over ranks, element by element, without gradient. The argument stays as it is."""
+    if not _is_active():
+        return tensor.detach()
+    total = tensor.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
+
+
+def reduce_max(value: int, device: torch.device | str = "cpu") -> int:
+    """Return the largest of all ranks' integers. `device`: where the backend reduces (the GPU under NCCL)."""
+    if not _is_active():
+        return value
+    largest = torch.tensor(value, dtype=torch.int64, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest.item())
+
+
+def broadcast_object(obj: Any, src: int = 0) -> Any:
+    """Return the picklable object of rank `src` on all ranks."""
+    if not _is_active():
+        return obj
+    holder = [obj if rank() == src else None]
+    dist.broadcast_object_list(holder, src=src)
+    return holder[0]
+
+
+def checksum(tensors: torch.Tensor | Iterable[torch.Tensor]) -> int:
+    """Sum up tensors in one number that changes with any bit, shape, dtype or the order of the tensors.
+
+    It does not depend on the device, so that runs on different machines can be compared.
+
+    Returns:
+        A 63-bit number (it fits into an int64 tensor).
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in [tensors] if isinstance(tensors, torch.Tensor) else tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+        # uint8 view: numpy has no bfloat16. reshape first, since a 0-dimensional tensor has no byte view.
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return int.from_bytes(digest.digest(), "big") >> 1
+
+
+def assert_equal_on_ranks(
+    name: str, tensors: torch.Tensor | Mapping[str, torch.Tensor] | Iterable[torch.Tensor]
+) -> None:
+    """Compare tensors bit by bit over ranks.
+
+    Args:
+        name: what is compared, for the message.
+        tensors: a tensor, several in a fixed order, or tensors by name.
+
+    Raises:
+        RuntimeError: on every rank, naming what differs and on which ranks, as soon as one rank differs from rank 0.
+    """
+    if isinstance(tensors, torch.Tensor):
+        own = {name: checksum(tensors)}
+    elif isinstance(tensors, Mapping):
+        own = {f"{name}.{key}": checksum(tensor) for key, tensor in tensors.items()}
+    else:
+        own = {f"{name}[{index}]": checksum(tensor) for index, tensor in enumerate(tensors)}
+    on_ranks = all_gather_objects(own)
+    first = on_ranks[0]
+    differing = {
+        key: [r for r, other in enumerate(on_ranks) if other.get(key) != first.get(key)]
+        for key in dict.fromkeys(key for sums in on_ranks for key in sums)
+    }
+    differing = {key: ranks for key, ranks in differing.items() if ranks}
+    if differing:
+        listed = ", ".join(f"{key} (rank {', '.join(map(str, ranks))})" for key, ranks in list(differing.items())[:8])
+        more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
+        raise RuntimeError(f"{name} must be equal on all ranks but differs from rank 0: {listed}{more}")

@@ -1,0 +1,152 @@
+"""Real processes for the tests: `launch` for scripts, `spawn` for functions."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "accelerate_configs"
+
+# Of a launcher that may be around the test run: what it says is not about the processes started here.
+_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def free_port() -> int:
+    """A TCP port that nobody uses at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment of a test process: one thread, no network, no GPU, nothing of a surrounding launcher."""
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in _LAUNCHER_VARIABLES and not key.startswith(("ACCELERATE_", "TORCHELASTIC_"))
+    }
+    kept |= {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p),
+    }
+    return kept | extra
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """End a process and everything it started, each by its id: torchrun's workers are not in the group of torchrun."""
+    try:
+        started = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        started = []
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    for child in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+
+
+def run(
+    command: Sequence[str | os.PathLike],
+    *,
+    env: dict[str, str] | None = None,
+    cwd: str | os.PathLike = ROOT,
+    timeout: float = 300,
+) -> subprocess.CompletedProcess:
+    """Run a command in its own process group and return its output as text.
+
+    Raises:
+        subprocess.TimeoutExpired: after `timeout` seconds, with the output so far; every process that the command
+            started has been ended then.
+    """
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=environment(**(env or {})),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except BaseException as error:
+        _kill(process)
+        stdout, stderr = process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            error.stdout, error.stderr = stdout, stderr
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def launch(
+    config_yaml: str | os.PathLike,
+    script: str | os.PathLike,
+    args: Sequence[str | os.PathLike] = (),
+    env: dict[str, str] | None = None,
+    timeout: float = 300,
+    launcher_args: Sequence[str] = (),
+) -> subprocess.CompletedProcess:
+    """Run `accelerate launch --config_file CONFIG SCRIPT ARGS` from the repository root.
+
+    Args:
+        config_yaml: a path, or the name of a file in `accelerate_configs/`.
+        script: the script to start.
+        args: its arguments.
+        env: environment variables on top of `environment()`.
+        timeout: seconds.
+        launcher_args: flags for the launcher itself.
+    """
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch"),
+        *("--config_file", CONFIGS / config_yaml, "--main_process_port", str(free_port())),
+        *launcher_args,
+        script,
+        *args,
+    ]
+    return run(command, env=env, timeout=timeout)
+
+
+def assert_succeeded(result: subprocess.CompletedProcess) -> None:
+    """Show the output of a failed command in the test report."""
+    assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout[-6000:]}\n{result.stderr[-6000:]}"
+
+
+def _spawned(rank: int, fn: Callable, world_size: int, folder: str, args: tuple) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    try:
+        torch.save(fn(*args), f"{folder}/result{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def spawn(fn: Callable, world_size: int, *args: Any) -> list[Any]:
+    """Run `fn(*args)` in `world_size` gloo processes and return what each rank returned, in rank order.
+
+    `fn` has to be a function of a module (it is pickled). An exception on any rank is raised here.
+    """
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(
+            _spawned, args=(fn, world_size, folder, args), nprocs=world_size, join=True, start_method="spawn"
+        )
+        return [torch.load(f"{folder}/result{rank}.pt", weights_only=False) for rank in range(world_size)]
