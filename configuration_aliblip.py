@@ -54,8 +54,8 @@ def _check_positive_number(owner: str, **values: float) -> None:
 
 
 class AliBlipVisionConfig(PreTrainedConfig):
-    """The ViT. `image_size` and `patch_size` are in pixels of a square; `drop_path_rate` is the stochastic-depth rate of
-    the last layer (it rises linearly from 0)."""
+    """The ViT. `image_size` and `patch_size` are in pixels of a square; `drop_path_rate` is the stochastic-depth rate
+    of the last layer (it rises linearly from 0)."""
 
     model_type = "aliblip_vision_model"
     base_config_key = "vision_config"
@@ -150,7 +150,9 @@ class AliBlipTextConfig(PreTrainedConfig):
         )
         _check_positive_number("text_config", layer_norm_eps=layer_norm_eps, initializer_range=initializer_range)
         if not 0 <= pad_token_id < vocab_size:
-            raise ValueError(f"text_config.pad_token_id {pad_token_id} is outside the vocabulary of {vocab_size} tokens")
+            raise ValueError(
+                f"text_config.pad_token_id {pad_token_id} is outside the vocabulary of {vocab_size} tokens"
+            )
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.encoder_hidden_size = encoder_hidden_size
@@ -175,8 +177,8 @@ class AliBlipConfig(PreTrainedConfig):
             defaults.
         image_text_hidden_size: width of the shared embedding space (ITC).
         temperature_init: initial ITC temperature, the value of the `temp` parameter.
-        enc_token_id: id of `[ENC]`, the token that opens every cross-attention pass; None: the last id of the vocabulary,
-            where `AliBlipProcessor` puts it.
+        enc_token_id: id of `[ENC]`, the token that opens every cross-attention pass; None: the last id of the
+            vocabulary, where `AliBlipProcessor` puts it.
 
     Raises:
         ValueError: a value that no model can be built from, with what is accepted.
@@ -217,8 +219,8 @@ class AliBlipConfig(PreTrainedConfig):
 
     @classmethod
     def from_size(cls, size: str, *, vision_config: dict | None = None, text_config: dict | None = None, **kwargs):
-        """The configuration of a named size (`base`: ViT-B/16, `large`: ViT-L/16 with drop-path 0.1), with single fields
-        replaced by `vision_config` / `text_config`. Raises ValueError for a name that does not exist."""
+        """The configuration of a named size (`base`: ViT-B/16, `large`: ViT-L/16 with drop-path 0.1), with single
+        fields replaced by `vision_config` / `text_config`. Raises ValueError for a name that does not exist."""
         if size not in SIZES:
             raise ValueError(f"there is no size {size!r}: choose one of {', '.join(SIZES)}")
         return cls(

@@ -2,8 +2,8 @@
 
 Legend: B rows of a batch, K keys of a contrastive row (own batch and queue), E embedding width.
 
-ITC, image-text contrastive with soft targets from momentum encoders: ALBEF, https://arxiv.org/abs/2107.07651, section 3.2.
-ITM, image-text matching with hard negatives: the same, and BLIP, https://arxiv.org/abs/2201.12086, section 3.2.
+ITC, image-text contrastive with soft targets from momentum encoders: ALBEF, https://arxiv.org/abs/2107.07651, section
+3.2. ITM, image-text matching with hard negatives: the same, and BLIP, https://arxiv.org/abs/2201.12086, section 3.2.
 """
 
 import torch
@@ -77,7 +77,8 @@ def hard_negatives(
 
 
 def itm_loss(logits: Tensor, is_match: Tensor) -> Tensor:
-    """Cross-entropy of (M, 2) match logits, column 1 = match, against (M,) bool, in nats, mean over the pairs; fp32 scalar.
+    """Cross-entropy of (M, 2) match logits, column 1 = match, against (M,) bool, in nats, mean over the pairs; fp32
+    scalar.
 
     A head that always answers the prior of one match in three pairs scores 0.6365.
     """
@@ -94,8 +95,8 @@ def itm_pairs(negative_image: Tensor, image_exists: Tensor, negative_text: Tenso
         text_exists: (B,) bool, images that have a negative text.
 
     Returns:
-        image_index, text_index: (M,) int64 with B <= M <= 3 B; is_match: (M,) bool. Rows without a possible negative are
-        left out of that block. The indices of the B own rows are 0..B-1 in both.
+        image_index, text_index: (M,) int64 with B <= M <= 3 B; is_match: (M,) bool. Rows without a possible negative
+        are left out of that block. The indices of the B own rows are 0..B-1 in both.
     """
     own = torch.arange(negative_image.shape[0], device=negative_image.device)
     image_index = torch.cat([own, negative_image[image_exists], own[text_exists]])

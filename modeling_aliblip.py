@@ -95,7 +95,8 @@ class AliBlipPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Truncated-normal initialisation as BLIP trains from scratch; also what fills a key that a checkpoint lacks."""
+        """Truncated-normal initialisation as BLIP trains from scratch; also what fills a key that a checkpoint
+        lacks."""
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
             init.trunc_normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             if getattr(module, "bias", None) is not None:
@@ -210,7 +211,8 @@ class AliBlipVisionEncoder(nn.Module):
 
 
 class AliBlipVisionModel(AliBlipPreTrainedModel):
-    """Pre-norm ViT (https://arxiv.org/abs/2010.11929) without a pooler: pixels (B, 3, height, width) -> tokens (B, P, D)."""
+    """Pre-norm ViT (https://arxiv.org/abs/2010.11929) without a pooler: pixels (B, 3, height, width) -> tokens (B, P,
+    D)."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -416,7 +418,8 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
         """As in transformers, but nothing is left to chance: raises ValueError naming every weight that the checkpoint
-        lacks, has too many or has in another shape. The temperature alone may be missing (transformers' BLIP has none)."""
+        lacks, has too many or has in another shape. The temperature alone may be missing (transformers' BLIP has
+        none)."""
         # Without the flag transformers raises first, and its message doesn't say which weights.
         shapes_may_differ = kwargs.pop("ignore_mismatched_sizes", False)
         model, info = super().from_pretrained(
@@ -445,7 +448,8 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
         self.text_encoder.embeddings.word_embeddings = value
 
     def set_checkpointed_layers(self, vision: int | None = None, text: int | None = None) -> None:
-        """Recompute the activations of the last `vision` ViT layers and the last `text` BERT layers in the backward pass;
+        """Recompute the activations of the last `vision` ViT layers and the last `text` BERT layers in the backward
+        pass;
         None: all, 0: none. Finer than transformers' all-or-nothing switch, which works too.
 
         Raises:
@@ -487,13 +491,15 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
     def get_image_features(
         self, pixel_values: Tensor, interpolate_pos_encoding: bool = False
     ) -> BaseModelOutputWithPooling:
-        """Photos (B, 3, height, width) -> `last_hidden_state` tokens (B, P, D), `pooler_output` unit features (B, E)."""
+        """Photos (B, 3, height, width) -> `last_hidden_state` tokens (B, P, D), `pooler_output` unit features (B,
+        E)."""
         tokens = self.vision_model(pixel_values, interpolate_pos_encoding)
         features = F.normalize(self.vision_proj(tokens[:, 0]), dim=-1)
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=features)
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutputWithPooling:
-        """Titles (B, L) -> `last_hidden_state` tokens (B, L, D), `pooler_output` unit features (B, E); no image is seen."""
+        """Titles (B, L) -> `last_hidden_state` tokens (B, L, D), `pooler_output` unit features (B, E); no image is
+        seen."""
         tokens = self.text_encoder(input_ids, attention_mask)
         features = F.normalize(self.text_proj(tokens[:, 0]), dim=-1)
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=features)
@@ -509,10 +515,9 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
         image: in a pair of one title and one image it is most of the work."""
         return tuple(layer.crossattention.self.project(image_tokens) for layer in self.text_encoder.encoder.layer)
 
-    def match(
-        self, input_ids: Tensor, attention_mask: Tensor | None, image_kv: ImageKV, image_index: Tensor
-    ) -> Tensor:
-        """Match logits of M pairs: title m (row m of input_ids (M, L)) with image image_index[m] of the N in `image_kv`.
+    def match(self, input_ids: Tensor, attention_mask: Tensor | None, image_kv: ImageKV, image_index: Tensor) -> Tensor:
+        """Match logits of M pairs: title m (row m of input_ids (M, L)) with image image_index[m] of the N in
+        `image_kv`.
 
         Returns:
             (M, 2), column 1 = match. With N = 1 all titles share one dense attention over the image.
@@ -536,7 +541,8 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
         Args:
             pixel_values: (images, 3, height, width).
             input_ids, attention_mask: (titles, L).
-            product_id: (B,) int64; rows of equal id are positives of each other. None: every row is a product of its own.
+            product_id: (B,) int64; rows of equal id are positives of each other. None: every row is a product of its
+            own.
             return_loss: also the in-batch loss, ITC + ITM with one hard negative per side. It has no momentum encoders
                 and no queue: for full training use `train.py`.
 

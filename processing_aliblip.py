@@ -22,7 +22,9 @@ class AliBlipProcessor(ProcessorMixin):
 
     def __init__(self, image_processor=None, tokenizer=None, max_length: int = 35, **kwargs):
         if tokenizer is None:
-            raise ValueError("AliBlipProcessor needs a tokenizer: give a fast WordPiece tokenizer such as BertTokenizer")
+            raise ValueError(
+                "AliBlipProcessor needs a tokenizer: give a fast WordPiece tokenizer such as BertTokenizer"
+            )
         if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 3:
             raise ValueError(f"max_length is {max_length!r}: it must be a whole number of at least 3 tokens")
         if image_processor is None:
@@ -31,9 +33,14 @@ class AliBlipProcessor(ProcessorMixin):
             # The automatic class prefers torchvision where it is installed, and resizes differently then.
             settings = image_processor.to_dict()
             image_processor = BlipImageProcessorPil(
-                **{key: value for key, value in settings.items() if key in BlipImageProcessorPil.valid_kwargs.__annotations__}
+                **{
+                    key: value
+                    for key, value in settings.items()
+                    if key in BlipImageProcessorPil.valid_kwargs.__annotations__
+                }
             )
-        # BLIP's order and roles: [DEC] is the first added id, [ENC] the second (30522 and 30523 with BERT's vocabulary).
+        # BLIP's order and roles: [DEC] is the first added id, [ENC] the second (30522 and 30523 with BERT's
+        # vocabulary).
         tokenizer.add_special_tokens({"bos_token": "[DEC]"})
         if "[ENC]" not in tokenizer.get_added_vocab():
             tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
@@ -51,7 +58,8 @@ class AliBlipProcessor(ProcessorMixin):
         return self.image_processor.size["height"]
 
     def __call__(self, images=None, text=None, **kwargs):
-        """Photos (PIL or arrays) and titles (str) to `pixel_values` (B, 3, H, H) and `input_ids`, `attention_mask` (B, L).
+        """Photos (PIL or arrays) and titles (str) to `pixel_values` (B, 3, H, H) and `input_ids`, `attention_mask` (B,
+        L).
 
         Titles are padded to the longest of the call and cut at `max_length` unless the call says otherwise.
         """

@@ -1,7 +1,7 @@
 """The library behind `train.py` and `evaluate_retrieval.py`: training and evaluation of AliBLIP.
 
-Importing it registers the classes of the root files with transformers, so that AutoConfig, AutoModel and AutoProcessor take
-this code for AliBLIP folders, and not the copy that lies in them.
+Importing it registers the classes of the root files with transformers, so that AutoConfig, AutoModel and AutoProcessor
+take this code for AliBLIP folders, and not the copy that lies in them.
 """
 
 from transformers import AutoConfig, AutoModel, AutoProcessor

@@ -14,12 +14,15 @@ import difflib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 from transformers import HfArgumentParser
+
+SECONDS_FOR_THE_FIRST_PROCESS = 30
 
 
 class UsageError(ValueError):
@@ -75,11 +78,14 @@ class TrainDataArguments(DataArguments):
     train_split_name: str = _option("train", "Split to train on.")
     validation_split_name: str = _option("validation", "Split to evaluate on.")
     train_file: str | None = _option(
-        None, 'Instead of a data set: a file or glob to train on; a JSON list of {"product": file, "caption": text} too.'
+        None,
+        'Instead of a data set: a file or glob to train on; a JSON list of {"product": file, "caption": text} too.',
     )
     validation_file: str | None = _option(None, "The same for the evaluation.")
     shuffle_window: int = _option(4096, "Rows that are permuted among themselves, undecoded; more mixes better.")
-    augmentation: str = _option("blip", "blip (crop, flip, RandAugment), crop_flip, or none.", choices=["blip", "crop_flip", "none"])
+    augmentation: str = _option(
+        "blip", "blip (crop, flip, RandAugment), crop_flip, or none.", choices=["blip", "crop_flip", "none"]
+    )
     min_crop_scale: float = _option(0.5, "Smallest area of the random resized crop, as a share of the photo.")
     horizontal_flip: bool = _option(True, "Mirror every second photo (not for catalogues where text or side matters).")
     max_skipped_fraction: float = _option(0.05, "Stop the run when more than this share of the rows is unusable.")
@@ -97,6 +103,9 @@ class TrainingArguments:
     max_train_steps: int | None = _option(None, "Optimizer steps to train, instead of epochs.")
     gradient_accumulation_steps: int = _option(1, "Batches per optimizer step.")
     learning_rate: float = _option(1e-5, "Peak learning rate of AdamW.")
+    temperature_learning_rate: float | None = _option(
+        None, "Peak learning rate of the ITC temperature (default: as the rest). A small one keeps it from collapsing."
+    )
     lr_scheduler_type: str = _option(
         "cosine", "Schedule of transformers by name (per step), or cosine_per_epoch as in the published code."
     )
@@ -111,7 +120,12 @@ class TrainingArguments:
     momentum: float = _option(0.995, "Share of the momentum encoders that stays at each step.")
     momentum_warmup: bool = _option(False, "Let the momentum encoders follow quickly at first.")
     momentum_dropout: bool = _option(False, "Keep dropout on in the momentum encoders, as the published code does.")
-    alpha: float = _option(0.4, "Weight of the momentum encoders' opinion in the ITC targets, from the second epoch on.")
+    alpha: float = _option(
+        0.4, "Weight of the momentum encoders' opinion in the ITC targets, from the second epoch on."
+    )
+    in_batch_itc: float = _option(
+        0.0, "Share of the ITC loss between present features of the batch, 0 to 1; 0: the published objective."
+    )
     negatives_from_all_ranks: bool = _option(False, "Choose ITM's hard negatives among all processes' batches.")
     hardest_negatives: bool = _option(False, "Take the most similar candidate as hard negative instead of drawing.")
     gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass: slower, less memory.")
@@ -119,7 +133,9 @@ class TrainingArguments:
     gradient_checkpointing_text_layers: int | None = _option(None, "Only the last so many BERT layers (default: all).")
     mixed_precision: str | None = _option(None, "no or bf16 (default: as the launcher says).", choices=["no", "bf16"])
     seed: int = _option(42, "Seed of weights, order, augmentation, dropout and negatives.")
-    k_rerank: int | None = _option(None, "Candidates that ITM re-ranks in the evaluation (default: 128 or the gallery).")
+    k_rerank: int | None = _option(
+        None, "Candidates that ITM re-ranks in the evaluation (default: 128 or the gallery)."
+    )
     evaluate_every: int = _option(1, "Evaluate every so many epochs, and after the last; 0: never.")
     logging_steps: int = _option(50, "Optimizer steps between log lines.")
     report_to: str = _option("none", "Trackers of accelerate: tensorboard, wandb, ..., all or none.")
@@ -160,7 +176,10 @@ def parse(dataclass_types: Sequence[type], argv: Sequence[str] | None = None, de
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(
-        dataclass_types, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        dataclass_types,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", help="Recipe: a YAML mapping of these flags' names to values; flags override it.")
     names = {f.name: f for dataclass_type in dataclass_types for f in dataclasses.fields(dataclass_type)}
@@ -192,7 +211,9 @@ def _recipe_flags(path: str, names: dict) -> list[str]:
     except yaml.YAMLError as error:
         raise UsageError(f"the recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict):
-        raise UsageError(f"the recipe {path} holds a {type(recipe).__name__}: it must be a mapping of flag names to values")
+        raise UsageError(
+            f"the recipe {path} holds a {type(recipe).__name__}: it must be a mapping of flag names to values"
+        )
     flags = []
     for key, value in recipe.items():
         if key not in names:
@@ -219,9 +240,11 @@ def json_mapping(name: str, text: str | None) -> dict:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UsageError(f"--{name} is not valid JSON ({error}): give an object such as {{\"hidden_size\": 192}}") from error
+        raise UsageError(
+            f'--{name} is not valid JSON ({error}): give an object such as {{"hidden_size": 192}}'
+        ) from error
     if not isinstance(value, dict):
-        raise UsageError(f"--{name} is a {type(value).__name__}: give a JSON object such as {{\"hidden_size\": 192}}")
+        raise UsageError(f'--{name} is a {type(value).__name__}: give a JSON object such as {{"hidden_size": 192}}')
     return value
 
 
@@ -238,12 +261,17 @@ def check_range(**ranges) -> None:
 
 
 def main_with_usage_errors(name: str, main: Callable[[], None]) -> None:
-    """Run a script's `main`; a UsageError ends it with exit code 2 and one line, printed by the first process only."""
+    """Run a script's `main`; a UsageError ends it with exit code 2 and one line, printed by the first process.
+
+    The other processes of a launch meet the same mistake. They wait: a launcher ends all processes as soon as one has
+    failed, so one that left first would cut the line off. Whoever is still there after that met a mistake of its own.
+    """
     try:
         main()
     except UsageError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"{name}: error: {error}", file=sys.stderr, flush=True)
+        if int(os.environ.get("RANK", "0")) != 0:
+            time.sleep(SECONDS_FOR_THE_FIRST_PROCESS)
+        print(f"{name}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 

@@ -1,6 +1,8 @@
-"""Writing models and checkpoints: beside the old ones first, then swapped in, so that a crash leaves the old ones usable.
+"""Writing models and checkpoints: beside the old ones first, then swapped in, so that a crash leaves the old ones
+usable.
 
-Two kinds of folders. A *model* (`best/`, `last/`) is what `from_pretrained` loads: fp32 weights, configuration, processor,
+Two kinds of folders. A *model* (`best/`, `last/`) is what `from_pretrained` loads: fp32 weights, configuration,
+processor,
 the Hub files. A *checkpoint* (`checkpoint-120/`) is what a run resumes from: weights, optimizer, momentum encoders,
 queues and random states as accelerate saves them, and `progress.json`.
 """
@@ -14,7 +16,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from aliblip.accelerator import fp32_value
+from aliblip.accelerator import fp32_state_dict
 from aliblip.arguments import UsageError
 from aliblip.distributed import barrier, is_main
 
@@ -47,7 +49,7 @@ def save_model(model, processor, folder: Path, results: dict | None = None) -> N
         folder: replaced where it exists.
         results: an evaluation of these weights, saved as `results.json`.
     """
-    state = {name: fp32_value(parameter).cpu() for name, parameter in model.named_parameters()}
+    state = fp32_state_dict(model)
     if is_main():
         beside = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(beside, ignore_errors=True)

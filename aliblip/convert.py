@@ -35,8 +35,8 @@ def our_name(original: str) -> str:
 
 
 def split_original(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """An original state dict as the model's weights, the momentum encoders' weights (both under our names) and the queues
-    (original names and layout: features (E, Q), `idx_queue` (1, Q), -100 in a slot not yet filled)."""
+    """An original state dict as the model's weights, the momentum encoders' weights (both under our names) and the
+    queues (original names and layout: features (E, Q), `idx_queue` (1, Q), -100 in a slot not yet filled)."""
     weights, momentum, queues = {}, {}, {}
     for name, value in state.items():
         if name in _QUEUE_NAMES:

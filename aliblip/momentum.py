@@ -4,7 +4,8 @@ MoCo (https://arxiv.org/abs/1911.05722) for the queue, ALBEF (https://arxiv.org/
 
 Legend: B rows of a batch on one rank, G rows of all ranks, Q queue slots, E width of the features.
 
-This state is not part of the model and never goes through `accelerator.prepare`: DDP would broadcast the queues at every
+This state is not part of the model and never goes through `accelerator.prepare`: DDP would broadcast the queues at
+every
 forward, and an engine that casts to bf16 would stop the average dead (a step of 0.005 of the distance is below the
 spacing of bf16). It stays in fp32 on every rank, equal on all of them, since each rank applies the same updates.
 """
@@ -39,8 +40,8 @@ class MomentumState(nn.Module):
 
     Args:
         model: the model that is trained, unwrapped and with its initial weights: has `get_image_features(pixel_values)`
-            and `get_text_features(input_ids, attention_mask)`. It is copied; cross-attention and the matching head, which
-            the features don't need, are left out of the copy.
+            and `get_text_features(input_ids, attention_mask)`. It is copied; cross-attention and the matching head,
+            which the features don't need, are left out of the copy.
         queue_size: slots of each queue; any size from 1.
         embedding_size: width of the features.
         momentum: share of the average that stays at each update.
@@ -99,7 +100,8 @@ class MomentumState(nn.Module):
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Move the average towards the (unwrapped) model's present weights: once per optimizer step, before `encode`."""
+        """Move the average towards the (unwrapped) model's present weights: once per optimizer step, before
+        `encode`."""
         keep = min(self.momentum, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.momentum
         trained = dict(model.named_parameters())
         for name, average in self.encoders.named_parameters():
@@ -134,7 +136,8 @@ class MomentumState(nn.Module):
         """
         image, text = all_gather(torch.cat([targets.image, targets.text], dim=1)).chunk(2, dim=1)  # (G, E) each
         product_id = all_gather(product_id)  # (G,)
-        # Of a batch larger than the queue only the last rows would survive: writing just these keeps the slots distinct.
+        # Of a batch larger than the queue only the last rows would survive: writing just these keeps the slots
+        # distinct.
         rows = min(product_id.shape[0], self.queue_size)
         dropped = product_id.shape[0] - rows
         slots = (self.pointer + dropped + torch.arange(rows, device=product_id.device)) % self.queue_size

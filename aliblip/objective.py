@@ -28,9 +28,10 @@ class ObjectiveOutput:
 def match_by_length(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, image_kv, image_index: Tensor, buckets: int = 4
 ) -> Tensor:
-    """`model.match` without most of the padding: the pairs in a few groups of similar length, each as long as its longest
-    title. Titles differ much in length (half of them are padding in a typical batch), and the pairs are most of a step's
-    work. The logits are those of one call, up to the order of float sums; dropout draws other masks.
+    """`model.match` without most of the padding: the pairs in a few groups of similar length, each as long as its
+    longest
+    title. Titles differ much in length (half of them are padding in a typical batch), and the pairs are most of a
+    step's work. The logits are those of one call, up to the order of float sums; dropout draws other masks.
 
     Args:
         input_ids, attention_mask: (M, L), padded on the right.
@@ -55,16 +56,28 @@ class RetrievalObjective(nn.Module):
 
     Args:
         model: has `get_image_features`, `get_text_features`, `project_image_kv`, `match` and the temperature `temp`.
-        negatives_from_all_ranks: take ITM's hard negatives from every rank's batch, with gradient, and not only from the
-            own one.
+        negatives_from_all_ranks: take ITM's hard negatives from every rank's batch, with gradient, and not only from
+            the own one.
         hardest_negatives: take the most similar candidate instead of drawing by similarity.
+        in_batch_itc: share of the ITC loss, 0 to 1, that contrasts the present features of all ranks' batches with each
+            other (CLIP, https://arxiv.org/abs/2103.00020) instead of with momentum features and queue. Momentum features
+            lag behind, and no gradient flows into them: from scratch and on small data a share of this loss learns
+            several times faster. 0 is the published objective.
     """
 
-    def __init__(self, model: nn.Module, *, negatives_from_all_ranks: bool = False, hardest_negatives: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        negatives_from_all_ranks: bool = False,
+        hardest_negatives: bool = False,
+        in_batch_itc: float = 0.0,
+    ):
         super().__init__()
         self.model = model
         self.negatives_from_all_ranks = negatives_from_all_ranks
         self.hardest_negatives = hardest_negatives
+        self.in_batch_itc = in_batch_itc
 
     def forward(self, batch: dict[str, Tensor], targets, alpha: float) -> ObjectiveOutput:
         """One batch to its loss.
@@ -86,6 +99,9 @@ class RetrievalObjective(nn.Module):
         temperature = self.model.temp.float()
 
         itc, positive = self._itc(image_features, text_features, product_id, targets, temperature, alpha)
+        if self.in_batch_itc:
+            in_batch = self._in_batch_itc(image_features, text_features, product_id, temperature)
+            itc = (1.0 - self.in_batch_itc) * itc + self.in_batch_itc * in_batch
         itm, itm_report = self._itm(batch, image.last_hidden_state, image_features, text_features, temperature)
         report = {
             "temperature": temperature.detach().squeeze(),
@@ -105,6 +121,13 @@ class RetrievalObjective(nn.Module):
         image_to_text = itc_loss(image_features @ text_keys.t() / temperature, to_text)
         text_to_image = itc_loss(text_features @ image_keys.t() / temperature, to_image)
         return (image_to_text + text_to_image) / 2, positive
+
+    def _in_batch_itc(self, image_features, text_features, product_id, temperature) -> Tensor:
+        image_keys, text_keys = all_gather_with_grad(image_features), all_gather_with_grad(text_features)  # (G, E)
+        targets = soft_targets(positives(product_id, all_gather(product_id)))  # (B, G)
+        image_to_text = itc_loss(image_features @ text_keys.t() / temperature, targets)
+        text_to_image = itc_loss(text_features @ image_keys.t() / temperature, targets)
+        return (image_to_text + text_to_image) / 2
 
     def _itm(self, batch, image_tokens, image_features, text_features, temperature) -> tuple[Tensor, dict[str, Tensor]]:
         images, texts, masks = image_tokens, batch["input_ids"], batch["attention_mask"]
@@ -142,7 +165,9 @@ class RetrievalObjective(nn.Module):
             report = {
                 "itm_accuracy_positive": positives_right.mean(),
                 # A batch of one product has no negatives: 0 pairs are not 0 % right.
-                "itm_accuracy_negative": negatives_right.mean() if len(negatives_right) else logits.new_ones(()).float(),
+                "itm_accuracy_negative": negatives_right.mean()
+                if len(negatives_right)
+                else logits.new_ones(()).float(),
                 "rows_without_negative": (~image_exists).sum() + (~text_exists).sum(),
             }
         return itm_loss(logits, is_match), report

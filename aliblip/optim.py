@@ -16,24 +16,37 @@ from transformers import SchedulerType, get_scheduler
 COSINE_PER_EPOCH = "cosine_per_epoch"
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, decay_everything: bool = False) -> list[dict]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, decay_everything: bool = False, temperature_scale: float = 1.0
+) -> list[dict]:
     """AdamW's parameter groups, trainable parameters only.
 
-    Biases, LayerNorm weights and the temperature (all that has one dimension) and the class and position embeddings are not decayed, as is usual for
-    transformers; `decay_everything` decays all, as the published retrieval code does.
+    Args:
+        model: any module; the ITC temperature is the parameter named `temp`.
+        weight_decay: of the weight matrices and the word and position tables. Everything with one dimension (biases,
+            LayerNorms, the temperature) and the class token are not decayed, as is usual for transformers.
+        decay_everything: decay all, as the published retrieval code does.
+        temperature_scale: the temperature's learning rate as a share of the others' (group entry "lr_scale").
 
     Raises:
         ValueError: no parameter is trainable.
     """
-    decayed, plain = [], []
+    groups: dict[tuple[bool, bool], list] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            matrix = parameter.dim() > 1 and not name.endswith(("class_embedding", "position_embedding"))
-            (decayed if decay_everything or matrix else plain).append(parameter)
-    if not decayed and not plain:
+            matrix = parameter.dim() > 1 and not name.endswith("class_embedding")
+            is_temperature = name.rpartition(".")[2] == "temp" and temperature_scale != 1.0
+            groups.setdefault((decay_everything or matrix, is_temperature), []).append(parameter)
+    if not groups:
         raise ValueError("the model has no trainable parameter: unfreeze some before training")
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]  # DeepSpeed refuses an empty group
+    return [
+        {
+            "params": parameters,
+            "weight_decay": weight_decay if decayed else 0.0,
+            "lr_scale": temperature_scale if is_temperature else 1.0,
+        }
+        for (decayed, is_temperature), parameters in groups.items()
+    ]
 
 
 def learning_rate_schedule(
@@ -76,16 +89,18 @@ def learning_rate_schedule(
 def set_learning_rate(optimizer, learning_rate: float) -> None:
     """Set the learning rate of every group; also of an optimizer that accelerate or DeepSpeed wrapped."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
 
 def alpha_schedule(alpha: float, micro_step: int, micro_steps_per_epoch: int) -> float:
-    """Weight of the momentum opinion: from 0 linearly to `alpha` over the micro-batches of the first epoch, then constant."""
+    """Weight of the momentum opinion: from 0 linearly to `alpha` over the micro-batches of the first epoch, then
+    constant."""
     return alpha * min(1.0, micro_step / micro_steps_per_epoch)
 
 
 def total_optimizer_steps(steps_per_epoch: int, num_train_epochs: float, max_train_steps: int | None) -> int:
-    """Optimizer steps of the run: `max_train_steps` where given, otherwise the epochs' worth, a fraction of one rounded up.
+    """Optimizer steps of the run: `max_train_steps` where given, otherwise the epochs' worth, a fraction of one rounded
+    up.
 
     Raises:
         ValueError: nothing to train.
@@ -93,7 +108,8 @@ def total_optimizer_steps(steps_per_epoch: int, num_train_epochs: float, max_tra
     total = max_train_steps if max_train_steps is not None else math.ceil(num_train_epochs * steps_per_epoch)
     if total < 1:
         raise ValueError(
-            f"nothing to train: num_train_epochs {num_train_epochs}, max_train_steps {max_train_steps}; give more than 0"
+            f"nothing to train: num_train_epochs {num_train_epochs}, max_train_steps {max_train_steps}; give more "
+            "than 0"
         )
     return total
 

@@ -75,7 +75,10 @@ def test_rows_of_one_product_have_no_negative_and_are_left_out():
 
 def test_pairs_of_an_itm_step():
     image_index, text_index, is_match = itm_pairs(
-        torch.tensor([1, 0, 1]), torch.tensor([True, True, False]), torch.tensor([2, 0, 0]), torch.tensor([True, False, True])
+        torch.tensor([1, 0, 1]),
+        torch.tensor([True, True, False]),
+        torch.tensor([2, 0, 0]),
+        torch.tensor([True, False, True]),
     )
     assert list(zip(image_index.tolist(), text_index.tolist(), is_match.tolist(), strict=True)) == [
         *[(0, 0, True), (1, 1, True), (2, 2, True)],

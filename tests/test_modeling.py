@@ -89,7 +89,9 @@ def test_resize_image_survives_a_round_trip(tmp_path):
         again = AliBlipForImageTextRetrieval.from_pretrained(tmp_path).eval()
         assert again.config.vision_config.image_size == 48
         assert torch.equal(again.encode_image(images), model.encode_image(images))
-    with pytest.raises(ValueError, match="50 is not divisible by the patch size 8: choose a multiple of 8, for example 48"):
+    with pytest.raises(
+        ValueError, match="50 is not divisible by the patch size 8: choose a multiple of 8, for example 48"
+    ):
         model.resize_image(50)
 
 
@@ -100,7 +102,10 @@ def test_match_of_one_image_equals_match_of_copies(rows):
     with torch.no_grad():
         tokens = model.encode_image(batch["pixel_values"][:1])
         dense = model.match(
-            batch["input_ids"], batch["attention_mask"], model.project_image_kv(tokens), torch.zeros(rows, dtype=torch.long)
+            batch["input_ids"],
+            batch["attention_mask"],
+            model.project_image_kv(tokens),
+            torch.zeros(rows, dtype=torch.long),
         )
         copies = model.project_image_kv(tokens.expand(rows + 1, -1, -1))
         plain = model.match(batch["input_ids"], batch["attention_mask"], copies, torch.arange(rows))
@@ -159,7 +164,10 @@ def test_gradient_checkpointing_changes_no_gradient(layers):
     loss, expected = gradients(tiny.model(**changes), batch)
     model = tiny.model(**changes)
     model.set_checkpointed_layers(*layers)
-    on = [layer.gradient_checkpointing for layer in (*model.vision_model.encoder.layers, *model.text_encoder.encoder.layer)]
+    on = [
+        layer.gradient_checkpointing
+        for layer in (*model.vision_model.encoder.layers, *model.text_encoder.encoder.layer)
+    ]
     wanted = [2 if n is None else n for n in layers]
     assert on == [i >= 2 - wanted[0] for i in range(2)] + [i >= 2 - wanted[1] for i in range(2)]
     again, got = gradients(model, batch)
@@ -195,7 +203,9 @@ def test_initialisation_trains_from_scratch():
     model = tiny.model(vision_config={"hidden_size": 128}, text_config={"hidden_size": 128})
     for name, parameter in model.named_parameters():
         if name == "temp":
-            assert parameter.dtype == torch.float32 and parameter.shape == (1,) and parameter.item() == pytest.approx(0.07)
+            assert (
+                parameter.dtype == torch.float32 and parameter.shape == (1,) and parameter.item() == pytest.approx(0.07)
+            )
         elif parameter.dim() > 1:
             assert parameter.std().item() == pytest.approx(0.02, rel=0.2), name
             assert parameter.abs().max().item() < 0.11, name  # truncated
@@ -251,7 +261,9 @@ def test_named_sizes():
     assert (large.vision_config.hidden_size, large.vision_config.num_hidden_layers) == (1024, 24)
     assert large.vision_config.drop_path_rate == 0.1 and large.vision_config.num_attention_heads == 16
     assert large.text_config.encoder_hidden_size == 1024 and large.text_config.hidden_size == 768
-    assert base.image_text_hidden_size == 256 and base.enc_token_id == 30523 and base.text_config.num_attention_heads == 12
+    assert (
+        base.image_text_hidden_size == 256 and base.enc_token_id == 30523 and base.text_config.num_attention_heads == 12
+    )
     with pytest.raises(ValueError, match="no size 'huge': choose one of base, large"):
         AliBlipConfig.from_size("huge")
     again = AliBlipConfig.from_dict(large.to_dict())
@@ -286,7 +298,9 @@ def test_loss_needs_pairs_and_respects_products():
     assert out.logits_per_image.shape == (2, 4) and out.itm_logits is None and out.loss is None
     with pytest.raises(ValueError, match="2 images and 4 titles"):
         model(batch["pixel_values"][:2], batch["input_ids"], batch["attention_mask"], return_loss=True)
-    one_product = torch.zeros(4, dtype=torch.long)  # no negatives: ITC against equal shares, ITM on the four pairs alone
+    one_product = torch.zeros(
+        4, dtype=torch.long
+    )  # no negatives: ITC against equal shares, ITM on the four pairs alone
     out = model(batch["pixel_values"], batch["input_ids"], batch["attention_mask"], one_product, return_loss=True)
     shares = torch.full((4, 4), 0.25)
     cross_entropy = torch.nn.functional.cross_entropy

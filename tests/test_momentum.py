@@ -15,8 +15,6 @@ def state(queue_size: int = 10, **options) -> MomentumState:
     return MomentumState(tiny.model(), queue_size=queue_size, embedding_size=16, **options)
 
 
-
-
 def test_average_follows_the_formula_and_holds_no_gradient():
     model = tiny.model()
     momentum = MomentumState(model, queue_size=4, embedding_size=16, momentum=0.9)

@@ -37,7 +37,10 @@ def load(run: Path):
     vision = {**expected["vision"]}
     config = AliBlipConfig(
         vision_config={
-            **{key: vision[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "layer_norm_eps")},
+            **{
+                key: vision[key]
+                for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "layer_norm_eps")
+            },
             "intermediate_size": int(vision["hidden_size"] * vision["mlp_ratio"]),
             "image_size": expected["image_size"],
             "patch_size": expected["patch_size"],
@@ -67,7 +70,9 @@ def load_momentum(expected, model, weights, queues) -> MomentumState:
         momentum=expected["momentum"],
     )
     # The recordings also average the cross-attention, which no feature depends on.
-    state.encoders.load_state_dict({name: weights[name] for name in state.encoders.state_dict() if name != "temp"}, strict=False)
+    state.encoders.load_state_dict(
+        {name: weights[name] for name in state.encoders.state_dict() if name != "temp"}, strict=False
+    )
     state.image_queue.copy_(queues["image_queue"].t())
     state.text_queue.copy_(queues["text_queue"].t())
     ids = queues["idx_queue"].flatten()
@@ -204,7 +209,9 @@ def test_evaluation_equals_the_recording(run):
     )
     torch.testing.assert_close(dense, data["itm_logits"], **close)
     everywhere = torch.arange(count).repeat_interleave(count), torch.arange(count).repeat(count)
-    paired = model.match(data["input_ids"][everywhere[1]], data["attention_mask"][everywhere[1]], image_kv, everywhere[0])
+    paired = model.match(
+        data["input_ids"][everywhere[1]], data["attention_mask"][everywhere[1]], image_kv, everywhere[0]
+    )
     torch.testing.assert_close(paired.view(count, count, 2), data["itm_logits"], **close)
 
     for name, scores in (("i2t", itc), ("t2i", itc.t())):

@@ -9,7 +9,7 @@ from configuration_aliblip import AliBlipConfig
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
 
-WORDS = "red blue green cotton steel small large cup shirt lamp chair shoe bag clock".split()
+WORDS = ["red", "blue", "green", "cotton", "steel", "small", "large", "cup", "shirt", "lamp", "chair", "shoe", "bag"]
 
 
 def config(image_size: int = 32, vocab_size: int = 64, **changes) -> AliBlipConfig:

@@ -1,0 +1,43 @@
+# make demo   draw a catalogue, train on it from scratch, evaluate, and make a picture of the results
+# make test   run the tests
+# make style  check style and formatting
+#
+# The first call sets up .venv. Another interpreter: make demo PYTHON=python3.12
+# A build of torch of your own choice (by default pip takes the one for your platform): install it into .venv first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test style clean
+
+help:
+	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
+
+# Set up again whenever the requirements change.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (several minutes the first time) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.installed
+	@echo "1/3 drawing the catalogue"
+	@$(BIN)/python demo/make_catalogue.py --output_dir demo/catalogue
+	@echo "2/3 training from scratch"
+	@$(LAUNCH) train.py --config recipes/demo.yaml
+	@echo "3/3 evaluating"
+	@$(LAUNCH) evaluate_retrieval.py --model_name_or_path demo/output/best --data_dir demo/catalogue \
+		--output_dir demo/output/evaluation --contact_sheet demo/output/contact_sheet.png
+
+test: $(VENV)/.installed
+	@$(BIN)/python -m pytest
+
+style: $(VENV)/.installed
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+clean:
+	rm -rf demo/catalogue demo/output outputs build dist .pytest_cache .ruff_cache *.egg-info

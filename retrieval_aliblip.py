@@ -1,0 +1,304 @@
+"""The two-stage retrieval engine of AliBLIP: exact search by embeddings (ITC), then re-ranking of the best pairs (ITM).
+
+    scores, ids = search(text_embeds, image_embeds, k=128)                    # stage 1, both directions
+    pairs = candidate_pairs(ids, ids_of_titles, num_images, num_texts)        # deduplicated, grouped by image
+    logits = rerank(model, tokens, groups, input_ids, attention_mask)         # stage 2, image by image
+    scores, ids = fuse(scores, ids, logits_of_the_candidates)
+
+Single process, pure functions; the model is a value that has `get_image_features`, `get_text_features`,
+`project_image_kv` and `match`. What is computed together depends on the arguments alone, never on who calls: equal
+arguments give equal bits.
+
+Most of the work of a pair is to project the image tokens to keys and values of every cross-attention layer. So all
+pairs of both directions are grouped by image: an image is projected once, scored with all its candidate titles, and
+dropped.
+
+Two-stage retrieval: ALBEF, https://arxiv.org/abs/2107.07651, section 4; BLIP, https://arxiv.org/abs/2201.12086.
+
+Legend: Q queries, N gallery items, n items of one chunk, k candidates of a query, E embedding, P image tokens, D width,
+T titles, L text tokens, M pairs.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+QUERY_BLOCK = 1024
+GALLERY_CHUNK = 16384
+RERANK_BATCH_TOKENS = 8192
+
+# A further bucket of titles costs about as much as this many padded text tokens: few large buckets, not many small
+# ones.
+_BUCKET_TOKENS = 128
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
+    """Mixed precision of the model's passes; None leaves them in the type of the weights."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def embed_images(model, pixel_values: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """One pass of the image tower for both stages.
+
+    Args:
+        pixel_values: (N, 3, H, W), moved to the model's device here.
+        dtype: type of the autocast, or None.
+
+    Returns:
+        Unit features (N, E) fp32 and image tokens (N, P, D) in the type of the pass, on the model's device.
+    """
+    device = _device(model)
+    with autocast(device, dtype):
+        output = model.get_image_features(pixel_values.to(device))
+    return output.pooler_output.float(), output.last_hidden_state
+
+
+def embed_texts(model, input_ids: Tensor, attention_mask: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Titles (N, L) to unit features (N, E) fp32 on the model's device."""
+    device = _device(model)
+    with autocast(device, dtype):
+        output = model.get_text_features(input_ids.to(device), attention_mask.to(device))
+    return output.pooler_output.float()
+
+
+# --- stage 1: ITC -----------------------------------------------------------------------------------------------------
+
+
+def score_chunks(queries: Tensor, gallery: Tensor, chunk_size: int = GALLERY_CHUNK) -> Iterator[tuple[int, Tensor]]:
+    """Dot products of all queries (Q, E) with the gallery (N, E), `chunk_size` items at a time: `(start, (Q, n)
+    fp32)`."""
+    queries = queries.float()
+    for start in range(0, len(gallery), chunk_size):
+        yield start, queries @ gallery[start : start + chunk_size].float().t()
+
+
+def search(queries: Tensor, gallery: Tensor, k: int, chunk_size: int = GALLERY_CHUNK) -> tuple[Tensor, Tensor]:
+    """The `k` gallery items of highest dot product, exactly, best first; of equal scores the lower id comes first.
+
+    Memory grows with Q x k and with `QUERY_BLOCK` x `chunk_size`, never with Q x N.
+
+    Args:
+        queries: (Q, E), any float type; the products are fp32.
+        gallery: (N, E).
+        k: 1 to N.
+        chunk_size: gallery items scored at a time. Another size may change the last bits of a score.
+
+    Returns:
+        Scores (Q, k) fp32 and ids (Q, k) int64.
+
+    Raises:
+        ValueError: a `k` or `chunk_size` out of range, widths that differ, or values that are not finite (they have no
+            order).
+    """
+    if queries.dim() != 2 or gallery.dim() != 2 or queries.shape[1] != gallery.shape[1]:
+        raise ValueError(f"search takes (Q, E) and (N, E), got {tuple(queries.shape)} and {tuple(gallery.shape)}")
+    if not 1 <= k <= len(gallery):
+        raise ValueError(f"k is {k}, but the gallery has {len(gallery)} items: give a k from 1 to {len(gallery)}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}: give at least 1")
+    for name, values in (("queries", queries), ("gallery", gallery)):
+        if not values.isfinite().all():
+            raise ValueError(
+                f"the {name} hold values that are not finite: the model's weights or its precision are broken"
+            )
+    blocks = [_search_block(block, gallery, k, chunk_size) for block in queries.split(QUERY_BLOCK)]
+    return torch.cat([scores for scores, _ in blocks]), torch.cat([ids for _, ids in blocks])
+
+
+def _search_block(queries: Tensor, gallery: Tensor, k: int, chunk_size: int) -> tuple[Tensor, Tensor]:
+    best_scores = best_ids = None
+    for start, scores in score_chunks(queries, gallery, chunk_size):
+        chunk_scores, chunk_ids = _top_k(scores, min(k, scores.shape[1]))
+        chunk_ids = chunk_ids + start
+        if best_scores is not None:
+            # Everything found so far has lower ids than this chunk: first in the row, a stable sort keeps it first
+            # among equals.
+            chunk_scores = torch.cat([best_scores, chunk_scores], dim=1)
+            chunk_ids = torch.cat([best_ids, chunk_ids], dim=1)
+            chunk_scores, order = chunk_scores.sort(dim=1, descending=True, stable=True)
+            chunk_ids = chunk_ids.gather(1, order)
+        best_scores, best_ids = chunk_scores[:, :k], chunk_ids[:, :k]
+    return best_scores, best_ids
+
+
+def _top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """topk of (Q, n) with ties to the lower id, which torch.topk leaves open."""
+    count = min(k + 1, scores.shape[1])
+    values, ids = scores.topk(count, dim=1)
+    if count > k:
+        # Which of several items equal to the last one get in is open too: such rows are chosen again.
+        tied = (values[:, k - 1] == values[:, k]).nonzero().flatten()
+        ids = ids[:, :k].contiguous()
+        if len(tied):
+            row_scores, limit = scores[tied], values[tied, k - 1 : k]
+            above, equal = row_scores > limit, row_scores == limit
+            room = k - above.sum(dim=1, keepdim=True)
+            chosen = above | (equal & (equal.cumsum(dim=1) <= room))  # exactly k of each row
+            ids[tied] = chosen.nonzero()[:, 1].view(len(tied), k)
+    return order_by_score(scores.gather(1, ids), ids)
+
+
+def order_by_score(scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row of (Q, k) by falling score, of equal scores the lower id first."""
+    ids, order = ids.sort(dim=1)
+    scores, by_score = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return scores, ids.gather(1, by_score)
+
+
+# --- stage 2: ITM -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CandidatePairs:
+    """Distinct (image, title) pairs, sorted by image, then by title. `image_id`, `text_id` (M,) int64; `first` (images
+    + 1,):
+    the pairs of image i are `first[i] .. first[i + 1] - 1`."""
+
+    image_id: Tensor
+    text_id: Tensor
+    first: Tensor
+    num_texts: int
+
+    def __len__(self) -> int:
+        return len(self.image_id)
+
+    def texts_of(self, image_id: int) -> Tensor:
+        """Ids of the candidate titles of an image, rising, (m,) int64."""
+        return self.text_id[self.first[image_id] : self.first[image_id + 1]]
+
+    def locate(self, image_id: Tensor, text_id: Tensor) -> Tensor:
+        """Positions of pairs that are in the table; `image_id` and `text_id` are of one shape, or broadcast to one.
+
+        Raises:
+            KeyError: if a pair is not in the table.
+        """
+        keys = self.image_id * self.num_texts + self.text_id
+        wanted = image_id * self.num_texts + text_id
+        position = torch.searchsorted(keys, wanted).clamp(max=max(len(keys) - 1, 0))
+        if not len(keys) or not torch.equal(keys[position], wanted):
+            raise KeyError("some of the pairs asked for are not among the candidate pairs")
+        return position
+
+
+def candidate_pairs(image_ids: Tensor, text_ids: Tensor, num_images: int, num_texts: int) -> CandidatePairs:
+    """Collect the pairs of both directions, each once, grouped by image.
+
+    Args:
+        image_ids: (T, k) int64, row t: candidate images of title t. May have no rows.
+        text_ids: (N, k) int64, row i: candidate titles of image i. May have no rows.
+        num_images, num_texts: sizes of the two galleries.
+
+    Returns:
+        The pairs, on the CPU.
+
+    Raises:
+        ValueError: ids outside the galleries.
+    """
+    image_ids, text_ids = image_ids.cpu(), text_ids.cpu()
+    for name, ids, size in (("image", image_ids, num_images), ("text", text_ids, num_texts)):
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+            raise ValueError(
+                f"{name} ids from {int(ids.min())} to {int(ids.max())} given, the gallery has 0 to {size - 1}"
+            )
+    from_texts = image_ids * num_texts + torch.arange(len(image_ids))[:, None]
+    from_images = torch.arange(len(text_ids))[:, None] * num_texts + text_ids
+    keys = torch.cat([from_texts.flatten(), from_images.flatten()]).unique()  # sorted
+    image_id = keys // num_texts
+    first = torch.searchsorted(image_id, torch.arange(num_images + 1))
+    return CandidatePairs(image_id=image_id, text_id=keys % num_texts, first=first, num_texts=num_texts)
+
+
+def rerank(
+    model,
+    image_tokens: Tensor,
+    text_ids: Sequence[Tensor],
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    rerank_batch_tokens: int = RERANK_BATCH_TOKENS,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Match logits of some images with their candidate titles. Each image is projected once and dropped before the
+    next.
+
+    Args:
+        image_tokens: (N, P, D) of N images, on any device; moved to the model's one image at a time.
+        text_ids: N tensors (m_i,) int64, the candidate titles of each image; may be empty.
+        input_ids, attention_mask: (T, L) int64, all titles, padded on the right, on the CPU.
+        rerank_batch_tokens: bound on titles x longest title of one call of the model; a single title may exceed it.
+        dtype: type of the autocast, or None.
+
+    Returns:
+        (sum of m_i,) fp32 on the CPU: column 1 of the match logits, image by image, each in the order of its
+        `text_ids`.
+
+    Raises:
+        ValueError: if a title's attention mask is not ones followed by zeros, or the numbers of images differ.
+    """
+    if len(image_tokens) != len(text_ids):
+        raise ValueError(
+            f"{len(image_tokens)} images and {len(text_ids)} lists of titles given: one list per image is needed"
+        )
+    lengths = attention_mask.sum(dim=1)
+    if not torch.equal(attention_mask != 0, torch.arange(attention_mask.shape[1]) < lengths[:, None]):
+        raise ValueError("re-ranking takes titles padded on the right: set the tokenizer's padding_side to 'right'")
+    device = _device(model)
+    image_logits = []
+    with autocast(device, dtype):
+        for tokens, ids in zip(image_tokens, text_ids, strict=True):
+            if not len(ids):
+                continue
+            order, bounds = _buckets(lengths[ids], rerank_batch_tokens)
+            image_kv = model.project_image_kv(tokens[None].to(device))
+            logits = torch.empty(len(ids), device=device)
+            for start, stop in bounds:
+                chosen = order[start:stop]
+                titles = ids[chosen]
+                longest, shortest = int(lengths[titles[0]]), int(lengths[titles[-1]])
+                mask = attention_mask[titles, :longest].to(device) if shortest < longest else None
+                index = torch.zeros(len(titles), dtype=torch.int64, device=device)
+                matched = model.match(input_ids[titles, :longest].to(device), mask, image_kv, index)  # (m, 2)
+                logits[chosen.to(device)] = matched[:, 1].float()
+            image_logits.append(logits)
+    return torch.cat(image_logits).cpu() if image_logits else torch.empty(0)
+
+
+def _buckets(lengths: Tensor, batch_tokens: int) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Cut titles of these lengths (m,) into groups of similar length.
+
+    Returns:
+        The order of the titles (falling length, stable) and the groups as (start, stop) in that order. A group is
+        closed where its padding would cost more than one group more, and where it would exceed `batch_tokens`.
+    """
+    sorted_lengths, order = lengths.sort(descending=True, stable=True)
+    values = sorted_lengths.tolist()
+    bounds, start = [], 0
+    for position in range(1, len(values) + 1):
+        if position < len(values):
+            shorter = values[start] - values[position]
+            # As if all titles that follow had this length: they would be padded by `shorter` tokens each.
+            padding = shorter * (len(values) - position)
+            full = (position + 1 - start) * values[start] > batch_tokens
+            if not full and (padding < _BUCKET_TOKENS or values[position] == values[position - 1]):
+                continue
+        bounds.append((start, position))
+        start = position
+    return order, bounds
+
+
+def fuse(itc_scores: Tensor, ids: Tensor, itm_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Final order of re-ranked candidates: score = match logit + ITC similarity.
+
+    Args:
+        itc_scores, ids, itm_logits: (Q, k), one row of candidates per query.
+
+    Returns:
+        Scores (Q, k) fp32 and ids (Q, k) int64, best first, of equal scores the lower id first.
+    """
+    return order_by_score(itm_logits.float() + itc_scores.float(), ids)
+
+
+def _device(model) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,376 @@
+"""The whole evaluation: against every pair scored one by one, on one to three real processes, through the script."""
+
+import json
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, assert_succeeded, launch, run
+from PIL import Image
+from transformers import BertTokenizer, BlipImageProcessorPil
+
+import evaluate_retrieval as script
+from aliblip import evaluation
+from aliblip.arguments import UsageError, main_with_usage_errors
+from aliblip.data.collate import Collator
+from aliblip.data.loader import EvalLoader
+from aliblip.data.sources import open_source
+from aliblip.report import Hit, SheetRow, contact_sheet
+from configuration_aliblip import AliBlipConfig
+from modeling_aliblip import AliBlipForImageTextRetrieval
+from processing_aliblip import AliBlipProcessor
+
+COLOURS = ["red", "green", "blue", "white", "black", "pink"]
+THINGS = ["cap", "lamp", "shirt", "mug", "chair"]
+ROWS = 29
+BROKEN, UNTITLED = 11, 20
+K = 6
+UNIT = 4
+TOO_MANY = "k_rerank is 1000, but the gallery has 29 items: give a number from 1 to 29, or leave it out"
+
+
+@pytest.fixture(scope="session")
+def catalogue(tmp_path_factory):
+    """29 rows in an image folder; some products have several rows; one photo is damaged and one title empty."""
+    folder = tmp_path_factory.mktemp("catalogue")
+    (folder / "validation").mkdir()
+    generator = random.Random(0)
+    lines = []
+    for row in range(ROWS):
+        image = Image.new("RGB", (40, 30), tuple(generator.randrange(256) for _ in range(3)))
+        for _ in range(6):
+            box = [generator.randrange(30) for _ in range(2)]
+            image.paste(tuple(generator.randrange(256) for _ in range(3)), (*box, box[0] + 9, box[1] + 9))
+        name = f"{row:02}.png"
+        image.save(folder / "validation" / name)
+        # unlike titles: equal ones would be ties that the last bit of a padded batch decides
+        words = [generator.choice(COLOURS + THINGS) for _ in range(generator.randrange(3, 12))]
+        lines.append({"file_name": name, "caption": " ".join(words), "product_id": row % 23})
+    assert len({line["caption"] for line in lines}) == ROWS
+    (folder / "validation" / f"{BROKEN:02}.png").write_bytes(b"not a picture")
+    lines[UNTITLED]["caption"] = " "
+    (folder / "validation" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *COLOURS, *THINGS]
+    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(words)})
+    image_processor = BlipImageProcessorPil(size={"height": 32, "width": 32})
+    processor = AliBlipProcessor(image_processor, tokenizer)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = AliBlipConfig(
+        vision_config={**small, "image_size": 32, "patch_size": 16},
+        text_config={**small, "vocab_size": len(processor.tokenizer), "max_position_embeddings": 40},
+        image_text_hidden_size=16,
+        enc_token_id=processor.enc_token_id,
+    )
+    torch.manual_seed(0)
+    model = AliBlipForImageTextRetrieval(config)
+    for name, parameter in model.named_parameters():  # initial weights of 0.02 give scores too equal to be ranked
+        if parameter.dim() > 1 and name != "temp":
+            parameter.data.mul_(5)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(model_folder):
+    return AliBlipForImageTextRetrieval.from_pretrained(model_folder)
+
+
+@pytest.fixture(scope="session")
+def processor(model_folder):
+    return AliBlipProcessor.from_pretrained(model_folder)
+
+
+@pytest.fixture
+def loader(catalogue, processor):
+    source = open_source(data_dir=str(catalogue), split="validation")
+    return EvalLoader(source, Collator(processor), unit_size=UNIT, rank=0, world_size=1)
+
+
+def evaluate(model, loader, **options):
+    names = {"model_name": "m", "dataset_name": "d", "split": "validation"}
+    return evaluation.run_evaluation(model, loader, **{**names, "k_rerank": K, **options})
+
+
+def without_run(results):
+    return json.dumps({key: value for key, value in results.items() if key != "run"}, indent=2)
+
+
+@torch.no_grad()
+def slow_results(model, processor, catalogue):
+    """Every pair through the plain forward, full sorts, counting by hand."""
+    lines = [json.loads(line) for line in (catalogue / "validation" / "metadata.jsonl").read_text().splitlines()]
+    lines = [line for row, line in enumerate(lines) if row not in (BROKEN, UNTITLED)]
+    photos = [Image.open(catalogue / "validation" / line["file_name"]).convert("RGB") for line in lines]
+    pixels = processor(images=photos, return_tensors="pt")["pixel_values"]
+    products = [line["product_id"] for line in lines]
+    itc, itm = np.zeros((2, len(lines), len(lines)))
+    model.eval()
+    for t, line in enumerate(lines):
+        title = processor(text=[line["caption"]], return_tensors="pt")
+        for i in range(len(lines)):
+            output = model(pixels[i : i + 1], title["input_ids"], title["attention_mask"])
+            itc[t, i] = float(output.image_embeds[0] @ output.text_embeds[0])
+            itm[t, i] = itc[t, i] + float(output.itm_logits[0, 1])
+
+    def measured(rankings):
+        ranks = []
+        for query, ranking in enumerate(rankings):
+            ranks.append(next(place for place, item in enumerate(ranking, 1) if products[item] == products[query]))
+        result = {f"recall@{k}": sum(rank <= k for rank in ranks) / len(ranks) for k in (1, 5, 10)}
+        return {**result, "mean_recall": sum(result.values()) / 3, "median_rank": float(np.median(ranks))}, ranks
+
+    expected, all_rankings = {}, {}
+    for direction, first, second in (("text_to_image", itc, itm), ("image_to_text", itc.T, itm.T)):
+        rankings = [sorted(range(len(row)), key=lambda item: (-row[item], item)) for row in first]
+        final = []
+        for query, ranking in enumerate(rankings):
+            final.append(sorted(ranking[:K], key=lambda item: (-second[query, item], item)) + ranking[K:])
+        itc_numbers, ranks = measured(rankings)
+        expected[direction] = {
+            "itc": itc_numbers,
+            "itm": measured(final)[0],
+            "itc_recall@k_rerank": sum(rank <= K for rank in ranks) / len(ranks),
+        }
+        all_rankings[direction] = [ranking[:K] for ranking in final]
+    return expected, all_rankings
+
+
+def test_results_equal_every_pair_scored_one_by_one(model, processor, catalogue, loader):
+    expected, rankings = slow_results(model, processor, catalogue)
+    evaluated = evaluate(model, loader)
+    results = evaluated.results
+    assert list(results) == [
+        *("model", "dataset", "split", "num_images", "num_texts", "k_rerank"),
+        *("text_to_image", "image_to_text", "mean_recall", "run"),
+    ]
+    assert (results["num_images"], results["num_texts"], results["k_rerank"]) == (ROWS - 2, ROWS - 2, K)
+    for direction in ("text_to_image", "image_to_text"):
+        assert getattr(evaluated, direction).ids.tolist() == rankings[direction]
+        for stage in ("itc", "itm"):
+            assert results[direction][stage] == pytest.approx(expected[direction][stage])
+            assert list(results[direction][stage]) == [
+                "recall@1",
+                "recall@5",
+                "recall@10",
+                "mean_recall",
+                "median_rank",
+            ]
+        assert results[direction]["itc_recall@k_rerank"] == pytest.approx(expected[direction]["itc_recall@k_rerank"])
+        assert list(results[direction]) == ["itc", "itm", "itc_recall@k_rerank"]
+        # the example can tell the stages apart
+        assert not torch.equal(getattr(evaluated, direction).ids, getattr(evaluated, direction).itc_ids)
+    assert results["text_to_image"] != results["image_to_text"]
+    six = [expected[d]["itm"][f"recall@{k}"] for d in expected for k in (1, 5, 10)]
+    assert results["mean_recall"] == pytest.approx(sum(six) / 6)
+    assert set(results["run"]) == {"num_processes", "seconds", "versions"}
+    assert results["run"]["num_processes"] == 1 and results["run"]["seconds"] > 0
+
+
+def test_unusable_rows_are_left_out_and_listed(model, loader, tmp_path):
+    evaluated = evaluate(model, loader)
+    assert [row["row"] for row in evaluated.skipped] == [BROKEN, UNTITLED]
+    assert evaluated.rows.tolist() == [row for row in range(ROWS) if row not in (BROKEN, UNTITLED)]
+    path = evaluation.write_results(evaluated, tmp_path / "new")
+    assert json.loads(path.read_text()) == evaluated.results
+    listed = [json.loads(line) for line in (tmp_path / "new" / "skipped.jsonl").read_text().splitlines()]
+    assert listed == evaluated.skipped and listed[0]["name"] == f"{BROKEN:02}.png"
+    evaluated.skipped = []
+    evaluation.write_results(evaluated, tmp_path / "new")
+    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == ["results.json"]
+
+
+@pytest.mark.parametrize("memory_gb", [0.0, 3e-6])
+def test_image_tokens_encoded_again_change_nothing(model, loader, memory_gb, caplog):
+    with caplog.at_level("INFO", logger="aliblip"):
+        evaluated = evaluate(model, loader, image_token_memory_gb=memory_gb)
+    assert "encoded again" in caplog.text
+    expected = evaluate(model, loader)
+    assert without_run(evaluated.results) == without_run(expected.results)
+    for direction in ("text_to_image", "image_to_text"):
+        assert torch.equal(getattr(evaluated, direction).scores, getattr(expected, direction).scores)
+
+
+def test_chunks_and_token_budgets_change_scores_by_rounding_only(model, loader):
+    expected = evaluate(model, loader)
+    for options in ({"gallery_chunk": 5}, {"rerank_batch_tokens": 12}):
+        evaluated = evaluate(model, loader, **options)
+        for direction in ("text_to_image", "image_to_text"):
+            got, wanted = getattr(evaluated, direction), getattr(expected, direction)
+            torch.testing.assert_close(got.scores, wanted.scores, atol=1e-4, rtol=0)
+            torch.testing.assert_close(got.itc_scores, wanted.itc_scores, atol=1e-5, rtol=0)
+
+
+def test_bf16_stays_near(model, loader):
+    full, half = evaluate(model, loader), evaluate(model, loader, dtype=torch.bfloat16)
+    assert half.text_to_image.scores.dtype == torch.float32
+    torch.testing.assert_close(half.text_to_image.itc_scores, full.text_to_image.itc_scores, atol=0.03, rtol=0)
+
+
+def test_the_default_k_is_capped_to_the_gallery_and_said(model, loader, caplog):
+    with caplog.at_level("INFO", logger="aliblip"):
+        results = evaluation.evaluate_retrieval(
+            model, loader, model_name="m", dataset_name="d", split="validation", k_rerank=None
+        )
+    assert results["k_rerank"] == ROWS - 2
+    assert "k_rerank is the whole gallery, 27, instead of 128" in caplog.text
+    assert results["text_to_image"]["itc_recall@k_rerank"] == 1.0
+
+
+def test_training_state_is_left_alone(model, loader):
+    model.train()
+    model.vision_model.eval()
+    modes = [module.training for module in model.modules()]
+    torch.manual_seed(5)
+    random.seed(5)
+    np.random.seed(5)
+    evaluate(model, loader)
+    drawn = torch.rand(1).item(), random.random(), np.random.rand()
+    torch.manual_seed(5)
+    random.seed(5)
+    np.random.seed(5)
+    assert drawn == (torch.rand(1).item(), random.random(), np.random.rand())
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model.eval()
+
+
+def test_a_lost_or_double_unit_is_noticed():
+    assert evaluation._gather_units("search", [(1, "b"), (0, "a")], 2) == ["a", "b"]
+    for parts in ([(0, "a")], [(0, "a"), (0, "a"), (1, "b")]):
+        with pytest.raises(RuntimeError, match="some are missing or double"):
+            evaluation._gather_units("search", parts, 2)
+
+
+# --- the script -------------------------------------------------------------------------------------------------------
+
+
+def flags(model_folder, catalogue, output_dir, *more):
+    return [
+        *("--model_name_or_path", model_folder, "--data_dir", catalogue, "--output_dir", output_dir),
+        *("--k_rerank", str(K), "--per_device_eval_batch_size", str(UNIT), "--dataloader_num_workers", "0"),
+        *more,
+    ]
+
+
+def test_script_on_one_two_and_three_processes_gives_the_same_bytes(model_folder, catalogue, tmp_path):
+    sheet = tmp_path / "pictures" / "sheet.png"
+    more = ("--contact_sheet", sheet)
+    alone = run([sys.executable, "evaluate_retrieval.py", *flags(model_folder, catalogue, tmp_path / "1", *more)])
+    assert_succeeded(alone)
+    assert "text to image  ITC" in alone.stdout and "mean of the six ITM recalls" in alone.stdout
+    assert "2 unusable rows were left out" in alone.stdout
+    assert sorted(file.name for file in (tmp_path / "1").iterdir()) == ["results.json", "skipped.jsonl"]
+    with Image.open(sheet) as picture:
+        assert picture.width > 600 and picture.height > 1000
+    expected = json.loads((tmp_path / "1" / "results.json").read_text())
+    for processes in (2, 3):
+        result = launch(
+            "cpu_2_processes.yaml",
+            "evaluate_retrieval.py",
+            flags(model_folder, catalogue, tmp_path / str(processes)),
+            launcher_args=("--num_processes", str(processes)),
+        )
+        assert_succeeded(result)
+        assert result.stdout.count("mean of the six ITM recalls") == 1
+        results = json.loads((tmp_path / str(processes) / "results.json").read_text())
+        assert results["run"]["num_processes"] == processes
+        assert without_run(results) == without_run(expected)
+        assert (tmp_path / str(processes) / "skipped.jsonl").read_bytes() == (
+            tmp_path / "1" / "skipped.jsonl"
+        ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--k_rerank", "1000"), TOO_MANY),
+        (("--k_rerank", "0"), "--k_rerank is 0: it must be at least 1"),
+        (("--model_name_or_path", "./nowhere"), "the model folder ./nowhere does not exist"),
+        (("--data_dir", "./nowhere"), "nowhere"),
+        (("--split_name", "test"), "test"),
+        (("--caption_column", "titel"), "caption"),
+        (("--image_size", "40"), "40"),
+        (("--contact_sheet", "sheet.txt"), "ends in .png or .jpg"),
+        (("--dataloader_num_workers", "-1"), "--dataloader_num_workers is -1"),
+        (("--k_rerang", "3"), "did you mean 'k_rerank'"),
+        (("--output_dir", "/dev/null/x"), "can't write to the output folder"),
+    ],
+)
+def test_mistakes_give_one_line_before_any_work(more, message, model_folder, catalogue, tmp_path, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("the processes were joined before the mistake was found")
+
+    monkeypatch.setattr(script, "build_accelerator", never)
+    arguments = [str(part) for part in flags(model_folder, catalogue, tmp_path / "out", *more)]
+    monkeypatch.setattr(sys, "argv", ["evaluate_retrieval.py", *arguments])
+    with pytest.raises(UsageError) as caught:
+        script.main()
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_exit_code_two_and_one_line(model_folder, catalogue, tmp_path, monkeypatch, capsys):
+    arguments = flags(model_folder, catalogue, tmp_path / "out", "--k_rerank", "1000")
+    monkeypatch.setattr(sys, "argv", ["evaluate_retrieval.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        main_with_usage_errors("evaluate_retrieval.py", script.main)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [f"evaluate_retrieval.py: error: {TOO_MANY}"]
+
+
+def test_under_a_launcher_the_line_comes_once(model_folder, catalogue, tmp_path):
+    arguments = flags(model_folder, catalogue, tmp_path / "out", "--k_rerank", "1000")
+    launched = launch("cpu_2_processes.yaml", "evaluate_retrieval.py", arguments)
+    assert launched.returncode != 0
+    assert (launched.stdout + launched.stderr).count(TOO_MANY) == 1
+
+
+def test_no_usable_row_is_said(model, model_folder, processor, tmp_path, monkeypatch):
+    (tmp_path / "validation").mkdir()
+    (tmp_path / "validation" / "a.png").write_bytes(b"")
+    (tmp_path / "validation" / "metadata.jsonl").write_text('{"file_name": "a.png", "caption": "red cap"}\n')
+    source = open_source(data_dir=str(tmp_path), split="validation")
+    with pytest.raises(ValueError, match="none of the 1 rows is usable; the first: row 0, the image file is empty"):
+        evaluate(model, EvalLoader(source, Collator(processor), unit_size=4, rank=0, world_size=1), k_rerank=None)
+    more = flags(model_folder, tmp_path, tmp_path / "out", "--k_rerank", "1")
+    monkeypatch.setattr(sys, "argv", ["evaluate_retrieval.py", *map(str, more)])
+    with pytest.raises(UsageError, match="is usable"):
+        script.main()
+
+
+# --- the picture ------------------------------------------------------------------------------------------------------
+
+
+def test_contact_sheet_frames_the_right_photo_and_wraps_titles(tmp_path):
+    grey = Image.new("RGB", (300, 200), (128, 128, 128))
+    rows = [
+        SheetRow("red cap", [Hit(grey, 3.0, False), Hit(grey, 2.0, True), Hit(grey, -1.0, False)], rank=2),
+        SheetRow("a very long title " * 30 + "W" * 200, [Hit(grey.convert("L"), 1.0, False)], rank=99),
+    ]
+    path = contact_sheet(rows, tmp_path / "new" / "sheet.png", heading="heading " * 40)
+    with Image.open(path) as sheet:
+        green = (np.asarray(sheet) == (0x14, 0x92, 0x4A)).all(axis=2)
+    columns = np.flatnonzero(green.sum(axis=0) > 100)
+    assert columns.min() >= 340 + 194 and columns.max() < 340 + 2 * 194, "the frame is around the second photo"
+    assert [file.name for file in path.parent.iterdir()] == ["sheet.png"]
+
+
+def test_contact_sheet_refuses_what_it_cannot_draw(tmp_path):
+    with pytest.raises(ValueError, match="at least one query"):
+        contact_sheet([], tmp_path / "sheet.png")
+    with pytest.raises(ValueError, match="not a picture file name"):
+        contact_sheet([SheetRow("red cap")], tmp_path / "sheet.txt")
+
+
+def test_the_manual_is_the_first_screen():
+    head = (ROOT / "evaluate_retrieval.py").read_text().splitlines()[:12]
+    assert head[0].startswith('"""') and any("accelerate launch" in line for line in head)

@@ -1,0 +1,266 @@
+"""`train.py` as a user runs it: real processes, every launcher, resuming, broken rows, mistakes."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiny
+import torch
+from helpers import ROOT, assert_succeeded, launch, run
+from PIL import Image
+
+import train
+from aliblip.arguments import UsageError
+from modeling_aliblip import AliBlipForImageTextRetrieval
+from processing_aliblip import AliBlipProcessor
+
+TINY = [
+    *("--config_name", "base"),
+    *("--vision_config", '{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8}'),
+    *(
+        "--text_config",
+        '{"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}',
+    ),
+    *("--image_size", "32", "--image_text_hidden_size", "16", "--queue_size", "20"),
+    *("--per_device_train_batch_size", "8", "--per_device_eval_batch_size", "8", "--learning_rate", "1e-3"),
+    *("--dataloader_num_workers", "0", "--logging_steps", "1", "--k_rerank", "4"),
+]
+
+
+def photo(seed: int) -> bytes:
+    rng = np.random.default_rng(seed)
+    pixels = np.full((40, 40, 3), rng.integers(0, 256, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_split(folder: Path, split: str, rows: int, broken: dict[int, dict] | None = None) -> None:
+    table = [
+        {
+            "image": {"bytes": photo(i), "path": f"{split}{i}.png"},
+            "caption": " ".join(tiny.WORDS[(i * 7 + j) % len(tiny.WORDS)] for j in range(2 + i % 4)),
+            "product_id": f"p{i}",
+            **(broken or {}).get(i, {}),
+        }
+        for i in range(rows)
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(table), folder / f"{split}-00000-of-00001.parquet")
+
+
+@pytest.fixture(scope="module")
+def catalogue(tmp_path_factory) -> list[str]:
+    """Flags for 40 training and 12 validation rows; one photo is corrupt and one title blank."""
+    folder = tmp_path_factory.mktemp("catalogue")
+    broken = {17: {"image": {"bytes": photo(17)[:60], "path": "train17.png"}}, 30: {"caption": "  "}}
+    write_split(folder / "data", "train", 40, broken)
+    write_split(folder / "data", "validation", 12)
+    tiny.tokenizer().save_pretrained(folder / "tokenizer")
+    return ["--data_dir", str(folder / "data"), "--tokenizer_name", str(folder / "tokenizer")]
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def steps_of(folder: Path) -> dict[int, tuple]:
+    names = ("loss_itc", "loss_itm", "grad_norm", "learning_rate", "temperature")
+    return {e["step"]: tuple(e[name] for name in names) for e in log_of(folder) if "loss_itc" in e}
+
+
+@pytest.fixture(scope="module")
+def whole_run(catalogue, tmp_path_factory) -> tuple[Path, str]:
+    """Two epochs in one process, a checkpoint in the middle of each."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    flags = ["--output_dir", folder, "--num_train_epochs", "2", "--checkpointing_steps", "3"]
+    flags += ["--max_skipped_fraction", "0.2", "--report_to", "tensorboard", "--momentum_warmup", "true"]
+    result = launch("cpu.yaml", "train.py", [*TINY, *catalogue, *flags])
+    assert_succeeded(result)
+    return folder, result.stdout + result.stderr
+
+
+def test_a_run_leaves_models_that_load_and_says_what_happened(whole_run):
+    folder, printed = whole_run
+    for name in ("best", "last"):
+        model = AliBlipForImageTextRetrieval.from_pretrained(folder / name)
+        processor = AliBlipProcessor.from_pretrained(folder / name)
+        assert model.config.vision_config.image_size == processor.image_size == 32
+        assert model.config.enc_token_id == processor.enc_token_id == len(processor.tokenizer) - 1
+        results = json.loads((folder / name / "results.json").read_text())
+        assert results["num_images"] == results["num_texts"] == 12 and results["k_rerank"] == 4
+    entries = [entry for entry in log_of(folder) if "loss_itc" in entry]
+    assert [entry["step"] for entry in entries] == list(range(1, 11))
+    for entry in entries:
+        assert {
+            *("loss_itc", "loss_itm", "learning_rate", "temperature", "itm_accuracy_positive", "itm_accuracy_negative"),
+            *("queue_fill", "grad_norm", "samples_per_second", "data_wait"),
+        } <= entry.keys()
+        assert 0 <= entry["data_wait"] <= 1 and entry["grad_norm"] > 0
+    assert entries[0]["queue_fill"] == pytest.approx(8 / 20) and entries[-1]["queue_fill"] == 1.0
+    evaluations = [entry["evaluation"] for entry in log_of(folder) if "evaluation" in entry]
+    assert len(evaluations) == 2
+    best = json.loads((folder / "best" / "results.json").read_text())
+    assert best["mean_recall"] == max(evaluation["mean_recall"] for evaluation in evaluations)
+    assert "training 0.0 M parameters for 10 steps (2 epochs)" in printed
+    assert "step 10 epoch 2.00 loss_itc" in printed and "mean of the six ITM recalls" in printed
+    assert list((folder / "logs").rglob("events.out.tfevents*"))
+
+
+def test_broken_rows_are_listed_by_name(whole_run):
+    folder, printed = whole_run
+    skipped = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    assert [row["row"] for row in skipped] == [17, 30]
+    assert "train17.png" in skipped[0]["name"] and skipped[0]["reason"] and skipped[1]["reason"]
+    assert "2 rows could not be used (train17.png, " in printed
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_resumed_run_repeats_the_uninterrupted_one(whole_run, catalogue, tmp_path, step):
+    whole, _ = whole_run
+    flags = ["--output_dir", tmp_path / "run", "--num_train_epochs", "2", "--max_skipped_fraction", "0.2"]
+    flags += ["--resume_from_checkpoint", whole / f"checkpoint-{step}", "--momentum_warmup", "true"]
+    assert_succeeded(launch("cpu.yaml", "train.py", [*TINY, *catalogue, *flags]))
+    resumed, uninterrupted = steps_of(tmp_path / "run"), steps_of(whole)
+    assert resumed == {number: values for number, values in uninterrupted.items() if number > step}
+    first, second = (AliBlipForImageTextRetrieval.from_pretrained(f / "last") for f in (whole, tmp_path / "run"))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+# --- two processes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_process_runs(tmp_path_factory) -> dict[str, Path]:
+    """The demo recipe for four steps under each launcher."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    small = ["--output_dir", folder / "catalogue", "--num_train", "120", "--num_validation", "8"]
+    assert_succeeded(run([sys.executable, ROOT / "demo" / "make_catalogue.py", *small]))
+    runs = {}
+    for name in ("cpu_2_processes", "deepspeed_zero2_cpu", "deepspeed_zero2_cpu_bf16"):
+        runs[name] = folder / name
+        flags = ["--config", "recipes/demo.yaml", "--data_dir", folder / "catalogue"]
+        flags += ["--tokenizer_name", folder / "catalogue" / "tokenizer", "--output_dir", runs[name]]
+        flags += ["--per_device_train_batch_size", "6", "--queue_size", "30", "--max_train_steps", "4"]
+        flags += ["--warmup_steps", "1", "--logging_steps", "1", "--checkpointing_steps", "2", "--k_rerank", "4"]
+        # ends by comparing the momentum encoders and queues of both ranks bit by bit
+        assert_succeeded(launch(f"{name}.yaml", "train.py", flags, timeout=400))
+    return runs
+
+
+def momentum_at(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    (saved,) = (folder / f"checkpoint-{step}").glob("custom_checkpoint_*.pkl")
+    return {k: v for k, v in torch.load(saved, weights_only=True).items() if torch.is_tensor(v)}
+
+
+def test_zero2_in_fp32_reaches_the_losses_of_ddp(two_process_runs):
+    ddp, zero = (steps_of(two_process_runs[name]) for name in ("cpu_2_processes", "deepspeed_zero2_cpu"))
+    assert ddp.keys() == zero.keys() == {1, 2, 3, 4}
+    for step, values in ddp.items():
+        assert zero[step] == pytest.approx(values, rel=1e-4), step
+    for name, value in momentum_at(two_process_runs["cpu_2_processes"], 4).items():
+        other = momentum_at(two_process_runs["deepspeed_zero2_cpu"], 4)[name]
+        torch.testing.assert_close(other, value, rtol=0, atol=2e-4, msg=name)
+
+
+def test_the_momentum_encoders_move_under_zero2_in_bf16(two_process_runs):
+    folder = two_process_runs["deepspeed_zero2_cpu_bf16"]
+    early, late = momentum_at(folder, 2), momentum_at(folder, 4)
+    weights = [name for name in early if name.startswith("encoders.") and name.endswith("weight")]
+    assert len(weights) > 30
+    for name in weights:
+        assert early[name].dtype == torch.float32
+        moved = (late[name] != early[name]).float().mean().item()
+        assert moved > 0.5 or "embeddings" in name, (name, moved)
+    ddp, zero = steps_of(two_process_runs["cpu_2_processes"]), steps_of(folder)
+    for step, values in ddp.items():
+        assert zero[step][:2] == pytest.approx(values[:2], rel=0.05), step
+    model = AliBlipForImageTextRetrieval.from_pretrained(folder / "last")
+    assert model.dtype == torch.float32
+    # full-precision weights, not the engine's bf16 copies
+    weight = model.vision_model.encoder.layers[0].mlp.fc1.weight
+    assert not torch.equal(weight, weight.bfloat16().float())
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mistakes(catalogue, tmp_path, monkeypatch):
+    def error(*flags, without: tuple[str, ...] = ()) -> str:
+        base = [*TINY, *catalogue, "--output_dir", str(tmp_path / "run"), "--max_skipped_fraction", "0.2"]
+        for name in without:
+            at = base.index(name)
+            del base[at : at + 2]
+        monkeypatch.setattr(sys, "argv", ["train.py", *base, *map(str, flags)])
+        with pytest.raises(UsageError) as raised:
+            train.main()
+        assert not torch.distributed.is_initialized()
+        assert "\n" not in str(raised.value)
+        return str(raised.value)
+
+    return error
+
+
+def test_mistakes_are_told_before_anything_starts(mistakes, tmp_path):
+    assert "no/such/folder" in mistakes("--data_dir", "no/such/folder")
+    assert "caption, image, product_id" in mistakes("--caption_column", "title").replace("'", "")
+    assert "validation" in mistakes("--train_split_name", "training")
+    message = mistakes("--per_device_train_batch_size", "41")
+    assert "41" in message and "40" in message
+    assert "k_rerank is 13, but the gallery has 12 items" in mistakes("--k_rerank", "13")
+    assert "image size 30 is not divisible by the patch size 8" in mistakes("--image_size", "30")
+    assert "no tokenizer at 'nowhere'" in mistakes("--tokenizer_name", "nowhere")
+    assert "--output_dir is missing" in mistakes(without=("--output_dir",))
+    assert "give either --config_name" in mistakes(without=("--config_name",))
+    assert "no configuration 'nano'" in mistakes("--config_name", "nano")
+    assert "no lr_scheduler_type 'cosin'" in mistakes("--lr_scheduler_type", "cosin")
+    assert "no checkpoint in" in mistakes("--resume_from_checkpoint", "last")
+    assert "fewer than --gradient_accumulation_steps 9" in mistakes("--gradient_accumulation_steps", "9")
+    assert "--alpha is 2.0" in mistakes("--alpha", "2")
+    (tmp_path / "recipe.yaml").write_text("learning_rates: 1\n")
+    assert "unknown key 'learning_rates'" in mistakes("--config", tmp_path / "recipe.yaml")
+
+
+def test_no_usable_row_is_told_before_anything_starts(mistakes, tmp_path):
+    write_split(tmp_path / "data", "train", 12, {i: {"caption": ""} for i in range(12)})
+    write_split(tmp_path / "data", "validation", 12)
+    assert "usable" in mistakes("--data_dir", tmp_path / "data")
+    write_split(tmp_path / "none", "train", 0)
+    write_split(tmp_path / "none", "validation", 12)
+    assert mistakes("--data_dir", tmp_path / "none")
+
+
+def test_too_many_broken_rows_stop_the_run_with_the_list(mistakes):
+    # The flags come last, so these override the fixture's allowance.
+    message = mistakes("--max_skipped_fraction", "0.01", "--evaluate_every", "0")
+    assert "of" in message and "--max_skipped_fraction 0.01" in message
+    assert "train17.png" in message or "train30.png" in message or "row 30" in message
+
+
+def test_a_second_run_does_not_touch_the_first(whole_run, mistakes):
+    folder, _ = whole_run
+    before = (folder / "log.jsonl").read_text()
+    assert "holds an earlier run" in mistakes("--output_dir", folder)
+    assert (folder / "log.jsonl").read_text() == before
+
+
+def test_mistakes_end_with_exit_code_2_and_one_line(catalogue, tmp_path):
+    result = run([sys.executable, "train.py", *TINY, *catalogue, "--output_dir", tmp_path, "--k_rerank", "99"])
+    assert result.returncode == 2
+    lines = [line for line in result.stderr.splitlines() if "error" in line]
+    assert lines == [
+        "train.py: error: k_rerank is 99, but the gallery has 12 items: give a number from 1 to 12, or leave it out"
+    ]
+    result = launch(
+        "cpu_2_processes.yaml", "train.py", [*TINY, *catalogue, "--output_dir", tmp_path, "--k_rerank", "99"]
+    )
+    assert result.returncode != 0
+    assert (result.stdout + result.stderr).count("train.py: error: k_rerank is 99") == 1

@@ -1,0 +1,580 @@
+"""Train AliBLIP, from scratch or from a trained model, on a streamed table of photos and titles.
+
+    python train.py --config recipes/demo.yaml --output_dir outputs/demo                  # one process
+    accelerate launch --config_file accelerate_configs/multi_gpu.yaml train.py \
+        --config_name base --data_dir my_catalogue --output_dir outputs/mine               # every GPU of this machine
+    accelerate launch --config_file accelerate_configs/deepspeed_zero2.yaml train.py \
+        --config recipes/aliproducts_large.yaml --train_file train.json --image_dir photos --output_dir outputs/large
+
+The data (`--data_dir`, `--dataset_name` or `--train_file`) has a photo column, a title column and, where one product
+has
+several rows, a product column. Everything can stand in a recipe (`--config`); flags override it. `--help` lists all.
+
+What a run leaves in `--output_dir`: `best/` and `last/` (models for `from_pretrained`, each with its `results.json`),
+`log.jsonl` (every log line), `skipped.jsonl` (rows that could not be used), `arguments.json`, and checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_seed
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, BertTokenizer, BlipImageProcessorPil
+
+import aliblip  # noqa: F401  (registers the classes, so that from_pretrained takes this code for AliBLIP folders)
+from aliblip.accelerator import backward_and_step, build_accelerator, clamp_parameter
+from aliblip.arguments import (
+    ModelArguments,
+    TrainDataArguments,
+    TrainingArguments,
+    UsageError,
+    check_range,
+    json_mapping,
+    main_with_usage_errors,
+    parse,
+)
+from aliblip.checkpoint import find_checkpoint, read_progress, save_checkpoint, save_model, write_json
+from aliblip.data.augment import TrainAugmentation
+from aliblip.data.collate import Collator
+from aliblip.data.loader import EvalLoader, TrainLoader
+from aliblip.data.sources import open_source, require_usable_row
+from aliblip.distributed import all_gather_objects, assert_equal_on_ranks, reduce_sum
+from aliblip.evaluation import check_k_rerank, evaluate_retrieval, format_table
+from aliblip.momentum import MomentumState
+from aliblip.objective import RetrievalObjective
+from aliblip.optim import (
+    alpha_schedule,
+    learning_rate_schedule,
+    parameter_groups,
+    set_learning_rate,
+    total_optimizer_steps,
+)
+from configuration_aliblip import SIZES, AliBlipConfig
+from modeling_aliblip import AliBlipForImageTextRetrieval
+from processing_aliblip import AliBlipProcessor
+
+TEMPERATURE_RANGE = (0.001, 0.5)  # of the published code
+# What a head scores that always answers the prior, one match in three pairs.
+ITM_PRIOR_LOSS = -(math.log(1 / 3) + 2 * math.log(2 / 3)) / 3
+PARTS = (
+    "loss_itc",
+    "loss_itm",
+    "itm_accuracy_positive",
+    "itm_accuracy_negative",
+    "positives_per_row",
+    "rows_without_negative",
+)
+NON_FINITE_STEPS_ALLOWED = 10  # in a row
+LINE = (
+    "step {step} epoch {epoch:.2f} loss_itc {loss_itc:.4f} loss_itm {loss_itm:.4f} lr {learning_rate:.2e} "
+    "temperature {temperature:.4f} itm_accuracy positive {itm_accuracy_positive:.2f} negative "
+    "{itm_accuracy_negative:.2f} queue {queue_fill:.0%} grad_norm {grad_norm:.2f} "
+    "samples/s {samples_per_second:.1f} data_wait {data_wait:.0%}"
+)
+
+
+# --- what the arguments ask for: all of it is checked before a process group starts -----------------------------------
+
+
+def build_processor(args: ModelArguments) -> AliBlipProcessor:
+    """The processor of a trained model, or a new one around the tokenizer asked for."""
+    if args.model_name_or_path is not None:
+        processor = AliBlipProcessor.from_pretrained(args.model_name_or_path)
+        if args.max_length is not None:
+            processor.max_length = args.max_length
+    else:
+        name = args.tokenizer_name or "bert-base-uncased"
+        try:
+            is_file = os.path.isfile(name)
+            tokenizer = BertTokenizer(vocab=name) if is_file else AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"no tokenizer at {name!r} ({_first_line(error)}): give --tokenizer_name a folder, a vocab.txt or a Hub "
+                "name"
+            ) from error
+        if not tokenizer.is_fast or getattr(tokenizer, "cls_token_id", None) is None:
+            raise UsageError(f"the tokenizer {name!r} is no fast WordPiece tokenizer with [CLS]: take a BERT tokenizer")
+        processor = AliBlipProcessor(BlipImageProcessorPil(), tokenizer, max_length=args.max_length or 35)
+    return processor
+
+
+def build_config(args: ModelArguments, processor: AliBlipProcessor) -> AliBlipConfig:
+    """The configuration of a model to train from scratch."""
+    vision, text = json_mapping("vision_config", args.vision_config), json_mapping("text_config", args.text_config)
+    if args.image_size is not None:
+        vision["image_size"] = args.image_size
+    text |= {"vocab_size": len(processor.tokenizer), "pad_token_id": processor.tokenizer.pad_token_id}
+    fields = {"enc_token_id": processor.enc_token_id}
+    for name in ("image_text_hidden_size", "temperature_init"):
+        if getattr(args, name) is not None:
+            fields[name] = getattr(args, name)
+    if args.config_name in SIZES:
+        return AliBlipConfig.from_size(args.config_name, vision_config=vision, text_config=text, **fields)
+    try:
+        base = AliBlipConfig.from_pretrained(args.config_name).to_dict()
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"no configuration {args.config_name!r} ({_first_line(error)}): give --config_name {' or '.join(SIZES)}, "
+            f"or a folder with a config.json"
+        ) from error
+    return AliBlipConfig(
+        **{
+            **base,
+            **fields,
+            "vision_config": {**base["vision_config"], **vision},
+            "text_config": {**base["text_config"], **text},
+        }
+    )
+
+
+def build_model(args: ModelArguments, config: AliBlipConfig | None) -> AliBlipForImageTextRetrieval:
+    """The model with trained weights, or with new ones of the global random state. Always fp32: mixed precision casts
+    later."""
+    if config is not None:
+        model = AliBlipForImageTextRetrieval(config)
+        if args.attn_implementation is not None:
+            model.set_attn_implementation(args.attn_implementation)
+        return model
+    model = AliBlipForImageTextRetrieval.from_pretrained(
+        args.model_name_or_path, dtype=torch.float32, attn_implementation=args.attn_implementation
+    )
+    # from_pretrained makes every parameter trainable; nothing is frozen here.
+    if args.image_size is not None:
+        model.resize_image(args.image_size)
+    return model
+
+
+def open_sources(data_args: TrainDataArguments, args: TrainingArguments):
+    """The training rows, and the validation rows (None without evaluation)."""
+    wanted = [(data_args.train_split_name, data_args.train_file)]
+    if args.evaluate_every:
+        if data_args.train_file is not None and data_args.validation_file is None:
+            raise UsageError(
+                "--train_file without --validation_file: name the rows to evaluate on, or --evaluate_every 0"
+            )
+        wanted.append((data_args.validation_split_name, data_args.validation_file))
+    shared = (
+        "dataset_name",
+        "dataset_config_name",
+        "data_dir",
+        "image_dir",
+        "image_column",
+        "caption_column",
+        "product_id_column",
+    )
+    options = {name: getattr(data_args, name) for name in shared}
+    sources = [open_source(split=split, data_files=data_files, **options) for split, data_files in wanted]
+    return sources[0], sources[1] if args.evaluate_every else None
+
+
+def build_augmentation(args: TrainDataArguments, image_size: int) -> TrainAugmentation | None:
+    if args.augmentation == "none":
+        return None
+    return TrainAugmentation(
+        image_size,
+        scale=(args.min_crop_scale, 1.0),
+        flip=args.horizontal_flip,
+        randaugment=(2, 5) if args.augmentation == "blip" else None,
+    )
+
+
+def check_arguments(model_args: ModelArguments, data_args: TrainDataArguments, args: TrainingArguments) -> None:
+    if (model_args.model_name_or_path is None) == (model_args.config_name is None):
+        raise UsageError(
+            "give either --config_name base, large or a folder (to train from scratch), or --model_name_or_path (to go "
+            "on from a trained model)"
+        )
+    for name in ("vision_config", "text_config", "image_text_hidden_size", "temperature_init", "tokenizer_name"):
+        if model_args.model_name_or_path is not None and getattr(model_args, name) is not None:
+            raise UsageError(f"--{name} is for training from scratch: a trained model brings its own, leave it out")
+    if args.output_dir is None:
+        raise UsageError("--output_dir is missing: name the folder for models and logs")
+    if args.resume_from_checkpoint is not None and args.overwrite_output_dir:
+        raise UsageError("--resume_from_checkpoint and --overwrite_output_dir contradict each other: leave one out")
+    check_range(
+        per_device_train_batch_size=(args.per_device_train_batch_size, 1, None),
+        per_device_eval_batch_size=(args.per_device_eval_batch_size, 1, None),
+        gradient_accumulation_steps=(args.gradient_accumulation_steps, 1, None),
+        learning_rate=(args.learning_rate, 0, None),
+        warmup_steps=(args.warmup_steps, 0, None),
+        max_train_steps=(args.max_train_steps, 1, None),
+        max_grad_norm=(args.max_grad_norm, 0, None),
+        queue_size=(args.queue_size, 1, None),
+        momentum=(args.momentum, 0, 1),
+        alpha=(args.alpha, 0, 1),
+        in_batch_itc=(args.in_batch_itc, 0, 1),
+        logging_steps=(args.logging_steps, 1, None),
+        evaluate_every=(args.evaluate_every, 0, None),
+        checkpointing_steps=(args.checkpointing_steps, 1, None),
+        dataloader_num_workers=(data_args.dataloader_num_workers, 0, None),
+        shuffle_window=(data_args.shuffle_window, 1, None),
+        min_crop_scale=(data_args.min_crop_scale, 0.01, 1),
+        max_skipped_fraction=(data_args.max_skipped_fraction, 0, 1),
+    )
+
+
+def prepare_output_dir(args: TrainingArguments) -> Path:
+    """Refuse to mix two runs in one folder. Called by the main process alone, once everything else was found right."""
+    output_dir = Path(args.output_dir)
+    if (output_dir / "arguments.json").exists() and args.resume_from_checkpoint is None:
+        if not args.overwrite_output_dir:
+            raise UsageError(
+                f"{output_dir} holds an earlier run: give another --output_dir, --resume_from_checkpoint last to go on "
+                f"with it, or --overwrite_output_dir to replace it"
+            )
+        for old in ("best", "last", "logs", *(path.name for path in output_dir.glob("checkpoint-*"))):
+            shutil.rmtree(output_dir / old, ignore_errors=True)
+        for old in ("log.jsonl", "skipped.jsonl", "arguments.json"):
+            (output_dir / old).unlink(missing_ok=True)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        probe = output_dir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"can't write into {output_dir}: {error.strerror}; give another --output_dir") from error
+    return output_dir
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+class SkippedRows:
+    """Rows that could not be used: counted, listed, and a reason to stop when they are too many."""
+
+    def __init__(self, max_fraction: float, device: torch.device):
+        self.max_fraction = max_fraction
+        self.device = device
+        self.rows: dict[int, dict] = {}  # of this rank, each once, however many epochs met it
+        self.seen = self.met = 0
+
+    def add(self, batch: dict) -> None:
+        skipped = batch.pop("skipped")
+        self.seen += batch["row"].shape[0]
+        self.met += len(skipped)
+        self.rows.update((row["row"], row) for row in skipped)
+
+    def collect(self) -> list[dict]:
+        """The rows of all ranks, in order. A collective."""
+        merged = {row["row"]: row for rows in all_gather_objects(list(self.rows.values())) for row in rows}
+        return [merged[row] for row in sorted(merged)]
+
+    def check(self) -> None:
+        """Stop, on all ranks, when too large a share of the rows was unusable. A collective."""
+        seen, met = reduce_sum(torch.tensor([self.seen, self.met], device=self.device)).tolist()
+        if met > self.max_fraction * seen:
+            rows = self.collect()
+            listed = "; ".join(f"{row['name']} ({row['reason']})" for row in rows[:20])
+            more = f"; and {len(rows) - 20} more" if len(rows) > 20 else ""
+            raise UsageError(
+                f"{met} of {seen} rows could not be used, more than --max_skipped_fraction {self.max_fraction}: "
+                f"{listed}{more}"
+            )
+
+
+class Log:
+    """Log lines: means over all steps and ranks since the last one, to the screen, to `log.jsonl` and to the
+    trackers."""
+
+    def __init__(self, accelerator, output_dir: Path, total_steps: int, first_step: int):
+        self.accelerator = accelerator
+        self.file = output_dir / "log.jsonl"
+        self.bar = tqdm(
+            total=total_steps, initial=first_step, desc="train", unit="step", disable=not accelerator.is_main_process
+        )
+        self.near_prior = 0
+        self._restart()
+
+    def _restart(self) -> None:
+        self.sums: torch.Tensor | None = None
+        self.batches = self.samples = 0
+        self.waited = 0.0
+        self.since = time.perf_counter()
+
+    def add(self, output, rows: int, waited: float) -> None:
+        values = {"loss_itc": output.parts["itc"], "loss_itm": output.parts["itm"], **output.report}
+        values = torch.stack([values[name].float() for name in PARTS])
+        self.sums = values if self.sums is None else self.sums + values
+        self.batches += 1
+        self.samples += rows
+        self.waited += waited
+
+    def line(self, step: int, epoch: float, **values: float) -> None:
+        """A collective."""
+        processes = self.accelerator.num_processes
+        means = (reduce_sum(self.sums) / (self.batches * processes)).tolist()
+        seconds = time.perf_counter() - self.since
+        entry = {
+            "step": step,
+            "epoch": round(epoch, 4),
+            **dict(zip(PARTS, means, strict=True)),
+            **values,
+            "samples_per_second": self.samples * processes / seconds,
+            "data_wait": self.waited / seconds,
+        }
+        if self.accelerator.is_main_process:
+            self.write(entry)
+            self.bar.write(LINE.format(**entry))
+            self._watch_itm(entry)
+        self.accelerator.log({key: value for key, value in entry.items() if key != "step"}, step=step)
+        self._restart()
+
+    def _watch_itm(self, entry: dict) -> None:
+        stuck = abs(entry["loss_itm"] - ITM_PRIOR_LOSS) < 0.01 and entry["itm_accuracy_positive"] < 0.05
+        self.near_prior = self.near_prior + 1 if stuck else 0
+        if self.near_prior and self.near_prior % 5 == 0:
+            self.bar.write(
+                f"warning: loss_itm sits at {ITM_PRIOR_LOSS:.4f} since {self.near_prior} log lines: the matching head "
+                'answers "no match" to everything. Usual causes: a learning rate that is too high, too little training '
+                "yet, or titles that don't fit their photos."
+            )
+
+    def write(self, entry: dict) -> None:
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def evaluation(self, step: int, epoch: int, results: dict) -> None:
+        if self.accelerator.is_main_process:
+            self.write({"step": step, "epoch": epoch, "evaluation": results})
+            self.bar.write(f"evaluation after epoch {epoch} (step {step})\n{format_table(results)}")
+        flat = {"eval/mean_recall": results["mean_recall"]}
+        for direction in ("text_to_image", "image_to_text"):
+            for stage in ("itc", "itm"):
+                flat |= {f"eval/{direction}/{stage}/{key}": value for key, value in results[direction][stage].items()}
+        self.accelerator.log(flat, step=step)
+
+
+def main() -> None:
+    model_args, data_args, args = parse([ModelArguments, TrainDataArguments, TrainingArguments], description=__doc__)
+    started = time.perf_counter()
+
+    # Everything that can be wrong is looked at before the processes meet and before any long work.
+    rank, num_processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    output_dir = Path(args.output_dir or ".")
+    try:
+        check_arguments(model_args, data_args, args)
+        processor = build_processor(model_args)
+        if model_args.model_name_or_path is None:
+            config, image_size = build_config(model_args, processor), None
+            image_size = config.vision_config.image_size
+        else:
+            config = None
+            trained = AliBlipConfig.from_pretrained(model_args.model_name_or_path)
+            image_size = model_args.image_size or trained.vision_config.image_size
+        processor.image_processor.size = {"height": image_size, "width": image_size}
+        train_source, validation_source = open_sources(data_args, args)
+        require_usable_row(train_source)
+        augment = build_augmentation(data_args, image_size)
+        loader = TrainLoader(
+            train_source,
+            Collator(processor, augment, seed=args.seed),
+            batch_size=args.per_device_train_batch_size,
+            seed=args.seed,
+            rank=rank,
+            world_size=num_processes,
+            num_workers=data_args.dataloader_num_workers,
+            window=data_args.shuffle_window,
+        )
+        accumulation = args.gradient_accumulation_steps
+        steps_per_epoch = loader.steps_per_epoch // accumulation
+        if not steps_per_epoch:
+            raise UsageError(
+                f"an epoch has {loader.steps_per_epoch} batches, fewer than --gradient_accumulation_steps "
+                f"{accumulation}: lower it or the batch size"
+            )
+        total_steps = total_optimizer_steps(steps_per_epoch, args.num_train_epochs, args.max_train_steps)
+        learning_rate = learning_rate_schedule(
+            args.lr_scheduler_type, args.learning_rate, args.warmup_steps, total_steps, steps_per_epoch
+        )
+        if validation_source is not None:
+            check_k_rerank(args.k_rerank, validation_source.num_rows)
+            validation_loader = EvalLoader(
+                validation_source,
+                Collator(processor),
+                unit_size=args.per_device_eval_batch_size,
+                rank=rank,
+                world_size=num_processes,
+                num_workers=data_args.dataloader_num_workers,
+            )
+        checkpoint = progress = None
+        if args.resume_from_checkpoint is not None:
+            checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
+            progress = read_progress(checkpoint, num_processes)
+        if rank == 0:
+            prepare_output_dir(args)
+        accelerator = build_accelerator(
+            mixed_precision=args.mixed_precision,
+            gradient_accumulation_steps=accumulation,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_dir=output_dir / "logs",
+            max_grad_norm=args.max_grad_norm,
+            per_device_train_batch_size=args.per_device_train_batch_size,
+        )
+    except (OSError, ValueError) as error:
+        raise error if isinstance(error, UsageError) else UsageError(_first_line(error)) from error
+
+    set_seed(args.seed)  # the same initial weights on every rank
+    model = build_model(model_args, config).to(accelerator.device)
+    autocast_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
+    momentum = MomentumState(
+        model,
+        queue_size=args.queue_size,
+        embedding_size=model.config.image_text_hidden_size,
+        momentum=args.momentum,
+        warmup=args.momentum_warmup,
+        dropout=args.momentum_dropout,
+        autocast_dtype=autocast_dtype,
+        seed=args.seed,
+    ).to(accelerator.device)
+    if args.gradient_checkpointing:
+        model.set_checkpointed_layers(
+            args.gradient_checkpointing_vision_layers, args.gradient_checkpointing_text_layers
+        )
+    temperature_rate = args.learning_rate if args.temperature_learning_rate is None else args.temperature_learning_rate
+    temperature_scale = temperature_rate / args.learning_rate if args.learning_rate else 1.0
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, args.weight_decay, args.decay_everything, temperature_scale),
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        fused=True,
+    )
+    objective = RetrievalObjective(
+        model,
+        negatives_from_all_ranks=args.negatives_from_all_ranks,
+        hardest_negatives=args.hardest_negatives,
+        in_batch_itc=args.in_batch_itc,
+    ).train()
+    # The momentum state and the loaders stay out: see CONTRIBUTING, "Decisions".
+    objective, optimizer = accelerator.prepare(objective, optimizer)
+    accelerator.register_for_checkpointing(momentum)
+    assert_equal_on_ranks("momentum encoders and queues", momentum_tensors(momentum))
+    set_seed(args.seed + accelerator.process_index)  # dropout and hard negatives differ from rank to rank
+
+    if progress is None:
+        progress = {"step": 0, "epoch": 0, "best_mean_recall": -1.0}
+    else:
+        accelerator.load_state(str(checkpoint))
+        accelerator.print(f"resumed from {checkpoint} at step {progress['step']}")
+    if accelerator.is_main_process:
+        write_json(output_dir / "arguments.json", resolved_arguments(model_args, data_args, args))
+    if accelerator.log_with:
+        flat = {key: value for key, value in vars(args).items() if isinstance(value, (bool, int, float, str))}
+        accelerator.init_trackers("aliblip", config=flat)
+    accelerator.print(
+        f"training {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters for {total_steps} steps "
+        f"({total_steps / steps_per_epoch:.4g} epochs) of {args.per_device_train_batch_size} rows x {num_processes} "
+        f"process{'es' if num_processes > 1 else ''}"
+        f"{f' x {accumulation} batches' if accumulation > 1 else ''}, {accelerator.distributed_type.value}, "
+        f"{accelerator.mixed_precision} mixed precision\n{loader.describe()}"
+    )
+
+    log = Log(accelerator, output_dir, total_steps, progress["step"])
+    skipped = SkippedRows(data_args.max_skipped_fraction, accelerator.device)
+    step, left_out, results = progress["step"], 0, None
+    for epoch in range(step // steps_per_epoch, math.ceil(total_steps / steps_per_epoch)):
+        batches = loader.epoch(epoch, start_step=(step - epoch * steps_per_epoch) * accumulation)
+        last_step = min(total_steps, (epoch + 1) * steps_per_epoch)
+        while step < last_step:
+            rate = learning_rate(step)
+            set_learning_rate(optimizer, rate)
+            momentum.update(model)
+            for micro_step in range(step * accumulation, (step + 1) * accumulation):
+                waiting = time.perf_counter()
+                batch = next(batches)
+                waited = time.perf_counter() - waiting
+                skipped.add(batch)
+                batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+                with accelerator.accumulate(objective):
+                    targets = momentum.encode(batch)
+                    alpha = alpha_schedule(args.alpha, micro_step, steps_per_epoch * accumulation)
+                    output = objective(batch, targets, alpha)
+                    grad_norm = backward_and_step(accelerator, objective, optimizer, output.loss, args.max_grad_norm)
+                if grad_norm is None or math.isfinite(grad_norm):
+                    momentum.enqueue(targets, batch["product_id"])
+                log.add(output, batch["row"].shape[0], waited)
+            clamp_parameter(model.temp, *TEMPERATURE_RANGE)
+            step += 1
+            log.bar.update()
+            left_out = 0 if math.isfinite(grad_norm) else left_out + 1
+            if left_out > NON_FINITE_STEPS_ALLOWED:
+                raise RuntimeError(
+                    f"no finite gradient in {left_out} steps in a row (last step {step}): lower --learning_rate, and "
+                    f"look at the rows {batch['row'].tolist()} of rank {accelerator.process_index}"
+                )
+            if step % args.logging_steps == 0 or step == total_steps:
+                log.line(
+                    step,
+                    step / steps_per_epoch,
+                    learning_rate=rate,
+                    temperature=float(output.report["temperature"]),
+                    queue_fill=momentum.queue_fill(),
+                    grad_norm=grad_norm,
+                )
+                skipped.check()
+            if args.checkpointing_steps and step % args.checkpointing_steps == 0:
+                save_checkpoint(accelerator, output_dir, {**progress, "step": step, "epoch": epoch})
+
+        skipped.check()
+        if validation_source is None or not (step == total_steps or (epoch + 1) % args.evaluate_every == 0):
+            save_model(model, processor, output_dir / "last")
+            continue
+        results = evaluate_retrieval(
+            model,
+            validation_loader,
+            model_name=str(output_dir / "last"),
+            dataset_name=validation_source.name,
+            split=validation_source.split,
+            k_rerank=args.k_rerank,
+            dtype=autocast_dtype,
+        )
+        log.evaluation(step, epoch + 1, results)
+        save_model(model, processor, output_dir / "last", results)
+        if results["mean_recall"] > progress["best_mean_recall"]:
+            progress["best_mean_recall"] = results["mean_recall"]
+            save_model(model, processor, output_dir / "best", {**results, "model": str(output_dir / "best")})
+    log.bar.close()
+    assert_equal_on_ranks("momentum encoders and queues", momentum_tensors(momentum))
+    accelerator.end_training()
+
+    unusable = skipped.collect()
+    if accelerator.is_main_process:
+        (output_dir / "skipped.jsonl").write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in unusable), encoding="utf-8"
+        )
+        minutes = (time.perf_counter() - started) / 60
+        samples = step * accumulation * num_processes * args.per_device_train_batch_size
+        print(f"done in {minutes:.1f} minutes: {step} steps, {samples} samples")
+        if unusable:
+            names = ", ".join(row["name"] for row in unusable[:5]) + (", ..." if len(unusable) > 5 else "")
+            print(f"{len(unusable)} rows could not be used ({names}): see {output_dir / 'skipped.jsonl'}")
+        last, best = output_dir / "last", output_dir / "best"
+        if results is None:
+            print(f"model: {last}")
+        else:
+            print(f"best model: {best} (mean recall {progress['best_mean_recall']:.4f}); last model: {last}")
+            print(f"next: python evaluate_retrieval.py --model_name_or_path {best} and the same data flags")
+
+
+def momentum_tensors(momentum: MomentumState) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in momentum.state_dict().items() if torch.is_tensor(value)}
+
+
+def resolved_arguments(*groups) -> dict:
+    return {key: value for group in groups for key, value in dataclasses.asdict(group).items()}
+
+
+if __name__ == "__main__":
+    main_with_usage_errors("train.py", main)
