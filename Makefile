@@ -8,7 +8,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml
+LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/cpu_2_processes.yaml
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test style clean

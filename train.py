@@ -22,6 +22,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -46,7 +47,7 @@ from aliblip.data.augment import TrainAugmentation
 from aliblip.data.collate import Collator
 from aliblip.data.loader import EvalLoader, TrainLoader
 from aliblip.data.sources import open_source, require_usable_row
-from aliblip.distributed import all_gather_objects, assert_equal_on_ranks, reduce_sum
+from aliblip.distributed import all_gather_objects, assert_equal_on_ranks, is_main, reduce_sum
 from aliblip.evaluation import check_k_rerank, evaluate_retrieval, format_table
 from aliblip.momentum import MomentumState
 from aliblip.objective import RetrievalObjective
@@ -97,8 +98,8 @@ def build_processor(args: ModelArguments) -> AliBlipProcessor:
             tokenizer = BertTokenizer(vocab=name) if is_file else AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise UsageError(
-                f"no tokenizer at {name!r} ({_first_line(error)}): give --tokenizer_name a folder, a vocab.txt or a Hub "
-                "name"
+                f"no tokenizer at {name!r} ({_first_line(error)}): --tokenizer_name takes a folder, a vocab.txt or a "
+                "Hub name"
             ) from error
         if not tokenizer.is_fast or getattr(tokenizer, "cls_token_id", None) is None:
             raise UsageError(f"the tokenizer {name!r} is no fast WordPiece tokenizer with [CLS]: take a BERT tokenizer")
@@ -254,9 +255,10 @@ def _first_line(error: BaseException) -> str:
 class SkippedRows:
     """Rows that could not be used: counted, listed, and a reason to stop when they are too many."""
 
-    def __init__(self, max_fraction: float, device: torch.device):
+    def __init__(self, max_fraction: float, device: torch.device, file: Path):
         self.max_fraction = max_fraction
         self.device = device
+        self.file = file
         self.rows: dict[int, dict] = {}  # of this rank, each once, however many epochs met it
         self.seen = self.met = 0
 
@@ -271,16 +273,24 @@ class SkippedRows:
         merged = {row["row"]: row for rows in all_gather_objects(list(self.rows.values())) for row in rows}
         return [merged[row] for row in sorted(merged)]
 
+    def write(self) -> None:
+        """Write the list so far. A collective."""
+        rows = self.collect()
+        if is_main():
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            self.file.write_text("".join(lines), encoding="utf-8")
+
     def check(self) -> None:
         """Stop, on all ranks, when too large a share of the rows was unusable. A collective."""
         seen, met = reduce_sum(torch.tensor([self.seen, self.met], device=self.device)).tolist()
         if met > self.max_fraction * seen:
+            self.write()
             rows = self.collect()
             listed = "; ".join(f"{row['name']} ({row['reason']})" for row in rows[:20])
             more = f"; and {len(rows) - 20} more" if len(rows) > 20 else ""
             raise UsageError(
                 f"{met} of {seen} rows could not be used, more than --max_skipped_fraction {self.max_fraction}: "
-                f"{listed}{more}"
+                f"{listed}{more} (all: {self.file})"
             )
 
 
@@ -295,6 +305,11 @@ class Log:
             total=total_steps, initial=first_step, desc="train", unit="step", disable=not accelerator.is_main_process
         )
         self.near_prior = 0
+        if accelerator.is_main_process and self.file.exists():
+            # A resumed run repeats the steps after its checkpoint: their lines would stand there twice.
+            lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["step"] <= first_step]
+            self.file.write_text("".join(kept), encoding="utf-8")
         self._restart()
 
     def _restart(self) -> None:
@@ -356,64 +371,89 @@ class Log:
         self.accelerator.log(flat, step=step)
 
 
+@dataclasses.dataclass
+class Setup:
+    """What a run needs before its processes meet."""
+
+    processor: AliBlipProcessor
+    config: AliBlipConfig | None  # of a model to train from scratch
+    loader: TrainLoader
+    validation_loader: EvalLoader | None
+    steps_per_epoch: int  # optimizer steps, as are all steps unless they are called batches
+    total_steps: int
+    learning_rate: Callable[[int], float]
+    checkpoint: Path | None
+    progress: dict
+
+
+def set_up(model_args: ModelArguments, data_args: TrainDataArguments, args: TrainingArguments) -> Setup:
+    """Look at everything that can be wrong, before the processes meet and before any long work.
+
+    Raises:
+        ValueError, OSError: in the first line, what is wrong and what to do.
+    """
+    check_arguments(model_args, data_args, args)
+    processor = build_processor(model_args)
+    if model_args.model_name_or_path is None:
+        config = build_config(model_args, processor)
+        image_size = config.vision_config.image_size
+    else:
+        config = None
+        trained = AliBlipConfig.from_pretrained(model_args.model_name_or_path)
+        image_size = model_args.image_size or trained.vision_config.image_size
+    processor.image_processor.size = {"height": image_size, "width": image_size}
+
+    train_source, validation_source = open_sources(data_args, args)
+    # By the launcher's word: there is no process group yet. The accelerator compares both when it is built.
+    shared = {
+        "rank": int(os.environ.get("RANK", "0")),
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "num_workers": data_args.dataloader_num_workers,
+    }
+    require_usable_row(train_source)
+    loader = TrainLoader(
+        train_source,
+        Collator(processor, build_augmentation(data_args, image_size), seed=args.seed),
+        batch_size=args.per_device_train_batch_size,
+        seed=args.seed,
+        window=data_args.shuffle_window,
+        **shared,
+    )
+    validation_loader = None
+    if validation_source is not None:
+        check_k_rerank(args.k_rerank, validation_source.num_rows)
+        require_usable_row(validation_source)
+        unit_size = args.per_device_eval_batch_size
+        validation_loader = EvalLoader(validation_source, Collator(processor), unit_size=unit_size, **shared)
+
+    steps_per_epoch = loader.steps_per_epoch // args.gradient_accumulation_steps
+    if not steps_per_epoch:
+        raise UsageError(
+            f"an epoch has {loader.steps_per_epoch} batches, fewer than --gradient_accumulation_steps "
+            f"{args.gradient_accumulation_steps}: lower it or the batch size"
+        )
+    total_steps = total_optimizer_steps(steps_per_epoch, args.num_train_epochs, args.max_train_steps)
+    learning_rate = learning_rate_schedule(
+        args.lr_scheduler_type, args.learning_rate, args.warmup_steps, total_steps, steps_per_epoch
+    )
+    checkpoint, progress = None, {"step": 0, "best_mean_recall": -1.0}
+    if args.resume_from_checkpoint is not None:
+        checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
+        progress = read_progress(checkpoint, shared["world_size"])
+    if shared["rank"] == 0:
+        prepare_output_dir(args)
+    return Setup(
+        processor, config, loader, validation_loader, steps_per_epoch, total_steps, learning_rate, checkpoint, progress
+    )
+
+
 def main() -> None:
     model_args, data_args, args = parse([ModelArguments, TrainDataArguments, TrainingArguments], description=__doc__)
     started = time.perf_counter()
-
-    # Everything that can be wrong is looked at before the processes meet and before any long work.
-    rank, num_processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    output_dir = Path(args.output_dir or ".")
+    accumulation = args.gradient_accumulation_steps
     try:
-        check_arguments(model_args, data_args, args)
-        processor = build_processor(model_args)
-        if model_args.model_name_or_path is None:
-            config, image_size = build_config(model_args, processor), None
-            image_size = config.vision_config.image_size
-        else:
-            config = None
-            trained = AliBlipConfig.from_pretrained(model_args.model_name_or_path)
-            image_size = model_args.image_size or trained.vision_config.image_size
-        processor.image_processor.size = {"height": image_size, "width": image_size}
-        train_source, validation_source = open_sources(data_args, args)
-        require_usable_row(train_source)
-        augment = build_augmentation(data_args, image_size)
-        loader = TrainLoader(
-            train_source,
-            Collator(processor, augment, seed=args.seed),
-            batch_size=args.per_device_train_batch_size,
-            seed=args.seed,
-            rank=rank,
-            world_size=num_processes,
-            num_workers=data_args.dataloader_num_workers,
-            window=data_args.shuffle_window,
-        )
-        accumulation = args.gradient_accumulation_steps
-        steps_per_epoch = loader.steps_per_epoch // accumulation
-        if not steps_per_epoch:
-            raise UsageError(
-                f"an epoch has {loader.steps_per_epoch} batches, fewer than --gradient_accumulation_steps "
-                f"{accumulation}: lower it or the batch size"
-            )
-        total_steps = total_optimizer_steps(steps_per_epoch, args.num_train_epochs, args.max_train_steps)
-        learning_rate = learning_rate_schedule(
-            args.lr_scheduler_type, args.learning_rate, args.warmup_steps, total_steps, steps_per_epoch
-        )
-        if validation_source is not None:
-            check_k_rerank(args.k_rerank, validation_source.num_rows)
-            validation_loader = EvalLoader(
-                validation_source,
-                Collator(processor),
-                unit_size=args.per_device_eval_batch_size,
-                rank=rank,
-                world_size=num_processes,
-                num_workers=data_args.dataloader_num_workers,
-            )
-        checkpoint = progress = None
-        if args.resume_from_checkpoint is not None:
-            checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
-            progress = read_progress(checkpoint, num_processes)
-        if rank == 0:
-            prepare_output_dir(args)
+        setup = set_up(model_args, data_args, args)
+        output_dir = Path(args.output_dir)
         accelerator = build_accelerator(
             mixed_precision=args.mixed_precision,
             gradient_accumulation_steps=accumulation,
@@ -422,11 +462,16 @@ def main() -> None:
             max_grad_norm=args.max_grad_norm,
             per_device_train_batch_size=args.per_device_train_batch_size,
         )
+        if args.report_to not in ("none", "all") and not accelerator.log_with:
+            raise UsageError(f"--report_to {args.report_to} is not installed: pip install it, or --report_to none")
+    except UsageError:
+        raise
     except (OSError, ValueError) as error:
-        raise error if isinstance(error, UsageError) else UsageError(_first_line(error)) from error
+        raise UsageError(_first_line(error)) from error
+    total_steps, steps_per_epoch = setup.total_steps, setup.steps_per_epoch
 
     set_seed(args.seed)  # the same initial weights on every rank
-    model = build_model(model_args, config).to(accelerator.device)
+    model = build_model(model_args, setup.config).to(accelerator.device)
     autocast_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
     momentum = MomentumState(
         model,
@@ -463,11 +508,10 @@ def main() -> None:
     assert_equal_on_ranks("momentum encoders and queues", momentum_tensors(momentum))
     set_seed(args.seed + accelerator.process_index)  # dropout and hard negatives differ from rank to rank
 
-    if progress is None:
-        progress = {"step": 0, "epoch": 0, "best_mean_recall": -1.0}
-    else:
-        accelerator.load_state(str(checkpoint))
-        accelerator.print(f"resumed from {checkpoint} at step {progress['step']}")
+    progress = setup.progress
+    if setup.checkpoint is not None:
+        accelerator.load_state(str(setup.checkpoint))
+        accelerator.print(f"resumed from {setup.checkpoint} at step {progress['step']}")
     if accelerator.is_main_process:
         write_json(output_dir / "arguments.json", resolved_arguments(model_args, data_args, args))
     if accelerator.log_with:
@@ -475,21 +519,21 @@ def main() -> None:
         accelerator.init_trackers("aliblip", config=flat)
     accelerator.print(
         f"training {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters for {total_steps} steps "
-        f"({total_steps / steps_per_epoch:.4g} epochs) of {args.per_device_train_batch_size} rows x {num_processes} "
-        f"process{'es' if num_processes > 1 else ''}"
+        f"({total_steps / steps_per_epoch:.4g} epochs) of {args.per_device_train_batch_size} rows x "
+        f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}"
         f"{f' x {accumulation} batches' if accumulation > 1 else ''}, {accelerator.distributed_type.value}, "
-        f"{accelerator.mixed_precision} mixed precision\n{loader.describe()}"
+        f"{accelerator.mixed_precision} mixed precision\n{setup.loader.describe()}"
     )
 
     log = Log(accelerator, output_dir, total_steps, progress["step"])
-    skipped = SkippedRows(data_args.max_skipped_fraction, accelerator.device)
+    skipped = SkippedRows(data_args.max_skipped_fraction, accelerator.device, output_dir / "skipped.jsonl")
     step, left_out, results = progress["step"], 0, None
     for epoch in range(step // steps_per_epoch, math.ceil(total_steps / steps_per_epoch)):
-        batches = loader.epoch(epoch, start_step=(step - epoch * steps_per_epoch) * accumulation)
+        batches = setup.loader.epoch(epoch, start_step=(step - epoch * steps_per_epoch) * accumulation)
         last_step = min(total_steps, (epoch + 1) * steps_per_epoch)
         while step < last_step:
-            rate = learning_rate(step)
-            set_learning_rate(optimizer, rate)
+            learning_rate = setup.learning_rate(step)
+            set_learning_rate(optimizer, learning_rate)
             momentum.update(model)
             for micro_step in range(step * accumulation, (step + 1) * accumulation):
                 waiting = time.perf_counter()
@@ -518,54 +562,56 @@ def main() -> None:
                 log.line(
                     step,
                     step / steps_per_epoch,
-                    learning_rate=rate,
+                    learning_rate=learning_rate,
                     temperature=float(output.report["temperature"]),
                     queue_fill=momentum.queue_fill(),
                     grad_norm=grad_norm,
                 )
                 skipped.check()
-            if args.checkpointing_steps and step % args.checkpointing_steps == 0:
-                save_checkpoint(accelerator, output_dir, {**progress, "step": step, "epoch": epoch})
+            checkpoint_is_due = args.checkpointing_steps and step % args.checkpointing_steps == 0
+            if checkpoint_is_due and step < last_step:
+                save_checkpoint(accelerator, output_dir, {**progress, "step": step})
 
         skipped.check()
-        if validation_source is None or not (step == total_steps or (epoch + 1) % args.evaluate_every == 0):
-            save_model(model, processor, output_dir / "last")
-            continue
-        results = evaluate_retrieval(
-            model,
-            validation_loader,
-            model_name=str(output_dir / "last"),
-            dataset_name=validation_source.name,
-            split=validation_source.split,
-            k_rerank=args.k_rerank,
-            dtype=autocast_dtype,
-        )
-        log.evaluation(step, epoch + 1, results)
-        save_model(model, processor, output_dir / "last", results)
-        if results["mean_recall"] > progress["best_mean_recall"]:
-            progress["best_mean_recall"] = results["mean_recall"]
-            save_model(model, processor, output_dir / "best", {**results, "model": str(output_dir / "best")})
+        skipped.write()
+        evaluate_now = args.evaluate_every and (step == total_steps or (epoch + 1) % args.evaluate_every == 0)
+        if evaluate_now:
+            source = setup.validation_loader.source
+            results = evaluate_retrieval(
+                model,
+                setup.validation_loader,
+                model_name=str(output_dir / "last"),
+                dataset_name=source.name,
+                split=source.split,
+                k_rerank=args.k_rerank,
+                dtype=autocast_dtype,
+            )
+            log.evaluation(step, epoch + 1, results)
+            if results["mean_recall"] > progress["best_mean_recall"]:
+                progress["best_mean_recall"] = results["mean_recall"]
+                best_results = {**results, "model": str(output_dir / "best")}
+                save_model(model, setup.processor, output_dir / "best", best_results)
+        save_model(model, setup.processor, output_dir / "last", results if evaluate_now else None)
+        if checkpoint_is_due:  # after the evaluation, which a resumed run would not repeat
+            save_checkpoint(accelerator, output_dir, {**progress, "step": step})
     log.bar.close()
     assert_equal_on_ranks("momentum encoders and queues", momentum_tensors(momentum))
-    accelerator.end_training()
 
     unusable = skipped.collect()
     if accelerator.is_main_process:
-        (output_dir / "skipped.jsonl").write_text(
-            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in unusable), encoding="utf-8"
-        )
         minutes = (time.perf_counter() - started) / 60
-        samples = step * accumulation * num_processes * args.per_device_train_batch_size
+        samples = step * accumulation * accelerator.num_processes * args.per_device_train_batch_size
         print(f"done in {minutes:.1f} minutes: {step} steps, {samples} samples")
         if unusable:
             names = ", ".join(row["name"] for row in unusable[:5]) + (", ..." if len(unusable) > 5 else "")
-            print(f"{len(unusable)} rows could not be used ({names}): see {output_dir / 'skipped.jsonl'}")
+            print(f"{len(unusable)} rows could not be used ({names}): see {skipped.file}")
         last, best = output_dir / "last", output_dir / "best"
         if results is None:
             print(f"model: {last}")
         else:
             print(f"best model: {best} (mean recall {progress['best_mean_recall']:.4f}); last model: {last}")
             print(f"next: python evaluate_retrieval.py --model_name_or_path {best} and the same data flags")
+    accelerator.end_training()
 
 
 def momentum_tensors(momentum: MomentumState) -> dict[str, torch.Tensor]:

@@ -59,10 +59,10 @@ class RetrievalObjective(nn.Module):
         negatives_from_all_ranks: take ITM's hard negatives from every rank's batch, with gradient, and not only from
             the own one.
         hardest_negatives: take the most similar candidate instead of drawing by similarity.
-        in_batch_itc: share of the ITC loss, 0 to 1, that contrasts the present features of all ranks' batches with each
-            other (CLIP, https://arxiv.org/abs/2103.00020) instead of with momentum features and queue. Momentum features
-            lag behind, and no gradient flows into them: from scratch and on small data a share of this loss learns
-            several times faster. 0 is the published objective.
+        in_batch_itc: share of the ITC loss, 0 to 1, that contrasts the present features of all ranks' batches with
+            each other (CLIP, https://arxiv.org/abs/2103.00020) instead of with momentum features and queue. Momentum
+            features lag behind, and no gradient flows into them: from scratch and on small data a share of this loss
+            learns faster. 0 is the published objective.
     """
 
     def __init__(
