@@ -113,3 +113,39 @@ def test_negatives_from_all_ranks_have_exact_gradients():
     for name, parameter in objective.named_parameters():
         for _, gradients in ranks:
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def in_batch_gradient():
+    weights = torch.nn.Linear(6, 16, bias=False)
+    with torch.no_grad():
+        weights.weight.copy_(torch.randn(16, 6, generator=torch.Generator().manual_seed(0)))
+    wrapped = DistributedDataParallel(weights) if torch.distributed.is_initialized() else weights
+    whole = torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(1))
+    product_id = torch.tensor([0, 1, 2, 3, 0, 4, 5, 1])  # positives on both sides of the cut
+    rows = slice(4 * rank(), 4 * rank() + 4) if torch.distributed.is_initialized() else slice(0, 8)
+    features = torch.nn.functional.normalize(wrapped(whole[:, rows]), dim=-1)
+    objective = RetrievalObjective(torch.nn.Identity(), in_batch_itc=1.0)
+    loss = objective._in_batch_itc(features[0], features[1], product_id[rows], torch.tensor([0.1]))
+    loss.backward()
+    return loss.item(), weights.weight.grad
+
+
+def test_in_batch_contrast_of_two_processes_equals_one():
+    expected_loss, expected = in_batch_gradient()
+    ranks = spawn(in_batch_gradient, 2)
+    assert sum(loss for loss, _ in ranks) / 2 == pytest.approx(expected_loss, rel=1e-5)
+    for _, gradient in ranks:
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_share_of_in_batch_contrast():
+    batch, losses = tiny.batch(), {}
+    for share in (0.0, 0.25, 1.0):
+        objective, momentum = objective_and_momentum(in_batch_itc=share)
+        losses[share] = objective(batch, momentum.encode(batch), alpha=0.2).parts["itc"].item()
+    assert losses[0.25] == pytest.approx(0.75 * losses[0.0] + 0.25 * losses[1.0], rel=1e-5)
+    model = tiny.model()
+    out = model(batch["pixel_values"], batch["input_ids"], batch["attention_mask"])
+    own = torch.arange(4)
+    clip = sum(torch.nn.functional.cross_entropy(x, own) for x in (out.logits_per_image, out.logits_per_text)) / 2
+    assert losses[1.0] == pytest.approx(clip.item(), rel=1e-5)

@@ -1,0 +1,59 @@
+"""What README and CONTRIBUTING say exists, and the README's snippet runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+import tiny
+from helpers import ROOT
+from PIL import Image
+
+import evaluate_retrieval  # noqa: F401  (its flags are checked below, so that it has to import)
+from aliblip.arguments import (
+    EvaluationArguments,
+    EvaluationDataArguments,
+    ModelArguments,
+    TrainDataArguments,
+    TrainingArguments,
+)
+
+README = (ROOT / "README.md").read_text()
+PAGES = {
+    name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "train.py", "evaluate_retrieval.py")
+}
+GROUPS = (ModelArguments, TrainDataArguments, TrainingArguments, EvaluationArguments, EvaluationDataArguments)
+FLAGS = {field.name for group in GROUPS for field in dataclasses.fields(group)} | {
+    "config",
+    "help",
+    "config_file",
+    "check",
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_and_flags_that_are_named_exist(page):
+    text = PAGES[page]
+    for path in re.findall(r"\b(?:recipes|accelerate_configs|demo|aliblip|tests)/[\w/]+\.(?:yaml|py)\b", text):
+        assert (ROOT / path).is_file(), path
+    for flag in re.findall(r"(?<![\w-])--([a-z]\w+)\b(?!-)", text):
+        assert flag in FLAGS, flag
+
+
+def test_launcher_files_of_the_table_exist():
+    for name in re.findall(r"`(\w+\.yaml)`", README):
+        assert (ROOT / "accelerate_configs" / name).is_file(), name
+
+
+def test_the_snippet_runs(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "outputs" / "mine" / "best"
+    tiny.model(vocab_size=len(tiny.processor().tokenizer)).save_pretrained(folder)
+    tiny.processor().save_pretrained(folder)
+    for name in ("mug", "lamp"):
+        Image.new("RGB", (40, 30), "red").save(tmp_path / f"{name}.jpg")
+    monkeypatch.chdir(tmp_path)
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    exec(snippet, {})
+    printed = capsys.readouterr().out
+    assert printed.count("tensor(") == 2
