@@ -42,13 +42,14 @@ from aliblip.arguments import (
     main_with_usage_errors,
     parse,
 )
-from aliblip.checkpoint import find_checkpoint, read_progress, save_checkpoint, save_model, write_json
+from aliblip.checkpoint import find_checkpoint, read_progress, save_checkpoint, save_model
 from aliblip.data.augment import TrainAugmentation
 from aliblip.data.collate import Collator
 from aliblip.data.loader import EvalLoader, TrainLoader
 from aliblip.data.sources import open_source, require_usable_row
 from aliblip.distributed import all_gather_objects, assert_equal_on_ranks, is_main, reduce_sum
 from aliblip.evaluation import check_k_rerank, evaluate_retrieval, format_table
+from aliblip.files import write_json, write_json_lines
 from aliblip.momentum import MomentumState
 from aliblip.objective import RetrievalObjective
 from aliblip.optim import (
@@ -277,8 +278,7 @@ class SkippedRows:
         """Write the list so far. A collective."""
         rows = self.collect()
         if is_main():
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            self.file.write_text("".join(lines), encoding="utf-8")
+            write_json_lines(self.file, rows)
 
     def check(self) -> None:
         """Stop, on all ranks, when too large a share of the rows was unusable. A collective."""

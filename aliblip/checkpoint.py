@@ -10,7 +10,6 @@ queues and random states as accelerate saves them, and `progress.json`.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -19,15 +18,9 @@ from typing import Any
 from aliblip.accelerator import fp32_state_dict
 from aliblip.arguments import UsageError
 from aliblip.distributed import barrier, is_main
+from aliblip.files import write_json
 
 _PROGRESS = "progress.json"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file so that a reader never sees half of it."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
 
 
 def _swap_in(beside: Path, folder: Path) -> None:
@@ -117,4 +110,4 @@ def read_progress(folder: Path, num_processes: int) -> dict[str, Any]:
     return progress
 
 
-__all__ = ["find_checkpoint", "read_progress", "save_checkpoint", "save_model", "write_json"]
+__all__ = ["find_checkpoint", "read_progress", "save_checkpoint", "save_model"]

@@ -16,9 +16,7 @@ Both functions are collectives: every rank calls them, and every rank gets the r
 import contextlib
 import functools
 import importlib.metadata
-import json
 import logging
-import os
 import platform
 import random
 import time
@@ -34,6 +32,7 @@ from tqdm.auto import tqdm
 
 import retrieval_aliblip as engine
 from aliblip.distributed import all_gather_objects, broadcast_object, is_main, rank, world_size
+from aliblip.files import write_json, write_json_lines
 from aliblip.metrics import RECALL_AT, best_positive_ranks, ranks_after_reranking
 
 logger = logging.getLogger(__name__)
@@ -405,24 +404,12 @@ def write_results(evaluation: Evaluation, output_dir: str | Path) -> Path:
     output_dir.mkdir(parents=True, exist_ok=True)
     skipped = output_dir / "skipped.jsonl"
     if evaluation.skipped:
-        _write_atomic(skipped, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.skipped))
+        write_json_lines(skipped, evaluation.skipped)
     else:
         skipped.unlink(missing_ok=True)  # the list of an earlier run in this folder would be read as this one's
     path = output_dir / "results.json"
-    _write_atomic(path, json.dumps(evaluation.results, indent=2, ensure_ascii=False) + "\n")
+    write_json(path, evaluation.results)
     return path
-
-
-def _write_atomic(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # --- around the work --------------------------------------------------------------------------------------------------
