@@ -72,7 +72,9 @@ def hard_negatives(
     if hardest:
         index = allowed.argmax(dim=1)
     else:
-        index = torch.multinomial(F.softmax(allowed, dim=1), 1, generator=generator).squeeze(1)
+        # Features that are not finite must reach the loss and its guard, and not end the draw (on a GPU: the process).
+        probability = F.softmax(allowed, dim=1).nan_to_num(nan=1.0)
+        index = torch.multinomial(probability, 1, generator=generator).squeeze(1)
     return torch.where(exists, index, torch.zeros_like(index)), exists
 
 

@@ -494,14 +494,14 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
         """Photos (B, 3, height, width) -> `last_hidden_state` tokens (B, P, D), `pooler_output` unit features (B,
         E)."""
         tokens = self.vision_model(pixel_values, interpolate_pos_encoding)
-        features = F.normalize(self.vision_proj(tokens[:, 0]), dim=-1)
+        features = F.normalize(self.vision_proj(tokens[:, 0]).float(), dim=-1)
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=features)
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutputWithPooling:
         """Titles (B, L) -> `last_hidden_state` tokens (B, L, D), `pooler_output` unit features (B, E); no image is
         seen."""
         tokens = self.text_encoder(input_ids, attention_mask)
-        features = F.normalize(self.text_proj(tokens[:, 0]), dim=-1)
+        features = F.normalize(self.text_proj(tokens[:, 0]).float(), dim=-1)
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=features)
 
     # ITM
@@ -552,7 +552,8 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
         image = self.get_image_features(pixel_values, interpolate_pos_encoding)
         text = self.get_text_features(input_ids, attention_mask)
         image_embeds, text_embeds = image.pooler_output, text.pooler_output
-        logits_per_image = image_embeds.float() @ text_embeds.float().t() / self.temp.float()  # (images, titles)
+        with torch.autocast(image_embeds.device.type, enabled=False):
+            logits_per_image = image_embeds @ text_embeds.t() / self.temp.float()  # (images, titles)
         paired = image_embeds.shape[0] == text_embeds.shape[0]
         if return_loss and not paired:
             raise ValueError(

@@ -44,6 +44,7 @@ class AliBlipProcessor(ProcessorMixin):
         tokenizer.add_special_tokens({"bos_token": "[DEC]"})
         if "[ENC]" not in tokenizer.get_added_vocab():
             tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
+        tokenizer.padding_side = "right"  # the first token is [CLS], or [ENC] when the model looks at an image
         self.max_length = max_length
         super().__init__(image_processor, tokenizer, **kwargs)
 

@@ -1,8 +1,8 @@
 """Train AliBLIP, from scratch or from a trained model, on a streamed table of photos and titles.
 
     python train.py --config recipes/demo.yaml --output_dir outputs/demo                  # one process
-    accelerate launch --config_file accelerate_configs/multi_gpu.yaml train.py \
-        --config_name base --data_dir my_catalogue --output_dir outputs/mine               # every GPU of this machine
+    accelerate launch --config_file accelerate_configs/multi_gpu.yaml --num_processes 4 train.py \
+        --config_name base --data_dir my_catalogue --output_dir outputs/mine               # four GPUs of this machine
     accelerate launch --config_file accelerate_configs/deepspeed_zero2.yaml train.py \
         --config recipes/aliproducts_large.yaml --train_file train.json --image_dir photos --output_dir outputs/large
 
@@ -22,7 +22,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -75,6 +76,7 @@ PARTS = (
     "rows_without_negative",
 )
 NON_FINITE_STEPS_ALLOWED = 10  # in a row
+ROWS_TO_JUDGE = 1000  # before the end of an epoch, a few rows more or less say little about the data
 LINE = (
     "step {step} epoch {epoch:.2f} loss_itc {loss_itc:.4f} loss_itm {loss_itm:.4f} lr {learning_rate:.2e} "
     "temperature {temperature:.4f} itm_accuracy positive {itm_accuracy_positive:.2f} negative "
@@ -199,13 +201,16 @@ def check_arguments(model_args: ModelArguments, data_args: TrainDataArguments, a
             raise UsageError(f"--{name} is for training from scratch: a trained model brings its own, leave it out")
     if args.output_dir is None:
         raise UsageError("--output_dir is missing: name the folder for models and logs")
-    if args.resume_from_checkpoint is not None and args.overwrite_output_dir:
-        raise UsageError("--resume_from_checkpoint and --overwrite_output_dir contradict each other: leave one out")
     check_range(
         per_device_train_batch_size=(args.per_device_train_batch_size, 1, None),
         per_device_eval_batch_size=(args.per_device_eval_batch_size, 1, None),
         gradient_accumulation_steps=(args.gradient_accumulation_steps, 1, None),
         learning_rate=(args.learning_rate, 0, None),
+        adam_beta1=(args.adam_beta1, 0, 0.9999999),
+        adam_beta2=(args.adam_beta2, 0, 0.9999999),
+        adam_epsilon=(args.adam_epsilon, 0, None),
+        weight_decay=(args.weight_decay, 0, None),
+        max_length=(model_args.max_length, 3, None),
         warmup_steps=(args.warmup_steps, 0, None),
         max_train_steps=(args.max_train_steps, 1, None),
         max_grad_norm=(args.max_grad_norm, 0, None),
@@ -223,19 +228,15 @@ def check_arguments(model_args: ModelArguments, data_args: TrainDataArguments, a
     )
 
 
-def prepare_output_dir(args: TrainingArguments) -> Path:
-    """Refuse to mix two runs in one folder. Called by the main process alone, once everything else was found right."""
+def check_output_dir(args: TrainingArguments) -> None:
+    """Refuse to mix two runs in one folder, or to find out after an epoch that it can't be written to."""
     output_dir = Path(args.output_dir)
-    if (output_dir / "arguments.json").exists() and args.resume_from_checkpoint is None:
-        if not args.overwrite_output_dir:
-            raise UsageError(
-                f"{output_dir} holds an earlier run: give another --output_dir, --resume_from_checkpoint last to go on "
-                f"with it, or --overwrite_output_dir to replace it"
-            )
-        for old in ("best", "last", "logs", *(path.name for path in output_dir.glob("checkpoint-*"))):
-            shutil.rmtree(output_dir / old, ignore_errors=True)
-        for old in ("log.jsonl", "skipped.jsonl", "arguments.json"):
-            (output_dir / old).unlink(missing_ok=True)
+    holds_a_run = (output_dir / "arguments.json").exists()
+    if holds_a_run and args.resume_from_checkpoint is None and not args.overwrite_output_dir:
+        raise UsageError(
+            f"{output_dir} holds an earlier run: give another --output_dir, --resume_from_checkpoint last to go on "
+            f"with it, or --overwrite_output_dir to replace it"
+        )
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         probe = output_dir / ".writable"
@@ -243,7 +244,14 @@ def prepare_output_dir(args: TrainingArguments) -> Path:
         probe.unlink()
     except OSError as error:
         raise UsageError(f"can't write into {output_dir}: {error.strerror}; give another --output_dir") from error
-    return output_dir
+
+
+def clear_output_dir(output_dir: Path) -> None:
+    """Remove what an earlier run left. Called once nothing can be refused any more."""
+    for old in ("best", "last", "logs", *(path.name for path in output_dir.glob("checkpoint-*"))):
+        shutil.rmtree(output_dir / old, ignore_errors=True)
+    for old in ("log.jsonl", "skipped.jsonl", "arguments.json"):
+        (output_dir / old).unlink(missing_ok=True)
 
 
 def _first_line(error: BaseException) -> str:
@@ -261,6 +269,9 @@ class SkippedRows:
         self.device = device
         self.file = file
         self.rows: dict[int, dict] = {}  # of this rank, each once, however many epochs met it
+        if file.exists():  # of the run that is resumed
+            rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+            self.rows.update((row["row"], row) for row in rows)
         self.seen = self.met = 0
 
     def add(self, batch: dict) -> None:
@@ -280,10 +291,10 @@ class SkippedRows:
         if is_main():
             write_json_lines(self.file, rows)
 
-    def check(self) -> None:
-        """Stop, on all ranks, when too large a share of the rows was unusable. A collective."""
+    def check(self, at_least: int = 0) -> None:
+        """Stop, on all ranks, when too large a share of at least `at_least` rows was unusable. A collective."""
         seen, met = reduce_sum(torch.tensor([self.seen, self.met], device=self.device)).tolist()
-        if met > self.max_fraction * seen:
+        if met > self.max_fraction * seen and seen >= at_least:
             self.write()
             rows = self.collect()
             listed = "; ".join(f"{row['name']} ({row['reason']})" for row in rows[:20])
@@ -306,10 +317,11 @@ class Log:
         )
         self.near_prior = 0
         if accelerator.is_main_process and self.file.exists():
-            # A resumed run repeats the steps after its checkpoint: their lines would stand there twice.
+            # A resumed run repeats the steps after its checkpoint: their lines would stand there twice. A line that a
+            # kill cut off has no end.
             lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= first_step]
-            self.file.write_text("".join(kept), encoding="utf-8")
+            entries = [json.loads(line) for line in lines if line.endswith("\n")]
+            write_json_lines(self.file, [entry for entry in entries if entry["step"] <= first_step])
         self._restart()
 
     def _restart(self) -> None:
@@ -317,6 +329,13 @@ class Log:
         self.batches = self.samples = 0
         self.waited = 0.0
         self.since = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What takes place inside is no training, and does not count in its speed."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
 
     def add(self, output, rows: int, waited: float) -> None:
         values = {"loss_itc": output.parts["itc"], "loss_itm": output.parts["itm"], **output.report}
@@ -376,7 +395,7 @@ class Setup:
     """What a run needs before its processes meet."""
 
     processor: AliBlipProcessor
-    config: AliBlipConfig | None  # of a model to train from scratch
+    model: AliBlipForImageTextRetrieval  # on the CPU, the same weights on every rank
     loader: TrainLoader
     validation_loader: EvalLoader | None
     steps_per_epoch: int  # optimizer steps, as are all steps unless they are called batches
@@ -390,7 +409,7 @@ def set_up(model_args: ModelArguments, data_args: TrainDataArguments, args: Trai
     """Look at everything that can be wrong, before the processes meet and before any long work.
 
     Raises:
-        ValueError, OSError: in the first line, what is wrong and what to do.
+        ValueError, OSError, ImportError: in the first line, what is wrong and what to do.
     """
     check_arguments(model_args, data_args, args)
     processor = build_processor(model_args)
@@ -432,18 +451,36 @@ def set_up(model_args: ModelArguments, data_args: TrainDataArguments, args: Trai
             f"an epoch has {loader.steps_per_epoch} batches, fewer than --gradient_accumulation_steps "
             f"{args.gradient_accumulation_steps}: lower it or the batch size"
         )
+    set_seed(args.seed)
+    model = build_model(model_args, config)
+    longest = model.config.text_config.max_position_embeddings
+    if processor.max_length > longest:
+        raise UsageError(f"--max_length is {processor.max_length}: the model takes at most {longest} tokens")
+    if args.gradient_checkpointing:
+        model.set_checkpointed_layers(
+            args.gradient_checkpointing_vision_layers, args.gradient_checkpointing_text_layers
+        )
     total_steps = total_optimizer_steps(steps_per_epoch, args.num_train_epochs, args.max_train_steps)
     learning_rate = learning_rate_schedule(
         args.lr_scheduler_type, args.learning_rate, args.warmup_steps, total_steps, steps_per_epoch
     )
-    checkpoint, progress = None, {"step": 0, "best_mean_recall": -1.0}
+    order = {
+        "rows": train_source.num_rows,
+        "processes": shared["world_size"],
+        "dataloader_num_workers": shared["num_workers"],
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "shuffle_window": data_args.shuffle_window,
+        "seed": args.seed,
+    }
+    checkpoint, progress = None, {"step": 0, "best_mean_recall": -1.0, "order": order}
     if args.resume_from_checkpoint is not None:
         checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
-        progress = read_progress(checkpoint, shared["world_size"])
+        progress = read_progress(checkpoint, order)
     if shared["rank"] == 0:
-        prepare_output_dir(args)
+        check_output_dir(args)
     return Setup(
-        processor, config, loader, validation_loader, steps_per_epoch, total_steps, learning_rate, checkpoint, progress
+        processor, model, loader, validation_loader, steps_per_epoch, total_steps, learning_rate, checkpoint, progress
     )
 
 
@@ -466,12 +503,13 @@ def main() -> None:
             raise UsageError(f"--report_to {args.report_to} is not installed: pip install it, or --report_to none")
     except UsageError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise UsageError(_first_line(error)) from error
     total_steps, steps_per_epoch = setup.total_steps, setup.steps_per_epoch
+    if accelerator.is_main_process and setup.checkpoint is None:
+        clear_output_dir(output_dir)
 
-    set_seed(args.seed)  # the same initial weights on every rank
-    model = build_model(model_args, setup.config).to(accelerator.device)
+    model = setup.model.to(accelerator.device)
     autocast_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
     momentum = MomentumState(
         model,
@@ -483,10 +521,6 @@ def main() -> None:
         autocast_dtype=autocast_dtype,
         seed=args.seed,
     ).to(accelerator.device)
-    if args.gradient_checkpointing:
-        model.set_checkpointed_layers(
-            args.gradient_checkpointing_vision_layers, args.gradient_checkpointing_text_layers
-        )
     temperature_rate = args.learning_rate if args.temperature_learning_rate is None else args.temperature_learning_rate
     temperature_scale = temperature_rate / args.learning_rate if args.learning_rate else 1.0
     optimizer = torch.optim.AdamW(
@@ -534,7 +568,8 @@ def main() -> None:
         while step < last_step:
             learning_rate = setup.learning_rate(step)
             set_learning_rate(optimizer, learning_rate)
-            momentum.update(model)
+            if not left_out:  # else the weights are still those that the average has just followed
+                momentum.update(model)
             for micro_step in range(step * accumulation, (step + 1) * accumulation):
                 waiting = time.perf_counter()
                 batch = next(batches)
@@ -567,33 +602,35 @@ def main() -> None:
                     queue_fill=momentum.queue_fill(),
                     grad_norm=grad_norm,
                 )
-                skipped.check()
+                skipped.check(at_least=ROWS_TO_JUDGE)
             checkpoint_is_due = args.checkpointing_steps and step % args.checkpointing_steps == 0
             if checkpoint_is_due and step < last_step:
-                save_checkpoint(accelerator, output_dir, {**progress, "step": step})
+                with log.paused():
+                    save_checkpoint(accelerator, output_dir, {**progress, "step": step})
 
         skipped.check()
-        skipped.write()
-        evaluate_now = args.evaluate_every and (step == total_steps or (epoch + 1) % args.evaluate_every == 0)
-        if evaluate_now:
-            source = setup.validation_loader.source
-            results = evaluate_retrieval(
-                model,
-                setup.validation_loader,
-                model_name=str(output_dir / "last"),
-                dataset_name=source.name,
-                split=source.split,
-                k_rerank=args.k_rerank,
-                dtype=autocast_dtype,
-            )
-            log.evaluation(step, epoch + 1, results)
-            if results["mean_recall"] > progress["best_mean_recall"]:
-                progress["best_mean_recall"] = results["mean_recall"]
-                best_results = {**results, "model": str(output_dir / "best")}
-                save_model(model, setup.processor, output_dir / "best", best_results)
-        save_model(model, setup.processor, output_dir / "last", results if evaluate_now else None)
-        if checkpoint_is_due:  # after the evaluation, which a resumed run would not repeat
-            save_checkpoint(accelerator, output_dir, {**progress, "step": step})
+        with log.paused():
+            skipped.write()
+            evaluate_now = args.evaluate_every and (step == total_steps or (epoch + 1) % args.evaluate_every == 0)
+            if evaluate_now:
+                source = setup.validation_loader.source
+                results = evaluate_retrieval(
+                    model,
+                    setup.validation_loader,
+                    model_name=str(output_dir / "last"),
+                    dataset_name=source.name,
+                    split=source.split,
+                    k_rerank=args.k_rerank,
+                    dtype=autocast_dtype,
+                )
+                log.evaluation(step, epoch + 1, results)
+                if results["mean_recall"] > progress["best_mean_recall"]:
+                    progress["best_mean_recall"] = results["mean_recall"]
+                    best_results = {**results, "model": str(output_dir / "best")}
+                    save_model(model, setup.processor, output_dir / "best", best_results)
+            save_model(model, setup.processor, output_dir / "last", results if evaluate_now else None)
+            if checkpoint_is_due:  # after the evaluation, which a resumed run would not repeat
+                save_checkpoint(accelerator, output_dir, {**progress, "step": step})
     log.bar.close()
     assert_equal_on_ranks("momentum encoders and queues", momentum_tensors(momentum))
 
@@ -606,7 +643,7 @@ def main() -> None:
             names = ", ".join(row["name"] for row in unusable[:5]) + (", ..." if len(unusable) > 5 else "")
             print(f"{len(unusable)} rows could not be used ({names}): see {skipped.file}")
         last, best = output_dir / "last", output_dir / "best"
-        if results is None:
+        if results is None or not best.exists():
             print(f"model: {last}")
         else:
             print(f"best model: {best} (mean recall {progress['best_mean_recall']:.4f}); last model: {last}")

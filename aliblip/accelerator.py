@@ -89,7 +89,7 @@ def build_accelerator(
         )
     # torch 2.13 announces a successor of broadcast_buffers that does not do the same yet.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-    without_gpu = not torch.accelerator.is_available()
+    without_gpu = not torch.cuda.is_available()
     kwargs_handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
     if without_gpu and "LOCAL_RANK" in os.environ:
         # Without a named backend, DeepSpeed on CPU leaves every rank believing that it is rank 0 of 1.

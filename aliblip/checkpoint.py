@@ -62,7 +62,7 @@ def save_checkpoint(accelerator, output_dir: Path, progress: dict[str, Any]) -> 
 
     Args:
         accelerator: with the prepared objective and optimizer and the registered momentum state.
-        progress: the run's own counters, with "step"; JSON values only.
+        progress: the run's own counters, with "step" and "order" (see `read_progress`); JSON values only.
     """
     folder = output_dir / f"checkpoint-{progress['step']}"
     beside = folder.with_name(f".{folder.name}.tmp")
@@ -72,7 +72,7 @@ def save_checkpoint(accelerator, output_dir: Path, progress: dict[str, Any]) -> 
     accelerator.save_state(str(beside))
     barrier()
     if is_main():
-        write_json(beside / _PROGRESS, {**progress, "num_processes": accelerator.num_processes})
+        write_json(beside / _PROGRESS, progress)
         _swap_in(beside, folder)
     barrier()
     return folder
@@ -95,18 +95,24 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path:
     return folder
 
 
-def read_progress(folder: Path, num_processes: int) -> dict[str, Any]:
+def read_progress(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
     """The counters of a checkpoint.
 
+    Args:
+        folder: the checkpoint.
+        order: what the order of the rows depends on, by name; the checkpoint's own stands in its "order".
+
     Raises:
-        UsageError: it was written by another number of processes, whose rows and random states would not fit.
+        UsageError: the order would be another one, so that rows would be lost or seen twice.
     """
     progress = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
-    if progress["num_processes"] != num_processes:
-        raise UsageError(
-            f"{folder} was written by {progress['num_processes']} processes and this run has {num_processes}: "
-            f"resume with {progress['num_processes']}"
-        )
+    changed = [
+        f"{name} {progress['order'].get(name)} there, {value} here"
+        for name, value in order.items()
+        if progress["order"].get(name) != value
+    ]
+    if changed:
+        raise UsageError(f"{folder} was written by a run that reads its rows in another order ({'; '.join(changed)})")
     return progress
 
 

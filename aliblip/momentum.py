@@ -76,6 +76,8 @@ class MomentumState(nn.Module):
         self.autocast_dtype = autocast_dtype
         self.encoders = copy.deepcopy(model).float().requires_grad_(False).train(dropout)
         for module in self.encoders.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False  # there is no backward pass to recompute for
             for unused in ("crossattention", "itm_head"):
                 if hasattr(module, unused):
                     setattr(module, unused, None)

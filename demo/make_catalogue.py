@@ -2,11 +2,11 @@
 
     python demo/make_catalogue.py --output_dir demo/catalogue
 
-About twenty seconds on one core. Same settings, same bytes; a finished folder of the same settings is left as it is.
+About forty seconds on one core. Same settings, same bytes; a finished folder of the same settings is left as it is.
 
     --output_dir      folder to make; it must not hold anything else
     --seed            42
-    --num_train       5000 photos to train on (one to three of each product)
+    --num_train       10000 photos to train on (one to three of each product)
     --num_validation  400 products to search for, one photo each; an even number
 
 A product is one choice of each attribute:
@@ -594,7 +594,7 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def make_catalogue(output_dir: str | Path, seed: int = 42, num_train: int = 5000, num_validation: int = 400) -> str:
+def make_catalogue(output_dir: str | Path, seed: int = 42, num_train: int = 10000, num_validation: int = 400) -> str:
     """Make the catalogue, whole or not at all; returns one line that says what there is now.
 
     Raises:
@@ -651,7 +651,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="demo/catalogue")
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--num_train", type=int, default=5000)
+    parser.add_argument("--num_train", type=int, default=10000)
     parser.add_argument("--num_validation", type=int, default=400)
     args = parser.parse_args()
     try:

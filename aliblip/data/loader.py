@@ -206,7 +206,8 @@ class TrainLoader:
         with closing(_deliver(dataset, self.num_workers)) as delivered:
             for place, batch in delivered:
                 # Position is a count, so a batch out of order would make every later resume wrong.
-                if place != (due := next(expected, None)):
+                # Pinning memory turns tuples into lists in some versions of torch.
+                if (place := tuple(place)) != (due := next(expected, None)):
                     raise RuntimeError(f"the workers delivered batch {place} where {due} was due")
                 yield batch
 

@@ -27,7 +27,7 @@ import re
 import tarfile
 import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -342,31 +342,41 @@ class ParquetSource(Source):
         self._pieces = pieces
         self._image_dir = image_dir
         self._cache_dir = cache_dir
+        self._cursor: tuple[int, int, Iterator[tuple[Any, int]]] | None = None
 
     def _read(self, shard: Shard, start: int, stop: int) -> Iterator[Row]:
-        for position, stream in self._streams(self._pieces[shard.index], start, stop):
-            # Tables, not Python rows: a cell that can't be converted (text that is not UTF-8) is then one bad row.
-            for table in stream.with_format("arrow").iter(batch_size=PARQUET_BATCH_ROWS):
-                for i in range(table.num_rows):
-                    if start <= position < stop:
-                        yield self._convert(table, i, shard.first_row + position)
-                    position += 1
-                if position >= stop:
-                    break
+        position, cells = self._take_cursor(shard, start)
+        while position < stop:
+            table, i = next(cells)
+            if position >= start:
+                yield self._convert(table, i, shard.first_row + position)
+            position += 1
+        self._cursor = (shard.index, position, cells)
 
-    def _streams(self, piece: _Piece, start: int, stop: int) -> Iterator[tuple[int, Any]]:
-        """(place in the shard of its first row, stream) of what has to be read for rows [start, stop)."""
+    def _take_cursor(self, shard: Shard, start: int) -> tuple[int, Iterator[tuple[Any, int]]]:
+        """An open stream that is not past row `start` of a shard, and the place of its next row.
+
+        An evaluation reads small units in rising order: were each read from the begin of its row group, a file of one
+        large group would be read once per unit. So the last stream stays open, and goes on where that is shorter.
+        """
+        piece = self._pieces[shard.index]
+        begins = np.cumsum([0, *piece.group_rows])
+        group = int(np.searchsorted(begins, start, side="right")) - 1
+        cursor, self._cursor = self._cursor, None
+        if cursor is not None and cursor[0] == shard.index and begins[group] < cursor[1] <= start:
+            return cursor[1], cursor[2]
         selected = (self.selected.image, self.selected.caption, self.selected.product_id)
-        groups = _stream_row_groups(piece.file, [key for key in dict.fromkeys(selected) if key], self._cache_dir)
+        columns = [key for key in dict.fromkeys(selected) if key]
+        groups = _stream_row_groups(piece.file, columns, self._cache_dir)
         if groups.num_shards != piece.file_groups:
             # A datasets that can't cut Parquet into row groups (before May 2026): from the start of the file.
-            yield -piece.rows_before, groups
-            return
-        begin = 0
-        for index, num_rows in enumerate(piece.group_rows, start=piece.first_group):
-            if begin < stop and start < begin + num_rows:
-                yield begin, groups.shard(num_shards=groups.num_shards, index=index, contiguous=True)
-            begin += num_rows
+            return -piece.rows_before, _cells([groups])
+        wanted = range(piece.first_group + group, piece.first_group + len(piece.group_rows))
+        streams = (groups.shard(num_shards=groups.num_shards, index=index, contiguous=True) for index in wanted)
+        return int(begins[group]), _cells(streams)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cursor": None}  # an open stream can't travel to another process
 
     def _convert(self, table, i: int, number: int) -> Row:
         fields, problem = {}, None
@@ -386,6 +396,17 @@ class ParquetSource(Source):
             else:
                 name, (image, problem) = image, _inside(self._image_dir, image)
         return self._row(number, image, fields.get(self.selected.caption), fields, name, problem)
+
+
+def _cells(streams: Iterable[Any]) -> Iterator[tuple[Any, int]]:
+    """(table, row in it) of streamed datasets, one after the other.
+
+    Tables, not Python rows: a cell that can't be converted (text that is not UTF-8) is then one bad row.
+    """
+    for stream in streams:
+        for table in stream.with_format("arrow").iter(batch_size=PARQUET_BATCH_ROWS):
+            for i in range(table.num_rows):
+                yield table, i
 
 
 def _stream_row_groups(file: str, columns: list[str], cache_dir: str | None):
