@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -109,7 +110,7 @@ def test_a_run_leaves_models_that_load_and_says_what_happened(whole_run):
     assert len(evaluations) == 2
     best = json.loads((folder / "best" / "results.json").read_text())
     assert best["mean_recall"] == max(evaluation["mean_recall"] for evaluation in evaluations)
-    assert "training 0.0 M parameters for 10 steps (2 epochs)" in printed
+    assert "training 0.1 M parameters for 10 steps (2 epochs) of 8 rows x 1 process" in printed
     assert "step 10 epoch 2.00 loss_itc" in printed and "mean of the six ITM recalls" in printed
     assert list((folder / "logs").rglob("events.out.tfevents*"))
 
@@ -132,6 +133,13 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(whole_run, catalogue, tmp_p
     assert resumed == {number: values for number, values in uninterrupted.items() if number > step}
     first, second = (AliBlipForImageTextRetrieval.from_pretrained(f / "last") for f in (whole, tmp_path / "run"))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_resuming_with_another_order_of_rows_is_refused(whole_run, mistakes):
+    folder, _ = whole_run
+    message = mistakes("--resume_from_checkpoint", folder / "checkpoint-3", "--seed", "7", "--shuffle_window", "16")
+    assert "in another order" in message and "seed 42 there, 7 here" in message
+    assert "shuffle_window 4096 there, 16 here" in message
 
 
 # --- two processes ----------------------------------------------------------------------------------------------------
@@ -225,6 +233,10 @@ def test_mistakes_are_told_before_anything_starts(mistakes, tmp_path):
     assert "no checkpoint in" in mistakes("--resume_from_checkpoint", "last")
     assert "fewer than --gradient_accumulation_steps 9" in mistakes("--gradient_accumulation_steps", "9")
     assert "--alpha is 2.0" in mistakes("--alpha", "2")
+    assert "--max_length is 600: the model takes at most 512" in mistakes("--max_length", "600")
+    layers = ["--gradient_checkpointing", "true", "--gradient_checkpointing_vision_layers", "9"]
+    assert "9 vision layers to checkpoint: the model has 2" in mistakes(*layers)
+    assert "--adam_beta1 is 1.0" in mistakes("--adam_beta1", "1")
     (tmp_path / "recipe.yaml").write_text("learning_rates: 1\n")
     assert "unknown key 'learning_rates'" in mistakes("--config", tmp_path / "recipe.yaml")
 
@@ -250,6 +262,30 @@ def test_a_second_run_does_not_touch_the_first(whole_run, mistakes):
     before = (folder / "log.jsonl").read_text()
     assert "holds an earlier run" in mistakes("--output_dir", folder)
     assert (folder / "log.jsonl").read_text() == before
+
+
+def test_a_matching_head_that_always_says_no_is_told(tmp_path):
+    """Five log lines at the loss of the prior."""
+    written = []
+    log = train.Log(SimpleNamespace(is_main_process=False), tmp_path, total_steps=1, first_step=0)
+    log.bar = SimpleNamespace(write=written.append)
+    for _ in range(4):
+        log._watch_itm({"loss_itm": 0.6371, "itm_accuracy_positive": 0.0})
+    log._watch_itm({"loss_itm": 0.6371, "itm_accuracy_positive": 0.3})
+    assert not written
+    for _ in range(5):
+        log._watch_itm({"loss_itm": 0.6360, "itm_accuracy_positive": 0.01})
+    (warning,) = written
+    assert "0.6365" in warning and '"no match"' in warning
+
+
+def test_a_trained_model_at_a_size_that_does_not_fit_is_told(whole_run, mistakes):
+    folder, _ = whole_run
+    scratch = ("--config_name", "--vision_config", "--text_config", "--image_text_hidden_size", "--tokenizer_name")
+    go_on = ["--model_name_or_path", folder / "last", "--image_size", "30"]
+    assert "image size 30 is not divisible by the patch size 8" in mistakes(*go_on, without=(*scratch, "--image_size"))
+    go_on[1] = folder
+    assert "config.json" in mistakes(*go_on, without=(*scratch, "--image_size"))
 
 
 def test_mistakes_end_with_exit_code_2_and_one_line(catalogue, tmp_path):
