@@ -28,7 +28,8 @@ FLAGS = {field.name for group in GROUPS for field in dataclasses.fields(group)} 
     "config",
     "help",
     "config_file",
-    "check",
+    "num_processes",  # of the launcher
+    "check",  # of ruff
 }
 
 
