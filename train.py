@@ -7,32 +7,31 @@
         --config recipes/aliproducts_large.yaml --train_file train.json --image_dir photos --output_dir outputs/large
 
 The data (`--data_dir`, `--dataset_name` or `--train_file`) has a photo column, a title column and, where one product
-has
-several rows, a product column. Everything can stand in a recipe (`--config`); flags override it. `--help` lists all.
+has several rows, a product column. Everything can stand in a recipe (`--config`), which flags override; see `--help`.
 
 What a run leaves in `--output_dir`: `best/` and `last/` (models for `from_pretrained`, each with its `results.json`),
-`log.jsonl` (every log line), `skipped.jsonl` (rows that could not be used), `arguments.json`, and checkpoints.
+`log.jsonl` (every log line), `skipped.jsonl` (rows that could not be used), `arguments.json`, `status.json` (how it
+stands, or how it ended), and with `--checkpointing_steps` checkpoints, from which `--resume_from_checkpoint last` goes
+on. SIGTERM, SIGUSR1 or Ctrl-C write one more and end the run.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from signal import Signals
 
 import torch
 from accelerate.utils import set_seed
-from tqdm.auto import tqdm
 from transformers import AutoTokenizer, BertTokenizer, BlipImageProcessorPil
 
 import aliblip  # noqa: F401  (registers the classes, so that from_pretrained takes this code for AliBLIP folders)
-from aliblip.accelerator import backward_and_step, build_accelerator, clamp_parameter
+from aliblip.accelerator import AliBlipAccelerator, backward_and_step, build_accelerator, clamp_parameter, end
 from aliblip.arguments import (
     ModelArguments,
     TrainDataArguments,
@@ -43,14 +42,23 @@ from aliblip.arguments import (
     main_with_usage_errors,
     parse,
 )
-from aliblip.checkpoint import find_checkpoint, read_progress, save_checkpoint, save_model
+from aliblip.checkpoint import (
+    Training,
+    find_checkpoint,
+    load_checkpoint,
+    random_states,
+    read_progress,
+    save_checkpoint,
+    save_model,
+)
 from aliblip.data.augment import TrainAugmentation
 from aliblip.data.collate import Collator
 from aliblip.data.loader import EvalLoader, TrainLoader
 from aliblip.data.sources import open_source, require_usable_row
-from aliblip.distributed import all_gather_objects, assert_equal_on_ranks, is_main, reduce_sum
-from aliblip.evaluation import check_k_rerank, evaluate_retrieval, format_table
-from aliblip.files import write_json, write_json_lines
+from aliblip.distributed import all_gather_objects, assert_equal_on_ranks
+from aliblip.evaluation import check_k_rerank, evaluate_retrieval
+from aliblip.files import repair, write_json
+from aliblip.interrupts import StopSignals
 from aliblip.momentum import MomentumState
 from aliblip.objective import RetrievalObjective
 from aliblip.optim import (
@@ -60,29 +68,13 @@ from aliblip.optim import (
     set_learning_rate,
     total_optimizer_steps,
 )
+from aliblip.progress import Log, RunStatus, SkippedRows
 from configuration_aliblip import SIZES, AliBlipConfig
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
 
 TEMPERATURE_RANGE = (0.001, 0.5)  # of the published code
-# What a head scores that always answers the prior, one match in three pairs.
-ITM_PRIOR_LOSS = -(math.log(1 / 3) + 2 * math.log(2 / 3)) / 3
-PARTS = (
-    "loss_itc",
-    "loss_itm",
-    "itm_accuracy_positive",
-    "itm_accuracy_negative",
-    "positives_per_row",
-    "rows_without_negative",
-)
-NON_FINITE_STEPS_ALLOWED = 10  # in a row
 ROWS_TO_JUDGE = 1000  # before the end of an epoch, a few rows more or less say little about the data
-LINE = (
-    "step {step} epoch {epoch:.2f} loss_itc {loss_itc:.4f} loss_itm {loss_itm:.4f} lr {learning_rate:.2e} "
-    "temperature {temperature:.4f} itm_accuracy positive {itm_accuracy_positive:.2f} negative "
-    "{itm_accuracy_negative:.2f} queue {queue_fill:.0%} grad_norm {grad_norm:.2f} "
-    "samples/s {samples_per_second:.1f} data_wait {data_wait:.0%}"
-)
 
 
 # --- what the arguments ask for: all of it is checked before a process group starts -----------------------------------
@@ -221,6 +213,8 @@ def check_arguments(model_args: ModelArguments, data_args: TrainDataArguments, a
         logging_steps=(args.logging_steps, 1, None),
         evaluate_every=(args.evaluate_every, 0, None),
         checkpointing_steps=(args.checkpointing_steps, 1, None),
+        save_total_limit=(args.save_total_limit, 1, None),
+        max_non_finite_steps=(args.max_non_finite_steps, 1, None),
         dataloader_num_workers=(data_args.dataloader_num_workers, 0, None),
         shuffle_window=(data_args.shuffle_window, 1, None),
         min_crop_scale=(data_args.min_crop_scale, 0.01, 1),
@@ -250,7 +244,7 @@ def clear_output_dir(output_dir: Path) -> None:
     """Remove what an earlier run left. Called once nothing can be refused any more."""
     for old in ("best", "last", "logs", *(path.name for path in output_dir.glob("checkpoint-*"))):
         shutil.rmtree(output_dir / old, ignore_errors=True)
-    for old in ("log.jsonl", "skipped.jsonl", "arguments.json"):
+    for old in ("log.jsonl", "skipped.jsonl", "arguments.json", "status.json"):
         (output_dir / old).unlink(missing_ok=True)
 
 
@@ -261,133 +255,20 @@ def _first_line(error: BaseException) -> str:
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-class SkippedRows:
-    """Rows that could not be used: counted, listed, and a reason to stop when they are too many."""
+@dataclasses.dataclass
+class Progress:
+    """The counters of a run, as they stand in a checkpoint."""
 
-    def __init__(self, max_fraction: float, device: torch.device, file: Path):
-        self.max_fraction = max_fraction
-        self.device = device
-        self.file = file
-        self.rows: dict[int, dict] = {}  # of this rank, each once, however many epochs met it
-        if file.exists():  # of the run that is resumed
-            rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-            self.rows.update((row["row"], row) for row in rows)
-        self.seen = self.met = 0
+    step: int = 0  # optimizer steps whose rows are used up: the position in the data
+    left_out: int = 0  # of these, steps that changed nothing; schedules count the others
+    left_out_in_a_row: int = 0
+    average_is_due: bool = True  # the momentum encoders have not followed the last step yet
+    epoch_end_is_due: bool = False  # stopped between the last step of an epoch and its evaluation
+    best_mean_recall: float = -1.0
 
-    def add(self, batch: dict) -> None:
-        skipped = batch.pop("skipped")
-        self.seen += batch["row"].shape[0]
-        self.met += len(skipped)
-        self.rows.update((row["row"], row) for row in skipped)
-
-    def collect(self) -> list[dict]:
-        """The rows of all ranks, in order. A collective."""
-        merged = {row["row"]: row for rows in all_gather_objects(list(self.rows.values())) for row in rows}
-        return [merged[row] for row in sorted(merged)]
-
-    def write(self) -> None:
-        """Write the list so far. A collective."""
-        rows = self.collect()
-        if is_main():
-            write_json_lines(self.file, rows)
-
-    def check(self, at_least: int = 0) -> None:
-        """Stop, on all ranks, when too large a share of at least `at_least` rows was unusable. A collective."""
-        seen, met = reduce_sum(torch.tensor([self.seen, self.met], device=self.device)).tolist()
-        if met > self.max_fraction * seen and seen >= at_least:
-            self.write()
-            rows = self.collect()
-            listed = "; ".join(f"{row['name']} ({row['reason']})" for row in rows[:20])
-            more = f"; and {len(rows) - 20} more" if len(rows) > 20 else ""
-            raise UsageError(
-                f"{met} of {seen} rows could not be used, more than --max_skipped_fraction {self.max_fraction}: "
-                f"{listed}{more} (all: {self.file})"
-            )
-
-
-class Log:
-    """Log lines: means over all steps and ranks since the last one, to the screen, to `log.jsonl` and to the
-    trackers."""
-
-    def __init__(self, accelerator, output_dir: Path, total_steps: int, first_step: int):
-        self.accelerator = accelerator
-        self.file = output_dir / "log.jsonl"
-        self.bar = tqdm(
-            total=total_steps, initial=first_step, desc="train", unit="step", disable=not accelerator.is_main_process
-        )
-        self.near_prior = 0
-        if accelerator.is_main_process and self.file.exists():
-            # A resumed run repeats the steps after its checkpoint: their lines would stand there twice. A line that a
-            # kill cut off has no end.
-            lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
-            entries = [json.loads(line) for line in lines if line.endswith("\n")]
-            write_json_lines(self.file, [entry for entry in entries if entry["step"] <= first_step])
-        self._restart()
-
-    def _restart(self) -> None:
-        self.sums: torch.Tensor | None = None
-        self.batches = self.samples = 0
-        self.waited = 0.0
-        self.since = time.perf_counter()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What takes place inside is no training, and does not count in its speed."""
-        start = time.perf_counter()
-        yield
-        self.since += time.perf_counter() - start
-
-    def add(self, output, rows: int, waited: float) -> None:
-        values = {"loss_itc": output.parts["itc"], "loss_itm": output.parts["itm"], **output.report}
-        values = torch.stack([values[name].float() for name in PARTS])
-        self.sums = values if self.sums is None else self.sums + values
-        self.batches += 1
-        self.samples += rows
-        self.waited += waited
-
-    def line(self, step: int, epoch: float, **values: float) -> None:
-        """A collective."""
-        processes = self.accelerator.num_processes
-        means = (reduce_sum(self.sums) / (self.batches * processes)).tolist()
-        seconds = time.perf_counter() - self.since
-        entry = {
-            "step": step,
-            "epoch": round(epoch, 4),
-            **dict(zip(PARTS, means, strict=True)),
-            **values,
-            "samples_per_second": self.samples * processes / seconds,
-            "data_wait": self.waited / seconds,
-        }
-        if self.accelerator.is_main_process:
-            self.write(entry)
-            self.bar.write(LINE.format(**entry))
-            self._watch_itm(entry)
-        self.accelerator.log({key: value for key, value in entry.items() if key != "step"}, step=step)
-        self._restart()
-
-    def _watch_itm(self, entry: dict) -> None:
-        stuck = abs(entry["loss_itm"] - ITM_PRIOR_LOSS) < 0.01 and entry["itm_accuracy_positive"] < 0.05
-        self.near_prior = self.near_prior + 1 if stuck else 0
-        if self.near_prior and self.near_prior % 5 == 0:
-            self.bar.write(
-                f"warning: loss_itm sits at {ITM_PRIOR_LOSS:.4f} since {self.near_prior} log lines: the matching head "
-                'answers "no match" to everything. Usual causes: a learning rate that is too high, too little training '
-                "yet, or titles that don't fit their photos."
-            )
-
-    def write(self, entry: dict) -> None:
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-
-    def evaluation(self, step: int, epoch: int, results: dict) -> None:
-        if self.accelerator.is_main_process:
-            self.write({"step": step, "epoch": epoch, "evaluation": results})
-            self.bar.write(f"evaluation after epoch {epoch} (step {step})\n{format_table(results)}")
-        flat = {"eval/mean_recall": results["mean_recall"]}
-        for direction in ("text_to_image", "image_to_text"):
-            for stage in ("itc", "itm"):
-                flat |= {f"eval/{direction}/{stage}/{key}": value for key, value in results[direction][stage].items()}
-        self.accelerator.log(flat, step=step)
+    @classmethod
+    def of(cls, state: dict) -> Progress:
+        return cls(**{field.name: state[field.name] for field in dataclasses.fields(cls)})
 
 
 @dataclasses.dataclass
@@ -402,7 +283,10 @@ class Setup:
     total_steps: int
     learning_rate: Callable[[int], float]
     checkpoint: Path | None
-    progress: dict
+    progress: Progress
+    arguments: dict  # of the run that is resumed
+    order: dict  # what the order of the rows depends on
+    manifest: dict  # of the training data
 
 
 def set_up(model_args: ModelArguments, data_args: TrainDataArguments, args: TrainingArguments) -> Setup:
@@ -467,35 +351,50 @@ def set_up(model_args: ModelArguments, data_args: TrainDataArguments, args: Trai
     order = {
         "rows": train_source.num_rows,
         "processes": shared["world_size"],
-        "dataloader_num_workers": shared["num_workers"],
         "per_device_train_batch_size": args.per_device_train_batch_size,
+        "dataloader_num_workers": shared["num_workers"],
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "shuffle_window": data_args.shuffle_window,
         "seed": args.seed,
     }
-    checkpoint, progress = None, {"step": 0, "best_mean_recall": -1.0, "order": order}
+    manifest = {}
+    checkpoint, progress, arguments = None, Progress(), {}
     if args.resume_from_checkpoint is not None:
+        if shared["rank"] == 0:
+            repair(Path(args.output_dir))
         checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
-        progress = read_progress(checkpoint, order)
+        flags = {name: f"--{name}" for name in order} | {"processes": "accelerate launch --num_processes"}
+        del flags["rows"]
+        state = read_progress(checkpoint, order, flags)
+        progress, arguments = Progress.of(state), state["arguments"]
     if shared["rank"] == 0:
         check_output_dir(args)
     return Setup(
-        processor, model, loader, validation_loader, steps_per_epoch, total_steps, learning_rate, checkpoint, progress
+        processor,
+        model,
+        loader,
+        validation_loader,
+        steps_per_epoch,
+        total_steps,
+        learning_rate,
+        checkpoint,
+        progress,
+        arguments,
+        order,
+        manifest,
     )
 
 
-def main() -> None:
+def main() -> int:
+    """The exit code: 0, or 128 and the number of the signal that stopped the run."""
     model_args, data_args, args = parse([ModelArguments, TrainDataArguments, TrainingArguments], description=__doc__)
-    started = time.perf_counter()
-    accumulation = args.gradient_accumulation_steps
     try:
         setup = set_up(model_args, data_args, args)
-        output_dir = Path(args.output_dir)
         accelerator = build_accelerator(
             mixed_precision=args.mixed_precision,
-            gradient_accumulation_steps=accumulation,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
             log_with=None if args.report_to == "none" else args.report_to,
-            project_dir=output_dir / "logs",
+            project_dir=Path(args.output_dir) / "logs",
             max_grad_norm=args.max_grad_norm,
             per_device_train_batch_size=args.per_device_train_batch_size,
         )
@@ -505,10 +404,36 @@ def main() -> None:
         raise
     except (OSError, ValueError, ImportError) as error:
         raise UsageError(_first_line(error)) from error
-    total_steps, steps_per_epoch = setup.total_steps, setup.steps_per_epoch
     if accelerator.is_main_process and setup.checkpoint is None:
-        clear_output_dir(output_dir)
+        clear_output_dir(Path(args.output_dir))
+    status = RunStatus(Path(args.output_dir) / "status.json")
+    try:
+        with StopSignals() as signals:
+            stopped_by = train(setup, accelerator, signals, status, model_args, data_args, args)
+    except BaseException as error:
+        status.failed(error)
+        raise
+    end(accelerator)
+    return 128 + stopped_by if stopped_by else 0
 
+
+def train(
+    setup: Setup,
+    accelerator: AliBlipAccelerator,
+    signals: StopSignals,
+    status: RunStatus,
+    model_args: ModelArguments,
+    data_args: TrainDataArguments,
+    args: TrainingArguments,
+) -> Signals | None:
+    """The run itself. Returns the signal that stopped it, on all ranks, or None when it is done."""
+    started = time.perf_counter()
+    output_dir = Path(args.output_dir)
+    accumulation, steps_per_epoch, total_steps = (
+        args.gradient_accumulation_steps,
+        setup.steps_per_epoch,
+        setup.total_steps,
+    )
     model = setup.model.to(accelerator.device)
     autocast_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
     momentum = MomentumState(
@@ -538,16 +463,24 @@ def main() -> None:
     ).train()
     # The momentum state and the loaders stay out: see CONTRIBUTING, "Decisions".
     objective, optimizer = accelerator.prepare(objective, optimizer)
-    accelerator.register_for_checkpointing(momentum)
+    training = Training(model, optimizer, momentum, accelerator.device)
     assert_equal_on_ranks("momentum encoders and queues", momentum_tensors(momentum))
     set_seed(args.seed + accelerator.process_index)  # dropout and hard negatives differ from rank to rank
 
-    progress = setup.progress
+    progress, step = setup.progress, setup.progress.step
+    log = Log(accelerator, output_dir, total_steps, step)
+    skipped = SkippedRows(data_args.max_skipped_fraction, accelerator.device, output_dir / "skipped.jsonl")
+    arguments = resolved_arguments(model_args, data_args, args)
     if setup.checkpoint is not None:
-        accelerator.load_state(str(setup.checkpoint))
-        accelerator.print(f"resumed from {setup.checkpoint} at step {progress['step']}")
+        try:
+            of_rank = load_checkpoint(setup.checkpoint, training)
+        except ValueError as error:
+            raise UsageError(f"{setup.checkpoint} does not fit: {error}") from error
+        log.load_state(of_rank["log"])
+        skipped.load_state(of_rank["skipped"])
+        accelerator.print(f"resumed from {setup.checkpoint} at step {step}{changed_since(setup.arguments, arguments)}")
     if accelerator.is_main_process:
-        write_json(output_dir / "arguments.json", resolved_arguments(model_args, data_args, args))
+        write_json(output_dir / "arguments.json", arguments)
     if accelerator.log_with:
         flat = {key: value for key, value in vars(args).items() if isinstance(value, (bool, int, float, str))}
         accelerator.init_trackers("aliblip", config=flat)
@@ -558,19 +491,49 @@ def main() -> None:
         f"{f' x {accumulation} batches' if accumulation > 1 else ''}, {accelerator.distributed_type.value}, "
         f"{accelerator.mixed_precision} mixed precision\n{setup.loader.describe()}"
     )
+    status.write("running", step=step, total_steps=total_steps, checkpoint=str(setup.checkpoint or "") or None)
 
-    log = Log(accelerator, output_dir, total_steps, progress["step"])
-    skipped = SkippedRows(data_args.max_skipped_fraction, accelerator.device, output_dir / "skipped.jsonl")
-    step, left_out, results = progress["step"], 0, None
-    for epoch in range(step // steps_per_epoch, math.ceil(total_steps / steps_per_epoch)):
+    def save(at: Progress, random: dict[str, torch.Tensor]) -> None:
+        """Write a checkpoint; one that can't be written is told, and the run goes on. A collective."""
+        with log.paused():
+            skipped.write()
+            rows_per_step = accumulation * accelerator.num_processes * args.per_device_train_batch_size
+            counters = {
+                **dataclasses.asdict(at),
+                "epoch": at.step / steps_per_epoch,
+                "samples": at.step * rows_per_step,
+                "order": setup.order,
+                "manifest": setup.manifest,
+                "arguments": arguments,
+            }
+            of_rank = {"log": log.state(), "skipped": skipped.state()}
+            limit = args.save_total_limit
+            problem = save_checkpoint(training, output_dir, counters, of_rank=of_rank, random=random, limit=limit)
+            if problem is None:
+                status.write("running", step=at.step, checkpoint=str(output_dir / f"checkpoint-{at.step}"))
+            elif accelerator.is_main_process:
+                last = status.entry["checkpoint"]
+                log.bar.write(
+                    f"warning: checkpoint-{at.step} could not be written ({problem}): the run goes on, "
+                    f"{f'the last checkpoint is {last}' if last else 'there is no checkpoint yet'}"
+                )
+
+    results, problem = None, None
+    before = dataclasses.replace(progress), random_states(accelerator.device)
+    for epoch in range(step // steps_per_epoch - progress.epoch_end_is_due, math.ceil(total_steps / steps_per_epoch)):
         batches = setup.loader.epoch(epoch, start_step=(step - epoch * steps_per_epoch) * accumulation)
         last_step = min(total_steps, (epoch + 1) * steps_per_epoch)
         while step < last_step:
-            learning_rate = setup.learning_rate(step)
-            set_learning_rate(optimizer, learning_rate)
-            if not left_out:  # else the weights are still those that the average has just followed
+            if progress.average_is_due:
                 momentum.update(model)
-            for micro_step in range(step * accumulation, (step + 1) * accumulation):
+                progress.average_is_due = False
+            if not progress.left_out_in_a_row:
+                before = dataclasses.replace(progress), random_states(accelerator.device)
+            taken = step - progress.left_out
+            learning_rate = setup.learning_rate(taken)
+            set_learning_rate(optimizer, learning_rate)
+            encoded = []
+            for micro_step in range(accumulation):
                 waiting = time.perf_counter()
                 batch = next(batches)
                 waited = time.perf_counter() - waiting
@@ -578,21 +541,32 @@ def main() -> None:
                 batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
                 with accelerator.accumulate(objective):
                     targets = momentum.encode(batch)
-                    alpha = alpha_schedule(args.alpha, micro_step, steps_per_epoch * accumulation)
+                    alpha = alpha_schedule(
+                        args.alpha, taken * accumulation + micro_step, steps_per_epoch * accumulation
+                    )
                     output = objective(batch, targets, alpha)
                     grad_norm = backward_and_step(accelerator, objective, optimizer, output.loss, args.max_grad_norm)
-                if grad_norm is None or math.isfinite(grad_norm):
-                    momentum.enqueue(targets, batch["product_id"])
-                log.add(output, batch["row"].shape[0], waited)
+                momentum.enqueue(targets, batch["product_id"])
+                encoded.append((targets, batch["row"]))
+                log.add_batch(output, batch["row"].shape[0], waited)
             clamp_parameter(model.temp, *TEMPERATURE_RANGE)
-            step += 1
-            log.bar.update()
-            left_out = 0 if math.isfinite(grad_norm) else left_out + 1
-            if left_out > NON_FINITE_STEPS_ALLOWED:
-                raise RuntimeError(
-                    f"no finite gradient in {left_out} steps in a row (last step {step}): lower --learning_rate, and "
-                    f"look at the rows {batch['row'].tolist()} of rank {accelerator.process_index}"
-                )
+            progress.step = step = step + 1
+            is_finite = math.isfinite(grad_norm)
+            log.end_step(left_out=not is_finite)
+            if is_finite:
+                progress.average_is_due, progress.left_out_in_a_row = True, 0
+            else:
+                momentum.rewind(encoded[0][0])
+                progress.left_out += 1
+                progress.left_out_in_a_row += 1
+                if progress.left_out_in_a_row == args.max_non_finite_steps:
+                    save(*before)
+                    rows = sorted(sum(all_gather_objects(sum((rows.tolist() for _, rows in encoded), [])), []))
+                    raise UsageError(
+                        f"no finite loss or gradient in {progress.left_out_in_a_row} steps in a row (up to step "
+                        f"{step}, whose rows are {', '.join(map(str, rows))}); checkpoint-{before[0].step} is from "
+                        f"before them: look at the rows, or resume with a lower --learning_rate"
+                    )
             if step % args.logging_steps == 0 or step == total_steps:
                 log.line(
                     step,
@@ -603,12 +577,16 @@ def main() -> None:
                     grad_norm=grad_norm,
                 )
                 skipped.check(at_least=ROWS_TO_JUDGE)
+            stopped_by = signals.received_by_any_rank(accelerator.device)
             checkpoint_is_due = args.checkpointing_steps and step % args.checkpointing_steps == 0
-            if checkpoint_is_due and step < last_step:
-                with log.paused():
-                    save_checkpoint(accelerator, output_dir, {**progress, "step": step})
+            if stopped_by or (checkpoint_is_due and step < last_step):
+                at = dataclasses.replace(progress, epoch_end_is_due=step == last_step)
+                save(at, random_states(accelerator.device))
+            if stopped_by:
+                return finish_stopped(status, stopped_by, step, accelerator)
 
         skipped.check()
+        problem = None
         with log.paused():
             skipped.write()
             evaluate_now = args.evaluate_every and (step == total_steps or (epoch + 1) % args.evaluate_every == 0)
@@ -624,17 +602,28 @@ def main() -> None:
                     dtype=autocast_dtype,
                 )
                 log.evaluation(step, epoch + 1, results)
-                if results["mean_recall"] > progress["best_mean_recall"]:
-                    progress["best_mean_recall"] = results["mean_recall"]
+                if results["mean_recall"] > progress.best_mean_recall:
                     best_results = {**results, "model": str(output_dir / "best")}
-                    save_model(model, setup.processor, output_dir / "best", best_results)
-            save_model(model, setup.processor, output_dir / "last", results if evaluate_now else None)
+                    problem = save_model(model, setup.processor, output_dir / "best", best_results)
+                    if problem is None:
+                        progress.best_mean_recall = results["mean_recall"]
+            problem = (
+                save_model(model, setup.processor, output_dir / "last", results if evaluate_now else None) or problem
+            )
+            if problem is not None and accelerator.is_main_process:
+                log.bar.write(f"warning: the model of epoch {epoch + 1} could not be written ({problem})")
             if checkpoint_is_due:  # after the evaluation, which a resumed run would not repeat
-                save_checkpoint(accelerator, output_dir, {**progress, "step": step})
+                save(progress, random_states(accelerator.device))
     log.bar.close()
     assert_equal_on_ranks("momentum encoders and queues", momentum_tensors(momentum))
+    if problem is not None:
+        raise UsageError(
+            f"the run is through, but its model could not be written to {output_dir} ({problem}): make room, and "
+            "resume from the last checkpoint"
+        )
 
     unusable = skipped.collect()
+    status.write("completed", step=step)
     if accelerator.is_main_process:
         minutes = (time.perf_counter() - started) / 60
         samples = step * accumulation * accelerator.num_processes * args.per_device_train_batch_size
@@ -646,13 +635,33 @@ def main() -> None:
         if results is None or not best.exists():
             print(f"model: {last}")
         else:
-            print(f"best model: {best} (mean recall {progress['best_mean_recall']:.4f}); last model: {last}")
+            print(f"best model: {best} (mean recall {progress.best_mean_recall:.4f}); last model: {last}")
             print(f"next: python evaluate_retrieval.py --model_name_or_path {best} and the same data flags")
-    accelerator.end_training()
+    return None
+
+
+def finish_stopped(status: RunStatus, stopped_by: Signals, step: int, accelerator: AliBlipAccelerator) -> Signals:
+    """Tell how a run was stopped, and how it goes on."""
+    checkpoint = status.entry["checkpoint"]
+    written = checkpoint is not None and checkpoint.endswith(f"checkpoint-{step}")
+    status.write("stopped", step=step, reason=stopped_by.name)
+    accelerator.print(
+        f"\nstopped by {stopped_by.name} after step {step}: "
+        + (f"{checkpoint} is written" if written else f"no checkpoint could be written, the last one is {checkpoint}")
+        + "; the same command with --resume_from_checkpoint last goes on"
+    )
+    return stopped_by
 
 
 def momentum_tensors(momentum: MomentumState) -> dict[str, torch.Tensor]:
     return {name: value for name, value in momentum.state_dict().items() if torch.is_tensor(value)}
+
+
+def changed_since(before: dict, now: dict) -> str:
+    """What a resumed run does differently, as the end of a sentence."""
+    expected = ("resume_from_checkpoint", "output_dir", "overwrite_output_dir")
+    changed = [f"{k} {before.get(k)} -> {now[k]}" for k in now if before.get(k) != now[k] and k not in expected]
+    return f"; other than before: {', '.join(changed)}" if changed else ""
 
 
 def resolved_arguments(*groups) -> dict:

@@ -140,7 +140,11 @@ class TrainingArguments:
     logging_steps: int = _option(50, "Optimizer steps between log lines.")
     report_to: str = _option("none", "Trackers of accelerate: tensorboard, wandb, ..., all or none.")
     checkpointing_steps: int | None = _option(None, "Optimizer steps between checkpoints to resume from.")
+    save_total_limit: int | None = _option(None, "Checkpoints to keep, the newest ones (default: all).")
     resume_from_checkpoint: str | None = _option(None, "A checkpoint folder, or last.")
+    max_non_finite_steps: int = _option(
+        10, "Give up after so many steps in a row with a loss or gradient that is not finite; each changes nothing."
+    )
 
 
 @dataclass
@@ -260,14 +264,15 @@ def check_range(**ranges) -> None:
             raise UsageError(f"--{name} is {value}: it must be {accepted}")
 
 
-def main_with_usage_errors(name: str, main: Callable[[], None]) -> None:
-    """Run a script's `main`; a UsageError ends it with exit code 2 and one line, printed by the first process.
+def main_with_usage_errors(name: str, main: Callable[[], int | None]) -> None:
+    """Run a script's `main` and exit with its code; a UsageError ends it with exit code 2 and one line, printed by the
+    first process.
 
     The other processes of a launch meet the same mistake. They wait: a launcher ends all processes as soon as one has
     failed, so one that left first would cut the line off. Whoever is still there after that met a mistake of its own.
     """
     try:
-        main()
+        sys.exit(main())
     except UsageError as error:
         if int(os.environ.get("RANK", "0")) != 0:
             time.sleep(SECONDS_FOR_THE_FIRST_PROCESS)

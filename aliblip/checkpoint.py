@@ -1,39 +1,46 @@
-"""Writing models and checkpoints: beside the old ones first, then swapped in, so that a crash leaves the old ones
-usable.
+"""Models and checkpoints: what is in them, and how a run comes back from one.
 
 Two kinds of folders. A *model* (`best/`, `last/`) is what `from_pretrained` loads: fp32 weights, configuration,
-processor,
-the Hub files. A *checkpoint* (`checkpoint-120/`) is what a run resumes from: weights, optimizer, momentum encoders,
-queues and random states as accelerate saves them, and `progress.json`.
+processor, the Hub files. A *checkpoint* (`checkpoint-120/`) is what a run resumes from:
+
+    model.safetensors      fp32 weights
+    optimizer.safetensors  AdamW's state by parameter name
+    momentum.safetensors   momentum encoders and queues
+    ranks.safetensors      random states of Python, NumPy and torch (CPU and CUDA) of every rank
+    state.json             counters, arguments, data manifest, what each rank has counted, sizes of the other files
+
+The tensors are whole, whatever sharded them, and written by the main process alone. Nothing in a checkpoint is pickled,
+so one from untrusted hands can be wrong, but it can't run code; DeepSpeed's own files, which can, are not used.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aliblip.accelerator import fp32_state_dict
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from aliblip.accelerator import fp32_state_dict, load_fp32_state_dict, load_optimizer_state, optimizer_state
 from aliblip.arguments import UsageError
-from aliblip.distributed import barrier, is_main
-from aliblip.files import write_json
+from aliblip.distributed import all_gather_objects, barrier, broadcast_object, is_main, rank
+from aliblip.files import NewFolder, repair, write_json, write_tensors
 
-_PROGRESS = "progress.json"
-
-
-def _swap_in(beside: Path, folder: Path) -> None:
-    """Put a finished folder in the place of an older one."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    beside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+STATE = "state.json"
+FORMAT = 1
 
 
-def save_model(model, processor, folder: Path, results: dict | None = None) -> None:
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def save_model(model, processor, folder: Path, results: dict | None = None) -> str | None:
     """Save a model that `from_pretrained` loads, its weights in fp32. A collective.
 
     Args:
@@ -41,79 +48,256 @@ def save_model(model, processor, folder: Path, results: dict | None = None) -> N
         processor: saved beside it.
         folder: replaced where it exists.
         results: an evaluation of these weights, saved as `results.json`.
+
+    Returns:
+        None; or, on all ranks, why it could not be written. An older model in the folder is then still there.
     """
     state = fp32_state_dict(model)
+
+    def write() -> None:
+        with NewFolder(folder, size=_bytes(state)) as beside:
+            model.save_pretrained(beside, state_dict=state)
+            # An engine in bf16 holds bf16 working copies; what is written here are the fp32 weights.
+            config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
+            write_json(beside / "config.json", {**config, "dtype": "float32"})
+            processor.save_pretrained(beside)
+            if results is not None:
+                write_json(beside / "results.json", results)
+
+    return _on_main(write)
+
+
+def _on_main(write) -> str | None:
+    """Let the main process write; every rank gets the reason if it could not."""
+    problem = None
     if is_main():
-        beside = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(beside, ignore_errors=True)
-        model.save_pretrained(beside, state_dict=state)
-        # An engine in bf16 holds bf16 working copies; what is written here are the fp32 weights.
-        config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
-        write_json(beside / "config.json", {**config, "dtype": "float32"})
-        processor.save_pretrained(beside)
-        if results is not None:
-            write_json(beside / "results.json", results)
-        _swap_in(beside, folder)
-    barrier()
+        try:
+            write()
+        except OSError as error:
+            problem = error.strerror or str(error)
+    return broadcast_object(problem)
 
 
-def save_checkpoint(accelerator, output_dir: Path, progress: dict[str, Any]) -> Path:
-    """Save everything that a run needs to go on as `checkpoint-{step}`. A collective.
+def _bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(value.numel() * value.element_size() for value in tensors.values())
+
+
+# --- random states ----------------------------------------------------------------------------------------------------
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """The states of all generators that this process draws from, as tensors."""
+    version, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    states = {
+        "python": torch.tensor([version, *words], dtype=torch.int64),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64),
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
+    """The way back of `random_states`."""
+    version, *words = states["python"].tolist()
+    gauss = states["python_gauss"].tolist()
+    random.setstate((version, tuple(words), gauss[0] if gauss else None))
+    *keys, position, has_gauss = states["numpy"].tolist()
+    cached = states["numpy_gauss"].item()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Training:
+    """The parts of a run whose state a checkpoint holds. `model` is the plain one, the optimizer the prepared one."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    momentum: torch.nn.Module
+    device: torch.device
+
+
+def save_checkpoint(
+    training: Training,
+    output_dir: Path,
+    progress: dict[str, Any],
+    *,
+    of_rank: dict[str, Any],
+    random: dict[str, Tensor],
+    limit: int | None = None,
+) -> str | None:
+    """Save everything that a run needs to go on as `checkpoint-{step}`, and remove the oldest ones. A collective.
 
     Args:
-        accelerator: with the prepared objective and optimizer and the registered momentum state.
-        progress: the run's own counters, with "step" and "order" (see `read_progress`); JSON values only.
+        training: whose state is saved.
+        output_dir: the folder of the run.
+        progress: the run's own counters, with "step", "order" (see `read_progress`) and "manifest"; JSON values only.
+        of_rank: JSON values that differ from rank to rank.
+        random: `random_states` of this rank.
+        limit: checkpoints to keep, this one included; None: all.
+
+    Returns:
+        None; or, on all ranks, why it could not be written. The older checkpoints are then still there, all of them.
     """
+    model = fp32_state_dict(training.model)
+    optimizer = optimizer_state(training.model, training.optimizer)
+    ranks = all_gather_objects((of_rank, {name: value.numpy() for name, value in random.items()}))
     folder = output_dir / f"checkpoint-{progress['step']}"
-    beside = folder.with_name(f".{folder.name}.tmp")
-    if is_main():
-        shutil.rmtree(beside, ignore_errors=True)
+
+    def write() -> None:
+        momentum = training.momentum.state_dict()
+        files = {
+            "model": model,
+            "optimizer": optimizer,
+            "momentum": {name: value.cpu() for name, value in momentum.items() if torch.is_tensor(value)},
+            "ranks": {
+                f"{r}.{name}": torch.from_numpy(v) for r, (_, own) in enumerate(ranks) for name, v in own.items()
+            },
+        }
+        with NewFolder(folder, size=sum(map(_bytes, files.values()))) as beside:
+            for name, tensors in files.items():
+                write_tensors(beside / f"{name}.safetensors", tensors)
+            state = {
+                "format": FORMAT,
+                **progress,
+                "momentum": {name: value for name, value in momentum.items() if not torch.is_tensor(value)},
+                "ranks": [own for own, _ in ranks],
+                "files": {file.name: file.stat().st_size for file in sorted(beside.iterdir())},
+            }
+            write_json(beside / STATE, state)
+        for old in checkpoints(output_dir)[: -limit if limit else 0]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    return _on_main(write)
+
+
+def load_checkpoint(folder: Path, training: Training) -> dict[str, Any]:
+    """Bring a run to where a checkpoint was written, this rank's random states included. A collective under ZeRO.
+
+    Args:
+        folder: found by `find_checkpoint` and accepted by `read_progress`.
+        training: built as for a new run.
+
+    Returns:
+        What this rank gave to `save_checkpoint` as `of_rank`.
+
+    Raises:
+        ValueError: weights or queues of another model.
+    """
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    load_fp32_state_dict(training.model, load_file(folder / "model.safetensors"))
+    load_optimizer_state(training.model, training.optimizer, load_file(folder / "optimizer.safetensors"))
+    momentum = load_file(folder / "momentum.safetensors")
+    try:
+        training.momentum.load_state_dict({**momentum, **state["momentum"]})
+    except RuntimeError as error:
+        raise ValueError(
+            f"the momentum encoders or queues of {folder} don't fit: {' '.join(str(error).split())}"
+        ) from error
+    own = f"{rank()}."
+    states = load_file(folder / "ranks.safetensors")
+    set_random_states({k[len(own) :]: v for k, v in states.items() if k.startswith(own)}, training.device)
     barrier()
-    accelerator.save_state(str(beside))
-    barrier()
-    if is_main():
-        write_json(beside / _PROGRESS, progress)
-        _swap_in(beside, folder)
-    barrier()
-    return folder
+    return state["ranks"][rank()]
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints of a run, the oldest first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def find_checkpoint(output_dir: Path, wanted: str) -> Path:
     """The checkpoint that `--resume_from_checkpoint` names: a folder, or `last`: the newest in the output folder.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or it is damaged.
     """
     if wanted == "last":
-        found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+        if rank() == 0:
+            repair(output_dir)
+        found = checkpoints(output_dir)
         if not found:
             raise UsageError(f"no checkpoint in {output_dir}: start without --resume_from_checkpoint")
-        return max(found, key=lambda path: int(path.name.rpartition("-")[2]))
-    folder = Path(wanted)
-    if not (folder / _PROGRESS).is_file():
-        raise UsageError(f"{folder} is no checkpoint (it has no {_PROGRESS}): give a checkpoint-N folder, or last")
+        folder = found[-1]
+    else:
+        folder = Path(wanted)
+    if not (folder / STATE).is_file():
+        raise UsageError(f"{folder} is no checkpoint (it has no {STATE}): give a checkpoint-N folder, or last")
     return folder
 
 
-def read_progress(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
-    """The counters of a checkpoint.
+def read_progress(
+    folder: Path, order: dict[str, Any], flags: dict[str, str], manifest_changes=lambda before: []
+) -> dict[str, Any]:
+    """The counters of a checkpoint, once it is clear that a run may go on from it.
 
     Args:
         folder: the checkpoint.
         order: what the order of the rows depends on, by name; the checkpoint's own stands in its "order".
+        flags: how to set each of these, for the message; the others can't be set.
+        manifest_changes: the manifest of the checkpoint's data to sentences about what is different now.
 
     Raises:
-        UsageError: the order would be another one, so that rows would be lost or seen twice.
+        UsageError: the checkpoint is damaged, of another version of its format, or its rows are in another order, so
+            that some would be lost or seen twice.
     """
-    progress = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
-    changed = [
-        f"{name} {progress['order'].get(name)} there, {value} here"
-        for name, value in order.items()
-        if progress["order"].get(name) != value
-    ]
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        damaged = [
+            f"{name} has {_size(folder / name):,} bytes instead of {size:,}"
+            for name, size in state["files"].items()
+            if _size(folder / name) != size
+        ]
+        if state["format"] != FORMAT:
+            raise UsageError(
+                f"{folder} is of format {state['format']}, this version reads {FORMAT}: use the version that wrote it"
+            )
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        if isinstance(error, UsageError):
+            raise
+        damaged = [f"{STATE} can't be read"]
+    if damaged:
+        raise UsageError(f"{folder} is damaged ({'; '.join(damaged)}): resume from another checkpoint")
+    if changes := manifest_changes(state["manifest"]):
+        raise UsageError(
+            f"the data is not what {folder} was trained on: {'; '.join(changes)}. Bring the old data back, or start a "
+            f"new run from the model in {folder.parent / 'last'}"
+        )
+    before = state["order"]
+    changed = [name for name in order if before.get(name) != order[name]]
     if changed:
-        raise UsageError(f"{folder} was written by a run that reads its rows in another order ({'; '.join(changed)})")
-    return progress
+        listed = "; ".join(f"{name} was {before.get(name)}, here it is {order[name]}" for name in changed)
+        values = " ".join(f"{flags[name]} {before.get(name)}" for name in changed if name in flags)
+        raise UsageError(
+            f"{folder} reads its rows in another order ({listed}), and rows would be lost or seen twice: "
+            + (f"resume with {values}" if values else "bring the old data back")
+        )
+    return state
 
 
-__all__ = ["find_checkpoint", "read_progress", "save_checkpoint", "save_model"]
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else 0
+
+
+__all__ = [
+    "Training",
+    "checkpoints",
+    "find_checkpoint",
+    "load_checkpoint",
+    "random_states",
+    "read_progress",
+    "save_checkpoint",
+    "save_model",
+    "set_random_states",
+]

@@ -1,24 +1,35 @@
-"""Writing files so that a reader, or a crash, never finds half of one."""
+"""Writing files and folders so that a reader, or a crash, never finds half of one."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-def write_text(path: Path, text: str) -> None:
+
+def write_bytes(path: Path, data: bytes) -> None:
     """Write a file beside its place, synced, and then put it there."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(partial, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of UTF-8 text."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -31,4 +42,95 @@ def write_json_lines(path: Path, rows: list[dict]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-__all__ = ["write_json", "write_json_lines", "write_text"]
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file. Unlike the others not put in place at the end: it belongs into a `NewFolder`.
+
+    Raises:
+        OSError: the disk is full, or not writable.
+    """
+    try:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    except SafetensorError as error:  # also what the system says of a full disk
+        raise OSError(f"{path.name} can't be written: {error}") from error
+
+
+class NewFolder:
+    """A folder that is filled beside its place, synced, and then swapped in; a failure leaves the old one as it was.
+
+        with NewFolder(output_dir / "last", size=bytes_needed) as beside:
+            write_tensors(beside / "model.safetensors", weights)
+
+    A process killed at any moment leaves the old folder or the new one, complete; `repair` clears up what it left.
+
+    Args:
+        folder: the place.
+        size: bytes that will be written, to look at the free space before; 0: not known.
+
+    Raises:
+        OSError: there is less free space, or writing failed. Nothing is left of the attempt.
+    """
+
+    def __init__(self, folder: Path, size: int = 0):
+        self.folder, self.size = folder, size
+        self.beside = folder.with_name(f".{folder.name}.tmp")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.beside, ignore_errors=True)
+        free = shutil.disk_usage(self.folder.parent).free
+        if free < self.size:
+            raise OSError(
+                errno.ENOSPC,
+                f"{self.folder.name} needs {self.size / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free",
+            )
+        self.beside.mkdir(parents=True)
+        return self.beside
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            if kind is None:
+                _sync_tree(self.beside)
+                _swap_in(self.beside, self.folder)
+        finally:
+            shutil.rmtree(self.beside, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _swap_in(beside: Path, folder: Path) -> None:
+    old = _old(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    beside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    descriptor = os.open(folder.parent, os.O_RDONLY)  # the names of the folders are data of their parent
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def repair(parent: Path) -> None:
+    """Clear up after a process that was killed while it wrote a `NewFolder` in `parent`."""
+    for old in parent.glob(".*.old"):
+        folder = parent / old.name[1 : -len(".old")]
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(folder)
+    for beside in parent.glob(".*.tmp"):
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+__all__ = ["NewFolder", "repair", "write_bytes", "write_json", "write_json_lines", "write_tensors", "write_text"]

@@ -33,6 +33,7 @@ class Targets:
     text_queue: Tensor  # (Q, E)
     queue_ids: Tensor  # (Q,) int64 products of the slots
     queue_filled: Tensor  # (Q,) bool, False: the slot holds a random unit vector, a negative for everybody
+    queue_pointer: int = 0  # the slot that was to be written next
 
 
 class MomentumState(nn.Module):
@@ -126,6 +127,7 @@ class MomentumState(nn.Module):
             self.text_queue.clone(),
             self.queue_ids.clone(),
             self.queue_filled.clone(),
+            self.pointer,
         )
 
     @torch.no_grad()
@@ -148,6 +150,14 @@ class MomentumState(nn.Module):
         self.queue_ids[slots] = product_id[dropped:]
         self.queue_filled[slots] = True
         self.pointer = (self.pointer + dropped + rows) % self.queue_size
+
+    @torch.no_grad()
+    def rewind(self, targets: Targets) -> None:
+        """Put the queues back to where they were when `targets` was encoded: a step that is left out enqueues
+        nothing, also of the micro-batches that came before the one that broke it."""
+        for name in ("image_queue", "text_queue", "queue_ids", "queue_filled"):
+            getattr(self, name).copy_(getattr(targets, name))
+        self.pointer = targets.queue_pointer
 
     def queue_fill(self) -> float:
         """Share of the slots that hold features, 0 to 1."""

@@ -63,6 +63,7 @@ def main() -> None:
         backward_and_step,
         build_accelerator,
         clamp_parameter,
+        end,
         fp32_state_dict,
         fp32_value,
     )
@@ -146,7 +147,8 @@ def main() -> None:
     )
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / f"rank{rank}.json").write_text(json.dumps(report))
-    accelerator.end_training()
+    del prepared
+    end(accelerator)
 
 
 if __name__ == "__main__":

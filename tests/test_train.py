@@ -16,9 +16,11 @@ import tiny
 import torch
 from helpers import ROOT, assert_succeeded, launch, run
 from PIL import Image
+from safetensors.torch import load_file
 
 import train
 from aliblip.arguments import UsageError
+from aliblip.progress import Log
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
 
@@ -138,8 +140,8 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(whole_run, catalogue, tmp_p
 def test_resuming_with_another_order_of_rows_is_refused(whole_run, mistakes):
     folder, _ = whole_run
     message = mistakes("--resume_from_checkpoint", folder / "checkpoint-3", "--seed", "7", "--shuffle_window", "16")
-    assert "in another order" in message and "seed 42 there, 7 here" in message
-    assert "shuffle_window 4096 there, 16 here" in message
+    assert "in another order" in message and "seed was 42, here it is 7" in message
+    assert message.endswith("resume with --shuffle_window 4096 --seed 42")
 
 
 # --- two processes ----------------------------------------------------------------------------------------------------
@@ -164,8 +166,7 @@ def two_process_runs(tmp_path_factory) -> dict[str, Path]:
 
 
 def momentum_at(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    (saved,) = (folder / f"checkpoint-{step}").glob("custom_checkpoint_*.pkl")
-    return {k: v for k, v in torch.load(saved, weights_only=True).items() if torch.is_tensor(v)}
+    return load_file(folder / f"checkpoint-{step}" / "momentum.safetensors")
 
 
 def test_zero2_in_fp32_reaches_the_losses_of_ddp(two_process_runs):
@@ -181,12 +182,15 @@ def test_zero2_in_fp32_reaches_the_losses_of_ddp(two_process_runs):
 def test_the_momentum_encoders_move_under_zero2_in_bf16(two_process_runs):
     folder = two_process_runs["deepspeed_zero2_cpu_bf16"]
     early, late = momentum_at(folder, 2), momentum_at(folder, 4)
-    weights = [name for name in early if name.startswith("encoders.") and name.endswith("weight")]
+    assert all(value.dtype == torch.float32 for name, value in early.items() if name.startswith("encoders."))
+    # Matrices: the average follows the engine's bf16 copies, and beside 1.0, where a LayerNorm begins, bf16 has no number
+    # within reach of two steps. Of the embedding tables a step touches only the rows of its words.
+    weights = [name for name in early if early[name].dim() > 1 and "embeddings" not in name]
+    weights = [name for name in weights if name.startswith("encoders.")]
     assert len(weights) > 30
     for name in weights:
-        assert early[name].dtype == torch.float32
         moved = (late[name] != early[name]).float().mean().item()
-        assert moved > 0.5 or "embeddings" in name, (name, moved)
+        assert moved > 0.5, (name, moved)
     ddp, zero = steps_of(two_process_runs["cpu_2_processes"]), steps_of(folder)
     for step, values in ddp.items():
         assert zero[step][:2] == pytest.approx(values[:2], rel=0.05), step
@@ -267,7 +271,7 @@ def test_a_second_run_does_not_touch_the_first(whole_run, mistakes):
 def test_a_matching_head_that_always_says_no_is_told(tmp_path):
     """Five log lines at the loss of the prior."""
     written = []
-    log = train.Log(SimpleNamespace(is_main_process=False), tmp_path, total_steps=1, first_step=0)
+    log = Log(SimpleNamespace(is_main_process=False), tmp_path, total_steps=1, first_step=0)
     log.bar = SimpleNamespace(write=written.append)
     for _ in range(4):
         log._watch_itm({"loss_itm": 0.6371, "itm_accuracy_positive": 0.0})

@@ -1,0 +1,77 @@
+"""Signals that ask a run to stop, heard on all ranks: at the next step boundary it writes a checkpoint and ends.
+
+    with StopSignals() as signals:
+        while ...:
+            ...one step...
+            if signals.received_by_any_rank(device):
+                ...checkpoint, end...
+
+SIGTERM (launchers, `kill`, cluster managers), SIGUSR1 (preemption notices) and SIGINT (Ctrl-C). A second Ctrl-C ends
+the process at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+import torch
+
+from aliblip.distributed import reduce_max
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_PR_SET_PDEATHSIG = 1  # of Linux' prctl
+
+
+class StopSignals:
+    """Remembers, inside its `with` block in the main thread, the first signal that asked this process to stop."""
+
+    def __init__(self):
+        self.received: signal.Signals | None = None
+
+    def __enter__(self) -> StopSignals:
+        self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+        if "ACCELERATE_MIXED_PRECISION" in os.environ:  # a launcher's child
+            _hear_of_the_launchers_end()
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame) -> None:
+        if self.received is None:
+            self.received = signal.Signals(number)
+        if number == signal.SIGINT:
+            # The system's own action, and not a handler: it also ends a process that waits for another rank.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def received_by_any_rank(self, device: torch.device) -> signal.Signals | None:
+        """The signal that some rank has received, equal on all ranks. A collective."""
+        number = reduce_max(0 if self.received is None else int(self.received), device)
+        return signal.Signals(number) if number else None
+
+
+def _hear_of_the_launchers_end() -> None:
+    """Let the system send a signal when the launcher dies (Linux).
+
+    `accelerate launch` of one process does not pass SIGTERM on: it dies, and would leave this process training for
+    nobody. torchrun passes it on, but not when it is killed itself. SIGINT there, so that the second Ctrl-C, which ends
+    torchrun, ends its workers too; for one process the terminal sends Ctrl-C to both, and it must not count twice.
+    """
+    if sys.platform.startswith("linux"):
+        number = signal.SIGINT if "RANK" in os.environ else signal.SIGTERM
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+
+
+def let_the_trainer_decide() -> None:
+    """For processes that read data: cluster managers signal all processes of a job, but the trainer needs its readers
+    until it has written its checkpoint. A second SIGTERM, with which the trainer itself ends a reader, is obeyed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+__all__ = ["STOP_SIGNALS", "StopSignals", "let_the_trainer_decide"]

@@ -1,0 +1,252 @@
+"""What a run tells about itself: log lines, rows it could not use, and how it stands.
+
+Everything written here is told on the way: a disk that is full must not end a run that could go on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from aliblip.arguments import UsageError
+from aliblip.distributed import all_gather_objects, is_main, rank, reduce_sum
+from aliblip.evaluation import format_table
+from aliblip.files import write_json, write_json_lines
+
+# What a head scores that always answers the prior, one match in three pairs.
+ITM_PRIOR_LOSS = -(math.log(1 / 3) + 2 * math.log(2 / 3)) / 3
+PARTS = (
+    "loss_itc",
+    "loss_itm",
+    "itm_accuracy_positive",
+    "itm_accuracy_negative",
+    "positives_per_row",
+    "rows_without_negative",
+)
+LINE = (
+    "step {step} epoch {epoch:.2f} loss_itc {loss_itc:.4f} loss_itm {loss_itm:.4f} lr {learning_rate:.2e} "
+    "temperature {temperature:.4f} itm_accuracy positive {itm_accuracy_positive:.2f} negative "
+    "{itm_accuracy_negative:.2f} queue {queue_fill:.0%} grad_norm {grad_norm:.2f} "
+    "samples/s {samples_per_second:.1f} data_wait {data_wait:.0%}"
+)
+
+
+def tell_if_not_written(what: str, write: Callable[[], None]) -> None:
+    """Write a file that the run can do without; what went wrong is printed."""
+    try:
+        write()
+    except OSError as error:
+        print(f"warning: {what} could not be written: {error.strerror or error}", file=sys.stderr, flush=True)
+
+
+class SkippedRows:
+    """Rows that could not be used: counted, listed, and a reason to stop when they are too many."""
+
+    def __init__(self, max_fraction: float, device: torch.device, file: Path):
+        self.max_fraction = max_fraction
+        self.device = device
+        self.file = file
+        self.rows: dict[int, dict] = {}  # of this rank, each once, however many epochs met it
+        self.seen = self.met = 0
+
+    def state(self) -> dict:
+        return {"rows": list(self.rows.values()), "seen": self.seen, "met": self.met}
+
+    def load_state(self, state: dict) -> None:
+        self.rows = {row["row"]: row for row in state["rows"]}
+        self.seen, self.met = state["seen"], state["met"]
+
+    def add(self, batch: dict) -> None:
+        skipped = batch.pop("skipped")
+        self.seen += batch["row"].shape[0]
+        self.met += len(skipped)
+        self.rows.update((row["row"], row) for row in skipped)
+
+    def collect(self) -> list[dict]:
+        """The rows of all ranks, in order. A collective."""
+        merged = {row["row"]: row for rows in all_gather_objects(list(self.rows.values())) for row in rows}
+        return [merged[row] for row in sorted(merged)]
+
+    def write(self) -> None:
+        """Write the list so far. A collective."""
+        rows = self.collect()
+        if is_main():
+            tell_if_not_written(self.file.name, lambda: write_json_lines(self.file, rows))
+
+    def check(self, at_least: int = 0) -> None:
+        """Stop, on all ranks, when too large a share of at least `at_least` rows was unusable. A collective."""
+        seen, met = reduce_sum(torch.tensor([self.seen, self.met], device=self.device)).tolist()
+        if met > self.max_fraction * seen and seen >= at_least:
+            self.write()
+            rows = self.collect()
+            listed = "; ".join(f"{row['name']} ({row['reason']})" for row in rows[:20])
+            more = f"; and {len(rows) - 20} more" if len(rows) > 20 else ""
+            raise UsageError(
+                f"{met} of {seen} rows could not be used, more than --max_skipped_fraction {self.max_fraction}: "
+                f"{listed}{more} (all: {self.file})"
+            )
+
+
+class Log:
+    """Log lines: means over all steps and ranks since the last one, to the screen, to `log.jsonl` and to the
+    trackers."""
+
+    def __init__(self, accelerator, output_dir: Path, total_steps: int, first_step: int):
+        self.accelerator = accelerator
+        self.file = output_dir / "log.jsonl"
+        self.bar = tqdm(
+            total=total_steps, initial=first_step, desc="train", unit="step", disable=not accelerator.is_main_process
+        )
+        self.near_prior = 0
+        self.batches_of_step: list[tuple[torch.Tensor, int]] = []
+        if accelerator.is_main_process and self.file.exists():
+            # A resumed run repeats the steps after its checkpoint: their lines would stand there twice. A line that a
+            # kill cut off has no end.
+            lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
+            entries = [json.loads(line) for line in lines if line.endswith("\n")]
+            write_json_lines(self.file, [entry for entry in entries if entry["step"] <= first_step])
+        self._restart()
+
+    def _restart(self) -> None:
+        self.sums: torch.Tensor | None = None
+        self.batches = self.samples = self.left_out = 0
+        self.waited = 0.0
+        self.since = time.perf_counter()
+
+    def state(self) -> dict:
+        """What the next line has gathered so far, for a run that stops before it is written."""
+        sums = None if self.sums is None else self.sums.tolist()
+        return {"sums": sums, "batches": self.batches, "left_out": self.left_out, "near_prior": self.near_prior}
+
+    def load_state(self, state: dict) -> None:
+        self.batches, self.left_out, self.near_prior = state["batches"], state["left_out"], state["near_prior"]
+        if state["sums"] is not None:
+            self.sums = torch.tensor(state["sums"], device=self.accelerator.device)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What takes place inside is no training, and does not count in its speed."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
+
+    def add_batch(self, output, rows: int, waited: float) -> None:
+        values = {"loss_itc": output.parts["itc"], "loss_itm": output.parts["itm"], **output.report}
+        self.batches_of_step.append((torch.stack([values[name].float() for name in PARTS]), rows))
+        self.waited += waited
+
+    def end_step(self, left_out: bool) -> None:
+        """The batches since the last call were a step. One that was left out doesn't count in the means."""
+        for values, rows in self.batches_of_step:
+            self.samples += rows
+            if not left_out:
+                self.sums = values if self.sums is None else self.sums + values
+                self.batches += 1
+        self.left_out += left_out
+        self.batches_of_step.clear()
+        self.bar.update()
+
+    def line(self, step: int, epoch: float, **values: float) -> None:
+        """A collective."""
+        processes = self.accelerator.num_processes
+        seconds = time.perf_counter() - self.since
+        entry = {"step": step, "epoch": round(epoch, 4)}
+        if self.batches:  # equal on all ranks
+            means = (reduce_sum(self.sums) / (self.batches * processes)).tolist()
+            entry |= {
+                **dict(zip(PARTS, means, strict=True)),
+                **values,
+                "samples_per_second": self.samples * processes / seconds,
+                "data_wait": self.waited / seconds,
+            }
+        if self.left_out:
+            entry["steps_left_out"] = self.left_out
+        if self.accelerator.is_main_process:
+            self.write(entry)
+            if self.batches:
+                self.bar.write(LINE.format(**entry))
+                self._watch_itm(entry)
+            if self.left_out:
+                self.bar.write(
+                    f"warning: {self.left_out} steps up to step {step} had a loss or gradient that is not finite: they "
+                    "changed nothing"
+                )
+        self.accelerator.log({key: value for key, value in entry.items() if key != "step"}, step=step)
+        self._restart()
+
+    def _watch_itm(self, entry: dict) -> None:
+        stuck = abs(entry["loss_itm"] - ITM_PRIOR_LOSS) < 0.01 and entry["itm_accuracy_positive"] < 0.05
+        self.near_prior = self.near_prior + 1 if stuck else 0
+        if self.near_prior and self.near_prior % 5 == 0:
+            self.bar.write(
+                f"warning: loss_itm sits at {ITM_PRIOR_LOSS:.4f} since {self.near_prior} log lines: the matching head "
+                'answers "no match" to everything. Usual causes: a learning rate that is too high, too little training '
+                "yet, or titles that don't fit their photos."
+            )
+
+    def write(self, entry: dict) -> None:
+        def append() -> None:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+
+        tell_if_not_written("a line of log.jsonl", append)
+
+    def evaluation(self, step: int, epoch: int, results: dict) -> None:
+        if self.accelerator.is_main_process:
+            self.write({"step": step, "epoch": epoch, "evaluation": results})
+            self.bar.write(f"evaluation after epoch {epoch} (step {step})\n{format_table(results)}")
+        flat = {"eval/mean_recall": results["mean_recall"]}
+        for direction in ("text_to_image", "image_to_text"):
+            for stage in ("itc", "itm"):
+                flat |= {f"eval/{direction}/{stage}/{key}": value for key, value in results[direction][stage].items()}
+        self.accelerator.log(flat, step=step)
+
+
+class RunStatus:
+    """`status.json`: how a run stands, or how it ended; launchers change exit codes and drop messages.
+
+    `status` is "running" (also of a run that was killed: `pid` and `host` tell which process to look for),
+    "completed", "stopped" (a signal; `checkpoint` is where it goes on) or "failed" (`reason`).
+    """
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.entry: dict = {}
+
+    def write(self, status: str, **values) -> None:
+        """Write, in the main process, the status with all values so far."""
+        self.entry |= {
+            "status": status,
+            **values,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        if is_main():
+            tell_if_not_written(self.file.name, lambda: write_json(self.file, self.entry))
+
+    def failed(self, error: BaseException) -> None:
+        """Write, in any process, why the run failed; the first reason stays: the others follow from it."""
+
+        def write() -> None:
+            before = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else self.entry
+            if before.get("status") != "failed":
+                lines = str(error).strip().splitlines()
+                reason = f"rank {rank()}: {type(error).__name__}: {lines[0][:500] if lines else ''}"
+                write_json(self.file, {**before, "status": "failed", "reason": reason})
+
+        tell_if_not_written(self.file.name, write)
+
+
+__all__ = ["ITM_PRIOR_LOSS", "Log", "RunStatus", "SkippedRows", "tell_if_not_written"]
