@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
 from helpers import ROOT, assert_succeeded, launch, run
-from PIL import Image
+from runs import TINY, log_of, photo, steps_of, write_split
 from safetensors.torch import load_file
 
 import train
@@ -23,40 +19,6 @@ from aliblip.arguments import UsageError
 from aliblip.progress import Log
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
-
-TINY = [
-    *("--config_name", "base"),
-    *("--vision_config", '{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8}'),
-    *(
-        "--text_config",
-        '{"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}',
-    ),
-    *("--image_size", "32", "--image_text_hidden_size", "16", "--queue_size", "20"),
-    *("--per_device_train_batch_size", "8", "--per_device_eval_batch_size", "8", "--learning_rate", "1e-3"),
-    *("--dataloader_num_workers", "0", "--logging_steps", "1", "--k_rerank", "4"),
-]
-
-
-def photo(seed: int) -> bytes:
-    rng = np.random.default_rng(seed)
-    pixels = np.full((40, 40, 3), rng.integers(0, 256, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_split(folder: Path, split: str, rows: int, broken: dict[int, dict] | None = None) -> None:
-    table = [
-        {
-            "image": {"bytes": photo(i), "path": f"{split}{i}.png"},
-            "caption": " ".join(tiny.WORDS[(i * 7 + j) % len(tiny.WORDS)] for j in range(2 + i % 4)),
-            "product_id": f"p{i}",
-            **(broken or {}).get(i, {}),
-        }
-        for i in range(rows)
-    ]
-    folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(table), folder / f"{split}-00000-of-00001.parquet")
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +30,6 @@ def catalogue(tmp_path_factory) -> list[str]:
     write_split(folder / "data", "validation", 12)
     tiny.tokenizer().save_pretrained(folder / "tokenizer")
     return ["--data_dir", str(folder / "data"), "--tokenizer_name", str(folder / "tokenizer")]
-
-
-def log_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def steps_of(folder: Path) -> dict[int, tuple]:
-    names = ("loss_itc", "loss_itm", "grad_norm", "learning_rate", "temperature")
-    return {e["step"]: tuple(e[name] for name in names) for e in log_of(folder) if "loss_itc" in e}
 
 
 @pytest.fixture(scope="module")
@@ -183,8 +136,8 @@ def test_the_momentum_encoders_move_under_zero2_in_bf16(two_process_runs):
     folder = two_process_runs["deepspeed_zero2_cpu_bf16"]
     early, late = momentum_at(folder, 2), momentum_at(folder, 4)
     assert all(value.dtype == torch.float32 for name, value in early.items() if name.startswith("encoders."))
-    # Matrices: the average follows the engine's bf16 copies, and beside 1.0, where a LayerNorm begins, bf16 has no number
-    # within reach of two steps. Of the embedding tables a step touches only the rows of its words.
+    # Matrices: the average follows the engine's bf16 copies, and bf16 has no number within two steps' reach of the 1.0
+    # at which a LayerNorm begins. Of the embedding tables a step touches only the rows of its words.
     weights = [name for name in early if early[name].dim() > 1 and "embeddings" not in name]
     weights = [name for name in weights if name.startswith("encoders.")]
     assert len(weights) > 30

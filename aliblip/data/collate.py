@@ -97,7 +97,9 @@ class Collator:
         try:
             example = decode(row)
         except UnusableRow as error:
-            skipped.append({"row": row.row, "name": row.name, "reason": str(error)})
+            # A name may hold half a surrogate pair, which neither a file nor a terminal takes.
+            name = row.name.encode("utf-8", "backslashreplace").decode("utf-8")
+            skipped.append({"row": row.row, "name": name, "reason": str(error)})
             return None
         if self.augment is not None:
             example.image = self.augment(example.image, sample_rng(self.seed, epoch, row.row))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -24,10 +25,11 @@ import math
 import os
 import posixpath
 import re
+import stat
 import tarfile
 import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -51,6 +53,10 @@ __all__ = [
 
 # Pillow warns above this size and refuses only twice of it; a product photo of 90 megapixels is an attack or a mistake.
 MAX_PIXELS = 89_478_485
+# More than any photo of that many pixels takes, and little enough to be read by every worker at once.
+MAX_FILE_BYTES = 512 * 2**20
+# Usual encoders write about ten. Every scan goes over the whole photo, so that a few kilobytes of them take minutes.
+MAX_JPEG_SCANS = 100
 # A title keeps about 35 tokens: what follows this many characters can't matter, but would take the tokenizer seconds.
 MAX_TITLE_CHARACTERS = 10_000
 # Parquet row groups are joined to shards of at least this many rows: small enough to mix well, few enough to open.
@@ -61,6 +67,7 @@ PARQUET_BATCH_ROWS = 64
 FOLDER_SHARD_ROWS = 64
 # Formats a shop would use. Others stay out: Pillow starts a PostScript interpreter for EPS, for instance.
 IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
+EXIF_ORIENTATION = 0x0112
 TAR_IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2")
 TAR_TEXT_FIELDS = ("txt", "text", "transcript", "caption", "title")
 COLUMN_PROBE_ROWS = 1000
@@ -113,7 +120,9 @@ class Example:
 
 
 def decode(row: Row) -> Example:
-    """Decode one row: the photo as a person sees it (EXIF applied, transparency over white), and its title.
+    """Decode one row: the photo as a person sees it, and its title.
+
+    EXIF orientation and colour profile are applied, transparency lies over white, an animation is its first picture.
 
     Raises:
         UnusableRow: with a plain reason; no other exception leaves this function, whatever the bytes are.
@@ -130,7 +139,8 @@ def _clean_title(value: Any) -> str:
     if not isinstance(value, str):
         raise UnusableRow(f"the title is not text but {type(value).__name__}")
     # Lone surrogates (half an emoji) can't be encoded, and would make the tokenizer fail for the whole batch.
-    text = value[:MAX_TITLE_CHARACTERS].encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
+    # Stripped before it is cut, lest a title that begins with many blanks seem to have no others.
+    text = value.strip()[:MAX_TITLE_CHARACTERS].encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
     if not any(_is_visible(character) for character in text):
         raise UnusableRow("the title is empty" if not value else "the title has no visible character")
     return text
@@ -150,7 +160,9 @@ def _decode_image(value: Any) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if isinstance(value, Image.Image):
                 return _to_rgb(value)
-            with Image.open(_open_image(value), formats=_formats()) as image:
+            data = _open_image(value)
+            with Image.open(data, formats=_formats()) as image:
+                _refuse_hidden_bombs(image, data)
                 return _to_rgb(image)
     except UnusableRow:
         raise
@@ -179,8 +191,11 @@ def _open_image(value: Any) -> io.BytesIO:
             with fsspec.open(path, "rb") as file:
                 data = file.read()
         else:
-            if os.path.exists(path) and not os.path.isfile(path):  # a named pipe would be read for ever
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):  # a named pipe would be read for ever
                 raise UnusableRow("the image is a folder or a device, not a file")
+            if status.st_size > MAX_FILE_BYTES:
+                raise UnusableRow(f"the image file is larger than {MAX_FILE_BYTES // 2**20} MiB")
             with open(path, "rb") as file:
                 data = file.read()
     else:
@@ -190,40 +205,131 @@ def _open_image(value: Any) -> io.BytesIO:
     return io.BytesIO(data)
 
 
+def _refuse_hidden_bombs(image: Image.Image, data: io.BytesIO) -> None:
+    """Refuse files that take very much more time or memory than the size of their picture says."""
+    # A marker never occurs inside compressed data, where 0xFF is always followed by a zero.
+    if image.info.get("progressive") and data.getvalue().count(b"\xff\xda") > MAX_JPEG_SCANS:
+        raise UnusableRow(f"the JPEG has more than {MAX_JPEG_SCANS} scans")
+    if image.format == "TIFF":
+        width, height = (image.tag_v2.get(tag, 0) for tag in (322, 323))  # TileWidth, TileLength
+        if width * height > MAX_PIXELS:
+            raise UnusableRow(f"a tile of the TIFF has more than {MAX_PIXELS:,} pixels")
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if not image.width or not image.height:
+        raise UnusableRow("the image has no pixels")
     if image.width * image.height > MAX_PIXELS:
         raise UnusableRow(f"the image has more than {MAX_PIXELS:,} pixels")
-    image.load()
-    with contextlib.suppress(Exception):  # damaged EXIF: every viewer then shows the photo as it is stored
-        image = ImageOps.exif_transpose(image)
+    is_turned = image.format == "TIFF"  # when it is loaded, after which some versions of Pillow keep the tag
+    image = loaded = _load(image)
+    if not is_turned:
+        with contextlib.suppress(Exception):  # damaged EXIF: every viewer then shows the photo as it is stored
+            if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+                image = ImageOps.exif_transpose(image)
+    profile = image.info.get("icc_profile")
     if image.mode == "F" or image.mode.startswith("I"):
         image = _to_eight_bits(image)
+    alpha = None
+    if _has_transparency(image):
+        image = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
+        alpha = image.getchannel("A")
+        image = image.convert("L" if image.mode == "LA" else "RGB")
+    image = _to_srgb(image, profile)
+    if alpha is not None:
+        white = Image.new("RGB", image.size, (255, 255, 255))
+        white.paste(image, mask=alpha)
+        image = white
+    if image is loaded:
+        image = image.copy()  # so that no file handle travels on
+    image.info = {}  # a profile that is applied already would be written into every copy that is saved
+    return image
+
+
+def _load(image: Image.Image) -> Image.Image:
+    """The decoded picture, mended where Pillow understands transparency otherwise than viewers do."""
+    tile = image.tile[0] if getattr(image, "tile", None) else None  # which loading forgets
+    image.load()
+    key = image.info.get("transparency")
+    if tile is None:
+        return image
+    _, box, _, stored = tile
+    if image.format == "PNG" and key is not None:
+        # The transparent shade is given in the depth of the file, and Pillow looks for it among values of 8 bits.
+        if stored in ("L;2", "L;4"):
+            image.info["transparency"] = key * (85 if stored == "L;2" else 17)
+        elif stored == "RGB;16B":
+            image.info["transparency"] = tuple(value >> 8 for value in key)
+    if image.format == "GIF" and key is None and box != (0, 0, *image.size):
+        # The first picture of a GIF need not cover it all: the rest is empty, not of the palette's first colour.
+        white = Image.new("RGB", image.size, (255, 255, 255))
+        white.paste(image.crop(box), box)
+        return white
+    return image
+
+
+def _has_transparency(image: Image.Image) -> bool:
     # Not Image.has_transparency_data, which older Pillow lacks.
-    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        if image.mode in ("La", "PA"):
-            image = image.convert("LA" if image.mode == "La" else "RGBA")
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    # A copy even of RGB, so that no file handle and no metadata travels on.
-    return image.convert("RGB") if image.mode != "RGB" else image.copy()
+    return (
+        image.mode in ("RGBA", "RGBa", "LA", "La", "PA")
+        or "transparency" in image.info
+        or (image.mode == "P" and image.palette.mode == "RGBA")
+    )
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
     """Greyscale of 16 or 32 bits, or floats, to 8 bits by its range (Pillow's own conversion cuts at 255)."""
-    values = np.asarray(image)
+    # In bands, since intermediate results of a whole large picture would take gigabytes.
+    rows = max(2**20 // image.width, 1)
+    edges = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
+
+    def bands() -> Iterator[np.ndarray]:
+        for edge in edges:
+            values = np.asarray(image.crop(edge))
+            yield np.nan_to_num(values, nan=0.0, posinf=255.0, neginf=0.0) if image.mode == "F" else values
+
+    largest = max(band.max() for band in bands())
     if image.mode == "F":
-        values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=255.0, neginf=0.0)
-        if values.size and values.max() <= 1.0:
-            values = values * 255.0
+        scale = 255.0 if largest <= 1.0 else 1.0
+    elif image.mode.startswith("I;16") or 255 < largest <= 65535:
+        scale = 1 / 257
     else:
-        values = values.astype(np.int64)
-        largest = int(values.max()) if values.size else 0
-        if image.mode.startswith("I;16") or 255 < largest <= 65535:
-            values = values // 257
-        elif largest > 65535:
-            values = values // 16_843_009
-    return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
+        scale = 1.0 if largest <= 255 else 1 / 16_843_009
+    grey = np.concatenate([np.rint(np.clip(band * scale, 0, 255)).astype(np.uint8) for band in bands()])
+    picture = Image.fromarray(grey)
+    key = image.info.get("transparency")
+    if key is not None:
+        alpha = np.concatenate([np.where(band == key, 0, 255).astype(np.uint8) for band in bands()])
+        picture = Image.merge("LA", (picture, Image.fromarray(alpha)))
+    return picture
+
+
+def _to_srgb(image: Image.Image, profile: Any) -> Image.Image:
+    """RGB of the colours that the profile, if there is one, gives to the stored values."""
+    if image.mode not in ("RGB", "L", "CMYK"):
+        image = image.convert("RGB")
+    convert = _conversion(profile, image.mode) if isinstance(profile, bytes) else None
+    if convert is not None:
+        return convert(image)
+    return image.convert("RGB") if image.mode != "RGB" else image
+
+
+@functools.lru_cache(maxsize=16)  # a catalogue has few different profiles, and building a conversion takes milliseconds
+def _conversion(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Image] | None:
+    """The conversion from a colour profile to sRGB, or None if there is nothing to convert."""
+    try:
+        from PIL import ImageCms
+
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        convert = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB").apply
+        if mode == "CMYK":
+            return convert
+        steps = np.indices((6, 6, 6)).reshape(3, -1).T * 51
+        probe = Image.fromarray(steps.astype(np.uint8)[None]).convert(mode)
+        difference = np.asarray(convert(probe)).astype(int) - np.asarray(probe.convert("RGB"))
+    except Exception:  # a broken profile or one of other colours, which viewers ignore; or Pillow without LittleCMS
+        return None
+    return convert if np.abs(difference).max() > 2 else None  # sRGB itself, whose many versions differ in rounding
 
 
 # ---------------------------------------------------------------------------------------------------- product ids
@@ -233,9 +339,12 @@ def product_id_of(value: Any, row: int) -> int:
     """The int64 product id of a stored value.
 
     Integers (and floats of whole value, which tables with gaps make of integers) stay as they are; everything else, and
-    integers beyond int64, becomes a 64-bit BLAKE2 hash. A null is no product: it becomes an id of its own, hashed from
-    the row number, so that two rows without id never count as one product.
+    integers beyond int64, becomes a 64-bit BLAKE2 hash. A null or blank (or a value that has no JSON form) is no
+    product: it becomes an id of its own, hashed from the row number, so that two rows without id never count as one
+    product.
     """
+    if isinstance(value, str) and not value.strip():
+        value = None
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return _hash64(f"null product id of row {row}".encode())
     if isinstance(value, float) and value.is_integer():
@@ -246,7 +355,10 @@ def product_id_of(value: Any, row: int) -> int:
     if isinstance(value, bytes):
         return _hash64(value)
     if not isinstance(value, str):
-        value = json.dumps(value, sort_keys=True, default=str)
+        try:
+            value = json.dumps(value, sort_keys=True, default=str)
+        except (TypeError, ValueError, RecursionError):  # keys of several types, or lists in lists in lists
+            return product_id_of(None, row)
     return _hash64(value.encode("utf-8", "surrogatepass"))
 
 

@@ -1,0 +1,161 @@
+"""Small training runs for the tests: flags, data, what a run wrote, and runs that go on in the background."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tiny
+from helpers import CONFIGS, ROOT, environment, free_port
+from PIL import Image
+
+TINY = [
+    *("--config_name", "base"),
+    *("--vision_config", '{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8}'),
+    *(
+        "--text_config",
+        '{"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}',
+    ),
+    *("--image_size", "32", "--image_text_hidden_size", "16", "--queue_size", "20"),
+    *("--per_device_train_batch_size", "8", "--per_device_eval_batch_size", "8", "--learning_rate", "1e-3"),
+    *("--dataloader_num_workers", "0", "--logging_steps", "1", "--k_rerank", "4"),
+]
+
+
+def photo(seed: int) -> bytes:
+    rng = np.random.default_rng(seed)
+    pixels = np.full((40, 40, 3), rng.integers(0, 256, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_split(folder: Path, split: str, rows: int, broken: dict[int, dict] | None = None) -> None:
+    table = [
+        {
+            "image": {"bytes": photo(i), "path": f"{split}{i}.png"},
+            "caption": " ".join(tiny.WORDS[(i * 7 + j) % len(tiny.WORDS)] for j in range(2 + i % 4)),
+            "product_id": f"p{i}",
+            **(broken or {}).get(i, {}),
+        }
+        for i in range(rows)
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(table), folder / f"{split}-00000-of-00001.parquet")
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def steps_of(folder: Path) -> dict[int, tuple]:
+    names = ("loss_itc", "loss_itm", "grad_norm", "learning_rate", "temperature")
+    return {e["step"]: tuple(e[name] for name in names) for e in log_of(folder) if "loss_itc" in e}
+
+
+def rows_of(folder: Path) -> dict[tuple[int, int, int], list[int]]:
+    """(rank, epoch, batch) -> its rows, of runs of `recorded_train.py`. A batch that a resumed run read again has to be
+    the same batch."""
+    seen: dict[tuple[int, int, int], list[int]] = {}
+    for file in folder.glob("rows-rank*.jsonl"):
+        for line in file.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):  # else a kill cut it off
+                entry = json.loads(line)
+                place = (entry["rank"], entry["epoch"], entry["batch"])
+                assert seen.setdefault(place, entry["rows"]) == entry["rows"], place
+    return seen
+
+
+class BackgroundRun:
+    """`accelerate launch` of a recorded training run that a test can signal or kill."""
+
+    def __init__(self, config: str, folder: Path, args: Sequence, **env: str):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.output = (folder / "printed.txt").open("a+")
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / config]
+        command += [
+            "--main_process_port",
+            free_port(),
+            ROOT / "tests" / "recorded_train.py",
+            *args,
+            "--output_dir",
+            folder,
+        ]
+        self.process = subprocess.Popen(
+            [str(part) for part in command],
+            cwd=ROOT,
+            env=environment(ALIBLIP_ROWS=str(folder), **env),
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self.launcher = psutil.Process(self.process.pid)
+
+    @property
+    def printed(self) -> str:
+        self.output.flush()
+        return (self.folder / "printed.txt").read_text(errors="replace")
+
+    def step(self) -> int:
+        """The last step that stands in the log."""
+        file = self.folder / "log.jsonl"
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
+
+    def wait_until(self, condition: Callable[[], bool], timeout: float = 120) -> None:
+        end = time.monotonic() + timeout
+        while not condition():
+            assert self.process.poll() is None, f"the run is over\n{self.printed[-4000:]}"
+            assert time.monotonic() < end, f"nothing happened in {timeout} s\n{self.printed[-4000:]}"
+            time.sleep(0.005)
+
+    def ranks(self) -> list[psutil.Process]:
+        """The training processes, in rank order: children of the launcher that run the script."""
+        found = {}
+        for child in self.launcher.children(recursive=True):
+            try:
+                values = child.environ()
+                is_reader = child.parent().pid != self.launcher.pid
+            except psutil.Error:
+                continue
+            if not is_reader and "ALIBLIP_ROWS" in values:
+                found[int(values.get("RANK", "0"))] = child
+        return [found[rank] for rank in sorted(found)]
+
+    def kill(self) -> None:
+        """kill -9 of the launcher and of everything it started, at once."""
+        for process in [*self.launcher.children(recursive=True), self.launcher]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
+
+    def wait(self, timeout: float = 120) -> int:
+        """The launcher's exit code, once it and all that it started are gone."""
+        children = self.launcher.children(recursive=True) if self.process.poll() is None else []
+        try:
+            self.process.wait(timeout)
+            _, alive = psutil.wait_procs(children, timeout=timeout)
+            assert not alive, f"still there: {alive}\n{self.printed[-4000:]}"
+        except BaseException:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            for child in children:
+                if child.is_running():
+                    child.kill()
+            raise
+        return self.process.returncode
+
+    def status(self) -> dict:
+        return json.loads((self.folder / "status.json").read_text())
