@@ -1,6 +1,7 @@
 # make demo   draw a catalogue, train on it from scratch, evaluate, and make a picture of the results
 # make test   run the tests
 # make style  check style and formatting
+# make soak   kill -9 under every setting, resume, compare; a quarter of an hour, writes benchmarks/results/soak.json
 #
 # The first call sets up .venv. Another interpreter: make demo PYTHON=python3.12
 # A build of torch of your own choice (by default pip takes the one for your platform): install it into .venv first.
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 LAUNCH := CUDA_VISIBLE_DEVICES= $(BIN)/accelerate launch --config_file accelerate_configs/cpu_2_processes.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test style clean
+.PHONY: help demo test style soak clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -39,6 +40,9 @@ test: $(VENV)/.installed
 style: $(VENV)/.installed
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+
+soak: $(VENV)/.installed
+	@$(BIN)/python tests/soak.py --json benchmarks/results/soak.json
 
 clean:
 	rm -rf demo/catalogue demo/output outputs build dist .pytest_cache .ruff_cache *.egg-info

@@ -95,6 +95,8 @@ def build_accelerator(
         )
     # torch 2.13 announces a successor of broadcast_buffers that does not do the same yet.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+    # DeepSpeed still calls by the old name, in every step.
+    warnings.filterwarnings("ignore", message="`torch.distributed.all_gather_into_tensor` is deprecated")
     without_gpu = not torch.cuda.is_available()
     kwargs_handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
     if without_gpu and "LOCAL_RANK" in os.environ:

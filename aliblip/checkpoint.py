@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -75,6 +76,8 @@ def _on_main(write) -> str | None:
             write()
         except OSError as error:
             problem = error.strerror or str(error)
+        except SafetensorError as error:  # what its writer makes of a full disk, save_pretrained's too
+            problem = str(error)
     return broadcast_object(problem)
 
 
@@ -192,23 +195,30 @@ def load_checkpoint(folder: Path, training: Training) -> dict[str, Any]:
         What this rank gave to `save_checkpoint` as `of_rank`.
 
     Raises:
-        ValueError: weights or queues of another model.
+        ValueError: weights or queues of another model, or a file that is not what its name says.
     """
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    load_fp32_state_dict(training.model, load_file(folder / "model.safetensors"))
-    load_optimizer_state(training.model, training.optimizer, load_file(folder / "optimizer.safetensors"))
-    momentum = load_file(folder / "momentum.safetensors")
+    load_fp32_state_dict(training.model, _tensors(folder, "model"))
+    load_optimizer_state(training.model, training.optimizer, _tensors(folder, "optimizer"))
+    momentum = _tensors(folder, "momentum")
     try:
         training.momentum.load_state_dict({**momentum, **state["momentum"]})
     except RuntimeError as error:
         raise ValueError(
-            f"the momentum encoders or queues of {folder} don't fit: {' '.join(str(error).split())}"
+            f"the momentum encoders or queues are of another model or size: {' '.join(str(error).split())}"
         ) from error
     own = f"{rank()}."
-    states = load_file(folder / "ranks.safetensors")
+    states = _tensors(folder, "ranks")
     set_random_states({k[len(own) :]: v for k, v in states.items() if k.startswith(own)}, training.device)
     barrier()
     return state["ranks"][rank()]
+
+
+def _tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    try:
+        return load_file(folder / f"{name}.safetensors")
+    except SafetensorError as error:
+        raise ValueError(f"{name}.safetensors is no safetensors file ({error})") from error
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

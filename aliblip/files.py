@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 
@@ -46,12 +45,9 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write a safetensors file. Unlike the others not put in place at the end: it belongs into a `NewFolder`.
 
     Raises:
-        OSError: the disk is full, or not writable.
+        SafetensorError: the system refused it; the message says why.
     """
-    try:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, path)
-    except SafetensorError as error:  # also what the system says of a full disk
-        raise OSError(f"{path.name} can't be written: {error}") from error
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
 
 
 class NewFolder:

@@ -6,8 +6,8 @@
             if signals.received_by_any_rank(device):
                 ...checkpoint, end...
 
-SIGTERM (launchers, `kill`, cluster managers), SIGUSR1 (preemption notices) and SIGINT (Ctrl-C). A second Ctrl-C ends
-the process at once.
+SIGTERM (launchers, `kill`, cluster managers), SIGUSR1 (preemption notices, the end of the launcher), SIGINT (Ctrl-C).
+After a first Ctrl-C, a second one or SIGTERM ends the process at once.
 """
 
 from __future__ import annotations
@@ -45,8 +45,10 @@ class StopSignals:
         if self.received is None:
             self.received = signal.Signals(number)
         if number == signal.SIGINT:
-            # The system's own action, and not a handler: it also ends a process that waits for another rank.
+            # The system's own action, and not a handler: it also ends a process that waits for another rank. SIGTERM
+            # too, since torchrun answers the second Ctrl-C with it.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def received_by_any_rank(self, device: torch.device) -> signal.Signals | None:
         """The signal that some rank has received, equal on all ranks. A collective."""
@@ -55,15 +57,13 @@ class StopSignals:
 
 
 def _hear_of_the_launchers_end() -> None:
-    """Let the system send a signal when the launcher dies (Linux).
+    """Let the system send SIGUSR1 when the launcher dies (Linux).
 
     `accelerate launch` of one process does not pass SIGTERM on: it dies, and would leave this process training for
-    nobody. torchrun passes it on, but not when it is killed itself. SIGINT there, so that the second Ctrl-C, which ends
-    torchrun, ends its workers too; for one process the terminal sends Ctrl-C to both, and it must not count twice.
+    nobody. torchrun passes it on, but not when it is killed itself.
     """
     if sys.platform.startswith("linux"):
-        number = signal.SIGINT if "RANK" in os.environ else signal.SIGTERM
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGUSR1), 0, 0, 0)
 
 
 def let_the_trainer_decide() -> None:

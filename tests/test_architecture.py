@@ -52,7 +52,7 @@ ALLOWED = {
     "aliblip.data.__init__": set(),
     "aliblip.data.augment": set(),
     "aliblip.data.collate": {"data.sources"},
-    "aliblip.data.loader": {"data.collate", "data.sources"},
+    "aliblip.data.loader": {"data.collate", "data.sources", "interrupts"},
     "aliblip.data.sources": set(),
     "configuration_aliblip": set(),
     "losses_aliblip": set(),

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from aliblip.data.collate import Collator, NoUsableRow
 from aliblip.data.sources import Row, Source
+from aliblip.interrupts import let_the_trainer_decide
 
 __all__ = ["EpochPlan", "EvalLoader", "TrainLoader"]
 
@@ -388,6 +389,7 @@ def _as_it_is(item):
 def _start_worker(worker_id: int) -> None:
     torch.set_num_threads(1)  # the cores belong to the workers and the model, not to each worker's own pool
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a pool that was used before the fork does not live in the child
+    let_the_trainer_decide()
 
 
 def _check_numbers(*, rank: int, world_size: int, num_workers: int, **at_least_one: int) -> None:

@@ -1,0 +1,46 @@
+"""train.py, writing down the rows of every batch it takes: one line a batch in $ALIBLIP_ROWS/rows-rank<R>.jsonl.
+
+With $ALIBLIP_BREAK="3 4" the loss of the last rank is NaN in these batches of the first epoch; with $ALIBLIP_PAUSE="20"
+every batch takes so many seconds.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+
+import train
+from aliblip.arguments import main_with_usage_errors
+from aliblip.data.loader import TrainLoader
+from aliblip.objective import RetrievalObjective
+
+plain_epoch, plain_forward = TrainLoader.epoch, RetrievalObjective.forward
+breaking = {int(batch) for batch in os.environ.get("ALIBLIP_BREAK", "").split()}
+place = {"epoch": 0, "batch": 0, "is_last_rank": True}
+
+
+def epoch(self, epoch, start_step=0):
+    place["is_last_rank"] = self.rank == self.world_size - 1
+    with Path(os.environ["ALIBLIP_ROWS"], f"rows-rank{self.rank}.jsonl").open("a") as file:
+        for index, batch in enumerate(plain_epoch(self, epoch, start_step), start_step):
+            time.sleep(float(os.environ.get("ALIBLIP_PAUSE", "0")))
+            place.update(epoch=epoch, batch=index)
+            entry = {"rank": self.rank, "epoch": epoch, "batch": index, "rows": batch["row"].tolist()}
+            file.write(json.dumps({**entry, "skipped": [row["row"] for row in batch["skipped"]]}) + "\n")
+            file.flush()
+            yield batch
+
+
+def forward(self, batch, targets, alpha):
+    output = plain_forward(self, batch, targets, alpha)
+    if place["epoch"] == 0 and place["batch"] in breaking and place["is_last_rank"]:
+        output.loss = output.loss * torch.nan
+    return output
+
+
+TrainLoader.epoch, RetrievalObjective.forward = epoch, forward
+
+if __name__ == "__main__":
+    main_with_usage_errors("train.py", train.main)

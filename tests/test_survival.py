@@ -1,0 +1,349 @@
+"""Runs that are killed, signalled or starved of disk, in real processes, go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import test_files
+import tiny
+import torch
+from helpers import ROOT, assert_succeeded, launch, run
+from runs import TINY, BackgroundRun, rows_of, steps_of, write_split
+from safetensors.torch import load_file
+
+import train
+from aliblip.arguments import UsageError
+from aliblip.checkpoint import checkpoints
+from aliblip.data.loader import TrainLoader
+from aliblip.data.sources import open_source
+
+TRAIN_ROWS, BATCH, EPOCHS = 50, 4, 3
+RECORDED = ROOT / "tests" / "recorded_train.py"
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory) -> list:
+    """Flags of a run of three epochs on 50 rows, two of them unusable."""
+    folder = tmp_path_factory.mktemp("survival")
+    write_split(
+        folder / "data", "train", TRAIN_ROWS, {17: {"image": {"bytes": b"", "path": "x"}}, 30: {"caption": " "}}
+    )
+    write_split(folder / "data", "validation", 8)
+    tiny.tokenizer().save_pretrained(folder / "tokenizer")
+    return [
+        *TINY,
+        *("--data_dir", folder / "data", "--tokenizer_name", folder / "tokenizer"),
+        *("--per_device_train_batch_size", BATCH, "--num_train_epochs", EPOCHS, "--evaluate_every", 2),
+        *("--max_skipped_fraction", 0.5, "--checkpointing_steps", 2, "--warmup_steps", 3),
+    ]
+
+
+def recorded(config: str, folder: Path, flags: list, **env: str) -> None:
+    """One run from start to end."""
+    folder.mkdir()
+    env = {"ALIBLIP_ROWS": str(folder), **env}
+    assert_succeeded(launch(config, RECORDED, [*flags, "--output_dir", folder], env=env))
+
+
+def interrupt(how: str, going: BackgroundRun) -> None:
+    """Interrupt a run by a name such as "SIGTERM launcher" or "SIGKILL rank 1", and check how it ends."""
+    name, whom = how.split(" ", 1)
+    number = getattr(signal, name)
+    if whom == "all":
+        going.kill()
+        assert going.status()["status"] == "running"
+        return
+    target = going.launcher if whom == "launcher" else going.ranks()[int(whom.split()[1])]
+    began = time.monotonic()
+    target.send_signal(number)
+    code = going.wait(90)
+    assert code != 0
+    status = going.status()
+    if number == signal.SIGKILL:
+        # The launcher gives the others 30 s to end by themselves.
+        assert time.monotonic() - began < 60
+        assert status["status"] in ("failed", "running")
+        assert f"Signal 9 (SIGKILL) received by PID {target.pid}" in going.printed
+    else:
+        assert status["status"] == "stopped" and status["reason"] == name
+        assert Path(status["checkpoint"]).name == f"checkpoint-{status['step']}"
+        assert going.printed.count(f"stopped by {name} after step {status['step']}") == 1
+
+
+# Every pair of settings stands in some row: launcher, workers, accumulation, gradient checkpointing.
+CASES = [
+    ("cpu.yaml", 0, 1, False, ("SIGKILL all", "SIGTERM launcher")),
+    ("cpu.yaml", 2, 2, True, ("SIGUSR1 rank 0", "SIGKILL all")),
+    ("cpu_2_processes.yaml", 0, 2, False, ("SIGKILL rank 1", "SIGUSR1 rank 1")),
+    ("cpu_2_processes.yaml", 2, 1, True, ("SIGTERM launcher", "SIGKILL all")),
+    ("deepspeed_zero2_cpu.yaml", 0, 1, True, ("SIGTERM rank 1", "SIGKILL all")),
+    ("deepspeed_zero2_cpu.yaml", 2, 2, False, ("SIGKILL all", "SIGTERM launcher")),
+]
+
+
+@pytest.mark.parametrize("config, workers, accumulation, recompute, interruptions", CASES)
+def test_an_interrupted_run_repeats_the_uninterrupted_one(
+    flags, tmp_path, config, workers, accumulation, recompute, interruptions
+):
+    flags = [
+        *flags,
+        *("--dataloader_num_workers", workers, "--gradient_accumulation_steps", accumulation),
+        *("--gradient_checkpointing", str(recompute).lower()),
+    ]
+    world = 1 if config == "cpu.yaml" else 2
+    steps_per_epoch = TRAIN_ROWS // (BATCH * world) // accumulation
+    total = steps_per_epoch * EPOCHS
+    recorded(config, tmp_path / "whole", flags)
+    expected = steps_of(tmp_path / "whole")
+    assert sorted(expected) == list(range(1, total + 1))
+
+    folder, resume = tmp_path / "interrupted", []
+    # In the middle of the first epoch, and of a later one.
+    for how, after in zip(interruptions, (steps_per_epoch // 2, steps_per_epoch + steps_per_epoch // 2), strict=True):
+        going = BackgroundRun(config, folder, [*flags, *resume])
+        going.wait_until(lambda going=going, after=after: going.step() >= after and checkpoints(folder))
+        interrupt(how, going)
+        assert going.step() < total, "it was to be interrupted in its middle"
+        resume = ["--resume_from_checkpoint", "last"]
+    assert BackgroundRun(config, folder, [*flags, *resume]).wait() == 0
+
+    assert steps_of(folder) == expected  # losses, gradient norms, schedule and temperature, bit by bit
+    whole, resumed = (
+        json.loads((tmp_path / name / "last" / "results.json").read_text()) for name in ("whole", "interrupted")
+    )
+    assert {**resumed, "model": "", "run": ""} == {**whole, "model": "", "run": ""}
+    for name in ("model", "optimizer", "momentum", "ranks"):
+        one, other = (load_file(checkpoints(f)[-1] / f"{name}.safetensors") for f in (tmp_path / "whole", folder))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), name
+    assert (folder / "skipped.jsonl").read_text() == (tmp_path / "whole" / "skipped.jsonl").read_text()
+    assert json.loads((folder / "status.json").read_text())["status"] == "completed"
+
+    # The rows are those of the plan: none lost, none twice; an unusable one leaves a hole that its batch fills.
+    seen = rows_of(folder)
+    assert seen == rows_of(tmp_path / "whole")
+    source = open_source(data_dir=str(flags[flags.index("--data_dir") + 1]), split="train")
+    loader = TrainLoader(source, None, batch_size=BATCH, seed=42, rank=0, world_size=world, num_workers=workers)
+    for epoch in range(EPOCHS):
+        planned = set(range(TRAIN_ROWS)) - set(loader.plan(epoch).leftover())
+        rows = [row for (_, e, _), rows in seen.items() if e == epoch for row in rows]
+        assert set(rows) == planned - {17, 30}
+        holes = len(planned & {17, 30})
+        assert len(rows) == len(planned) and len(set(rows)) == len(rows) - holes
+
+
+@pytest.mark.parametrize("config", ["cpu.yaml", "cpu_2_processes.yaml", "deepspeed_zero2_cpu.yaml"])
+def test_a_step_that_is_not_finite_changes_nothing_and_many_end_the_run(flags, tmp_path, config):
+    # Two batches a step, of which the second breaks: what the first one put into the queues has to go again.
+    flags = [*flags, "--gradient_accumulation_steps", 2, "--checkpointing_steps", 1, "--max_train_steps", 5]
+    flags += ["--evaluate_every", 0, "--per_device_train_batch_size", 2, "--num_train_epochs", 1]
+    folder = tmp_path / "one"
+    recorded(config, folder, flags, ALIBLIP_BREAK="5")  # the third step
+    for name in ("model", "optimizer", "momentum"):
+        before, after, later = (load_file(folder / f"checkpoint-{step}" / f"{name}.safetensors") for step in (2, 3, 4))
+        encoders = [key for key in before if key.startswith("encoders.")]
+        # The average follows the second step at the begin of the third; the broken third itself moves nothing.
+        assert all(torch.equal(before[key], after[key]) for key in before if key not in encoders), name
+        assert all(torch.equal(after[key], later[key]) for key in encoders), name
+        assert any(not torch.equal(after[key], later[key]) for key in after if key not in encoders), name
+    states = [json.loads((folder / f"checkpoint-{step}" / "state.json").read_text()) for step in (2, 3, 4)]
+    assert [state["left_out"] for state in states] == [0, 1, 1]
+    assert states[0]["momentum"]["_extra_state"]["pointer"] == states[1]["momentum"]["_extra_state"]["pointer"]
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert log[2] == {"step": 3, "epoch": log[2]["epoch"], "steps_left_out": 1}
+    assert log[3]["learning_rate"] == pytest.approx(1e-3 * 2 / 3)  # the third step that was taken
+
+    folder = tmp_path / "many"
+    folder.mkdir()
+    flags += ["--max_non_finite_steps", 2, "--checkpointing_steps", 100]
+    broken = {"ALIBLIP_ROWS": str(folder), "ALIBLIP_BREAK": "5 7 9"}
+    result = launch(config, RECORDED, [*flags, "--output_dir", folder], env=broken)
+    assert result.returncode != 0
+    told = "no finite loss or gradient in 2 steps in a row (up to step 4, whose rows are "
+    assert result.stderr.count(told) == 1 and "checkpoint-2 is from before them" in result.stderr
+    assert json.loads((folder / "status.json").read_text())["status"] == "failed"
+    ranks = 1 if config == "cpu.yaml" else 2
+    rows = rows_of(folder)
+    listed = sorted(row for rank in range(ranks) for batch in (6, 7) for row in rows[rank, 0, batch])
+    assert f"{told}{', '.join(map(str, listed))})" in result.stderr
+    before, there = (load_file(f / "checkpoint-2" / "model.safetensors") for f in (tmp_path / "one", folder))
+    assert all(torch.equal(before[key], there[key]) for key in before)
+
+    # Nothing is wrong with the rows this time: the run goes on where it was before them, bit by bit.
+    recorded(config, tmp_path / "good", flags)
+    resume = [*flags, "--resume_from_checkpoint", folder / "checkpoint-2"]
+    recorded(config, tmp_path / "resumed", resume)
+    expected = {step: values for step, values in steps_of(tmp_path / "good").items() if step > 2}
+    assert steps_of(tmp_path / "resumed") == expected and len(expected) == 3
+
+
+def test_the_second_ctrl_c_ends_at_once(flags, tmp_path):
+    going = BackgroundRun("cpu_2_processes.yaml", tmp_path / "run", flags, ALIBLIP_PAUSE="30")
+    going.wait_until(lambda: (tmp_path / "run" / "status.json").exists() and len(going.ranks()) == 2)
+    time.sleep(2)
+    going.launcher.send_signal(signal.SIGINT)
+    time.sleep(2)
+    assert len(going.ranks()) == 2, "the first one waits for the end of the step"
+    going.launcher.send_signal(signal.SIGINT)
+    assert going.wait(10) != 0
+
+
+def test_a_launcher_that_is_killed_takes_a_checkpoint_with_it(flags, tmp_path):
+    going = BackgroundRun("cpu_2_processes.yaml", tmp_path / "run", [*flags, "--num_train_epochs", 1000])
+    going.wait_until(lambda: going.step() >= 2)
+    ranks = going.ranks()
+    going.launcher.kill()
+    going.process.wait()
+    for rank in ranks:
+        rank.wait(60)
+    status = going.status()
+    assert status["status"] == "stopped"
+    assert Path(status["checkpoint"]).name == f"checkpoint-{status['step']}"
+
+
+def test_a_full_disk_keeps_the_run_and_the_old_checkpoint(flags, tmp_path):
+    folder = tmp_path / "run"
+    flags = [*flags, "--num_train_epochs", 1, "--evaluate_every", 0, "--output_dir", folder]
+    python = [sys.executable, ROOT / "train.py"]
+    assert_succeeded(run([*python, *flags, "--max_train_steps", 4]))
+    kept = {file.name: file.read_bytes() for file in (folder / "checkpoint-4").iterdir()}
+    # A limit on the size of a file stands for a full disk: the system refuses the bytes in the same place.
+    limited = ["bash", "-c", 'ulimit -f 100; exec "$@"', "bash", *python, *flags, "--resume_from_checkpoint", "last"]
+    result = run(limited)
+    assert result.returncode == 2
+    printed = result.stdout + result.stderr
+    assert "warning: checkpoint-6 could not be written (" in printed and "the run goes on" in printed
+    assert f"the last checkpoint is {folder / 'checkpoint-4'}" in printed
+    assert "the run is through, but its model could not be written" in printed
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-2", "checkpoint-4"]
+    assert {file.name: file.read_bytes() for file in (folder / "checkpoint-4").iterdir()} == kept
+    assert not list(folder.glob(".*"))
+    assert max(steps_of(folder)) == 12
+    # With room again it ends well, from the checkpoint that was kept.
+    assert_succeeded(run([*python, *flags, "--resume_from_checkpoint", "last", "--save_total_limit", 2]))
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-10", "checkpoint-12"]
+
+
+# --- in this process --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(flags, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "run"
+    command = [sys.executable, ROOT / "train.py", *flags, "--max_train_steps", 2, "--evaluate_every", 0]
+    assert_succeeded(run([*command, "--output_dir", folder]))
+    return folder / "checkpoint-2"
+
+
+@pytest.fixture
+def refused(flags, tmp_path, monkeypatch):
+    def message(*more, **env) -> str:
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        argv = ["train.py", *flags, "--output_dir", tmp_path / "run", *more]
+        monkeypatch.setattr(sys, "argv", [str(part) for part in argv])
+        with pytest.raises(UsageError) as raised:
+            train.main()
+        assert "\n" not in str(raised.value)
+        return str(raised.value)
+
+    return message
+
+
+def test_a_changed_world_is_refused_with_the_values_that_work(refused, checkpoint):
+    resume = ("--resume_from_checkpoint", checkpoint)
+    told = refused(*resume, "--per_device_train_batch_size", 8)
+    assert told.endswith("rows would be lost or seen twice: resume with --per_device_train_batch_size 4")
+    told = refused(*resume, "--gradient_accumulation_steps", 2)
+    assert told.endswith("resume with --gradient_accumulation_steps 1")
+    told = refused(*resume, WORLD_SIZE="2")
+    assert told.endswith("resume with accelerate launch --num_processes 1")
+
+
+def test_changed_data_is_refused_with_what_changed(refused, checkpoint, flags, tmp_path):
+    flags = dict(zip(flags[::2], flags[1::2], strict=True))
+    write_split(tmp_path / "data", "train", TRAIN_ROWS + 1)
+    write_split(tmp_path / "data", "validation", 8)
+    told = refused("--resume_from_checkpoint", checkpoint, "--data_dir", tmp_path / "data")
+    assert "train-00000-of-00001.parquet has 51 rows, it had 50" in told
+    assert (tmp_path / "data").name == Path(flags["--data_dir"]).name
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(refused, checkpoint, tmp_path):
+    assert "no checkpoint (it has no state.json)" in refused("--resume_from_checkpoint", tmp_path)
+    copy = tmp_path / "checkpoint-2"
+    copy.mkdir()
+    for file in checkpoint.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    with (copy / "optimizer.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    told = refused("--resume_from_checkpoint", copy)
+    assert "is damaged (optimizer.safetensors has 1,000 bytes instead of " in told
+    (copy / "state.json").write_text("{")
+    assert "is damaged (state.json can't be read)" in refused("--resume_from_checkpoint", copy)
+
+
+class _Payload:
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_a_checkpoint_from_untrusted_hands_runs_no_code(refused, checkpoint, tmp_path):
+    assert {file.suffix for file in checkpoint.iterdir()} == {".json", ".safetensors"}
+    for name in ("model", "optimizer", "momentum", "ranks"):
+        copy = tmp_path / name / "checkpoint-2"
+        copy.mkdir(parents=True)
+        for file in checkpoint.iterdir():
+            (copy / file.name).write_bytes(file.read_bytes())
+        torch.save({"weights": _Payload(tmp_path / "ran")}, copy / f"{name}.safetensors")
+        state = json.loads((copy / "state.json").read_text())
+        state["files"][f"{name}.safetensors"] = (copy / f"{name}.safetensors").stat().st_size
+        (copy / "state.json").write_text(json.dumps(state))
+        assert f"{copy} does not fit" in refused("--resume_from_checkpoint", copy, "--overwrite_output_dir", "true")
+    assert not (tmp_path / "ran").exists()
+    pickle.loads(pickle.dumps(_Payload(tmp_path / "ran")))
+    assert (tmp_path / "ran").exists(), "the payload works where pickles are loaded"
+
+
+def test_a_checkpoint_of_another_model_is_refused(refused, checkpoint):
+    resume = ("--resume_from_checkpoint", checkpoint)
+    assert "the weights are those of another model" in refused(*resume, "--image_text_hidden_size", 24)
+    told = refused(*resume, "--queue_size", 7, "--overwrite_output_dir", "true")
+    assert "momentum encoders or queues" in told and "size mismatch" in told
+
+
+# --- the README's list ------------------------------------------------------------------------------------------------
+
+PROMISES = {
+    "Exact.": [test_an_interrupted_run_repeats_the_uninterrupted_one],
+    "No row lost, none twice": [test_an_interrupted_run_repeats_the_uninterrupted_one],
+    "Signals.": [
+        test_an_interrupted_run_repeats_the_uninterrupted_one,
+        test_the_second_ctrl_c_ends_at_once,
+        test_a_launcher_that_is_killed_takes_a_checkpoint_with_it,
+    ],
+    "No hang.": [test_an_interrupted_run_repeats_the_uninterrupted_one],
+    "Whole or not at all.": [test_files.test_a_kill_at_any_call_leaves_a_whole_folder],
+    "A full disk": [test_a_full_disk_keeps_the_run_and_the_old_checkpoint],
+    "Not finite, no step.": [test_a_step_that_is_not_finite_changes_nothing_and_many_end_the_run],
+    "Changed data, batch size or processes": [
+        test_a_changed_world_is_refused_with_the_values_that_work,
+        test_changed_data_is_refused_with_what_changed,
+    ],
+    "A checkpoint runs no code": [test_a_checkpoint_from_untrusted_hands_runs_no_code],
+}
+
+
+def test_each_promise_of_the_readme_has_a_test():
+    section = (ROOT / "README.md").read_text().split("## If your run stops")[1].split("Not promised:")[0]
+    assert re.findall(r"^- \*\*(.+?)\*\*", section, flags=re.MULTILINE) == list(PROMISES)
+    assert all(test.__name__.startswith("test_") for tests in PROMISES.values() for test in tests)
