@@ -282,8 +282,10 @@ class AliBlipTextAttention(nn.Module):
         self.self = AliBlipTextSelfAttention(config, source_size)
         self.output = AliBlipTextResidual(config, config.hidden_size)
 
-    def attend_text(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        return self.output(self.self(hidden, *self.self.project(hidden), mask), hidden)
+    def attend_text(self, hidden: Tensor, mask: Tensor | None, first_only: bool = False) -> Tensor:
+        """hidden (M, L, D) -> (M, L, D), or (M, 1, D) of the first token, which attends to all tokens as before."""
+        queries = hidden[:, :1] if first_only else hidden
+        return self.output(self.self(queries, *self.self.project(hidden), mask), queries)
 
     def attend_images(self, hidden: Tensor, image_kv: tuple[Tensor, Tensor], image_index: Tensor) -> Tensor:
         """hidden (M, L, D) of the pairs, image_kv two of (N, H, P, C), image_index (M,): the image of each pair."""
@@ -320,8 +322,9 @@ class AliBlipTextLayer(GradientCheckpointingLayer):
         mask: Tensor | None,
         image_kv: tuple[Tensor, Tensor] | None = None,
         image_index: Tensor | None = None,
+        first_only: bool = False,
     ) -> Tensor:
-        hidden = self.attention.attend_text(hidden, mask)
+        hidden = self.attention.attend_text(hidden, mask, first_only)
         if image_kv is not None:
             hidden = self.crossattention.attend_images(hidden, image_kv, image_index)
         return self.output(self.intermediate(hidden), hidden)
@@ -332,9 +335,12 @@ class AliBlipTextEncoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(AliBlipTextLayer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, hidden, mask, image_kv: ImageKV | None, image_index: Tensor | None) -> Tensor:
+    def forward(self, hidden, mask, image_kv: ImageKV | None, image_index: Tensor | None, first_only: bool) -> Tensor:
+        last = len(self.layer) - 1
         for i, layer in enumerate(self.layer):
-            hidden = layer(hidden, mask, None if image_kv is None else image_kv[i], image_index)
+            kv = None if image_kv is None else image_kv[i]
+            # Tokens meet in self-attention alone: of the last layer's other outputs nothing reaches the first token's.
+            hidden = layer(hidden, mask, kv, image_index, first_only and i == last)
         return hidden
 
 
@@ -363,7 +369,9 @@ class AliBlipTextModel(AliBlipPreTrainedModel):
         attention_mask: Tensor | None = None,
         image_kv: ImageKV | None = None,
         image_index: Tensor | None = None,
+        first_only: bool = False,
     ) -> Tensor:
+        """ids (B, L) -> tokens (B, L, D), or with `first_only` the first one alone, (B, 1, D), at less work."""
         longest = self.embeddings.position_embeddings.num_embeddings
         if input_ids.shape[1] > longest:
             raise ValueError(f"titles of {input_ids.shape[1]} tokens given, the model takes at most {longest}")
@@ -371,7 +379,7 @@ class AliBlipTextModel(AliBlipPreTrainedModel):
         # Under autocast the attention runs in the autocast type, whatever the weights are.
         autocast = torch.is_autocast_enabled(hidden.device.type)
         dtype = torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype
-        return self.encoder(hidden, self._attention_mask(attention_mask, dtype), image_kv, image_index)
+        return self.encoder(hidden, self._attention_mask(attention_mask, dtype), image_kv, image_index, first_only)
 
 
 # --- retrieval --------------------------------------------------------------------------------------------------------
@@ -524,7 +532,7 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
         """
         input_ids = input_ids.clone()
         input_ids[:, 0] = self.config.enc_token_id
-        tokens = self.text_encoder(input_ids, attention_mask, image_kv, image_index)
+        tokens = self.text_encoder(input_ids, attention_mask, image_kv, image_index, first_only=True)  # (M, 1, D)
         return self.itm_head(tokens[:, 0])
 
     def forward(

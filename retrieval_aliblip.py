@@ -4,6 +4,7 @@
     pairs = candidate_pairs(ids, ids_of_titles, num_images, num_texts)        # deduplicated, grouped by image
     logits = rerank(model, tokens, groups, input_ids, attention_mask)         # stage 2, image by image
     scores, ids = fuse(scores, ids, logits_of_the_candidates)
+    print(memory_plan(model.config, num_images, num_texts, k=128))            # before all that: memory and work
 
 Single process, pure functions; the model is a value that has `get_image_features`, `get_text_features`,
 `project_image_kv` and `match`. What is computed together depends on the arguments alone, never on who calls: equal
@@ -16,9 +17,10 @@ dropped.
 Two-stage retrieval: ALBEF, https://arxiv.org/abs/2107.07651, section 4; BLIP, https://arxiv.org/abs/2201.12086.
 
 Legend: Q queries, N gallery items, n items of one chunk, k candidates of a query, E embedding, P image tokens, D width,
-T titles, L text tokens, M pairs.
+F width of a layer's MLP, T titles, L text tokens, M pairs.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -100,7 +102,8 @@ def search(queries: Tensor, gallery: Tensor, k: int, chunk_size: int = GALLERY_C
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}: give at least 1")
     for name, values in (("queries", queries), ("gallery", gallery)):
-        if not values.isfinite().all():
+        # In chunks: of a whole gallery, isfinite would make copies.
+        if not all(chunk.isfinite().all() for chunk in values.split(chunk_size)):
             raise ValueError(
                 f"the {name} hold values that are not finite: the model's weights or its precision are broken"
             )
@@ -298,6 +301,178 @@ def fuse(itc_scores: Tensor, ids: Tensor, itm_logits: Tensor) -> tuple[Tensor, T
         Scores (Q, k) fp32 and ids (Q, k) int64, best first, of equal scores the lower id first.
     """
     return order_by_score(itm_logits.float() + itc_scores.float(), ids)
+
+
+# --- memory and work, before they are spent ---------------------------------------------------------------------------
+
+
+def image_flops(config) -> int:
+    """Floating-point operations of the matrix products of one photo's pass through the image tower, projection
+    included."""
+    vision = config.vision_config
+    P, D, F = _image_tokens(config), vision.hidden_size, vision.intermediate_size
+    patches = 2 * (P - 1) * 3 * vision.patch_size**2 * D
+    layer = 2 * P * D * (4 * D + 2 * F) + 4 * P**2 * D  # query, key, value, output, MLP; attention
+    return patches + vision.num_hidden_layers * layer + 2 * D * config.image_text_hidden_size
+
+
+def text_flops(config, length: int) -> int:
+    """The same for a title of `length` tokens, which sees no image."""
+    text = config.text_config
+    L, D, F = length, text.hidden_size, text.intermediate_size
+    layer = 2 * L * D * (4 * D + 2 * F) + 4 * L**2 * D
+    return text.num_hidden_layers * layer + 2 * D * config.image_text_hidden_size
+
+
+def image_kv_flops(config) -> int:
+    """The same for `project_image_kv` of one image."""
+    text = config.text_config
+    return text.num_hidden_layers * 2 * _image_tokens(config) * text.encoder_hidden_size * 2 * text.hidden_size
+
+
+def match_flops(config, length: int) -> int:
+    """The same for `match` of one title of `length` tokens with an image whose keys and values are there."""
+    text = config.text_config
+    P, L, D, F = _image_tokens(config), length, text.hidden_size, text.intermediate_size
+    layer = 2 * L * D * (6 * D + 2 * F) + 4 * L**2 * D + 4 * L * P * D
+    # Of the last layer only the first token is computed, from keys and values of all.
+    last = 2 * L * D * 2 * D + 2 * D * (4 * D + 2 * F) + 4 * L * D + 4 * P * D
+    return (text.num_hidden_layers - 1) * layer + last + 2 * D * 2
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a two-stage retrieval needs of memory (bytes) and of work (FLOPs, in matrix products); `str` makes it
+    readable.
+
+    `image_tokens`: of all images; `images_kept`: how many images' tokens stay in host memory; `embeddings`: of both
+    galleries, fp32; `candidates`: scores and ids of both directions; `search_block`: the scores of one block of queries
+    with one chunk of the gallery; `image_kv`: keys and values of one image; `rerank_pass`: one call of `match`, beside
+    them; `pairs_per_pass`: in such a call, at the longest title; `max_pairs`: re-ranked if no pair is a candidate of
+    both directions.
+    """
+
+    num_images: int
+    num_texts: int
+    k: int
+    token_dtype: torch.dtype
+    image_tokens: int
+    images_kept: int
+    embeddings: int
+    candidates: int
+    search_block: int
+    image_kv: int
+    rerank_batch_tokens: int
+    rerank_pass: int
+    pairs_per_pass: int
+    max_pairs: int
+    embed_flops: int
+    search_flops: int
+    rerank_flops: int
+
+    def __str__(self) -> str:
+        one_image = self.image_tokens // self.num_images
+        dtype = str(self.token_dtype).removeprefix("torch.")
+        kept = (
+            "all are kept in host memory"
+            if self.images_kept == self.num_images
+            else f"{self.images_kept:,} images' are kept in host memory, the others are encoded again to re-rank"
+        )
+        lines = [
+            f"{self.num_images:,} images x {self.num_texts:,} titles, the {self.k} best of each re-ranked",
+            f"  image tokens: {_bytes(self.image_tokens)} in {dtype}, {_bytes(one_image)} an image; {kept}",
+            f"  embeddings: {_bytes(self.embeddings)}; candidates: {_bytes(self.candidates)}",
+            f"  search: {_bytes(self.search_block)} of scores at a time",
+            f"  re-ranking: {_bytes(self.image_kv)} of keys and values, an image at a time; {_bytes(self.rerank_pass)} "
+            f"for a pass of {self.rerank_batch_tokens:,} text tokens, {self.pairs_per_pass:,} of the longest titles",
+            f"  work: {self.embed_flops:.3g} FLOPs to embed, {self.search_flops:.3g} to search, at most "
+            f"{self.rerank_flops:.3g} to re-rank {self.max_pairs:,} pairs",
+        ]
+        return "\n".join(lines)
+
+
+def memory_plan(
+    config,
+    num_images: int,
+    num_texts: int,
+    k: int,
+    *,
+    title_tokens: float = 13,
+    longest_title: int = 35,
+    token_dtype: torch.dtype = torch.float32,
+    host_memory: float = 4e9,
+    device_memory: float = 2e9,
+    rerank_batch_tokens: int | None = None,
+    chunk_size: int = GALLERY_CHUNK,
+) -> MemoryPlan:
+    """Memory and work of both directions of a retrieval, known before any of it is done.
+
+    Args:
+        config: the model's, with `vision_config` and `text_config`.
+        num_images, num_texts: sizes of the galleries.
+        k: candidates of a query.
+        title_tokens, longest_title: mean and largest length of the titles.
+        token_dtype: type in which the image tokens are kept and the passes run.
+        host_memory: bytes that image tokens may fill.
+        device_memory: bytes that keys, values and one re-ranking pass may fill, beside the weights.
+        rerank_batch_tokens: text tokens of a pass; None: as many as `device_memory` holds, up to
+            `RERANK_BATCH_TOKENS`, beyond which a pass is not faster.
+        chunk_size: of the search.
+
+    Raises:
+        ValueError: an empty gallery, a `k` below 1, or a `device_memory` too small for one image and one title.
+    """
+    if min(num_images, num_texts, k) < 1:
+        raise ValueError(f"{num_images} images, {num_texts} titles and k = {k} given: all have to be at least 1")
+    vision, text = config.vision_config, config.text_config
+    element, P, E = token_dtype.itemsize, _image_tokens(config), config.image_text_hidden_size
+    one_image = P * vision.hidden_size * element
+    image_kv = text.num_hidden_layers * 2 * P * text.hidden_size * element
+    # Alive at the widest point of a layer: both sides of the activation function, and in D-wide states up to eight
+    # (measured in fp32 and under bf16 autocast), here one more. Fused attention keeps no scores.
+    per_token = (2 * text.intermediate_size + 9 * text.hidden_size) * element
+    fitting = int(device_memory - image_kv) // per_token
+    if rerank_batch_tokens is None:
+        if fitting < longest_title:
+            needed = image_kv + longest_title * per_token
+            raise ValueError(
+                f"{_bytes(device_memory)} of device memory given, re-ranking one title of {longest_title} tokens takes "
+                f"{_bytes(needed)}: give at least that"
+            )
+        rerank_batch_tokens = min(fitting, RERANK_BATCH_TOKENS)
+    pairs_per_pass = max(1, rerank_batch_tokens // longest_title)
+    text_k, image_k = min(k, num_images), min(k, num_texts)  # candidates of a title, of an image
+    candidates = num_texts * text_k + num_images * image_k
+    max_pairs = min(candidates, num_images * num_texts)
+    length = math.ceil(title_tokens)
+    return MemoryPlan(
+        num_images=num_images,
+        num_texts=num_texts,
+        k=k,
+        token_dtype=token_dtype,
+        image_tokens=num_images * one_image,
+        images_kept=min(num_images, int(host_memory // one_image)),
+        embeddings=(num_images + num_texts) * E * 4,
+        candidates=candidates * (4 + 8),
+        search_block=min(QUERY_BLOCK, max(num_images, num_texts)) * min(chunk_size, max(num_images, num_texts)) * 4,
+        image_kv=image_kv,
+        rerank_batch_tokens=rerank_batch_tokens,
+        rerank_pass=max(rerank_batch_tokens, longest_title) * per_token,
+        pairs_per_pass=pairs_per_pass,
+        max_pairs=max_pairs,
+        embed_flops=num_images * image_flops(config) + num_texts * text_flops(config, length),
+        search_flops=2 * 2 * num_images * num_texts * E,
+        rerank_flops=num_images * image_kv_flops(config) + max_pairs * match_flops(config, length),
+    )
+
+
+def _image_tokens(config) -> int:
+    return (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
+
+
+def _bytes(count: float) -> str:
+    power = min(max(int(math.log10(max(count, 1))) // 3, 0), 4)
+    return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def _device(model) -> torch.device:

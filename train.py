@@ -21,6 +21,7 @@ import dataclasses
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -44,16 +45,19 @@ from aliblip.arguments import (
 )
 from aliblip.checkpoint import (
     Training,
+    checkpoints,
     find_checkpoint,
     load_checkpoint,
     random_states,
     read_progress,
+    remove_later_checkpoints,
     save_checkpoint,
     save_model,
 )
 from aliblip.data.augment import TrainAugmentation
 from aliblip.data.collate import Collator
 from aliblip.data.loader import EvalLoader, TrainLoader
+from aliblip.data.manifest import manifest_changes
 from aliblip.data.sources import open_source, require_usable_row
 from aliblip.distributed import all_gather_objects, assert_equal_on_ranks
 from aliblip.evaluation import check_k_rerank, evaluate_retrieval
@@ -68,12 +72,13 @@ from aliblip.optim import (
     set_learning_rate,
     total_optimizer_steps,
 )
-from aliblip.progress import Log, RunStatus, SkippedRows
+from aliblip.progress import Log, RunStatus, SkippedRows, Unfailing
 from configuration_aliblip import SIZES, AliBlipConfig
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
 
 TEMPERATURE_RANGE = (0.001, 0.5)  # of the published code
+OUTPUT_FOLDERS = ("best", "last", "logs")
 ROWS_TO_JUDGE = 1000  # before the end of an epoch, a few rows more or less say little about the data
 
 
@@ -167,6 +172,7 @@ def open_sources(data_args: TrainDataArguments, args: TrainingArguments):
         "product_id_column",
     )
     options = {name: getattr(data_args, name) for name in shared}
+    options["index_dir"] = str(Path(args.output_dir) / "tar_index")
     sources = [open_source(split=split, data_files=data_files, **options) for split, data_files in wanted]
     return sources[0], sources[1] if args.evaluate_every else None
 
@@ -226,6 +232,12 @@ def check_output_dir(args: TrainingArguments) -> None:
     """Refuse to mix two runs in one folder, or to find out after an epoch that it can't be written to."""
     output_dir = Path(args.output_dir)
     holds_a_run = (output_dir / "arguments.json").exists()
+    strange = [name for name in OUTPUT_FOLDERS if (output_dir / name).exists() and not holds_a_run]
+    if strange:
+        raise UsageError(
+            f"{output_dir} has a folder {strange[0]!r} that no run wrote and that this one would replace: give another "
+            "--output_dir"
+        )
     if holds_a_run and args.resume_from_checkpoint is None and not args.overwrite_output_dir:
         raise UsageError(
             f"{output_dir} holds an earlier run: give another --output_dir, --resume_from_checkpoint last to go on "
@@ -241,10 +253,11 @@ def check_output_dir(args: TrainingArguments) -> None:
 
 
 def clear_output_dir(output_dir: Path) -> None:
-    """Remove what an earlier run left. Called once nothing can be refused any more."""
-    for old in ("best", "last", "logs", *(path.name for path in output_dir.glob("checkpoint-*"))):
+    """Remove what an earlier run left, as `check_output_dir` allowed. Called once nothing can be refused any more."""
+    repair(output_dir)
+    for old in (*OUTPUT_FOLDERS, *(path.name for path in checkpoints(output_dir))):
         shutil.rmtree(output_dir / old, ignore_errors=True)
-    for old in ("log.jsonl", "skipped.jsonl", "arguments.json", "status.json"):
+    for old in ("log.jsonl", "skipped.jsonl", "arguments.json", "manifest.json", "status.json"):
         (output_dir / old).unlink(missing_ok=True)
 
 
@@ -263,7 +276,6 @@ class Progress:
     left_out: int = 0  # of these, steps that changed nothing; schedules count the others
     left_out_in_a_row: int = 0
     average_is_due: bool = True  # the momentum encoders have not followed the last step yet
-    epoch_end_is_due: bool = False  # stopped between the last step of an epoch and its evaluation
     best_mean_recall: float = -1.0
 
     @classmethod
@@ -357,7 +369,7 @@ def set_up(model_args: ModelArguments, data_args: TrainDataArguments, args: Trai
         "shuffle_window": data_args.shuffle_window,
         "seed": args.seed,
     }
-    manifest = {}
+    manifest = train_source.manifest()
     checkpoint, progress, arguments = None, Progress(), {}
     if args.resume_from_checkpoint is not None:
         if shared["rank"] == 0:
@@ -365,8 +377,13 @@ def set_up(model_args: ModelArguments, data_args: TrainDataArguments, args: Trai
         checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
         flags = {name: f"--{name}" for name in order} | {"processes": "accelerate launch --num_processes"}
         del flags["rows"]
-        state = read_progress(checkpoint, order, flags)
+        state = read_progress(checkpoint, order, flags, lambda before: manifest_changes(before, manifest))
         progress, arguments = Progress.of(state), state["arguments"]
+        if progress.step > total_steps:
+            raise UsageError(
+                f"{checkpoint} is at step {progress.step}, after the {total_steps} steps that are asked for: raise "
+                "--num_train_epochs or --max_train_steps, or resume from an earlier checkpoint"
+            )
     if shared["rank"] == 0:
         check_output_dir(args)
     return Setup(
@@ -406,6 +423,7 @@ def main() -> int:
         raise UsageError(_first_line(error)) from error
     if accelerator.is_main_process and setup.checkpoint is None:
         clear_output_dir(Path(args.output_dir))
+    sys.stdout, sys.stderr = Unfailing(sys.stdout), Unfailing(sys.stderr)
     status = RunStatus(Path(args.output_dir) / "status.json")
     try:
         with StopSignals() as signals:
@@ -464,7 +482,6 @@ def train(
     # The momentum state and the loaders stay out: see CONTRIBUTING, "Decisions".
     objective, optimizer = accelerator.prepare(objective, optimizer)
     training = Training(model, optimizer, momentum, accelerator.device)
-    assert_equal_on_ranks("momentum encoders and queues", momentum_tensors(momentum))
     set_seed(args.seed + accelerator.process_index)  # dropout and hard negatives differ from rank to rank
 
     progress, step = setup.progress, setup.progress.step
@@ -479,8 +496,15 @@ def train(
         log.load_state(of_rank["log"])
         skipped.load_state(of_rank["skipped"])
         accelerator.print(f"resumed from {setup.checkpoint} at step {step}{changed_since(setup.arguments, arguments)}")
+        if accelerator.is_main_process and (later := remove_later_checkpoints(output_dir, step)):
+            accelerator.print(f"removed, since they were written after that step: {', '.join(later)}")
+    # On several machines this finds a folder that is not the same for all of them, too.
+    assert_equal_on_ranks(
+        "step, momentum encoders and queues", {**momentum_tensors(momentum), "step": torch.tensor(step)}
+    )
     if accelerator.is_main_process:
         write_json(output_dir / "arguments.json", arguments)
+        write_json(output_dir / "manifest.json", setup.manifest)
     if accelerator.log_with:
         flat = {key: value for key, value in vars(args).items() if isinstance(value, (bool, int, float, str))}
         accelerator.init_trackers("aliblip", config=flat)
@@ -493,7 +517,7 @@ def train(
     )
     status.write("running", step=step, total_steps=total_steps, checkpoint=str(setup.checkpoint or "") or None)
 
-    def save(at: Progress, random: dict[str, torch.Tensor]) -> None:
+    def save(at: Progress, random: dict[str, torch.Tensor]) -> bool:
         """Write a checkpoint; one that can't be written is told, and the run goes on. A collective."""
         with log.paused():
             skipped.write()
@@ -517,10 +541,12 @@ def train(
                     f"warning: checkpoint-{at.step} could not be written ({problem}): the run goes on, "
                     f"{f'the last checkpoint is {last}' if last else 'there is no checkpoint yet'}"
                 )
+            return problem is None
 
-    results, problem = None, None
+    results, problem, last_norm = None, None, 0.0
     before = dataclasses.replace(progress), random_states(accelerator.device)
-    for epoch in range(step // steps_per_epoch - progress.epoch_end_is_due, math.ceil(total_steps / steps_per_epoch)):
+    # A run that comes back to the end of an epoch does again what is due there; the training is not changed by it.
+    for epoch in range(max(step - 1, 0) // steps_per_epoch, math.ceil(total_steps / steps_per_epoch)):
         batches = setup.loader.epoch(epoch, start_step=(step - epoch * steps_per_epoch) * accumulation)
         last_step = min(total_steps, (epoch + 1) * steps_per_epoch)
         while step < last_step:
@@ -532,7 +558,7 @@ def train(
             taken = step - progress.left_out
             learning_rate = setup.learning_rate(taken)
             set_learning_rate(optimizer, learning_rate)
-            encoded = []
+            first_targets, rows = None, []
             for micro_step in range(accumulation):
                 waiting = time.perf_counter()
                 batch = next(batches)
@@ -547,25 +573,33 @@ def train(
                     output = objective(batch, targets, alpha)
                     grad_norm = backward_and_step(accelerator, objective, optimizer, output.loss, args.max_grad_norm)
                 momentum.enqueue(targets, batch["product_id"])
-                encoded.append((targets, batch["row"]))
+                first_targets = first_targets or targets
+                rows.append(batch["row"])
                 log.add_batch(output, batch["row"].shape[0], waited)
             clamp_parameter(model.temp, *TEMPERATURE_RANGE)
             progress.step = step = step + 1
             is_finite = math.isfinite(grad_norm)
             log.end_step(left_out=not is_finite)
             if is_finite:
-                progress.average_is_due, progress.left_out_in_a_row = True, 0
+                progress.average_is_due, progress.left_out_in_a_row, last_norm = True, 0, grad_norm
             else:
-                momentum.rewind(encoded[0][0])
+                momentum.rewind(first_targets)
                 progress.left_out += 1
                 progress.left_out_in_a_row += 1
-                if progress.left_out_in_a_row == args.max_non_finite_steps:
-                    save(*before)
-                    rows = sorted(sum(all_gather_objects(sum((rows.tolist() for _, rows in encoded), [])), []))
+                if progress.left_out_in_a_row >= args.max_non_finite_steps:
+                    is_saved = save(*before)
+                    if is_saved and accelerator.is_main_process:
+                        remove_later_checkpoints(output_dir, before[0].step)
+                    rows = sorted(sum(all_gather_objects(torch.cat(rows).tolist()), []))
                     raise UsageError(
                         f"no finite loss or gradient in {progress.left_out_in_a_row} steps in a row (up to step "
-                        f"{step}, whose rows are {', '.join(map(str, rows))}); checkpoint-{before[0].step} is from "
-                        f"before them: look at the rows, or resume with a lower --learning_rate"
+                        f"{step}, whose rows are {', '.join(map(str, rows))}); "
+                        + (
+                            f"checkpoint-{before[0].step} is from before them"
+                            if is_saved
+                            else "no checkpoint was written"
+                        )
+                        + ": look at the rows, or resume with a lower --learning_rate"
                     )
             if step % args.logging_steps == 0 or step == total_steps:
                 log.line(
@@ -574,14 +608,14 @@ def train(
                     learning_rate=learning_rate,
                     temperature=float(output.report["temperature"]),
                     queue_fill=momentum.queue_fill(),
-                    grad_norm=grad_norm,
+                    grad_norm=last_norm,
                 )
                 skipped.check(at_least=ROWS_TO_JUDGE)
             stopped_by = signals.received_by_any_rank(accelerator.device)
-            checkpoint_is_due = args.checkpointing_steps and step % args.checkpointing_steps == 0
-            if stopped_by or (checkpoint_is_due and step < last_step):
-                at = dataclasses.replace(progress, epoch_end_is_due=step == last_step)
-                save(at, random_states(accelerator.device))
+            # Also before an evaluation, which can take longer than a launcher waits.
+            checkpoint_is_due = args.checkpointing_steps and (step % args.checkpointing_steps == 0 or step == last_step)
+            if stopped_by or checkpoint_is_due:
+                save(progress, random_states(accelerator.device))
             if stopped_by:
                 return finish_stopped(status, stopped_by, step, accelerator)
 
@@ -612,14 +646,12 @@ def train(
             )
             if problem is not None and accelerator.is_main_process:
                 log.bar.write(f"warning: the model of epoch {epoch + 1} could not be written ({problem})")
-            if checkpoint_is_due:  # after the evaluation, which a resumed run would not repeat
-                save(progress, random_states(accelerator.device))
     log.bar.close()
     assert_equal_on_ranks("momentum encoders and queues", momentum_tensors(momentum))
     if problem is not None:
         raise UsageError(
             f"the run is through, but its model could not be written to {output_dir} ({problem}): make room, and "
-            "resume from the last checkpoint"
+            + ("resume from the last checkpoint" if checkpoints(output_dir) else "use --checkpointing_steps next time")
         )
 
     unusable = skipped.collect()
@@ -643,13 +675,15 @@ def train(
 def finish_stopped(status: RunStatus, stopped_by: Signals, step: int, accelerator: AliBlipAccelerator) -> Signals:
     """Tell how a run was stopped, and how it goes on."""
     checkpoint = status.entry["checkpoint"]
-    written = checkpoint is not None and checkpoint.endswith(f"checkpoint-{step}")
     status.write("stopped", step=step, reason=stopped_by.name)
-    accelerator.print(
-        f"\nstopped by {stopped_by.name} after step {step}: "
-        + (f"{checkpoint} is written" if written else f"no checkpoint could be written, the last one is {checkpoint}")
-        + "; the same command with --resume_from_checkpoint last goes on"
-    )
+    if checkpoint is None:
+        told = "no checkpoint could be written"
+    else:
+        told = (
+            f"{checkpoint} is {'written' if checkpoint.endswith(f'checkpoint-{step}') else 'the last checkpoint'}; the "
+        )
+        told += "same command with --resume_from_checkpoint last goes on"
+    accelerator.print(f"\nstopped by {stopped_by.name} after step {step}: {told}")
     return stopped_by
 
 

@@ -174,8 +174,9 @@ def _deepspeed_plugin(requested: str | None, **settings: float | int) -> DeepSpe
                 "which the launcher was started"
             ) from error
 
-    if config.get("zero_optimization", {}).get("stage", 0) > 2:
-        raise ValueError(f"{path} asks for ZeRO stage 3; accepted are stages 0 to 2: set zero_optimization.stage to 2")
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (1, 2):
+        raise ValueError(f"{path} asks for ZeRO stage {stage}; accepted are 1 and 2: set zero_optimization.stage to 2")
     precision = _precision_of(config)
     if precision == "fp16":
         raise ValueError(f"{path} enables fp16; accepted are {', '.join(MIXED_PRECISIONS)}: enable bf16 instead")
@@ -298,21 +299,24 @@ def fp32_value(parameter: torch.nn.Parameter) -> torch.Tensor:
     return parameter.detach().float().clone()
 
 
-def fp32_state_dict(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+def fp32_state_dict(module: torch.nn.Module, keep: bool = True) -> dict[str, torch.Tensor]:
     """The state of a module with its parameters in full precision, on the CPU, for saving.
 
     A collective under ZeRO, where a checkpoint of the working copies would lose the digits that bfloat16 has not.
 
     Args:
         module: the plain module, not the engine around it.
+        keep: False on ranks that only take part: they give {}, and don't fill their host's memory.
 
     Returns:
         The keys of `module.state_dict()`; parameters in fp32, buffers as they are.
     """
-    return {
-        name: (fp32_value(value) if isinstance(value, torch.nn.Parameter) else value.detach()).cpu()
-        for name, value in module.state_dict(keep_vars=True).items()
-    }
+    state = {}
+    for name, value in module.state_dict(keep_vars=True).items():
+        value = fp32_value(value) if isinstance(value, torch.nn.Parameter) else value.detach()
+        if keep:
+            state[name] = value.cpu()
+    return state
 
 
 def load_fp32_state_dict(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
@@ -347,7 +351,9 @@ def _set_fp32_value(tensor: torch.Tensor, value: torch.Tensor) -> None:
     tensor.data.copy_(value)
 
 
-def optimizer_state(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def optimizer_state(
+    module: torch.nn.Module, optimizer: torch.optim.Optimizer, keep: bool = True
+) -> dict[str, torch.Tensor]:
     """The optimizer's state by parameter name, whole and on the CPU, whatever shards it: `exp_avg.vision_proj.weight`.
 
     A collective under ZeRO. Parameters that the optimizer has not stepped yet have no entries.
@@ -355,8 +361,11 @@ def optimizer_state(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -
     Args:
         module: the plain module.
         optimizer: the prepared optimizer.
+        keep: as for `fp32_state_dict`.
     """
     if not _is_sharded(optimizer):
+        if not keep:
+            return {}
         states = optimizer.optimizer.state
         entries = {f"{key}.{name}": value for name, p in module.named_parameters() for key, value in states[p].items()}
         return {key: value.detach().cpu() for key, value in entries.items()}
@@ -372,7 +381,8 @@ def optimizer_state(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -
             for key, value in flat_states[0].items():
                 # The count of steps is one number for a whole group.
                 value = safe_get_full_optimizer_state(parameter, key) if value.dim() else value.clone()
-                entries[f"{key}.{name}"] = value.detach().cpu()
+                if keep:
+                    entries[f"{key}.{name}"] = value.detach().cpu()
     return entries
 
 

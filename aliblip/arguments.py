@@ -139,7 +139,9 @@ class TrainingArguments:
     evaluate_every: int = _option(1, "Evaluate every so many epochs, and after the last; 0: never.")
     logging_steps: int = _option(50, "Optimizer steps between log lines.")
     report_to: str = _option("none", "Trackers of accelerate: tensorboard, wandb, ..., all or none.")
-    checkpointing_steps: int | None = _option(None, "Optimizer steps between checkpoints to resume from.")
+    checkpointing_steps: int | None = _option(
+        None, "Optimizer steps between checkpoints to resume from; one is written at each epoch's end too."
+    )
     save_total_limit: int | None = _option(None, "Checkpoints to keep, the newest ones (default: all).")
     resume_from_checkpoint: str | None = _option(None, "A checkpoint folder, or last.")
     max_non_finite_steps: int = _option(

@@ -19,6 +19,7 @@ import json
 import random
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from torch import Tensor
 from aliblip.accelerator import fp32_state_dict, load_fp32_state_dict, load_optimizer_state, optimizer_state
 from aliblip.arguments import UsageError
 from aliblip.distributed import all_gather_objects, barrier, broadcast_object, is_main, rank
-from aliblip.files import NewFolder, repair, write_json, write_tensors
+from aliblip.files import NewFolder, write_json, write_tensors
 
 STATE = "state.json"
 FORMAT = 1
@@ -53,7 +54,7 @@ def save_model(model, processor, folder: Path, results: dict | None = None) -> s
     Returns:
         None; or, on all ranks, why it could not be written. An older model in the folder is then still there.
     """
-    state = fp32_state_dict(model)
+    state = fp32_state_dict(model, keep=is_main())
 
     def write() -> None:
         with NewFolder(folder, size=_bytes(state)) as beside:
@@ -76,7 +77,7 @@ def _on_main(write) -> str | None:
             write()
         except OSError as error:
             problem = error.strerror or str(error)
-        except SafetensorError as error:  # what its writer makes of a full disk, save_pretrained's too
+        except Exception as error:  # of a full disk safetensors makes its own error, and tokenizers a bare Exception
             problem = str(error)
     return broadcast_object(problem)
 
@@ -152,8 +153,8 @@ def save_checkpoint(
     Returns:
         None; or, on all ranks, why it could not be written. The older checkpoints are then still there, all of them.
     """
-    model = fp32_state_dict(training.model)
-    optimizer = optimizer_state(training.model, training.optimizer)
+    model = fp32_state_dict(training.model, keep=is_main())
+    optimizer = optimizer_state(training.model, training.optimizer, keep=is_main())
     ranks = all_gather_objects((of_rank, {name: value.numpy() for name, value in random.items()}))
     folder = output_dir / f"checkpoint-{progress['step']}"
 
@@ -178,7 +179,8 @@ def save_checkpoint(
                 "files": {file.name: file.stat().st_size for file in sorted(beside.iterdir())},
             }
             write_json(beside / STATE, state)
-        for old in checkpoints(output_dir)[: -limit if limit else 0]:
+        others = [path for path in checkpoints(output_dir) if path != folder]
+        for old in others[: max(len(others) + 1 - limit, 0)] if limit else []:
             shutil.rmtree(old, ignore_errors=True)
 
     return _on_main(write)
@@ -227,6 +229,15 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
+def remove_later_checkpoints(output_dir: Path, step: int) -> list[str]:
+    """Remove what a run wrote after a step to which it went back: `last` and the limit mean the newest of one history.
+    Main process only. Their names."""
+    later = [path for path in checkpoints(output_dir) if int(path.name.rpartition("-")[2]) > step]
+    for path in later:
+        shutil.rmtree(path, ignore_errors=True)
+    return [path.name for path in later]
+
+
 def find_checkpoint(output_dir: Path, wanted: str) -> Path:
     """The checkpoint that `--resume_from_checkpoint` names: a folder, or `last`: the newest in the output folder.
 
@@ -234,8 +245,6 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path:
         UsageError: there is none, or it is damaged.
     """
     if wanted == "last":
-        if rank() == 0:
-            repair(output_dir)
         found = checkpoints(output_dir)
         if not found:
             raise UsageError(f"no checkpoint in {output_dir}: start without --resume_from_checkpoint")
@@ -248,7 +257,10 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path:
 
 
 def read_progress(
-    folder: Path, order: dict[str, Any], flags: dict[str, str], manifest_changes=lambda before: []
+    folder: Path,
+    order: dict[str, Any],
+    flags: dict[str, str],
+    manifest_changes: Callable[[dict[str, Any]], list[str]],
 ) -> dict[str, Any]:
     """The counters of a checkpoint, once it is clear that a run may go on from it.
 
@@ -256,7 +268,7 @@ def read_progress(
         folder: the checkpoint.
         order: what the order of the rows depends on, by name; the checkpoint's own stands in its "order".
         flags: how to set each of these, for the message; the others can't be set.
-        manifest_changes: the manifest of the checkpoint's data to sentences about what is different now.
+        manifest_changes: what is different now from the data of a manifest, in sentences.
 
     Raises:
         UsageError: the checkpoint is damaged, of another version of its format, or its rows are in another order, so
@@ -307,6 +319,7 @@ __all__ = [
     "load_checkpoint",
     "random_states",
     "read_progress",
+    "remove_later_checkpoints",
     "save_checkpoint",
     "save_model",
     "set_random_states",

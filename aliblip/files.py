@@ -105,16 +105,21 @@ def _old(folder: Path) -> Path:
 
 def _swap_in(beside: Path, folder: Path) -> None:
     old = _old(folder)
-    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
-    beside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        beside.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
     descriptor = os.open(folder.parent, os.O_RDONLY)  # the names of the folders are data of their parent
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def repair(parent: Path) -> None:

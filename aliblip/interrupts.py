@@ -6,8 +6,9 @@
             if signals.received_by_any_rank(device):
                 ...checkpoint, end...
 
-SIGTERM (launchers, `kill`, cluster managers), SIGUSR1 (preemption notices, the end of the launcher), SIGINT (Ctrl-C).
-After a first Ctrl-C, a second one or SIGTERM ends the process at once.
+SIGTERM (launchers, `kill`, cluster managers), SIGUSR1 (preemption notices, the end of the launcher), SIGINT (Ctrl-C)
+and SIGHUP (a terminal that is closed; not under nohup). After a first Ctrl-C, a second one or SIGTERM ends the process
+at once.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 
 from aliblip.distributed import reduce_max
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
@@ -32,7 +33,8 @@ class StopSignals:
         self.received: signal.Signals | None = None
 
     def __enter__(self) -> StopSignals:
-        self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+        heard = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._remember) for number in heard}
         if "ACCELERATE_MIXED_PRECISION" in os.environ:  # a launcher's child
             _hear_of_the_launchers_end()
         return self
@@ -67,11 +69,10 @@ def _hear_of_the_launchers_end() -> None:
 
 
 def let_the_trainer_decide() -> None:
-    """For processes that read data: cluster managers signal all processes of a job, but the trainer needs its readers
-    until it has written its checkpoint. A second SIGTERM, with which the trainer itself ends a reader, is obeyed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    """For processes that read data: launchers and cluster managers signal all processes of a job, some of them twice,
+    but the trainer needs its readers until it has written its checkpoint. It ends them itself, with SIGKILL."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 __all__ = ["STOP_SIGNALS", "StopSignals", "let_the_trainer_decide"]

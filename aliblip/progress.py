@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -48,6 +48,25 @@ def tell_if_not_written(what: str, write: Callable[[], None]) -> None:
         write()
     except OSError as error:
         print(f"warning: {what} could not be written: {error.strerror or error}", file=sys.stderr, flush=True)
+
+
+class Unfailing:
+    """A stream to the screen, or to a file on a disk that may be full: what can't be written is dropped."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
 
 
 class SkippedRows:
@@ -111,11 +130,11 @@ class Log:
         self.near_prior = 0
         self.batches_of_step: list[tuple[torch.Tensor, int]] = []
         if accelerator.is_main_process and self.file.exists():
-            # A resumed run repeats the steps after its checkpoint: their lines would stand there twice. A line that a
-            # kill cut off has no end.
-            lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
-            entries = [json.loads(line) for line in lines if line.endswith("\n")]
-            write_json_lines(self.file, [entry for entry in entries if entry["step"] <= first_step])
+            # A resumed run repeats the steps after its checkpoint, and an evaluation at it: their lines would stand
+            # there twice.
+            entries = [entry for entry in _whole_lines(self.file) if entry["step"] <= first_step]
+            entries = [entry for entry in entries if entry["step"] < first_step or "evaluation" not in entry]
+            tell_if_not_written(self.file.name, lambda: write_json_lines(self.file, entries))
         self._restart()
 
     def _restart(self) -> None:
@@ -182,8 +201,16 @@ class Log:
                     f"warning: {self.left_out} steps up to step {step} had a loss or gradient that is not finite: they "
                     "changed nothing"
                 )
-        self.accelerator.log({key: value for key, value in entry.items() if key != "step"}, step=step)
+        self._track({key: value for key, value in entry.items() if key != "step"}, step)
         self._restart()
+
+    def _track(self, values: dict, step: int) -> None:
+        try:
+            self.accelerator.log(values, step=step)
+        except (
+            Exception
+        ) as error:  # trackers raise all sorts of things, TensorBoard that of its thread; none ends a run
+            self.bar.write(f"warning: the trackers could not be written: {type(error).__name__}: {error}")
 
     def _watch_itm(self, entry: dict) -> None:
         stuck = abs(entry["loss_itm"] - ITM_PRIOR_LOSS) < 0.01 and entry["itm_accuracy_positive"] < 0.05
@@ -210,7 +237,16 @@ class Log:
         for direction in ("text_to_image", "image_to_text"):
             for stage in ("itc", "itm"):
                 flat |= {f"eval/{direction}/{stage}/{key}": value for key, value in results[direction][stage].items()}
-        self.accelerator.log(flat, step=step)
+        self._track(flat, step)
+
+
+def _whole_lines(file: Path) -> list[dict]:
+    """The entries of a log; a line that a kill or a full disk cut off is none."""
+    entries = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with suppress(json.JSONDecodeError):
+            entries.append(json.loads(line))
+    return entries
 
 
 class RunStatus:
@@ -249,4 +285,4 @@ class RunStatus:
         tell_if_not_written(self.file.name, write)
 
 
-__all__ = ["ITM_PRIOR_LOSS", "Log", "RunStatus", "SkippedRows", "tell_if_not_written"]
+__all__ = ["ITM_PRIOR_LOSS", "Log", "RunStatus", "SkippedRows", "Unfailing", "tell_if_not_written"]

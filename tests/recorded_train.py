@@ -1,7 +1,7 @@
 """train.py, writing down the rows of every batch it takes: one line a batch in $ALIBLIP_ROWS/rows-rank<R>.jsonl.
 
-With $ALIBLIP_BREAK="3 4" the loss of the last rank is NaN in these batches of the first epoch; with $ALIBLIP_PAUSE="20"
-every batch takes so many seconds.
+With $ALIBLIP_BREAK="3 4" the loss of the last rank is NaN in these batches of the first epoch; with $ALIBLIP_RAISE="3"
+the last rank fails in this batch of the first epoch; with $ALIBLIP_PAUSE="20" every batch takes so many seconds.
 """
 
 import json
@@ -35,7 +35,10 @@ def epoch(self, epoch, start_step=0):
 
 def forward(self, batch, targets, alpha):
     output = plain_forward(self, batch, targets, alpha)
-    if place["epoch"] == 0 and place["batch"] in breaking and place["is_last_rank"]:
+    here = place["epoch"] == 0 and place["is_last_rank"]
+    if here and str(place["batch"]) == os.environ.get("ALIBLIP_RAISE"):
+        raise ValueError("broken on purpose")
+    if here and place["batch"] in breaking:
         output.loss = output.loss * torch.nan
     return output
 

@@ -182,6 +182,7 @@ def build(**arguments):
         ({"train_micro_batch_size_per_gpu": 16}, {}, {}, "sets train_micro_batch_size_per_gpu to 16"),
         ({"gradient_accumulation_steps": 3}, {}, {"gradient_accumulation_steps": 2}, "accumulation_steps to 3"),
         ({"zero_optimization": {"stage": 3}}, {}, {}, "stage 3"),
+        ({"zero_optimization": {"stage": 0}}, {}, {}, "stage 0; accepted are 1 and 2"),
         ({}, {"GRADIENT_ACCUMULATION_STEPS": "4"}, {}, "launcher sets 4 gradient accumulation steps"),
         ({}, {"MIXED_PRECISION": "fp8"}, {}, "launcher's mixed_precision is 'fp8'"),
         ({}, {}, {"mixed_precision": "fp16"}, "--mixed_precision is 'fp16'; accepted are no, bf16"),

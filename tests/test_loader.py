@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ from data_stub import (
 
 from aliblip.data.augment import TrainAugmentation
 from aliblip.data.collate import Collator, NoUsableRow, sample_rng
-from aliblip.data.loader import EpochPlan, EvalLoader, TrainLoader
+from aliblip.data.loader import EpochPlan, EvalLoader, TrainLoader, _parts, _schedule
+from aliblip.data.manifest import DataFile
 from aliblip.data.sources import decode, open_source
 
 # Three workers on a machine of two cores are slow, not wrong.
@@ -95,16 +97,42 @@ def test_the_rows_left_over_rotate():
 
 
 def test_a_plan_of_millions_of_rows():
+    """4,000,000 rows in 1,024 shards for 64 ranks of 8 workers: what one rank holds, and what all of them read."""
     rng = np.random.default_rng(0)
     sizes = rng.multinomial(4_000_000, rng.dirichlet(np.full(1024, 5.0)))
-    plan = EpochPlan(sizes, seed=3, epoch=2, world_size=64, batch_size=16, window=4096)
+    assert sizes.max() > 2 * sizes.min()
+    source = MemorySource(sizes.tolist())
+    source.files = [DataFile(f"{index}.tar", int(rows), 50_000 * int(rows), "") for index, rows in enumerate(sizes)]
+    tracemalloc.start()
+    loader = loader_of(source, rank=63, world=64, batch=16, workers=8, window=4096)
+    plan = loader.plan(2)
+    schedule = _schedule([plan.window_batches(index) for index in range(plan.num_windows)], 8)
+    parts = _parts(schedule, 8)
+    segments = [plan.window_segments(63, index) for index in range(plan.num_windows)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2e6  # bytes; an array of the numbers of all rows would take 32 million
+    assert len(schedule) == sum(map(len, parts)) == loader.steps_per_epoch == plan.steps == 3906
+    assert all(parts) and segments
+
     taken = np.zeros(4_000_000, dtype=np.uint8)
-    firsts = np.cumsum(sizes) - sizes
     for rank in range(64):
-        assert sum(plan.window_batches(index) for index in range(plan.num_windows)) == plan.steps
-        for shard, start, stop in plan.segments(rank * plan.rank_rows, (rank + 1) * plan.rank_rows):
-            taken[firsts[shard] + start : firsts[shard] + stop] += 1
-    assert taken.max() == 1 and 4_000_000 - int(taken.sum()) == plan.leftover_rows < 4_000  # below 0.1 %
+        read = 0
+        for index in range(plan.num_windows):
+            for shard, start, stop in plan.window_segments(rank, index):
+                first = source.shards[shard].first_row
+                assert 0 <= start < stop <= sizes[shard]
+                taken[first + start : first + stop] += 1
+                read += stop - start
+        assert read == plan.steps * 16  # equally many steps on each rank
+        for index in (0, plan.num_windows - 1):
+            rows = plan.window_batches(index) * 16
+            assert np.array_equal(np.sort(plan.window_order(rank, index)), np.arange(rows))
+    left = 4_000_000 - int(taken.sum())
+    assert taken.max() == 1 and left == plan.leftover_rows == 256
+    line = loader.describe()
+    assert "256 rows left over (0.006%, others each epoch)" in line
+    assert "at most 4,096 rows undecoded in memory per worker, about 204.8 MB" in line
 
 
 # ---------------------------------------------------------------------------------------------------------- train order
@@ -284,8 +312,16 @@ def test_requests_that_make_no_sense():
         MemorySource([])
     line = loader_of(MemorySource(UNEVEN), world=2, batch=16).describe()
     assert "\n" not in line
-    for part in ("100 rows", "8 shards", "3 steps of 16 x 2", "4 rows left over", "windows of 16 rows", "32.0%"):
+    for part in (
+        "100 rows",
+        "8 shards",
+        "3 steps of 16 x 2",
+        "4 rows left over (4.000%",
+        "windows of 16 rows",
+        "32.0%",
+    ):
         assert part in line
+    assert line.endswith("at most 16 rows undecoded in memory per worker")  # no bytes where they are not known
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation

@@ -112,6 +112,29 @@ def test_match_of_one_image_equals_match_of_copies(rows):
     torch.testing.assert_close(dense, plain, **CLOSE)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_first_token_alone_equals_the_first_of_all_and_has_its_gradients(attention):
+    model, batch = tiny.model().eval(), tiny.batch()
+    model.set_attn_implementation(attention)
+
+    def first_tokens(**options):
+        model.zero_grad()
+        image_kv = model.project_image_kv(model.encode_image(batch["pixel_values"]))
+        tokens = model.text_encoder(
+            batch["input_ids"], batch["attention_mask"], image_kv, torch.arange(4).flip(0), **options
+        )
+        tokens[:, 0].square().mean(dim=0).sin().sum().backward()
+        return tokens, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    every, expected = first_tokens()
+    alone, got = first_tokens(first_only=True)
+    assert every.shape == (4, 7, 24) and alone.shape == (4, 1, 24)
+    torch.testing.assert_close(alone, every[:, :1], **CLOSE)
+    assert got.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, **CLOSE, msg=name)
+
+
 def test_first_token_is_enc_inside_the_model_alone():
     model, batch = tiny.model().eval(), tiny.batch()
     image_kv = model.project_image_kv(model.encode_image(batch["pixel_values"]))

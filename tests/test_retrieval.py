@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 import torch.nn as nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import retrieval_aliblip as engine
 from configuration_aliblip import AliBlipConfig
@@ -215,6 +216,48 @@ def test_rerank_of_the_real_model_equals_its_plain_pair_forward(batch_tokens):
 
 
 @torch.no_grad()
+def test_both_stages_rank_as_the_plain_forward_of_every_pair():
+    model, images, texts, k = tiny_model(), 6, 30, 11
+    input_ids, attention_mask = titles(texts, 4, 20, seed=5)
+    pixel_values = torch.randn(images, 3, 32, 32, generator=torch.Generator().manual_seed(6))
+    plain = torch.stack(
+        [
+            model(pixel_values[i, None].expand(texts, -1, -1, -1), input_ids, attention_mask).itm_logits[:, 1]
+            for i in range(images)
+        ]
+    )  # (images, texts)
+    image_embeds, tokens = engine.embed_images(model, pixel_values)
+    text_embeds = engine.embed_texts(model, input_ids, attention_mask)
+    itc = image_embeds @ text_embeds.t()
+    text_scores, text_ids = engine.search(image_embeds, text_embeds, k, chunk_size=7)
+    image_scores, image_ids = engine.search(text_embeds, image_embeds, 3, chunk_size=4)
+    pairs = engine.candidate_pairs(image_ids, text_ids, images, texts)
+    logits = engine.rerank(model, tokens, [pairs.texts_of(i) for i in range(images)], input_ids, attention_mask, 100)
+    of_images, of_texts = torch.arange(images)[:, None], torch.arange(texts)[:, None]
+    for found, stage_1, expected in (
+        (
+            engine.fuse(text_scores, text_ids, logits[pairs.locate(of_images, text_ids)]),
+            slow_search(image_embeds, text_embeds, k)[1],
+            plain + itc,
+        ),
+        (
+            engine.fuse(image_scores, image_ids, logits[pairs.locate(image_ids, of_texts)]),
+            slow_search(text_embeds, image_embeds, 3)[1],
+            (plain + itc).t(),
+        ),
+    ):
+        scores, ids = found
+        assert torch.equal(ids.sort(dim=1)[0], stage_1.sort(dim=1)[0])
+        torch.testing.assert_close(scores, expected.gather(1, ids), atol=1e-4, rtol=0)
+        best = expected.gather(1, stage_1).sort(dim=1, descending=True)
+        wanted, gap = stage_1.gather(1, best.indices), best.values[:, :-1] - best.values[:, 1:]
+        apart = torch.nn.functional.pad(gap, (1, 1), value=1.0) > 1e-4
+        settled = apart[:, :-1] & apart[:, 1:]  # further than rounding from both neighbours
+        assert settled.float().mean() > 0.9
+        assert torch.equal(ids[settled], wanted[settled])
+
+
+@torch.no_grad()
 def test_rerank_in_half_precision_stays_near():
     model = tiny_model()
     input_ids, attention_mask = titles(12, 4, 20)
@@ -255,3 +298,67 @@ def test_fused_order_is_the_sum_with_ties_to_the_lower_id():
     scores, order = engine.fuse(itc, ids, itm)
     assert order.tolist() == [[1, 2, 6, 8]]
     assert scores.tolist() == [[1.25, 0.75, 0.75, 0.75]]
+
+
+# --- memory and work --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_counted_operations_are_those_of_the_model():
+    model = tiny_model()
+    config, ids = model.config, torch.randint(5, 59, (1, 11))
+    pixel_values = torch.randn(1, 3, 32, 32)
+    image_kv = model.project_image_kv(model.encode_image(pixel_values))
+    model.set_attn_implementation("eager")  # the counter doesn't see into the fused one of the CPU
+    try:
+        for expected, work in (
+            (engine.image_flops(config), lambda: model.get_image_features(pixel_values)),
+            (engine.text_flops(config, 11), lambda: model.get_text_features(ids)),
+            (engine.image_kv_flops(config), lambda: model.project_image_kv(model.encode_image(pixel_values))),
+            (engine.match_flops(config, 11), lambda: model.match(ids, None, image_kv, torch.zeros(1).long())),
+        ):
+            with FlopCounterMode(display=False) as counter:
+                work()
+            counted = counter.get_total_flops()
+            if expected == engine.image_kv_flops(config):  # the tower ran too, without its projection
+                counted -= engine.image_flops(config) - 2 * 32 * 16
+            assert counted == expected
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
+def test_memory_plan_of_a_million():
+    plan = engine.memory_plan(AliBlipConfig.from_size("base"), 10**6, 10**6, 128, token_dtype=torch.bfloat16)
+    assert plan.image_tokens == 10**6 * 577 * 768 * 2
+    assert plan.images_kept == int(4e9) // (577 * 768 * 2)
+    assert plan.embeddings == 2 * 10**6 * 256 * 4
+    assert plan.image_kv == 12 * 2 * 577 * 768 * 2
+    assert plan.max_pairs == 2 * 10**6 * 128 and plan.candidates == plan.max_pairs * 12
+    assert plan.rerank_batch_tokens == engine.RERANK_BATCH_TOKENS and plan.pairs_per_pass == 8192 // 35
+    assert plan.search_flops == 2 * (2 * 10**12 * 256)
+    text = str(plan)
+    assert "image tokens: 886 GB in bfloat16, 886 kB an image; 4,513 images' are kept in host memory" in text
+    assert "21.3 MB of keys and values" in text and "re-rank 256,000,000 pairs" in text
+
+
+def test_memory_plan_of_a_small_catalogue():
+    config = tiny_model().config
+    plan = engine.memory_plan(config, 20, 30, 128, longest_title=20)
+    assert plan.images_kept == 20 and "all are kept" in str(plan)
+    assert plan.max_pairs == 20 * 30, "every pair once, however many candidates were asked for"
+    assert plan.search_block == 30 * 30 * 4
+    given = engine.memory_plan(config, 20, 30, 5, longest_title=20, rerank_batch_tokens=100)
+    assert given.rerank_batch_tokens == 100 and given.pairs_per_pass == 5 and given.max_pairs == 30 * 5 + 20 * 5
+
+
+def test_memory_plan_chooses_the_size_of_a_pass_by_the_memory():
+    config = tiny_model().config
+    per_token = (2 * 64 + 9 * 32) * 4
+    image_kv = 2 * 2 * 5 * 32 * 4
+    plan = engine.memory_plan(config, 9, 9, 3, longest_title=20, device_memory=image_kv + 50 * per_token)
+    assert plan.image_kv == image_kv
+    assert plan.rerank_batch_tokens == 50 and plan.rerank_pass == 50 * per_token
+    with pytest.raises(ValueError, match="one title of 20 tokens takes 35.8 kB: give at least that"):
+        engine.memory_plan(config, 9, 9, 3, longest_title=20, device_memory=image_kv + 19 * per_token)
+    with pytest.raises(ValueError, match="0 images, 9 titles and k = 3 given"):
+        engine.memory_plan(config, 0, 9, 3)

@@ -183,6 +183,19 @@ def test_a_step_that_is_not_finite_changes_nothing_and_many_end_the_run(flags, t
     assert steps_of(tmp_path / "resumed") == expected and len(expected) == 3
 
 
+@pytest.mark.parametrize("config", ["cpu.yaml", "cpu_2_processes.yaml"])
+def test_an_error_on_one_rank_ends_the_job_with_that_error(flags, tmp_path, config):
+    # With readers: Python waits for them at its end, and they must not wait for Python.
+    going = BackgroundRun(config, tmp_path / "run", [*flags, "--dataloader_num_workers", 2], ALIBLIP_RAISE="3")
+    going.wait_until(lambda: going.step() >= 3 or "broken on purpose" in going.printed)
+    assert going.wait(60) != 0
+    last_rank = 0 if config == "cpu.yaml" else 1
+    assert "ValueError: broken on purpose" in going.printed
+    status = going.status()
+    assert status["status"] == "failed" and status["reason"] == f"rank {last_rank}: ValueError: broken on purpose"
+    assert Path(status["checkpoint"]).name == "checkpoint-2"
+
+
 def test_the_second_ctrl_c_ends_at_once(flags, tmp_path):
     going = BackgroundRun("cpu_2_processes.yaml", tmp_path / "run", flags, ALIBLIP_PAUSE="30")
     going.wait_until(lambda: (tmp_path / "run" / "status.json").exists() and len(going.ranks()) == 2)
@@ -331,7 +344,10 @@ PROMISES = {
         test_the_second_ctrl_c_ends_at_once,
         test_a_launcher_that_is_killed_takes_a_checkpoint_with_it,
     ],
-    "No hang.": [test_an_interrupted_run_repeats_the_uninterrupted_one],
+    "No hang.": [
+        test_an_interrupted_run_repeats_the_uninterrupted_one,
+        test_an_error_on_one_rank_ends_the_job_with_that_error,
+    ],
     "Whole or not at all.": [test_files.test_a_kill_at_any_call_leaves_a_whole_folder],
     "A full disk": [test_a_full_disk_keeps_the_run_and_the_old_checkpoint],
     "Not finite, no step.": [test_a_step_that_is_not_finite_changes_nothing_and_many_end_the_run],

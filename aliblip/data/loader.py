@@ -16,8 +16,10 @@ worker w modulo the number of workers. Memory: one window of undecoded rows per 
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -213,14 +215,17 @@ class TrainLoader:
                 yield batch
 
     def describe(self) -> str:
-        """One line on rows, shards, steps, rows left over and how good the mixing is."""
-        left = self.source.num_rows - self.steps_per_epoch * self.batch_size * self.world_size
-        share = min(self.window * self.world_size / self.source.num_rows, 1.0)
+        """One line on rows, shards, steps, rows left over, how good the mixing is, and the memory it takes."""
+        rows = self.source.num_rows
+        left = rows - self.steps_per_epoch * self.batch_size * self.world_size
+        share = min(self.window * self.world_size / rows, 1.0)
+        size = sum(file.size for file in self.source.files) / rows * self.window
         return (
-            f"{self.source.name} ({self.source.split}): {self.source.num_rows:,} rows in {len(self.source.shards):,} "
-            f"shards, {self.steps_per_epoch:,} steps of {self.batch_size} x {self.world_size} per epoch, {left:,} rows "
-            f"left over (others each epoch), mixed in windows of {self.window:,} rows per process "
-            f"({share:.1%} of the epoch)"
+            f"{self.source.name} ({self.source.split}): {rows:,} rows in {len(self.source.shards):,} shards, "
+            f"{self.steps_per_epoch:,} steps of {self.batch_size} x {self.world_size} per epoch, {left:,} rows left "
+            f"over ({left / rows:.3%}, others each epoch), mixed in windows of {self.window:,} rows per process "
+            f"({share:.1%} of the epoch): at most {self.window:,} rows undecoded in memory per worker"
+            + (f", about {size / 1e6:,.1f} MB" if size else "")
         )
 
 
@@ -380,6 +385,18 @@ def _deliver(dataset: IterableDataset, num_workers: int) -> Iterator[Any]:
         # epoch would inherit it and wait for processes that are not their children. torch has no public call for it.
         if (shut_down := getattr(iterator, "_shutdown_workers", None)) is not None:
             shut_down()
+            _end_readers(iterator._workers)
+
+
+def _end_readers(readers: Iterable[multiprocessing.Process] | None = None) -> None:
+    """End the given readers, or all there are, if they are still there: SIGTERM they leave to the trainer."""
+    for reader in multiprocessing.active_children() if readers is None else readers:
+        if reader.is_alive():
+            reader.kill()
+
+
+# An error can leave readers behind. Python asks them with SIGTERM to end, and would wait for them for ever.
+atexit.register(_end_readers)
 
 
 def _as_it_is(item):

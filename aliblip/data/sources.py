@@ -26,18 +26,30 @@ import os
 import posixpath
 import re
 import stat
-import tarfile
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
+from urllib.parse import urlsplit
 
-import fsspec
 import numpy as np
 from PIL import Image, ImageOps
+
+from aliblip.data.manifest import DataFile, file_names
+from aliblip.data.remote import (
+    RemoteReadError,
+    is_remote,
+    open_file,
+    read_file,
+    resumed,
+    retried,
+    storage_options,
+    take_over_retries,
+)
+from aliblip.data.tar_index import TarIndex, indexed_tar
 
 __all__ = [
     "Example",
@@ -61,6 +73,8 @@ MAX_JPEG_SCANS = 100
 MAX_TITLE_CHARACTERS = 10_000
 # Parquet row groups are joined to shards of at least this many rows: small enough to mix well, few enough to open.
 PARQUET_SHARD_ROWS = 1024
+# Read from the end of a Parquet file at once: nearly always the whole footer.
+PARQUET_TAIL_BYTES = 2**16
 # Undecoded rows of a Parquet file that are converted at once.
 PARQUET_BATCH_ROWS = 64
 # Rows of a folder can be read in any order at no cost: small shards mix them well.
@@ -188,8 +202,12 @@ def _open_image(value: Any) -> io.BytesIO:
     elif isinstance(value, (str, os.PathLike)):
         path = os.fspath(value)
         if "://" in path:
-            with fsspec.open(path, "rb") as file:
-                data = file.read()
+            try:
+                data = read_file(path, MAX_FILE_BYTES + 1)
+            except RemoteReadError as error:
+                raise UnusableRow(f"the image can't be fetched ({error})") from None
+            if len(data) > MAX_FILE_BYTES:
+                raise UnusableRow(f"the image file is larger than {MAX_FILE_BYTES // 2**20} MiB")
         else:
             status = os.stat(path)
             if not stat.S_ISREG(status.st_mode):  # a named pipe would be read for ever
@@ -385,13 +403,22 @@ class Source:
         columns: all columns there are.
         num_rows: rows in all shards.
         shards: list of `Shard`, in a fixed order.
+        files: list of `DataFile` that the rows come from; photos that a file only names are none.
+        folder: the local folder that was opened, if one was.
         random_access: whether rows can be read in any order at no cost (folders), rather than shard by shard.
     """
 
     random_access = False
+    folder: str | None = None
 
     def __init__(
-        self, name: str, split: str, columns: Sequence[str], selected: _Columns, sizes: Sequence[tuple[str, int]]
+        self,
+        name: str,
+        split: str,
+        columns: Sequence[str],
+        selected: _Columns,
+        sizes: Sequence[tuple[str, int]],
+        files: Sequence[DataFile] = (),
     ):
         self.name = name
         self.split = split
@@ -402,22 +429,48 @@ class Source:
         for index, (shard_name, num_rows) in enumerate(sizes):
             self.shards.append(Shard(index, shard_name, num_rows, first_row))
             first_row += num_rows
+        self._firsts = np.array([shard.first_row for shard in self.shards], dtype=np.int64)
+        self.files = list(files)
         self.num_rows = first_row
         if not first_row:
             raise ValueError(f"{name} has no rows in split '{split}': give data with at least one photo and title")
 
+    def manifest(self) -> dict[str, Any]:
+        """What the rows come from, as JSON can hold it: to be kept beside a run, and compared when it goes on.
+
+        Returns:
+            {"name", "split", "columns": {"image", "caption", "product_id"}, "rows",
+            "files": [{"file", "rows", "size", "digest"}]}, the files as `file_names` calls them. The digest is BLAKE2
+            of the footer of a Parquet file, of the member names, offsets and lengths of a tar, and of all bytes of a
+            metadata file or list. The photos that a metadata file, a list or a column names are not looked at.
+        """
+        names = file_names([file.file for file in self.files], self.folder)
+        return {
+            "name": self.name,
+            "split": self.split,
+            "columns": asdict(self.selected),
+            "rows": self.num_rows,
+            "files": [
+                {"file": name, "rows": file.rows, "size": file.size, "digest": file.digest}
+                for name, file in zip(names, self.files, strict=True)
+            ],
+        }
+
     def read(self, shard_index: int, start: int = 0, stop: int | None = None) -> Iterator[Row]:
-        """Undecoded rows [start, stop) of one shard; `stop` None or beyond the end means the end."""
+        """Undecoded rows [start, stop) of one shard; `stop` None or beyond the end means the end.
+
+        Raises:
+            OSError: the file can't be read; if it is remote, after retries (`RemoteReadError`).
+        """
         shard = self.shards[shard_index]
         stop = shard.num_rows if stop is None else min(stop, shard.num_rows)
         start = max(start, 0)
         if start < stop:
-            yield from self._read(shard, start, stop)
+            yield from resumed(lambda done: self._read(shard, start + done, stop), self._file_of(shard))
 
     def read_range(self, start: int, stop: int) -> Iterator[Row]:
-        """Undecoded rows [start, stop) by their global numbers."""
-        firsts = [shard.first_row for shard in self.shards]
-        index = max(int(np.searchsorted(firsts, start, side="right")) - 1, 0)
+        """Undecoded rows [start, stop) by their global numbers; raises as `read`."""
+        index = max(int(np.searchsorted(self._firsts, start, side="right")) - 1, 0)
         while index < len(self.shards) and self.shards[index].first_row < stop:
             first = self.shards[index].first_row
             yield from self.read(index, start - first, stop - first)
@@ -425,6 +478,9 @@ class Source:
 
     def _read(self, shard: Shard, start: int, stop: int) -> Iterator[Row]:
         raise NotImplementedError
+
+    def _file_of(self, shard: Shard) -> str:
+        return shard.name
 
     def _row(
         self, number: int, image: Any, text: Any, fields: dict, name: str | None, problem: str | None = None
@@ -436,7 +492,10 @@ class Source:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Row groups of one Parquet file that make a shard; `rows_before` lie before them, of `file_groups` in all."""
+    """Row groups of one Parquet file that make a shard; `rows_before` lie before them, of `file_groups` in all.
+
+    `schema` is that of the columns that are read.
+    """
 
     name: str
     file: str
@@ -444,17 +503,20 @@ class _Piece:
     group_rows: tuple[int, ...]
     rows_before: int
     file_groups: int
+    schema: Any
 
 
 class ParquetSource(Source):
     """Parquet files, read by `datasets` streaming; a shard is one or several row groups of one file."""
 
-    def __init__(self, name, split, columns, selected, pieces, image_dir, cache_dir):
-        super().__init__(name, split, columns, selected, [(piece.name, sum(piece.group_rows)) for piece in pieces])
+    def __init__(self, name, split, columns, selected, pieces, files, image_dir, cache_dir):
+        sizes = [(piece.name, sum(piece.group_rows)) for piece in pieces]
+        super().__init__(name, split, columns, selected, sizes, files)
         self._pieces = pieces
         self._image_dir = image_dir
         self._cache_dir = cache_dir
-        self._cursor: tuple[int, int, Iterator[tuple[Any, int]]] | None = None
+        # By process: a forked one must neither use the open stream of its parent nor close it.
+        self._cursors: dict[int, tuple[int, int, Iterator[tuple[Any, int]]]] = {}
 
     def _read(self, shard: Shard, start: int, stop: int) -> Iterator[Row]:
         position, cells = self._take_cursor(shard, start)
@@ -463,7 +525,10 @@ class ParquetSource(Source):
             if position >= start:
                 yield self._convert(table, i, shard.first_row + position)
             position += 1
-        self._cursor = (shard.index, position, cells)
+        self._cursors[os.getpid()] = (shard.index, position, cells)
+
+    def _file_of(self, shard: Shard) -> str:
+        return self._pieces[shard.index].file
 
     def _take_cursor(self, shard: Shard, start: int) -> tuple[int, Iterator[tuple[Any, int]]]:
         """An open stream that is not past row `start` of a shard, and the place of its next row.
@@ -474,12 +539,10 @@ class ParquetSource(Source):
         piece = self._pieces[shard.index]
         begins = np.cumsum([0, *piece.group_rows])
         group = int(np.searchsorted(begins, start, side="right")) - 1
-        cursor, self._cursor = self._cursor, None
+        cursor = self._cursors.pop(os.getpid(), None)
         if cursor is not None and cursor[0] == shard.index and begins[group] < cursor[1] <= start:
             return cursor[1], cursor[2]
-        selected = (self.selected.image, self.selected.caption, self.selected.product_id)
-        columns = [key for key in dict.fromkeys(selected) if key]
-        groups = _stream_row_groups(piece.file, columns, self._cache_dir)
+        groups = _stream_row_groups(piece.file, piece.schema, self._cache_dir)
         if groups.num_shards != piece.file_groups:
             # A datasets that can't cut Parquet into row groups (before May 2026): from the start of the file.
             return -piece.rows_before, _cells([groups])
@@ -488,7 +551,7 @@ class ParquetSource(Source):
         return int(begins[group]), _cells(streams)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cursor": None}  # an open stream can't travel to another process
+        return {**self.__dict__, "_cursors": {}}  # an open stream can't travel to another process
 
     def _convert(self, table, i: int, number: int) -> Row:
         fields, problem = {}, None
@@ -521,18 +584,29 @@ def _cells(streams: Iterable[Any]) -> Iterator[tuple[Any, int]]:
                 yield table, i
 
 
-def _stream_row_groups(file: str, columns: list[str], cache_dir: str | None):
-    """A streamed dataset of one Parquet file whose shards are its row groups (where `datasets` can do that)."""
-    from datasets import load_dataset
+def _stream_row_groups(file: str, schema, cache_dir: str | None):
+    """A streamed dataset of one Parquet file whose shards are its row groups (where `datasets` can do that).
 
+    Args:
+        file: the file, as `datasets` resolved it.
+        schema: Arrow schema of the columns to read.
+        cache_dir: cache of `datasets`.
+    """
+    from datasets import Features, load_dataset
+    from datasets.data_files import DataFilesList
+
+    take_over_retries()
     stream = load_dataset(
         "parquet",
-        data_files={"train": [file]},
+        # Resolved, and with the columns known: the file need not be looked up and opened once more for either.
+        data_files={"train": DataFilesList([file], origin_metadata=[()])},
+        features=Features.from_arrow_schema(schema),
         split="train",
         streaming=True,
-        columns=columns,
+        columns=schema.names,
         batch_size=PARQUET_BATCH_ROWS,  # the default is a whole row group
         cache_dir=cache_dir,
+        storage_options=storage_options(file),
     )
     return stream.reshard() if hasattr(stream, "reshard") else stream
 
@@ -541,17 +615,20 @@ class TarSource(Source):
     """WebDataset tars; a shard is one tar, and one indexed scan of its headers finds every sample."""
 
     def __init__(self, name, split, columns, selected, tars):
-        super().__init__(
-            name, split, columns, selected, [(os.path.basename(file), len(keys)) for file, keys, _ in tars]
-        )
-        self._tars = tars  # per shard: file, keys of the samples, {field: (offset, size)} of each
+        sizes = [(os.path.basename(file), len(index)) for file, index in tars]
+        files = [DataFile(file, len(index), index.size, index.digest) for file, index in tars]
+        super().__init__(name, split, columns, selected, sizes, files)
+        self._indexes: list[TarIndex] = [index for _, index in tars]
+
+    def _file_of(self, shard: Shard) -> str:
+        return self.files[shard.index].file
 
     def _read(self, shard: Shard, start: int, stop: int) -> Iterator[Row]:
-        file, keys, samples = self._tars[shard.index]
-        with fsspec.open(file, "rb") as stream:
+        index = self._indexes[shard.index]
+        with open_file(self._file_of(shard)) as stream:
             for position in range(start, stop):
                 fields, problem = {}, None
-                for field, (offset, size) in samples[position].items():
+                for field, (offset, size) in index.members(position).items():
                     if not self._is_wanted(field):
                         continue
                     stream.seek(offset)
@@ -568,7 +645,7 @@ class TarSource(Source):
                     next((fields[key] for key in self._image_keys() if fields.get(key) is not None), None),
                     fields.get(self.selected.caption),
                     fields,
-                    keys[position],
+                    index.key(position),
                     problem,
                 )
 
@@ -616,10 +693,14 @@ class RecordSource(Source):
             columns,
             selected,
             [(f"{tables[t].name}[{start}:{stop}]", stop - start) for t, start, stop in pieces],
+            [DataFile(table.file, len(table), table.size, table.digest) for table in tables],
         )
         self._pieces = pieces
         self._tables = tables
         self._image_keys = image_keys
+
+    def _file_of(self, shard: Shard) -> str:
+        return self._tables[self._pieces[shard.index][0]].file
 
     def _read(self, shard: Shard, start: int, stop: int) -> Iterator[Row]:
         table_index, first, _ = self._pieces[shard.index]
@@ -636,18 +717,24 @@ class RecordSource(Source):
 
 
 class _Records:
-    """Records of one metadata file: where each begins and ends, parsed when read."""
+    """Records of one metadata file: where each begins and ends, parsed when read.
 
-    def __init__(self, name: str, image_dir: str, file: str | None, data: bytes | None, spans: np.ndarray):
-        self.name, self.image_dir = name, image_dir
-        self._file, self._data, self._spans = file, data, spans  # spans (records, 2) int64 byte offsets
+    Args:
+        file: the file, of `size` bytes, whose BLAKE2 is `digest`.
+        image_dir: the folder that its file names are relative to.
+        spans: (records, 2) int64, byte offsets in the file, or in `data` if that is given.
+    """
+
+    def __init__(self, file: str, image_dir: str, spans: np.ndarray, size: int, digest: str, data: bytes | None = None):
+        self.file, self.image_dir, self.size, self.digest = file, image_dir, size, digest
+        self.name = posixpath.basename(file.replace(os.sep, "/"))
+        self._spans, self._data = spans, data
 
     def __len__(self) -> int:
         return len(self._spans)
 
     def read(self, start: int, stop: int) -> Iterator[Any]:
-        opened = io.BytesIO(self._data) if self._data is not None else fsspec.open(self._file, "rb")
-        with opened as stream:
+        with io.BytesIO(self._data) if self._data is not None else open_file(self.file) as stream:
             for begin, end in self._spans[start:stop]:
                 stream.seek(int(begin))
                 try:
@@ -657,30 +744,43 @@ class _Records:
 
     @classmethod
     def open(cls, file: str, image_dir: str) -> _Records:
-        name = posixpath.basename(file.replace(os.sep, "/"))
-        with fsspec.open(file, "rb") as stream:
-            if name.endswith(".csv"):
-                text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
+        content = hashlib.blake2b(digest_size=16)
+
+        def told(data: bytes) -> bytes:
+            content.update(data)
+            return data
+
+        with open_file(file) as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(0)
+            data = None
+            if _extension(file) == ".csv":
+                text = io.TextIOWrapper(
+                    io.BytesIO(told(stream.read())), encoding="utf-8-sig", errors="replace", newline=""
+                )
                 # An empty CSV cell is the only way to write a null.
                 rows = ({key: value or None for key, value in row.items()} for row in csv.DictReader(text))
                 lines = [json.dumps(row, default=str).encode() for row in rows]
                 ends = np.cumsum([len(line) for line in lines], dtype=np.int64)
                 spans = np.stack([ends - [len(line) for line in lines], ends], axis=1) if lines else _no_spans()
-                return cls(name, image_dir, None, b"".join(lines), spans)
-            head = stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
-            stream.seek(0)
-            if head.startswith(b"["):
-                return cls(name, image_dir, file, None, _spans_of_list(stream.read(), name))
-            return cls(name, image_dir, file, None, _spans_of_lines(stream))
+                data = b"".join(lines)
+            else:
+                head = stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+                stream.seek(0)
+                if head.startswith(b"["):
+                    spans = _spans_of_list(told(stream.read()), posixpath.basename(file.replace(os.sep, "/")))
+                else:
+                    spans = _spans_of_lines(told(line) for line in stream)
+        return cls(file, image_dir, spans, size, content.hexdigest(), data)
 
 
 def _no_spans() -> np.ndarray:
     return np.zeros((0, 2), dtype=np.int64)
 
 
-def _spans_of_lines(stream) -> np.ndarray:
+def _spans_of_lines(lines: Iterable[bytes]) -> np.ndarray:
     spans, position = [], 0
-    for line in stream:
+    for line in lines:
         skip = 3 if not position and line.startswith(b"\xef\xbb\xbf") else 0
         if line[skip:].strip():
             spans.append((position + skip, position + len(line)))
@@ -740,17 +840,22 @@ def open_source(
     caption_column: str | None = None,
     product_id_column: str | None = None,
     cache_dir: str | None = None,
+    index_dir: str | None = None,
 ) -> Source:
     """Open one split of a data set; no photo is read.
+
+    Everything may lie on another machine (`http://`, `https://`, `hf://`, `s3://` and what else fsspec knows); opening
+    and reading then survive a bad connection, see `aliblip.data.remote`.
 
     Args:
         dataset_name: a Hub name, or a local folder.
         dataset_config_name: configuration of that data set, if it has several.
         data_dir: a local folder of Parquet files, WebDataset tars, or photos with `metadata.jsonl`; or, together with
             `dataset_name`, a folder inside that data set.
-        data_files: paths or globs of Parquet files, tars, metadata files or JSON lists of
-            `{"product": file name, "caption": text}`; or a dict of them by split. The way to open a folder of millions
-            of photos is its `metadata.jsonl`: `datasets` looks at every file of a `data_dir`.
+        data_files: paths, globs or addresses of Parquet files, tars, metadata files or JSON lists of
+            `{"product": file name, "caption": text}`; or a dict of them by split. An HTTP server has no globs: name
+            every file. The way to open a folder of millions of photos is its `metadata.jsonl`: `datasets` looks at
+            every file of a `data_dir`.
         image_dir: the folder that file names in a JSON list, or in a Parquet column, are relative to (default: where
             the JSON list lies).
         split: e.g. "train" or "validation".
@@ -758,6 +863,8 @@ def open_source(
         caption_column: default "caption", then "text".
         product_id_column: default "product_id" if there is such a column, otherwise every row is a product of its own.
         cache_dir: cache of `datasets`.
+        index_dir: folder to keep where the samples of tars lie, so that no later run or other process of this machine
+            has to scan them; default: they are scanned each time.
 
     Raises:
         ValueError: in one line, what was given, what is there, and what to do.
@@ -770,19 +877,25 @@ def open_source(
     asked = (image_column, caption_column, product_id_column)
     try:
         if kind == "parquet":
-            return _open_parquet(name, split, files, asked, image_dir, cache_dir)
-        if kind == "webdataset":
-            return _open_tars(name, split, files, asked)
-        if kind == "imagefolder":
-            return _open_folder(name, split, files, asked)
-        if kind in ("json", "csv"):
-            return _open_list(name, split, files, asked, image_dir or folder_of_list)
+            source = _open_parquet(name, split, files, asked, image_dir, cache_dir)
+        elif kind == "webdataset":
+            source = _open_tars(name, split, files, asked, index_dir)
+        elif kind == "imagefolder":
+            source = _open_folder(name, split, files, asked)
+        elif kind in ("json", "csv"):
+            source = _open_list(name, split, files, asked, image_dir or folder_of_list)
+        else:
+            raise ValueError(
+                f"{name} holds data of the kind '{kind}': accepted are Parquet, WebDataset tars, photos with "
+                "metadata.jsonl, and JSON lists; convert it to Parquet with datasets' to_parquet()"
+            )
+    except RemoteReadError as error:
+        raise ValueError(_one_line(error)) from None
     except OSError as error:
         raise ValueError(f"{name} can't be read: {_one_line(error)}") from None
-    raise ValueError(
-        f"{name} holds data of the kind '{kind}': accepted are Parquet, WebDataset tars, photos with metadata.jsonl, "
-        "and JSON lists; convert it to Parquet with datasets' to_parquet()"
-    )
+    opened = dataset_name or data_dir
+    source.folder = opened if opened is not None and os.path.isdir(opened) else None
+    return source
 
 
 def require_usable_row(source: Source, tries: int = 1000) -> None:
@@ -831,15 +944,21 @@ def _resolve(dataset_name, config, data_dir, data_files, split, cache_dir) -> tu
         raise ValueError(f"the data folder '{data_dir}' does not exist: give an existing folder as --data_dir")
     if data_files is None:
         name = dataset_name or data_dir
+    given = _as_list(data_files[split]) if data_files is not None else [data_dir or ""]
+    if dataset_name is None and data_files is not None and all(map(_is_plain_address, given)):
+        # Nothing to resolve; and fsspec, asked whether a file is there, says no to any failure over HTTP.
+        return name, kind, given, posixpath.dirname(given[0])
+    options: dict[str, Any] = {"data_dir": data_dir, "data_files": data_files, "cache_dir": cache_dir}
+    if dataset_name is not None:
+        loader, options["name"] = dataset_name, config
+    elif data_files is not None:
+        loader = kind
+    else:
+        loader, options["data_dir"], options["name"] = data_dir, None, config
+    on_the_hub = dataset_name is not None and not os.path.exists(dataset_name)
+    address = f"hf://datasets/{dataset_name}" if on_the_hub else next(filter(is_remote, given), "")
     try:
-        if dataset_name is not None:
-            builder = load_dataset_builder(
-                dataset_name, name=config, data_dir=data_dir, data_files=data_files, cache_dir=cache_dir
-            )
-        elif data_files is not None:
-            builder = load_dataset_builder(kind, data_dir=data_dir, data_files=data_files, cache_dir=cache_dir)
-        else:
-            builder = load_dataset_builder(data_dir, name=config, cache_dir=cache_dir)
+        builder = retried(lambda: load_dataset_builder(loader, **options), address)
     except Exception as error:  # datasets and the Hub client have some dozens of classes for "not there"
         raise ValueError(f"{name} can't be opened: {_one_line(error)}") from None
     resolved = builder.config.data_files or {}
@@ -872,9 +991,20 @@ def _name_of_files(data_files) -> str:
     return str(first) if len(values) < 2 else f"{first} and {len(values) - 1} more"
 
 
+def _as_list(files) -> list[str]:
+    return [str(files)] if isinstance(files, (str, os.PathLike)) else [str(file) for file in files]
+
+
+def _is_plain_address(file: str) -> bool:
+    return file.startswith(("http://", "https://")) and not re.search(r"[*\[]", urlsplit(file).path)
+
+
+def _extension(file: str) -> str:
+    return os.path.splitext(urlsplit(file).path if is_remote(file) else file)[1].lower()
+
+
 def _kind_of_files(files, name: str) -> str:
-    files = [files] if isinstance(files, (str, os.PathLike)) else list(files)
-    extensions = {os.path.splitext(str(file))[1].lower() for file in files}
+    extensions = set(map(_extension, _as_list(files)))
     kinds = {_KIND_OF_EXTENSION.get(extension) for extension in extensions}
     if len(kinds) != 1 or None in kinds:
         raise ValueError(
@@ -911,12 +1041,13 @@ def _open_parquet(name, split, files, asked, image_dir, cache_dir) -> Source:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    def footer(file: str) -> tuple[list[str], list[int]]:
+    def footer(file: str) -> tuple[Any, list[int], DataFile]:
         try:
-            with fsspec.open(file, "rb") as stream:
-                metadata = pq.ParquetFile(stream).metadata
-                groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-                return metadata.schema.to_arrow_schema().names, groups
+            size, data = retried(lambda: _read_footer(file), file)
+            metadata = pq.read_metadata(pa.BufferReader(data))
+            groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+            digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+            return metadata.schema.to_arrow_schema(), groups, DataFile(file, metadata.num_rows, size, digest)
         except (pa.ArrowException, ValueError) as error:
             raise ValueError(
                 f"{file} is not a readable Parquet file ({_one_line(error)}): repair or remove it"
@@ -924,41 +1055,47 @@ def _open_parquet(name, split, files, asked, image_dir, cache_dir) -> Source:
 
     with ThreadPoolExecutor(max_workers=8) as pool:
         footers = list(pool.map(footer, files))
-    columns = footers[0][0]
+    columns = footers[0][0].names
     selected = _select(name, columns, asked, ("image",))
+    wanted = [key for key in dict.fromkeys(asdict(selected).values()) if key]
     pieces = []
-    for file, (names, groups) in zip(files, footers, strict=True):
-        missing = [key for key in (selected.image, selected.caption, selected.product_id) if key and key not in names]
+    for file, (schema, groups, _) in zip(files, footers, strict=True):
+        missing = [key for key in wanted if key not in schema.names]
         if missing:
-            raise ValueError(f"{file} has no column '{missing[0]}' that the first file has: there are {_listed(names)}")
+            raise ValueError(
+                f"{file} has no column '{missing[0]}' that the first file has: there are {_listed(schema.names)}"
+            )
+        schema = pa.schema([schema.field(key) for key in wanted], metadata=schema.metadata)
         label, first, rows, before = os.path.basename(file), 0, [], 0
         for index, num_rows in enumerate(groups):
             rows.append(num_rows)
             if sum(rows) >= PARQUET_SHARD_ROWS or index == len(groups) - 1:
                 suffix = "" if len(rows) == len(groups) else f"#{first}-{index}"
                 if sum(rows):
-                    pieces.append(_Piece(label + suffix, file, first, tuple(rows), before, len(groups)))
+                    pieces.append(_Piece(label + suffix, file, first, tuple(rows), before, len(groups), schema))
                 first, rows, before = index + 1, [], before + sum(rows)
-    return ParquetSource(name, split, columns, selected, pieces, image_dir, cache_dir)
+    return ParquetSource(name, split, columns, selected, pieces, [file for *_, file in footers], image_dir, cache_dir)
 
 
-def _open_tars(name, split, files, asked) -> Source:
+def _read_footer(file: str) -> tuple[int, bytes]:
+    """Size of a Parquet file, and its last bytes: metadata, length of the metadata (4 bytes), magic number."""
+    with open_file(file) as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(size - PARQUET_TAIL_BYTES, 0))
+        tail = stream.read()
+        length = int.from_bytes(tail[-8:-4], "little") + 8
+        if len(tail) < length <= size:
+            stream.seek(size - length)
+            tail = stream.read()
+    return size, tail[-length:]
+
+
+def _open_tars(name, split, files, asked, index_dir) -> Source:
     with ThreadPoolExecutor(max_workers=8) as pool:
-        scans = list(pool.map(_scan_tar, files))
-    tars = [(file, keys, samples) for file, (keys, samples) in zip(files, scans, strict=True)]
-    fields: dict[str, None] = {}
-    for _, _, samples in tars:
-        for sample in samples:
-            fields.update(dict.fromkeys(sample))
-    for file, _, samples in tars[:1]:  # the keys inside JSON members are known only by reading some
-        with fsspec.open(file, "rb") as stream:
-            for sample in islice((s for s in samples if "json" in s), 20):
-                stream.seek(sample["json"][0])
-                try:
-                    value = json.loads(stream.read(sample["json"][1]))
-                except ValueError:
-                    continue
-                fields.update(dict.fromkeys(value if isinstance(value, dict) else ()))
+        tars = list(zip(files, pool.map(lambda file: indexed_tar(file, index_dir), files), strict=True))
+    fields = dict.fromkeys(field for _, index in tars for field in index.fields)
+    # The keys inside JSON members are known only by reading some.
+    fields.update(dict.fromkeys(retried(lambda: _json_keys(*tars[0]), files[0])))
     columns = list(fields)
     if any(field in TAR_IMAGE_FIELDS for field in columns) and asked[0] in (None, "image"):
         asked = ("image", *asked[1:])
@@ -968,28 +1105,16 @@ def _open_tars(name, split, files, asked) -> Source:
     return TarSource(name, split, columns, selected, tars)
 
 
-def _scan_tar(file: str) -> tuple[list[str], list[dict[str, tuple[int, int]]]]:
-    """Keys of the samples of a tar and where the members of each lie: one pass over the headers."""
-    keys: list[str] = []
-    samples: list[dict[str, tuple[int, int]]] = []
-    try:
-        with fsspec.open(file, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            for member in tar:
-                match = re.match(
-                    r"^((?:.*/|)[^.]+)[.]([^/]*)$", member.name
-                )  # datasets' rule: base name up to its first dot
-                if not member.isfile() or not match:
-                    continue
-                key, field = match.group(1), match.group(2).lower()
-                if not keys or keys[-1] != key:
-                    keys.append(key)
-                    samples.append({})
-                samples[-1].setdefault(field, (member.offset_data, member.size))
-    except tarfile.ReadError as error:
-        raise ValueError(
-            f"{file} is not a readable, uncompressed tar ({_one_line(error)}): repair or remove it"
-        ) from None
-    return keys, samples
+def _json_keys(file: str, index: TarIndex) -> list[str]:
+    keys: dict[str, None] = {}
+    samples = (index.members(sample) for sample in range(len(index)))
+    with open_file(file) as stream:
+        for offset, size in islice((members["json"] for members in samples if "json" in members), 20):
+            stream.seek(offset)
+            with contextlib.suppress(ValueError):
+                value = json.loads(stream.read(size))
+                keys.update(dict.fromkeys(value if isinstance(value, dict) else ()))
+    return list(keys)
 
 
 def _open_folder(name, split, files, asked) -> Source:
@@ -1001,7 +1126,7 @@ def _open_folder(name, split, files, asked) -> Source:
             f"{name} has photos but no metadata.jsonl or metadata.csv in split '{split}': add one with the columns "
             "file_name and caption, or give a JSON list as --data_files with --image_dir"
         )
-    tables = [_Records.open(file, posixpath.dirname(file.replace(os.sep, "/")) or ".") for file in metadata]
+    tables = [_open_records(file, posixpath.dirname(file.replace(os.sep, "/")) or ".") for file in metadata]
     # datasets calls the photo of file_name "image".
     columns = ["image" if column == "file_name" else column for column in _record_columns(tables)]
     selected = _select(name, columns, asked, ("image",))
@@ -1010,7 +1135,7 @@ def _open_folder(name, split, files, asked) -> Source:
 
 
 def _open_list(name, split, files, asked, image_dir) -> Source:
-    tables = [_Records.open(file, image_dir or ".") for file in files]
+    tables = [_open_records(file, image_dir or ".") for file in files]
     columns = _record_columns(tables)
     if not columns and any(len(table) for table in tables):
         raise ValueError(f'{name} has no records: expected a JSON list of {{"product": file name, "caption": text}}')
@@ -1018,10 +1143,14 @@ def _open_list(name, split, files, asked, image_dir) -> Source:
     return RecordSource(name, split, columns, selected, tables, (selected.image,))
 
 
+def _open_records(file: str, image_dir: str) -> _Records:
+    return retried(lambda: _Records.open(file, image_dir), file)
+
+
 def _record_columns(tables: Sequence[_Records]) -> list[str]:
     columns: dict[str, None] = {}
     for table in tables:
-        for record in table.read(0, COLUMN_PROBE_ROWS):
+        for record in resumed(functools.partial(table.read, stop=COLUMN_PROBE_ROWS), table.file):
             if isinstance(record, dict):
                 columns.update(dict.fromkeys(record))
     return list(columns)

@@ -1,0 +1,54 @@
+"""The benchmarks of retrieval run, on tiny models and galleries, and both of their sides give the same."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import bench_retrieval, bench_search
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_retrieval_against_transformers_blip(tmp_path, capsys):
+    file = tmp_path / "table.json"
+    bench_retrieval.main(["--tiny", "--rounds", "1", "--titles", "20", "--images", "2", "--json", str(file)])
+    table = json.loads(file.read_text())
+    assert capsys.readouterr().out.splitlines()[-1] == f"retrieval ratio={table['ratio']:.4g}"
+    assert table["commit"] and table["versions"]["torch"] == torch.__version__
+    assert set(table["comparisons"]) == {"short titles", "titles of 35", "whole, all pairs"}
+    for part in table["comparisons"].values():
+        assert part["largest_difference"] < 1e-4 < 0.1 < part["spread"]
+        assert part["ratio"] > 0 and part["ours"]["flops"] < part["theirs"]["flops"]
+
+
+def test_retrieval_refuses_sides_that_differ(monkeypatch):
+    plain = bench_retrieval.rerank_theirs
+    monkeypatch.setattr(bench_retrieval, "rerank_theirs", lambda *args: plain(*args) + 2e-4)
+    with pytest.raises(RuntimeError, match="the logits of both sides differ by 0.0002"):
+        bench_retrieval.main(["--tiny", "--rounds", "1", "--titles", "9"])
+
+
+def test_the_arithmetic_bounds_of_the_issue():
+    config = bench_retrieval.AliBlipConfig.from_size("base")
+    ones = torch.ones(128, 35, dtype=torch.int64)
+    ratio = 128 * bench_retrieval.pair_flops(config) / bench_retrieval.rerank_flops(config, ones)
+    assert ratio == pytest.approx(3.06 * 12 / 11, rel=0.03)  # 3.06 if the last layer computed all tokens
+
+
+def test_search_against_the_whole_matrix(tmp_path, capsys):
+    file = tmp_path / "table.json"
+    bench_search.main(["--gallery", "2000", "--queries", "10", "--k", "7", "--rounds", "1", "--json", str(file)])
+    table = json.loads(file.read_text())
+    assert capsys.readouterr().out.splitlines()[-1] == f"search ratio={table['ratio']:.4g}"
+    assert [(row["queries"], row["items"]) for row in table["sizes"]] == [
+        *((10, 500), (10, 1000), (10, 2000)),
+        *((20, 500), (40, 500)),
+    ]
