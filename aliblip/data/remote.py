@@ -47,8 +47,8 @@ READ_TIMEOUT = 60
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-# Its own generator: waiting must not move the random numbers of a run.
-_jitter = random.Random()
+# Without state: waiting must not move the random numbers of a run, and forked workers must not wait in step.
+_jitter = random.SystemRandom()
 _held: dict[int, Any] = {}
 
 # By module, since an error of a module that was never imported can't occur. The Hub's client is httpx or its successor.
