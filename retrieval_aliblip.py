@@ -102,8 +102,8 @@ def search(queries: Tensor, gallery: Tensor, k: int, chunk_size: int = GALLERY_C
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}: give at least 1")
     for name, values in (("queries", queries), ("gallery", gallery)):
-        # In chunks: of a whole gallery, isfinite would make copies.
-        if not all(chunk.isfinite().all() for chunk in values.split(chunk_size)):
+        # By the extremes, through which NaN comes too: isfinite of the whole gallery would make copies of it.
+        if values.numel() and not torch.stack(values.aminmax()).isfinite().all():
             raise ValueError(
                 f"the {name} hold values that are not finite: the model's weights or its precision are broken"
             )
@@ -115,6 +115,7 @@ def _search_block(queries: Tensor, gallery: Tensor, k: int, chunk_size: int) -> 
     best_scores = best_ids = None
     for start, scores in score_chunks(queries, gallery, chunk_size):
         chunk_scores, chunk_ids = _top_k(scores, min(k, scores.shape[1]))
+        del scores  # or it would live until the next chunk has been scored too
         chunk_ids = chunk_ids + start
         if best_scores is not None:
             # Everything found so far has lower ids than this chunk: first in the row, a stable sort keeps it first

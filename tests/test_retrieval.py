@@ -132,13 +132,22 @@ def test_search_refuses_a_k_out_of_range(k):
         engine.search(torch.ones(2, 3), torch.ones(10, 3), k)
 
 
-def test_search_refuses_what_has_no_order():
-    broken = torch.ones(10, 3)
-    broken[4, 1] = torch.nan
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_search_refuses_what_has_no_order(value, dtype):
+    fine, broken = torch.ones(10, 3, dtype=dtype), torch.ones(10, 3, dtype=dtype)
+    broken[4, 1] = value
     with pytest.raises(ValueError, match="the gallery hold values that are not finite"):
-        engine.search(torch.ones(2, 3), broken, 2)
+        engine.search(fine, broken, 2)
+    with pytest.raises(ValueError, match="the queries hold values that are not finite"):
+        engine.search(broken, fine, 2)
+
+
+def test_search_refuses_widths_that_differ_and_takes_no_queries():
     with pytest.raises(ValueError, match=r"got \(2, 3\) and \(10, 4\)"):
         engine.search(torch.ones(2, 3), torch.ones(10, 4), 2)
+    scores, ids = engine.search(torch.ones(0, 3), torch.ones(10, 3), 2)
+    assert scores.shape == ids.shape == (0, 2)
 
 
 # --- candidate pairs --------------------------------------------------------------------------------------------------
