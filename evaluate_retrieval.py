@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from aliblip.accelerator import build_accelerator
+from aliblip.accelerator import build_accelerator, end
 from aliblip.arguments import (
     EvaluationArguments,
     EvaluationDataArguments,
@@ -97,7 +97,7 @@ def main() -> None:
         print(f"written: {path}")
         if options.contact_sheet:
             print(f"written: {draw(evaluation, source, options)}")
-    accelerator.end_training()
+    end(accelerator)
 
 
 def set_up_logging() -> None:

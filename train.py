@@ -447,11 +447,8 @@ def train(
     """The run itself. Returns the signal that stopped it, on all ranks, or None when it is done."""
     started = time.perf_counter()
     output_dir = Path(args.output_dir)
-    accumulation, steps_per_epoch, total_steps = (
-        args.gradient_accumulation_steps,
-        setup.steps_per_epoch,
-        setup.total_steps,
-    )
+    accumulation = args.gradient_accumulation_steps
+    steps_per_epoch, total_steps = setup.steps_per_epoch, setup.total_steps
     model = setup.model.to(accelerator.device)
     autocast_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
     momentum = MomentumState(
@@ -496,7 +493,8 @@ def train(
         log.load_state(of_rank["log"])
         skipped.load_state(of_rank["skipped"])
         accelerator.print(f"resumed from {setup.checkpoint} at step {step}{changed_since(setup.arguments, arguments)}")
-        if accelerator.is_main_process and (later := remove_later_checkpoints(output_dir, step)):
+        goes_back = setup.checkpoint.resolve().parent == output_dir.resolve()  # else they are of another run
+        if goes_back and accelerator.is_main_process and (later := remove_later_checkpoints(output_dir, step)):
             accelerator.print(f"removed, since they were written after that step: {', '.join(later)}")
     # On several machines this finds a folder that is not the same for all of them, too.
     assert_equal_on_ranks(

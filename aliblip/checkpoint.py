@@ -78,7 +78,7 @@ def _on_main(write) -> str | None:
         except OSError as error:
             problem = error.strerror or str(error)
         except Exception as error:  # of a full disk safetensors makes its own error, and tokenizers a bare Exception
-            problem = str(error)
+            problem = f"{type(error).__name__}: {error}"
     return broadcast_object(problem)
 
 

@@ -78,6 +78,12 @@ def rows_of(folder: Path) -> dict[tuple[int, int, int], list[int]]:
     return seen
 
 
+def _hear_signals() -> None:
+    """Undo what a `nohup` or a background job around the tests has told their processes to ignore."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class BackgroundRun:
     """`accelerate launch` of a recorded training run that a test can signal or kill."""
 
@@ -101,6 +107,7 @@ class BackgroundRun:
             stdout=self.output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=_hear_signals,
         )
         self.launcher = psutil.Process(self.process.pid)
 

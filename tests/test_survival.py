@@ -83,7 +83,7 @@ def interrupt(how: str, going: BackgroundRun) -> None:
 # Every pair of settings stands in some row: launcher, workers, accumulation, gradient checkpointing.
 CASES = [
     ("cpu.yaml", 0, 1, False, ("SIGKILL all", "SIGTERM launcher")),
-    ("cpu.yaml", 2, 2, True, ("SIGUSR1 rank 0", "SIGKILL all")),
+    ("cpu.yaml", 2, 2, True, ("SIGHUP rank 0", "SIGKILL all")),
     ("cpu_2_processes.yaml", 0, 2, False, ("SIGKILL rank 1", "SIGUSR1 rank 1")),
     ("cpu_2_processes.yaml", 2, 1, True, ("SIGTERM launcher", "SIGKILL all")),
     ("deepspeed_zero2_cpu.yaml", 0, 1, True, ("SIGTERM rank 1", "SIGKILL all")),
