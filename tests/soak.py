@@ -15,6 +15,7 @@ import random
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -81,51 +82,60 @@ def compare(whole: Path, resumed: Path) -> list[str]:
     return different
 
 
+def soak_one(number: int, setting: tuple, scratch: Path, flags: list, seed: int) -> dict:
+    """One setting: a whole run, a killed and resumed one, and what is different between them."""
+    workers, accumulation, recompute, config = setting
+    run_flags = [
+        *flags,
+        *("--dataloader_num_workers", workers, "--gradient_accumulation_steps", accumulation),
+        *("--gradient_checkpointing", str(recompute).lower()),
+    ]
+    total = ROWS // (BATCH * (1 if config == "cpu.yaml" else 2)) // accumulation * EPOCHS
+    whole, resumed = scratch / f"whole{number}", scratch / f"resumed{number}"
+    whole.mkdir()
+    whole_flags = [*run_flags, "--output_dir", whole]
+    assert_succeeded(launch(config, RECORDED, whole_flags, env={"ALIBLIP_ROWS": str(whole)}))
+    rng = random.Random(f"{seed} {number}")  # its own: settings run at the same time
+    killed = kill_at_random(BackgroundRun(config, resumed, run_flags), rng, total, during_save=number % 2 == 1)
+    again = BackgroundRun(config, resumed, [*run_flags, "--resume_from_checkpoint", "last"])
+    different = compare(whole, resumed) if again.wait(300) == 0 else ["the resumed run did not end well"]
+    if different:
+        print(again.printed[-4000:], flush=True)
+    return {
+        "launcher": config,
+        "workers": workers,
+        "accumulation": accumulation,
+        "gradient_checkpointing": recompute,
+        **killed,
+        "different": different,
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--settings", type=int, help="only the first so many settings")
+    parser.add_argument("--at_once", type=int, default=2, help="settings that run at the same time")
     args = parser.parse_args()
-    rng = random.Random(args.seed)
-    settings = list(itertools.product(LAUNCHERS, (0, 2), (1, 2), (False, True)))[: args.settings]
-    kills = []
-    with tempfile.TemporaryDirectory() as scratch:
+    # The launcher changes fastest, so that a soak that is cut short has seen all of them.
+    settings = list(itertools.product((0, 2), (1, 2), (False, True), LAUNCHERS))[: args.settings]
+    about = {"seed": args.seed, "settings": len(settings), **circumstances()}
+    kills: list[dict] = []
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(args.at_once) as pool:
         flags = make_data(Path(scratch))
-        for number, (config, workers, accumulation, recompute) in enumerate(settings):
-            run_flags = [
-                *flags,
-                *("--dataloader_num_workers", workers, "--gradient_accumulation_steps", accumulation),
-                *("--gradient_checkpointing", str(recompute).lower()),
-            ]
-            total = ROWS // (BATCH * (1 if config == "cpu.yaml" else 2)) // accumulation * EPOCHS
-            whole, resumed = Path(scratch, f"whole{number}"), Path(scratch, f"resumed{number}")
-            whole.mkdir()
-            whole_flags = [*run_flags, "--output_dir", whole]
-            assert_succeeded(launch(config, RECORDED, whole_flags, env={"ALIBLIP_ROWS": str(whole)}))
-            killed = kill_at_random(BackgroundRun(config, resumed, run_flags), rng, total, during_save=number % 2 == 1)
-            again = BackgroundRun(config, resumed, [*run_flags, "--resume_from_checkpoint", "last"])
-            different = compare(whole, resumed) if again.wait(300) == 0 else ["the resumed run did not end well"]
-            entry = {
-                "launcher": config,
-                "workers": workers,
-                "accumulation": accumulation,
-                "gradient_checkpointing": recompute,
-                **killed,
-                "different": different,
-            }
-            kills.append(entry)
-            print(json.dumps(entry), flush=True)
-            if different:
-                print(again.printed[-4000:])
+        going = [pool.submit(soak_one, *task, Path(scratch), flags, args.seed) for task in enumerate(settings)]
+        for done in as_completed(going):
+            kills.append(done.result())
+            print(json.dumps(kills[-1]), flush=True)
+            if args.json:  # after each, so that nothing is lost when the soak is stopped
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                args.json.write_text(json.dumps({**about, "kills": kills}, indent=1) + "\n")
     equal = sum(not kill["different"] for kill in kills)
     during = sum(kill["checkpoint_was_being_written"] for kill in kills)
     print(
         f"{equal} of {len(kills)} killed runs ended bit-equal to the uninterrupted one; {during} were killed in a save"
     )
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"seed": args.seed, "kills": kills, **circumstances()}, indent=1) + "\n")
     return 0 if equal == len(kills) else 1
 
 
