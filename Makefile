@@ -1,7 +1,7 @@
 # make demo   draw a catalogue, train on it from scratch, evaluate, and make a picture of the results
 # make test   run the tests
 # make style  check style and formatting
-# make soak   kill -9 under every setting, resume, compare; a quarter of an hour, writes benchmarks/results/soak.json
+# make soak   kill -9 under every setting, resume, compare; half an hour, writes benchmarks/results/soak.json
 #
 # The first call sets up .venv. Another interpreter: make demo PYTHON=python3.12
 # A build of torch of your own choice (by default pip takes the one for your platform): install it into .venv first.

@@ -1,6 +1,6 @@
 """kill -9 at random moments under every setting, resume, and compare with the run that was never killed: `make soak`.
 
-    python tests/soak.py --seed 0 --json benchmarks/results/soak.json      # about a quarter of an hour on two cores
+    python tests/soak.py --seed 0 --json benchmarks/results/soak.json      # about half an hour on two cores
 
 Every second kill is aimed at the time in which a checkpoint is being written. A kill hits the launcher and all that it
 started, or one rank. The killed run has to end with the same losses, gradient norms, rows and weights, bit by bit.
