@@ -3,7 +3,8 @@
     python tests/soak.py --seed 0 --json benchmarks/results/soak.json      # about half an hour on two cores
 
 Every second kill is aimed at the time in which a checkpoint is being written. A kill hits the launcher and all that it
-started, or one rank. The killed run has to end with the same losses, gradient norms, rows and weights, bit by bit.
+started, or, in every second setting of several ranks, one of them. The killed run has to end with the same losses,
+gradient norms, rows and weights, bit by bit.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from runs import TINY, BackgroundRun, rows_of, steps_of, write_split
 from safetensors.torch import load_file
 
 from aliblip.checkpoint import checkpoints
+from aliblip.files import write_json
 from benchmarks.common import circumstances
 
 ROWS, BATCH, EPOCHS = 50, 4, 3
@@ -47,10 +49,9 @@ def make_data(folder: Path) -> list:
     ]
 
 
-def kill_at_random(going: BackgroundRun, rng: random.Random, total: int, during_save: bool) -> dict:
+def kill_at_random(going: BackgroundRun, rng: random.Random, total: int, during_save: bool, one_rank: bool) -> dict:
     """Kill a run at a moment of the generator's choice; what was done."""
     after = rng.randint(1, total - 3)
-    one_rank = rng.random() < 0.3
     pause = rng.uniform(0.0, 0.3)
     going.wait_until(lambda: going.step() >= after and checkpoints(going.folder))
     if during_save:
@@ -96,7 +97,10 @@ def soak_one(number: int, setting: tuple, scratch: Path, flags: list, seed: int)
     whole_flags = [*run_flags, "--output_dir", whole]
     assert_succeeded(launch(config, RECORDED, whole_flags, env={"ALIBLIP_ROWS": str(whole)}))
     rng = random.Random(f"{seed} {number}")  # its own: settings run at the same time
-    killed = kill_at_random(BackgroundRun(config, resumed, run_flags), rng, total, during_save=number % 2 == 1)
+    # Half of the kills, spread evenly over every flag: by chance a whole soak could miss them.
+    one_rank = (workers > 0) ^ (accumulation > 1) ^ recompute
+    going = BackgroundRun(config, resumed, run_flags)
+    killed = kill_at_random(going, rng, total, during_save=number % 2 == 1, one_rank=one_rank)
     again = BackgroundRun(config, resumed, [*run_flags, "--resume_from_checkpoint", "last"])
     different = compare(whole, resumed) if again.wait(300) == 0 else ["the resumed run did not end well"]
     if different:
@@ -120,17 +124,20 @@ def main() -> int:
     args = parser.parse_args()
     # The launcher changes fastest, so that a soak that is cut short has seen all of them.
     settings = list(itertools.product((0, 2), (1, 2), (False, True), LAUNCHERS))[: args.settings]
-    about = {"seed": args.seed, "settings": len(settings), **circumstances()}
+    about = {"seed": args.seed, "settings": len(settings), "at_once": args.at_once, **circumstances()}
     kills: list[dict] = []
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(args.at_once) as pool:
         flags = make_data(Path(scratch))
         going = [pool.submit(soak_one, *task, Path(scratch), flags, args.seed) for task in enumerate(settings)]
-        for done in as_completed(going):
-            kills.append(done.result())
-            print(json.dumps(kills[-1]), flush=True)
-            if args.json:  # after each, so that nothing is lost when the soak is stopped
-                args.json.parent.mkdir(parents=True, exist_ok=True)
-                args.json.write_text(json.dumps({**about, "kills": kills}, indent=1) + "\n")
+        try:
+            for done in as_completed(going):
+                kills.append(done.result())
+                print(json.dumps(kills[-1]), flush=True)
+                if args.json:  # after each, so that nothing is lost when the soak is stopped
+                    args.json.parent.mkdir(parents=True, exist_ok=True)
+                    write_json(args.json, {**about, "kills": kills})
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C: those that go on are enough to wait for
     equal = sum(not kill["different"] for kill in kills)
     during = sum(kill["checkpoint_was_being_written"] for kill in kills)
     print(
