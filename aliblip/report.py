@@ -335,7 +335,7 @@ def _cell(value: Any) -> str:
         return "\u2013"
     if isinstance(value, float):
         return f"{value:,.1f}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else _text(value)
+    return f"{value:,}" if isinstance(value, int) else _text(value)
 
 
 def _run(run: Mapping[str, Any]) -> str:
@@ -394,8 +394,11 @@ def _chart(chart: Chart) -> str:
                 f'<circle class="c{number % _COLOURS}" cx="{across:.1f}" cy="{down:.1f}" r="3.5"/>'
                 for across, down in points
             ]
-        swatch = f'<svg viewBox="0 0 28 10" width="28" height="10"><line {style} x1="0" y1="5" x2="28" y2="5"/></svg>'
-        legend.append(f"<li>{swatch} {_text(curve.name)}</li>")
+        swatch = f'<line {style} x1="0" y1="5" x2="28" y2="5"/>'
+        legend.append(
+            f'<li><svg viewBox="0 0 28 10" width="28" height="10" aria-hidden="true">{swatch}</svg>'
+            f" {_text(curve.name)}</li>"
+        )
     label = f"{chart.heading}: {', '.join(curve.name for curve in chart.curves)}"
     known = [dict(zip(curve.k, curve.recall, strict=True)) for curve in chart.curves]
     columns = [chart.x_label, *(curve.name for curve in chart.curves)]
@@ -520,14 +523,14 @@ article {{ margin: .6rem 0; padding: .7rem; border-radius: 6px; }}
 .photos {{ display: flex; flex-wrap: wrap; gap: .6rem; margin-top: .5rem; }}
 figure {{ margin: 0; width: 172px; max-width: calc(50% - .3rem); }}
 .photo {{
-  display: flex; align-items: center; justify-content: center; aspect-ratio: 1; overflow: hidden;
-  background: {_PAPER}; border: {_FRAME}px solid transparent;
+  position: relative; display: block; aspect-ratio: 1;
+  background: {_PAPER}; background-clip: padding-box; border: {_FRAME}px solid transparent;
   outline: 1px solid var(--line); outline-offset: -{_FRAME}px;
 }}
 .right .photo {{ border-color: var(--right); outline: none; }}
-.photo img {{ max-width: 100%; max-height: 100%; object-fit: contain; }}
+.photo img {{ position: absolute; inset: 0; width: 100%; height: 100%; object-fit: scale-down; }}
 figcaption {{ display: flex; justify-content: space-between; padding: 0 {_FRAME}px; font-size: .85rem; }}
 .right figcaption {{ color: var(--right-text); }}
-dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; }}
+dl {{ display: grid; grid-template-columns: fit-content(45%) minmax(0, 1fr); gap: .2rem 1rem; }}
 dd {{ margin: 0; }}
 """

@@ -56,7 +56,7 @@ def submission_rows(captions: Sequence[str], names: Sequence[str], ids: Tensor |
         ValueError: names that several photos have; ids of another shape, out of range, or twice in one row.
     """
     if repeated := _repeated(names):
-        raise ValueError(f"{_ambiguous(repeated)}: give every photo a name of its own")
+        raise ValueError(f"{_ambiguous(repeated)}; give every photo a name of its own")
     if not len(captions):
         return []
     ids = np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids)
@@ -286,9 +286,8 @@ def _repeated(names: Iterable[str]) -> list[str]:
 
 
 def _ambiguous(repeated: list[str]) -> str:
-    more = ", ..." if len(repeated) > 3 else ""
-    shown = ", ".join(map(repr, repeated[:3]))
-    return f"{len(repeated)} file names belong to several photos of the gallery ({shown}{more})"
+    more = f" and {len(repeated) - 3} more" if len(repeated) > 3 else ""
+    return f"photos of the gallery share a file name: {', '.join(map(repr, repeated[:3]))}{more}"
 
 
 def _closest(name: str, names: Sequence[str]) -> str | None:
