@@ -855,16 +855,16 @@ class Gallery:
         return _join(units, plan, encoder.fingerprint, measure_recall)
 
 
-def _search_exactly(state: _State, queries: Tensor, k: int, chunk_size: int = GALLERY_CHUNK) -> tuple[Tensor, Tensor]:
+def _search_exactly(state: _State, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     queries = queries.to(state.segments[0].vectors.device)
-    blocks = [_search_block(state, block, k, chunk_size) for block in queries.split(QUERY_BLOCK)]
+    blocks = [_search_block(state, block, k) for block in queries.split(QUERY_BLOCK)]
     return torch.cat([scores for scores, _ in blocks]).cpu(), torch.cat([ids for _, ids in blocks]).cpu()
 
 
-def _search_block(state: _State, queries: Tensor, k: int, chunk_size: int) -> tuple[Tensor, Tensor]:
+def _search_block(state: _State, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     best = None
-    for start in range(0, len(state), chunk_size):
-        vectors, scales = state.read(start, min(start + chunk_size, len(state)))
+    for start in range(0, len(state), GALLERY_CHUNK):
+        vectors, scales = state.read(start, min(start + GALLERY_CHUNK, len(state)))
         scores = queries @ vectors.float().t()
         if scales is not None:
             scores.mul_(scales)  # n products instead of n x E
