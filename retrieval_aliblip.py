@@ -3,7 +3,7 @@
     scores, ids = search(text_embeds, image_embeds, k=128)                    # stage 1, both directions
     pairs = candidate_pairs(ids, ids_of_titles, num_images, num_texts)        # deduplicated, grouped by image
     logits = rerank(model, tokens, groups, input_ids, attention_mask)         # stage 2, image by image
-    scores, ids = fuse(scores, ids, logits_of_the_candidates)
+    scores, ids = order_by_score(fuse(scores, logits_of_the_candidates), ids)
     print(memory_plan(model.config, num_images, num_texts, k=128))            # before all that: memory and work
 
 Single process, pure functions; the model is a value that has `get_image_features`, `get_text_features`,
@@ -21,7 +21,7 @@ F width of a layer's MLP, T titles, L text tokens, M pairs.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -50,12 +50,15 @@ def embed_images(model, pixel_values: Tensor, dtype: torch.dtype | None = None) 
         dtype: type of the autocast, or None.
 
     Returns:
-        Unit features (N, E) fp32 and image tokens (N, P, D) in the type of the pass, on the model's device.
+        Unit features (N, E) fp32 and image tokens (N, P, D) in `dtype` or, without one, in the type of the pass, on the
+        model's device.
     """
     device = _device(model)
     with autocast(device, dtype):
         output = model.get_image_features(pixel_values.to(device))
-    return output.pooler_output.float(), output.last_hidden_state
+    tokens = output.last_hidden_state
+    # Under autocast the last normalisation gives fp32, which the projection to keys and values would round anyway.
+    return output.pooler_output.float(), tokens if dtype is None else tokens.to(dtype)
 
 
 def embed_texts(model, input_ids: Tensor, attention_mask: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -107,13 +110,22 @@ def search(queries: Tensor, gallery: Tensor, k: int, chunk_size: int = GALLERY_C
             raise ValueError(
                 f"the {name} hold values that are not finite: the model's weights or its precision are broken"
             )
-    blocks = [_search_block(block, gallery, k, chunk_size) for block in queries.split(QUERY_BLOCK)]
+    blocks = [running_top_k(score_chunks(block, gallery, chunk_size), k) for block in queries.split(QUERY_BLOCK)]
     return torch.cat([scores for scores, _ in blocks]), torch.cat([ids for _, ids in blocks])
 
 
-def _search_block(queries: Tensor, gallery: Tensor, k: int, chunk_size: int) -> tuple[Tensor, Tensor]:
+def running_top_k(chunks: Iterable[tuple[int, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+    """The `k` highest of scores that come in chunks, best first; of equal scores the lower id comes first.
+
+    Args:
+        chunks: `(start, scores (Q, n))` for the items `start .. start + n - 1`, in rising order.
+        k: at most the number of all items.
+
+    Returns:
+        Scores (Q, k) fp32 and ids (Q, k) int64.
+    """
     best_scores = best_ids = None
-    for start, scores in score_chunks(queries, gallery, chunk_size):
+    for start, scores in chunks:
         chunk_scores, chunk_ids = _top_k(scores, min(k, scores.shape[1]))
         del scores  # or it would live until the next chunk has been scored too
         chunk_ids = chunk_ids + start
@@ -292,16 +304,9 @@ def _buckets(lengths: Tensor, batch_tokens: int) -> tuple[Tensor, list[tuple[int
     return order, bounds
 
 
-def fuse(itc_scores: Tensor, ids: Tensor, itm_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Final order of re-ranked candidates: score = match logit + ITC similarity.
-
-    Args:
-        itc_scores, ids, itm_logits: (Q, k), one row of candidates per query.
-
-    Returns:
-        Scores (Q, k) fp32 and ids (Q, k) int64, best first, of equal scores the lower id first.
-    """
-    return order_by_score(itm_logits.float() + itc_scores.float(), ids)
+def fuse(itc_scores: Tensor, itm_logits: Tensor, weight: float = 1.0) -> Tensor:
+    """Final score of re-ranked candidates: match logit + `weight` x ITC similarity, fp32, of the shape of both."""
+    return itm_logits.float() + weight * itc_scores.float()
 
 
 # --- memory and work, before they are spent ---------------------------------------------------------------------------
@@ -379,8 +384,12 @@ class MemoryPlan:
             if self.images_kept == self.num_images
             else f"{self.images_kept:,} images' are kept in host memory, the others are encoded again to re-rank"
         )
+        if self.max_pairs == self.num_images * self.num_texts:
+            reranked = "every pair scored"
+        else:
+            reranked = f"the {self.k} best of each re-ranked" if self.k else "none re-ranked"
         lines = [
-            f"{self.num_images:,} images x {self.num_texts:,} titles, the {self.k} best of each re-ranked",
+            f"{self.num_images:,} images x {self.num_texts:,} titles, {reranked}",
             f"  image tokens: {_bytes(self.image_tokens)} in {dtype}, {_bytes(one_image)} an image; {kept}",
             f"  embeddings: {_bytes(self.embeddings)}; candidates: {_bytes(self.candidates)}",
             f"  search: {_bytes(self.search_block)} of scores at a time",
@@ -398,6 +407,7 @@ def memory_plan(
     num_texts: int,
     k: int,
     *,
+    both_directions: bool = True,
     title_tokens: float = 13,
     longest_title: int = 35,
     token_dtype: torch.dtype = torch.float32,
@@ -406,12 +416,13 @@ def memory_plan(
     rerank_batch_tokens: int | None = None,
     chunk_size: int = GALLERY_CHUNK,
 ) -> MemoryPlan:
-    """Memory and work of both directions of a retrieval, known before any of it is done.
+    """Memory and work of a retrieval, known before any of it is done.
 
     Args:
         config: the model's, with `vision_config` and `text_config`.
         num_images, num_texts: sizes of the galleries.
-        k: candidates of a query.
+        k: candidates of a query; 0: no second stage; as many as the gallery: all pairs.
+        both_directions: photos for titles and titles for photos, or the first alone.
         title_tokens, longest_title: mean and largest length of the titles.
         token_dtype: type in which the image tokens are kept and the passes run.
         host_memory: bytes that image tokens may fill.
@@ -421,10 +432,12 @@ def memory_plan(
         chunk_size: of the search.
 
     Raises:
-        ValueError: an empty gallery, a `k` below 1, or a `device_memory` too small for one image and one title.
+        ValueError: an empty gallery, a `k` below 0, or a `device_memory` too small for one image and one title.
     """
-    if min(num_images, num_texts, k) < 1:
-        raise ValueError(f"{num_images} images, {num_texts} titles and k = {k} given: all have to be at least 1")
+    if min(num_images, num_texts) < 1 or k < 0:
+        raise ValueError(
+            f"{num_images} images, {num_texts} titles and k = {k} given: at least 1 image and 1 title, k of at least 0"
+        )
     vision, text = config.vision_config, config.text_config
     element, P, E = token_dtype.itemsize, _image_tokens(config), config.image_text_hidden_size
     one_image = P * vision.hidden_size * element
@@ -443,7 +456,7 @@ def memory_plan(
         rerank_batch_tokens = min(fitting, RERANK_BATCH_TOKENS)
     pairs_per_pass = max(1, rerank_batch_tokens // longest_title)
     text_k, image_k = min(k, num_images), min(k, num_texts)  # candidates of a title, of an image
-    candidates = num_texts * text_k + num_images * image_k
+    candidates = num_texts * text_k + (num_images * image_k if both_directions else 0)
     max_pairs = min(candidates, num_images * num_texts)
     length = math.ceil(title_tokens)
     return MemoryPlan(
@@ -462,8 +475,8 @@ def memory_plan(
         pairs_per_pass=pairs_per_pass,
         max_pairs=max_pairs,
         embed_flops=num_images * image_flops(config) + num_texts * text_flops(config, length),
-        search_flops=2 * 2 * num_images * num_texts * E,
-        rerank_flops=num_images * image_kv_flops(config) + max_pairs * match_flops(config, length),
+        search_flops=(2 if both_directions else 1) * 2 * num_images * num_texts * E,
+        rerank_flops=min(num_images, max_pairs) * image_kv_flops(config) + max_pairs * match_flops(config, length),
     )
 
 

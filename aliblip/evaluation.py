@@ -1,343 +1,532 @@
-"""Two-stage retrieval evaluation, its work spread over all processes: embed, search (ITC), re-rank (ITM), measure.
+"""Two-stage retrieval, its work spread over all processes: embed, search (ITC), re-rank (ITM).
 
-    results = evaluate_retrieval(model, loader, model_name=..., dataset_name=..., split=...)  # as in results.json
-    evaluation = run_evaluation(model, loader, ...)  # the same, with rankings and skipped rows
+    retrieval = retrieve(model, loader, k_rerank=(16, 128))               # rankings with both raw scores
+    results = evaluate_retrieval(model, loader, model_name=..., ...)      # the same, measured: as in results.json
+    retrieval = retrieve(model, photos, queries=titles)                   # two sources instead of one table
 
-Every row of the source is one image and one title: both galleries have the same ids, 0 .. N - 1, the usable rows in
-source order. A title's positives are the images of equal product id, and the other way round.
+In a table every row is one image and one title: both galleries have the same ids, 0 .. N - 1, the usable rows in source
+order. A title's positives are the images of equal product id, and the other way round.
 
 Work is cut into fixed units by global id (the loader's units of rows; blocks of queries in the search), and a unit is
 computed whole by rank `unit % world size`. What is computed together, padding included, therefore never depends on the
 number of processes, and neither do the results.
 
-Both functions are collectives: every rank calls them, and every rank gets the results. Each gather is marked.
+The functions are collectives: every rank calls them, and every rank gets the results. Each gather is marked.
 """
 
 import contextlib
 import functools
-import importlib.metadata
+import hashlib
 import logging
-import platform
+import os
 import random
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
-import evaluate
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
 import retrieval_aliblip as engine
-from aliblip.distributed import all_gather_objects, broadcast_object, is_main, rank, world_size
-from aliblip.files import write_json, write_json_lines
-from aliblip.metrics import RECALL_AT, best_positive_ranks, ranks_after_reranking
+from aliblip.distributed import all_gather_objects, barrier, broadcast_object, is_main, rank, world_size
+from aliblip.metrics import best_positive_ranks
+from aliblip.parts import Parts, Stage
+from aliblip.rankings import Candidates, Direction, Rankings, Retrieval, Side, final_order, ranks_of, score_of
+from aliblip.results import measure
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_K_RERANK = 128
+ALL = "all"
+# Of an exhaustive retrieval this many of a query's items are listed; its logits are in a file, all of them.
+LISTED = 128
 
-_METRIC = Path(__file__).resolve().parent.parent / "metrics" / "retrieval_recall"
-_PACKAGES = ("torch", "transformers", "accelerate")
+MATRIX = "itm_logits.npy"
+MATRIX_STAGE = "all-pairs"
+
+Depth = int | str
 
 
-@dataclass
-class Rankings:
-    """One direction: every query's `k_rerank` candidates. Ids are usable rows (see `Evaluation.rows`), all tensors on
-    the CPU.
+def parse_k_rerank(text: str | None) -> list[Depth] | None:
+    """ "16,32,all" as [16, 32, "all"]; None stays None, which means 128, or the whole gallery where it is smaller.
 
-    `ids`, `scores`: (Q, k) in their final order, score = match logit + ITC similarity. `itc_ids`, `itc_scores`: (Q, k)
-    in the order of the first stage. `ranks`, `itc_ranks`: (Q,) rank of the best positive in the whole gallery, 0
-    without one.
+    Raises:
+        ValueError: something else than whole numbers of at least 1 and the word all.
     """
-
-    ids: Tensor
-    scores: Tensor
-    ranks: Tensor
-    itc_ids: Tensor
-    itc_scores: Tensor
-    itc_ranks: Tensor
-
-
-@dataclass
-class Evaluation:
-    """`results` is the content of results.json; `rows` (N,) the source row of every usable row; `product_id` (N,);
-    `skipped` lists the unusable rows as {"row", "name", "reason"}; `seconds` by stage."""
-
-    results: dict
-    rows: Tensor
-    product_id: Tensor
-    text_to_image: Rankings
-    image_to_text: Rankings
-    skipped: list[dict] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
+    if text is None:
+        return None
+    depths: list[Depth] = []
+    for part in str(text).split(","):
+        part = part.strip()
+        if part != ALL and not (part.isdecimal() and int(part) >= 1):
+            raise ValueError(
+                f"--k_rerank is {text}: give a number of at least 1, several separated by commas (16,32,64), or all"
+            )
+        depths.append(ALL if part == ALL else int(part))
+    return depths
 
 
-def check_k_rerank(k_rerank: int | None, gallery_size: int) -> None:
+def check_k_rerank(k_rerank: Depth | Sequence[Depth] | None, gallery_size: int) -> None:
     """Refuse an explicit number of candidates that the gallery does not have. Call it as soon as the source is open.
 
     Raises:
         ValueError: a number below 1 or above the gallery size. None (128, or the whole gallery where it is smaller)
             always fits.
     """
-    if k_rerank is not None and not 1 <= k_rerank <= gallery_size:
-        raise ValueError(
-            f"k_rerank is {k_rerank}, but the gallery has {gallery_size} items: "
-            f"give a number from 1 to {gallery_size}, or leave it out"
-        )
+    for depth in _as_depths(k_rerank):
+        if depth != ALL and not 1 <= depth <= gallery_size:
+            raise ValueError(
+                f"k_rerank is {depth}, but the gallery has {gallery_size} items: "
+                f"give a number from 1 to {gallery_size}, or leave it out"
+            )
 
 
-def evaluate_retrieval(model, loader, **options) -> dict:
-    """`run_evaluation`, of which only the results dict is kept; equal on all ranks."""
-    return run_evaluation(model, loader, **options).results
+def _as_depths(k_rerank: Depth | Sequence[Depth] | None) -> list[Depth]:
+    if k_rerank is None:
+        return []
+    return [k_rerank] if isinstance(k_rerank, (int, str)) else list(k_rerank)
+
+
+def evaluate_retrieval(model, loader, *, model_name: str, dataset_name: str, split: str, **options) -> dict:
+    """`retrieve`, measured: what results.json holds (see `aliblip.results.measure`), equal on all ranks."""
+    start = time.perf_counter()
+    retrieval = retrieve(model, loader, **options)
+    results = None
+    if is_main():  # the metric writes a copy of itself into a cache folder: one process is enough
+        results = measure(retrieval, model_name=model_name, dataset_name=dataset_name, split=split)
+        results["run"]["seconds"] = round(time.perf_counter() - start, 3)
+    return broadcast_object(results)  # collective
 
 
 @torch.no_grad()
-def run_evaluation(
+def retrieve(
     model,
     loader,
     *,
-    model_name: str,
-    dataset_name: str,
-    split: str,
-    k_rerank: int | None = None,
+    queries=None,
+    has_truth: bool = True,
+    k_rerank: Depth | Sequence[Depth] | None = None,
+    score: str = "fused",
+    fusion_weight: float = 1.0,
     dtype: torch.dtype | None = None,
     rerank_batch_tokens: int = engine.RERANK_BATCH_TOKENS,
     gallery_chunk: int = engine.GALLERY_CHUNK,
     image_token_memory_gb: float = 4.0,
+    list_at_least: int = 0,
+    parts: Parts | None = None,
     progress: bool = False,
-) -> Evaluation:
-    """Evaluate a model on all rows of a loader, in both directions.
+) -> Retrieval:
+    """Search all photos for all titles and, where both are rows of one table, all titles for all photos.
 
     The model is put into evaluation mode and back, module by module, and all random states are left as they were: an
     evaluation in the middle of a training run does not change the run.
 
     Args:
         model: the plain model (unwrapped), with the weights of every rank equal.
-        loader: an `EvalLoader`, made with this run's rank and world size.
-        model_name, dataset_name, split: for the results only.
-        k_rerank: candidates of the second stage; None: 128 or the whole gallery. An explicit number is checked against
-            the rows of the source; unusable rows found later can only lower it.
+        loader: an `EvalLoader` of photos and titles or, with `queries`, of photos; made with this run's rank and world
+            size.
+        queries: an `EvalLoader` of titles, whose photos are searched for. No titles are searched for then.
+        has_truth: whether equal product ids are right answers. Otherwise there are rankings and no ranks.
+        k_rerank: candidates of the second stage; several: the largest counts, the others are measured too; "all": all
+            pairs are scored. None: 128 or the whole gallery. An explicit number is checked against the rows of the
+            source; unusable rows found later can only lower it. "all" needs `parts`, in a folder that all processes
+            see: the match logits lie there in a file, see `Retrieval.matrix`.
+        score: what orders the candidates: "fused", "itm" or "itc" (no second stage).
+        fusion_weight: of the ITC similarity in the fused score.
         dtype: type of the autocast of the model's passes; None: the type of the weights.
         rerank_batch_tokens: bound on the text tokens of one re-ranking pass.
         gallery_chunk: gallery items scored at a time in the search.
         image_token_memory_gb: host memory that each process may fill with image tokens between the stages. Images
             beyond it are read and encoded once more. Either way gives the same results.
+        list_at_least: items that the rankings hold of every query, where fewer are re-ranked.
+        parts: where finished units are kept, and those of an earlier start are found; None: nowhere.
         progress: show a progress bar on the main process.
 
     Raises:
         ValueError: no usable row, or an explicit `k_rerank` out of range.
+        OSError: "all", and the disk has no room for the file.
         RuntimeError: if a unit of work was lost or done twice.
     """
-    start = time.perf_counter()
-    check_k_rerank(k_rerank, loader.source.num_rows)
-    seconds = {}
+    asked = _as_depths(k_rerank)
+    check_k_rerank(asked, loader.source.num_rows)
+    exhaustive = ALL in asked and score != "itc"
+    if exhaustive and parts is None:
+        raise ValueError('k_rerank "all" needs a place for its file: give parts')
+    seconds: dict[str, float] = {}
     with _undisturbed(model), _timed(seconds, "total"):
         with _timed(seconds, "embed"):
-            catalogue, kept = _embed(model, loader, dtype, image_token_memory_gb, progress)
-        gallery_size = len(catalogue.rows)
-        if (k_rerank or DEFAULT_K_RERANK) > gallery_size and is_main():
-            logger.info("k_rerank is the whole gallery, %d, instead of %d", gallery_size, k_rerank or DEFAULT_K_RERANK)
-        k_rerank = min(k_rerank or DEFAULT_K_RERANK, gallery_size)
+            images, titles, kept, resumed = _embed(
+                model, loader, queries, dtype, image_token_memory_gb, parts, progress
+            )
+        depths = _depths(asked, len(images), score)
+        reranked = max(depths[:-1], default=0) if exhaustive else depths[-1]
+        listed = min(max(reranked, list_at_least, LISTED if exhaustive else 0), len(images))
         device = next(model.parameters()).device
         with _timed(seconds, "search"):
-            images, texts = catalogue.image_embeds.to(device), catalogue.text_embeds.to(device)
-            product_id = catalogue.product_id.to(device)
-            text_to_image = _search(texts, images, product_id, k_rerank, gallery_chunk)
-            image_to_text = _search(images, texts, product_id, k_rerank, gallery_chunk)
-        with _timed(seconds, "rerank"):
-            pairs = engine.candidate_pairs(text_to_image[1], image_to_text[1], gallery_size, gallery_size)
-            logits = _rerank(model, loader, catalogue, kept, pairs, dtype, rerank_batch_tokens, progress)
-            queries = torch.arange(gallery_size)[:, None]
-            text_logits = logits[pairs.locate(text_to_image[1], queries)]
-            image_logits = logits[pairs.locate(queries, image_to_text[1])]
-        text_to_image = _final_order(*text_to_image, text_logits, catalogue.product_id)
-        image_to_text = _final_order(*image_to_text, image_logits, catalogue.product_id)
-        # The metric writes a copy of itself into a cache folder: one process is enough.
-        measured = [_measure(text_to_image, k_rerank), _measure(image_to_text, k_rerank)] if is_main() else None
-        measured = broadcast_object(measured)  # collective
-    recalls = [direction["itm"][f"recall@{k}"] for direction in measured for k in RECALL_AT]
-    results = {
-        "model": model_name,
-        "dataset": dataset_name,
-        "split": split,
-        "num_images": gallery_size,
-        "num_texts": gallery_size,
-        "k_rerank": k_rerank,
-        "text_to_image": measured[0],
-        "image_to_text": measured[1],
-        "mean_recall": float(np.mean(recalls)),
-        "run": {
-            "num_processes": world_size(),
-            "seconds": round(time.perf_counter() - start, 3),
-            "versions": {
-                "python": platform.python_version(),
-                **{package: importlib.metadata.version(package) for package in _PACKAGES},
-            },
-        },
-    }
-    return Evaluation(
-        results=results,
-        rows=catalogue.rows,
-        product_id=catalogue.product_id,
-        text_to_image=text_to_image,
-        image_to_text=image_to_text,
-        skipped=catalogue.skipped,
+            embeds = images.embeds.to(device), titles.embeds.to(device)
+            found = [_search(embeds[1], embeds[0], titles, images, listed, gallery_chunk, has_truth)]
+            if queries is None:
+                found.append(_search(embeds[0], embeds[1], images, titles, listed, gallery_chunk, has_truth))
+        rankings: list[Rankings] = []
+        if score != "itc":
+            with _timed(seconds, "rerank"):
+                work = _Reranking(model, loader, images, titles, kept, dtype, rerank_batch_tokens, progress)
+                if exhaustive:
+                    logits, again = work.all_pairs([candidates for candidates, _ in found], parts)
+                else:
+                    logits, again = work.candidates([candidates for candidates, _ in found], reranked, parts)
+                resumed += again
+                for (candidates, _), values in zip(found, logits, strict=True):
+                    candidates.itm_logits = values
+        if exhaustive:
+            with _timed(seconds, "order"):
+                whole = np.load(parts.folder / MATRIX, mmap_mode="r")
+                options = (listed, gallery_chunk, score, fusion_weight, has_truth)
+                rankings.append(_order_all(whole.T, embeds[1], embeds[0], titles, images, *options))
+                if queries is None:
+                    rankings.append(_order_all(whole, embeds[0], embeds[1], images, titles, *options))
+        sides = ((titles, images), (images, titles))
+        for number, (candidates, itc_ranks) in enumerate(found):
+            if not exhaustive:
+                order = final_order(candidates, depths[-1], score, fusion_weight)
+                if has_truth:
+                    asking, gallery = (side.product_id for side in sides[number])
+                    order.ranks = ranks_of(order, depths[-1], itc_ranks, asking, gallery)
+                rankings.append(order)
+            rankings[number].itc_ranks = itc_ranks
+    directions = [Direction(candidates, order) for (candidates, _), order in zip(found, rankings, strict=True)]
+    return Retrieval(
+        images=images,
+        titles=titles,
+        text_to_image=directions[0],
+        image_to_text=directions[1] if queries is None else None,
+        depths=depths,
+        exhaustive=exhaustive,
+        score=score,
+        fusion_weight=fusion_weight,
         seconds=seconds,
+        resumed_units=sum(all_gather_objects(resumed)),  # collective
+        matrix=parts.folder / MATRIX if exhaustive else None,
     )
+
+
+def _depths(asked: list[Depth], gallery_size: int, score: str) -> list[int]:
+    """How many candidates are re-ranked, rising; unusable rows may have made the gallery smaller than what was asked
+    for."""
+    wanted = [gallery_size if depth == ALL else depth for depth in asked] or [DEFAULT_K_RERANK]
+    if max(wanted) > gallery_size and is_main():
+        logger.info("k_rerank is the whole gallery, %d, instead of %d", gallery_size, max(wanted))
+    depths = sorted({min(depth, gallery_size) for depth in wanted})
+    # without a second stage it is only how many are listed
+    return depths[-1:] if score == "itc" else depths
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Catalogue:
-    """What all ranks know of all usable rows, N, after the first stage."""
-
-    rows: Tensor  # (N,) source rows
-    product_id: Tensor  # (N,)
-    image_embeds: Tensor  # (N, E) fp32
-    text_embeds: Tensor  # (N, E) fp32
-    input_ids: Tensor  # (N, L), padded to the longest title of all
-    attention_mask: Tensor  # (N, L)
-    first: list[int]  # unit -> its first id; one entry more than units
-    skipped: list[dict]
-
-
-def _embed(model, loader, dtype, memory_gb: float, progress: bool) -> tuple[_Catalogue, dict[int, Tensor]]:
-    """Both embeddings of all rows on all ranks, and the image tokens of own units as far as the memory allows."""
-    parts, kept, kept_bytes, own_units, token_bytes = [], {}, 0, 0, 0
-    units = range(rank(), loader.num_units, world_size())
-    for unit, batch in _bar(loader, len(units), "embedding", progress):
-        part = {"rows": batch["row"], "product_id": batch["product_id"], "skipped": batch["skipped"]}
-        if len(batch["row"]):
-            image_embeds, tokens = engine.embed_images(model, batch["pixel_values"], dtype)
-            part["image_embeds"] = image_embeds
-            part["text_embeds"] = engine.embed_texts(model, batch["input_ids"], batch["attention_mask"], dtype)
-            part["input_ids"], part["attention_mask"] = batch["input_ids"], batch["attention_mask"]
-            own_units += 1
-            size = tokens.numel() * tokens.element_size()
-            token_bytes += size
-            if kept_bytes + size <= memory_gb * 1e9:
-                kept[unit] = tokens.cpu()
-                kept_bytes += size
-        # as arrays: a pickled tensor may drag along the whole storage that it is a view of
-        parts.append((unit, {key: _to_numpy(value) for key, value in part.items()}))
+def _embed(
+    model, loader, queries, dtype, memory_gb: float, parts: Parts | None, progress: bool
+) -> tuple[Side, Side, dict[int, Tensor], int]:
+    """Both sides on all ranks, the image tokens of own units as far as the memory allows, and how many units an earlier
+    start had finished."""
+    kept: dict[int, Tensor] = {}
+    memory = _TokenMemory(kept, memory_gb * 1e9)
+    if queries is None:
+        units, resumed = _embed_units(model, loader, "rows", dtype, memory, parts, progress)
+        images, titles = _side(units, "image_embeds"), _side(units, "text_embeds")
+        titles.skipped, titles.others = images.skipped, images.others
+    else:
+        units, resumed = _embed_units(model, loader, "photos", dtype, memory, parts, progress)
+        images = _side(units, "image_embeds")
+        units, again = _embed_units(model, queries, "titles", dtype, memory, parts, progress)
+        titles, resumed = _side(units, "text_embeds"), resumed + again
     if is_main():
+        memory.tell()
+    return images, titles, kept, resumed
+
+
+class _TokenMemory:
+    """Image tokens of own units, kept while they fit."""
+
+    def __init__(self, kept: dict[int, Tensor], limit: float):
+        self.kept, self.limit, self.kept_bytes, self.all_bytes, self.units = kept, limit, 0, 0, 0
+
+    def offer(self, unit: int, tokens: Tensor) -> None:
+        size = tokens.numel() * tokens.element_size()
+        self.units += 1
+        self.all_bytes += size
+        if self.kept_bytes + size <= self.limit:
+            self.kept[unit] = tokens.cpu()
+            self.kept_bytes += size
+
+    def tell(self) -> None:
+        whole = len(self.kept) == self.units
         logger.info(
             "image tokens of %d of %d units of this process stay in host memory (%.2f of %.2f GB, at most %g GB); %s",
-            len(kept),
-            own_units,
-            kept_bytes / 1e9,
-            token_bytes / 1e9,
-            memory_gb,
-            "nothing is encoded twice"
-            if len(kept) == own_units
-            else "the others are read and encoded again to re-rank",
+            len(self.kept),
+            self.units,
+            self.kept_bytes / 1e9,
+            self.all_bytes / 1e9,
+            self.limit / 1e9,
+            "nothing is encoded twice" if whole else "the others are read and encoded again to re-rank",
         )
-    parts = _gather_units("embedding", parts, loader.num_units)  # collective
-    return _catalogue(parts), kept
 
 
-def _catalogue(parts: list[dict]) -> _Catalogue:
-    skipped = [row for part in parts for row in part["skipped"]]
-    usable = [part for part in parts if len(part["rows"])]
+_DESCRIPTION = ("name", "text", "others")
+
+
+def _embed_units(
+    model, loader, name: str, dtype, memory: _TokenMemory, parts: Parts | None, progress: bool
+) -> tuple[list[dict], int]:
+    """Tensors and descriptions of all units of a loader, in unit order, on all ranks."""
+    own = range(rank(), loader.num_units, world_size())
+    with _stage(parts, f"embed-{name}") as stage:  # collective
+        done = [unit for unit in own if unit in stage]
+        results = [(unit, _described(*stage.load(unit))) for unit in done]
+        todo = [unit for unit in own if unit not in stage]
+        for unit, batch in _bar(loader.units(todo), len(todo), f"embedding {name}", progress):
+            tensors, info = {"rows": batch["row"], "product_id": batch["product_id"]}, {"skipped": batch["skipped"]}
+            if len(batch["row"]) and "pixel_values" in batch:
+                embeds, tokens = engine.embed_images(model, batch["pixel_values"], dtype)
+                tensors["image_embeds"] = embeds.cpu()
+                memory.offer(unit, tokens)
+            if len(batch["row"]) and "input_ids" in batch:
+                embeds = engine.embed_texts(model, batch["input_ids"], batch["attention_mask"], dtype)
+                tensors |= {key: batch[key] for key in ("input_ids", "attention_mask")} | {"text_embeds": embeds.cpu()}
+            info |= {key: batch[key] for key in _DESCRIPTION if key in batch}
+            stage.add(unit, tensors, info)
+            results.append((unit, _described(tensors, info)))
+    return _gather_units("embedding", results, loader.num_units), len(done)  # collective
+
+
+def _described(tensors: dict[str, Tensor], info: dict[str, Any]) -> dict[str, Any]:
+    # as arrays: a pickled tensor may drag along the whole storage that it is a view of
+    return {key: value.numpy() for key, value in tensors.items()} | info
+
+
+def _side(units: list[dict], embeds: str) -> Side:
+    """The photos or the titles (by the name of their embeddings) of all units."""
+    skipped = [row for unit in units for row in unit["skipped"]]
+    usable = [unit for unit in units if len(unit["rows"])]
     if not usable:
         reason = f"; the first: row {skipped[0]['row']}, {skipped[0]['reason']}" if skipped else ""
         raise ValueError(f"none of the {len(skipped)} rows is usable{reason}")
 
     def joined(key: str) -> Tensor:
-        return torch.from_numpy(np.concatenate([part[key] for part in usable]))
+        return torch.from_numpy(np.concatenate([unit[key] for unit in usable]))
 
-    longest = max(part["input_ids"].shape[1] for part in usable)
-    for part in usable:
-        missing = ((0, 0), (0, longest - part["input_ids"].shape[1]))
-        part["input_ids"] = np.pad(part["input_ids"], missing)
-        part["attention_mask"] = np.pad(part["attention_mask"], missing)
     rows = joined("rows")
     if not (rows[1:] > rows[:-1]).all():
         raise RuntimeError("the gathered rows are not in source order: a row was embedded twice")
-    return _Catalogue(
+    side = Side(
         rows=rows,
         product_id=joined("product_id"),
-        image_embeds=joined("image_embeds"),
-        text_embeds=joined("text_embeds"),
-        input_ids=joined("input_ids"),
-        attention_mask=joined("attention_mask"),
-        first=np.cumsum([0] + [len(part["rows"]) for part in parts]).tolist(),
+        embeds=joined(embeds),
+        first=np.cumsum([0] + [len(unit["rows"]) for unit in units]).tolist(),
         skipped=skipped,
+        names=[name for unit in usable for name in unit.get("name", ())],
+        texts=[text for unit in usable for text in unit.get("text", ())],
+        others=[others for unit in usable for others in unit.get("others", ())],
     )
+    if embeds == "text_embeds":
+        longest = max(unit["input_ids"].shape[1] for unit in usable)
+        for key in ("input_ids", "attention_mask"):
+            padded = [np.pad(unit[key], ((0, 0), (0, longest - unit[key].shape[1]))) for unit in usable]
+            setattr(side, key, torch.from_numpy(np.concatenate(padded)))
+    return side
 
 
-def _search(queries: Tensor, gallery: Tensor, product_id: Tensor, k: int, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
-    """ITC scores (Q, k), ids (Q, k) and exact ranks of the best positive (Q,), on the CPU of all ranks."""
-    block = engine.QUERY_BLOCK
-    num_units = -(-len(queries) // block)
-    parts = []
-    for unit in range(rank(), num_units, world_size()):
-        own = slice(unit * block, (unit + 1) * block)
+def _search(
+    queries: Tensor, gallery: Tensor, asking: Side, searched: Side, k: int, chunk: int, has_truth: bool
+) -> tuple[Candidates, Tensor | None]:
+    """Candidates, and exact ranks of the best positive (Q,), on the CPU of all ranks."""
+
+    def found(own: slice):
         scores, ids = engine.search(queries[own], gallery, k, chunk)
         # the same products in the same shapes as the search's: ranks and rankings agree to the last bit
         chunks = functools.partial(engine.score_chunks, queries[own], gallery, chunk)
-        ranks = best_positive_ranks(chunks, product_id[own], product_id)
-        parts.append((unit, [_to_numpy(values) for values in (scores, ids, ranks)]))
-    parts = _gather_units("search", parts, num_units)  # collective
-    scores, ids, ranks = (torch.from_numpy(np.concatenate(values)) for values in zip(*parts, strict=True))
-    return scores, ids, ranks
+        return scores, ids, _ranks(chunks, asking.product_id[own], searched.product_id, scores.device, has_truth)
+
+    scores, ids, ranks = _by_blocks("search", len(queries), found)  # collective
+    return Candidates(ids=ids, itc=scores), ranks if has_truth else None
 
 
-def _rerank(model, loader, catalogue: _Catalogue, kept, pairs, dtype, batch_tokens: int, progress: bool) -> Tensor:
-    """Match logits (M,) of all candidate pairs, on all ranks. A unit is re-ranked by the rank that embedded its
-    images."""
-    parts = []
-    units = range(rank(), loader.num_units, world_size())
-    for unit in _bar(units, len(units), "re-ranking", progress):
-        images = range(catalogue.first[unit], catalogue.first[unit + 1])
-        if not len(images):
-            parts.append((unit, np.empty(0, dtype=np.float32)))
-            continue
-        tokens = kept.pop(unit, None)
+def _order_all(
+    logits: np.ndarray,
+    queries: Tensor,
+    gallery: Tensor,
+    asking: Side,
+    searched: Side,
+    k: int,
+    chunk: int,
+    score: str,
+    weight: float,
+    has_truth: bool,
+) -> Rankings:
+    """The k best of all pairs, and exact ranks, from the memory-mapped logits (Q, N) of all of them."""
+
+    def found(own: slice):
+        def read(start: int, stop: int) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(logits[own, start:stop])).to(queries.device)
+
+        def chunks() -> Iterator[tuple[int, Tensor]]:
+            for start, itc in engine.score_chunks(queries[own], gallery, chunk):
+                yield start, score_of(itc, read(start, start + itc.shape[1]), score, weight)
+
+        scores, ids = engine.running_top_k(chunks(), k)
+        itc = torch.empty_like(scores)
+        itm = torch.empty_like(scores)
+        for start, values in engine.score_chunks(queries[own], gallery, chunk):
+            stop = start + values.shape[1]
+            here = (ids >= start) & (ids < stop)
+            place = torch.where(here, ids - start, 0)
+            itc = torch.where(here, values.gather(1, place), itc)
+            itm = torch.where(here, read(start, stop).gather(1, place), itm)
+        ranks = _ranks(chunks, asking.product_id[own], searched.product_id, scores.device, has_truth)
+        return scores, ids, itc, itm, ranks
+
+    scores, ids, itc, itm, ranks = _by_blocks("ordering", len(queries), found)  # collective
+    return Rankings(ids=ids, scores=scores, itc=itc, itm_logits=itm, ranks=ranks if has_truth else None)
+
+
+def _ranks(chunks, asking: Tensor, searched: Tensor, device: torch.device, has_truth: bool) -> Tensor:
+    if not has_truth:
+        return torch.zeros(len(asking), dtype=torch.int64)
+    return best_positive_ranks(chunks, asking.to(device), searched.to(device))
+
+
+def _by_blocks(name: str, num_queries: int, found) -> list[Tensor]:
+    """`found(slice of queries)` of all blocks of queries, each by one rank, joined on the CPU of all ranks."""
+    block = engine.QUERY_BLOCK
+    num_units = -(-num_queries // block)
+    results = [
+        (unit, [value.cpu().numpy() for value in found(slice(unit * block, (unit + 1) * block))])
+        for unit in range(rank(), num_units, world_size())
+    ]
+    results = _gather_units(name, results, num_units)  # collective
+    return [torch.from_numpy(np.concatenate(values)) for values in zip(*results, strict=True)]
+
+
+def seconds_by_depth(config, retrieval: Retrieval) -> dict[int, float]:
+    """How long a run takes at each depth: the largest was measured; of the others the re-ranking is taken in proportion
+    to its floating-point operations."""
+    if "rerank" not in retrieval.seconds:
+        return {}
+    length = round(float(retrieval.titles.attention_mask.sum(dim=1).double().mean()))
+    work = {depth: _rerank_flops(config, retrieval, depth, length) for depth in retrieval.depths}
+    before = retrieval.seconds["embed"] + retrieval.seconds["search"]
+    rerank = retrieval.seconds["rerank"] + retrieval.seconds.get("order", 0.0)
+    return {depth: before + rerank * work[depth] / work[retrieval.depths[-1]] for depth in work}
+
+
+def _rerank_flops(config, retrieval: Retrieval, depth: int, length: int) -> int:
+    images, titles = len(retrieval.images), len(retrieval.titles)
+    if depth >= images:
+        used, num_pairs = images, images * titles
+    else:
+        ids = [direction.candidates.ids[:, :depth] for _, direction, _, _ in retrieval.directions()]
+        text_ids = ids[1] if len(ids) > 1 else torch.empty(0, 1, dtype=torch.int64)
+        pairs = engine.candidate_pairs(ids[0], text_ids, images, titles)
+        used, num_pairs = int((pairs.first[1:] > pairs.first[:-1]).sum()), len(pairs)
+    return used * engine.image_kv_flops(config) + num_pairs * engine.match_flops(config, length)
+
+
+class _Reranking:
+    """The second stage. A unit of photos is re-ranked by the rank that embedded it, with all its candidate titles."""
+
+    def __init__(self, model, loader, images: Side, titles: Side, kept, dtype, batch_tokens: int, progress: bool):
+        self.model, self.loader, self.images, self.titles = model, loader, images, titles
+        self.kept, self.dtype, self.batch_tokens, self.progress = kept, dtype, batch_tokens, progress
+
+    def candidates(self, found: list[Candidates], depth: int, parts: Parts | None) -> tuple[list[Tensor], int]:
+        """Match logits of the first `depth` candidates of one direction or both, each (Q, K) with nan for those that
+        follow, on all ranks; and the units that an earlier start had finished."""
+        images, titles = len(self.images), len(self.titles)
+        none = torch.empty(0, 1, dtype=torch.int64)
+        image_ids = found[0].ids[:, :depth]
+        text_ids = found[1].ids[:, :depth] if len(found) > 1 else none
+        pairs = engine.candidate_pairs(image_ids, text_ids, images, titles)
+        # Parts of other candidates (another k) have other names.
+        digest = hashlib.blake2b(str(self.batch_tokens).encode(), digest_size=8)
+        digest.update(pairs.image_id.numpy().tobytes() + pairs.text_id.numpy().tobytes())
+        own = range(rank(), self.loader.num_units, world_size())
+        with _stage(parts, f"rerank-{digest.hexdigest()}") as stage:  # collective
+            done = [unit for unit in own if unit in stage]
+            results = [(unit, stage.load(unit)[0]["logits"].numpy()) for unit in done]
+            todo = [unit for unit in own if unit not in stage]
+            for unit in _bar(todo, len(todo), "re-ranking", self.progress):
+                logits = self._unit(unit, pairs.texts_of)
+                stage.add(unit, {"logits": logits})
+                results.append((unit, logits.numpy()))
+        logits = torch.from_numpy(np.concatenate(_gather_units("re-ranking", results, self.loader.num_units)))
+        if len(logits) != len(pairs):
+            raise RuntimeError(f"re-ranking gave {len(logits)} logits for {len(pairs)} pairs")
+        located = [logits[pairs.locate(image_ids, torch.arange(titles)[:, None])]]
+        if len(found) > 1:
+            located.append(logits[pairs.locate(torch.arange(images)[:, None], text_ids)])
+        padded = [
+            F.pad(values, (0, candidates.ids.shape[1] - depth), value=float("nan"))
+            for values, candidates in zip(located, found, strict=True)
+        ]
+        return padded, len(done)
+
+    def all_pairs(self, found: list[Candidates], parts: Parts) -> tuple[list[Tensor], int]:
+        """Write the match logits of all pairs, (images, titles) fp32, and give those of the candidates as `candidates`
+        does.
+
+        Every unit of photos is a block of rows of the file, which all processes write into; the parts of this stage
+        only say which blocks are done.
+        """
+        num_images, num_titles = len(self.images), len(self.titles)
+        if is_main():
+            _make_matrix(parts, (num_images, num_titles))
+        barrier()  # collective
+        matrix = np.load(parts.folder / MATRIX, mmap_mode="r+")
+        every_title = torch.arange(num_titles)
+        own = range(rank(), self.loader.num_units, world_size())
+        with parts.stage(
+            f"{MATRIX_STAGE}-{self.batch_tokens}", before_write=matrix.flush, needed=True
+        ) as stage:  # collective
+            todo = [unit for unit in own if unit not in stage]
+            for unit in _bar(todo, len(todo), "scoring all pairs", self.progress):
+                images = slice(self.images.first[unit], self.images.first[unit + 1])
+                matrix[images] = self._unit(unit, lambda _: every_title).view(-1, num_titles).numpy()
+                stage.add(unit, {})
+        _gather_units("scoring all pairs", [(unit, None) for unit in own], self.loader.num_units)  # collective
+        places = [(found[0].ids.numpy(), np.arange(num_titles)[:, None])]
+        places += [(np.arange(num_images)[:, None], candidates.ids.numpy()) for candidates in found[1:]]
+        return [torch.from_numpy(matrix[place]) for place in places], len(own) - len(todo)
+
+    def _unit(self, unit: int, texts_of) -> Tensor:
+        """Match logits of a unit's photos with their titles, photo by photo."""
+        images = range(self.images.first[unit], self.images.first[unit + 1])
+        text_ids = [texts_of(image) for image in images]
+        if not sum(map(len, text_ids)):
+            return torch.empty(0)
+        tokens = self.kept.pop(unit, None)
         if tokens is None:
-            batch = loader.read_unit(unit)
-            if not torch.equal(batch["row"], catalogue.rows[images.start : images.stop]):
+            batch = self.loader.read_unit(unit)
+            if not torch.equal(batch["row"], self.images.rows[images.start : images.stop]):
                 raise RuntimeError(
                     f"unit {unit} gave other rows when it was read again: the data changed during the run"
                 )
-            _, tokens = engine.embed_images(model, batch["pixel_values"], dtype)
-        text_ids = [pairs.texts_of(image) for image in images]
-        logits = engine.rerank(
-            model, tokens, text_ids, catalogue.input_ids, catalogue.attention_mask, batch_tokens, dtype
+            _, tokens = engine.embed_images(self.model, batch["pixel_values"], self.dtype)
+        titles = self.titles
+        return engine.rerank(
+            self.model, tokens, text_ids, titles.input_ids, titles.attention_mask, self.batch_tokens, self.dtype
         )
-        parts.append((unit, _to_numpy(logits)))
-    logits = torch.from_numpy(np.concatenate(_gather_units("re-ranking", parts, loader.num_units)))  # collective
-    if len(logits) != len(pairs):
-        raise RuntimeError(f"re-ranking gave {len(logits)} logits for {len(pairs)} pairs")
-    return logits
 
 
-def _final_order(
-    itc_scores: Tensor, itc_ids: Tensor, itc_ranks: Tensor, logits: Tensor, product_id: Tensor
-) -> Rankings:
-    scores, ids = engine.fuse(itc_scores, itc_ids, logits)
-    return Rankings(
-        ids=ids,
-        scores=scores,
-        ranks=ranks_after_reranking(ids, itc_ranks, product_id, product_id),
-        itc_ids=itc_ids,
-        itc_scores=itc_scores,
-        itc_ranks=itc_ranks,
-    )
-
-
-def _gather_units(name: str, parts: list[tuple[int, object]], num_units: int) -> list:
+def _gather_units(name: str, results: list[tuple[int, object]], num_units: int) -> list:
     """Results of all units in unit order, on all ranks (collective).
 
     Raises:
         RuntimeError: if a unit is missing or came twice.
     """
-    gathered = sorted((part for parts in all_gather_objects(parts) for part in parts), key=lambda part: part[0])
+    gathered = sorted((pair for own in all_gather_objects(results) for pair in own), key=lambda pair: pair[0])
     if [unit for unit, _ in gathered] != list(range(num_units)):
         raise RuntimeError(
             f"{name}: {len(gathered)} results gathered for {num_units} units, some are missing or double"
@@ -345,74 +534,40 @@ def _gather_units(name: str, parts: list[tuple[int, object]], num_units: int) ->
     return [result for _, result in gathered]
 
 
-# --- measuring and writing --------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _metric():
-    # In memory: evaluations that run at the same time on one machine would share the metric's cache file otherwise.
-    return evaluate.load(str(_METRIC), keep_in_memory=True)
-
-
-def _measure(rankings: Rankings, k_rerank: int) -> dict:
-    """One direction of results.json."""
-    numbers = {}
-    for stage, ranks in (("itc", rankings.itc_ranks), ("itm", rankings.ranks)):
-        at = sorted({*RECALL_AT, k_rerank})
-        # every query has its own row as a positive, so a rank is never 0 here; the metric leaves such queries out all
-        # the same
-        summary = _metric().compute(predictions=ranks.tolist(), references=(ranks > 0).long().tolist(), k=at)
-        numbers[stage] = {f"recall@{k}": summary[f"recall@{k}"] for k in RECALL_AT}
-        numbers[stage]["mean_recall"] = float(np.mean(list(numbers[stage].values())))
-        numbers[stage]["median_rank"] = summary["median_rank"]
-        if stage == "itc":
-            ceiling = summary[f"recall@{k_rerank}"]
-    return {**numbers, "itc_recall@k_rerank": ceiling}
-
-
-def format_table(results: dict) -> str:
-    """The results as lines for a terminal; recalls in percent."""
-    lines = [
-        f"{results['model']} on {results['dataset']}, {results['split']}: "
-        f"{results['num_images']} images, {results['num_texts']} titles",
-        "",
-        f"{'':<36}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'mean':>8}{'median rank':>14}",
-    ]
-    for key, direction in (("text_to_image", "text to image"), ("image_to_text", "image to text")):
-        for stage, name in (("itc", "ITC"), ("itm", f"ITM of the {results['k_rerank']} best")):
-            row = results[key][stage]
-            recalls = "".join(f"{100 * row[f'recall@{k}']:8.1f}" for k in RECALL_AT)
-            label = f"{direction}  {name}" if stage == "itc" else f"{'':<{len(direction)}}  {name}"
-            lines.append(f"{label:<36}{recalls}{100 * row['mean_recall']:8.1f}{row['median_rank']:14g}")
-        ceiling = 100 * results[key]["itc_recall@k_rerank"]
-        label = f"ceiling of re-ranking, ITC recall@{results['k_rerank']}: {ceiling:.1f}"
-        lines.append(f"{'':<{len(direction)}}  {label}")
-    run = results["run"]
-    processes = "process" if run["num_processes"] == 1 else "processes"
-    lines += [
-        "",
-        f"mean of the six ITM recalls: {100 * results['mean_recall']:.2f}   "
-        f"({run['seconds']:.1f} s, {run['num_processes']} {processes})",
-    ]
-    return "\n".join(lines)
-
-
-def write_results(evaluation: Evaluation, output_dir: str | Path) -> Path:
-    """Write `results.json`, and `skipped.jsonl` where rows were skipped. Main process only; the files appear whole or
-    not at all."""
-    output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    skipped = output_dir / "skipped.jsonl"
-    if evaluation.skipped:
-        write_json_lines(skipped, evaluation.skipped)
-    else:
-        skipped.unlink(missing_ok=True)  # the list of an earlier run in this folder would be read as this one's
-    path = output_dir / "results.json"
-    write_json(path, evaluation.results)
-    return path
-
-
 # --- around the work --------------------------------------------------------------------------------------------------
+
+
+class _NoParts:
+    """A stage without a folder."""
+
+    def __contains__(self, unit: int) -> bool:
+        return False
+
+    def add(self, unit: int, tensors: dict[str, Tensor], info: Any = None) -> None:
+        pass
+
+    def __enter__(self) -> "_NoParts":
+        return self
+
+    def __exit__(self, *error) -> None:
+        pass
+
+
+def _stage(parts: Parts | None, name: str, **options) -> Stage | _NoParts:
+    return _NoParts() if parts is None else parts.stage(name, **options)
+
+
+def _make_matrix(parts: Parts, shape: tuple[int, int]) -> None:
+    """The file for all match logits, all of its space taken at once; kept if it is there from an earlier start."""
+    file = parts.folder / MATRIX
+    with contextlib.suppress(OSError, ValueError):
+        if np.load(file, mmap_mode="r").shape == shape:
+            return
+    parts.forget(MATRIX_STAGE)  # blocks of a file that is gone
+    np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape).flush()
+    if hasattr(os, "posix_fallocate"):  # writing to a hole of a mapped file on a full disk would end the process
+        with open(file, "r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
 
 
 @contextlib.contextmanager
@@ -445,5 +600,12 @@ def _bar(items: Iterable, total: int, name: str, progress: bool) -> Iterable:
     return tqdm(items, total=total, desc=name, unit="unit", leave=False, disable=not (progress and is_main()))
 
 
-def _to_numpy(value):
-    return value.cpu().numpy() if isinstance(value, Tensor) else value
+__all__ = [
+    "ALL",
+    "DEFAULT_K_RERANK",
+    "check_k_rerank",
+    "evaluate_retrieval",
+    "parse_k_rerank",
+    "retrieve",
+    "seconds_by_depth",
+]

@@ -186,3 +186,50 @@ def summarize_ranks(ranks: np.ndarray, k: Sequence[int] = RECALL_AT) -> dict[str
 def _with_positive(ranks: np.ndarray) -> np.ndarray:
     ranks = np.asarray(ranks)
     return ranks[ranks > 0]
+
+
+# --- intervals --------------------------------------------------------------------------------------------------------
+
+RESAMPLES = 1000
+_LEVEL = (2.5, 97.5)
+
+
+def bootstrap_means(
+    values: np.ndarray, product_id: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
+) -> np.ndarray:
+    """Means over queries in bootstrap resamples (Efron 1979).
+
+    Products are drawn with replacement, each with all its queries: titles of one product share their right answers, and
+    drawn one by one they would make the interval too narrow. The draw depends on the set of products, the seed and
+    `resamples` alone, so that means of the same products belong together: their differences are paired.
+
+    Args:
+        values: (Q, M), M numbers of every query, for instance hits of recall@1, 5 and 10.
+        product_id: (Q,) int64.
+
+    Returns:
+        (resamples, M) fp64.
+
+    Raises:
+        ValueError: no query.
+    """
+    if not len(values):
+        raise ValueError("a bootstrap needs at least one query")
+    _, product, count = np.unique(product_id, return_inverse=True, return_counts=True)
+    sums = np.stack([np.bincount(product, weights=column) for column in np.asarray(values, np.float64).T], axis=1)
+    generator = np.random.default_rng(seed)
+    means = np.empty((resamples, sums.shape[1]))
+    for row in means:
+        drawn = np.bincount(generator.integers(len(count), size=len(count)), minlength=len(count))
+        row[:] = drawn @ sums / (drawn @ count)
+    return means
+
+
+def interval(means: np.ndarray) -> list[float]:
+    """The 95 % percentile interval [low, high] of (resamples,) bootstrap means."""
+    return [float(value) for value in np.percentile(means, _LEVEL)]
+
+
+def hits(ranks: np.ndarray, k: Sequence[int] = RECALL_AT) -> np.ndarray:
+    """(Q, len(k)) fp64: 1 where the rank is at most k."""
+    return (np.asarray(ranks)[:, None] <= np.asarray(k)).astype(np.float64)

@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 
 from aliblip.arguments import UsageError
 from aliblip.distributed import all_gather_objects, is_main, rank, reduce_sum
-from aliblip.evaluation import format_table
 from aliblip.files import write_json, write_json_lines
+from aliblip.results import format_table
 
 # What a head scores that always answers the prior, one match in three pairs.
 ITM_PRIOR_LOSS = -(math.log(1 / 3) + 2 * math.log(2 / 3)) / 3

@@ -13,10 +13,12 @@ from transformers import BertTokenizer, BlipImageProcessorPil
 
 import evaluate_retrieval as script
 from aliblip import evaluation
+from aliblip import results as numbers
 from aliblip.arguments import UsageError, main_with_usage_errors
 from aliblip.data.collate import Collator
 from aliblip.data.loader import EvalLoader
 from aliblip.data.sources import open_source
+from aliblip.parts import Parts
 from aliblip.report import Hit, SheetRow, contact_sheet
 from configuration_aliblip import AliBlipConfig
 from modeling_aliblip import AliBlipForImageTextRetrieval
@@ -28,6 +30,7 @@ ROWS = 29
 BROKEN, UNTITLED = 11, 20
 K = 6
 UNIT = 4
+RECALLS = ("recall@1", "recall@5", "recall@10")
 TOO_MANY = "k_rerank is 1000, but the gallery has 29 items: give a number from 1 to 29, or leave it out"
 
 
@@ -95,9 +98,11 @@ def loader(catalogue, processor):
     return EvalLoader(source, Collator(processor), unit_size=UNIT, rank=0, world_size=1)
 
 
-def evaluate(model, loader, **options):
-    names = {"model_name": "m", "dataset_name": "d", "split": "validation"}
-    return evaluation.run_evaluation(model, loader, **{**names, "k_rerank": K, **options})
+NAMES = {"model_name": "m", "dataset_name": "d", "split": "validation"}
+
+
+def retrieve(model, loader, **options):
+    return evaluation.retrieve(model, loader, **{"k_rerank": K, **options})
 
 
 def without_run(results):
@@ -105,7 +110,7 @@ def without_run(results):
 
 
 @torch.no_grad()
-def slow_results(model, processor, catalogue):
+def slow_results(model, processor, catalogue, k=K):
     """Every pair through the plain forward, full sorts, counting by hand."""
     lines = [json.loads(line) for line in (catalogue / "validation" / "metadata.jsonl").read_text().splitlines()]
     lines = [line for row, line in enumerate(lines) if row not in (BROKEN, UNTITLED)]
@@ -125,7 +130,7 @@ def slow_results(model, processor, catalogue):
         ranks = []
         for query, ranking in enumerate(rankings):
             ranks.append(next(place for place, item in enumerate(ranking, 1) if products[item] == products[query]))
-        result = {f"recall@{k}": sum(rank <= k for rank in ranks) / len(ranks) for k in (1, 5, 10)}
+        result = {f"recall@{at}": sum(rank <= at for rank in ranks) / len(ranks) for at in (1, 5, 10)}
         return {**result, "mean_recall": sum(result.values()) / 3, "median_rank": float(np.median(ranks))}, ranks
 
     expected, all_rankings = {}, {}
@@ -133,86 +138,139 @@ def slow_results(model, processor, catalogue):
         rankings = [sorted(range(len(row)), key=lambda item: (-row[item], item)) for row in first]
         final = []
         for query, ranking in enumerate(rankings):
-            final.append(sorted(ranking[:K], key=lambda item: (-second[query, item], item)) + ranking[K:])
+            final.append(sorted(ranking[:k], key=lambda item: (-second[query, item], item)) + ranking[k:])
         itc_numbers, ranks = measured(rankings)
         expected[direction] = {
             "itc": itc_numbers,
             "itm": measured(final)[0],
-            "itc_recall@k_rerank": sum(rank <= K for rank in ranks) / len(ranks),
+            "itc_recall@k_rerank": sum(rank <= k for rank in ranks) / len(ranks),
         }
-        all_rankings[direction] = [ranking[:K] for ranking in final]
+        all_rankings[direction] = [ranking[:k] for ranking in final]
     return expected, all_rankings
 
 
 def test_results_equal_every_pair_scored_one_by_one(model, processor, catalogue, loader):
     expected, rankings = slow_results(model, processor, catalogue)
-    evaluated = evaluate(model, loader)
-    results = evaluated.results
+    found = retrieve(model, loader, k_rerank=(3, K))
+    results = numbers.measure(found, **NAMES)
     assert list(results) == [
-        *("model", "dataset", "split", "num_images", "num_texts", "k_rerank"),
+        *("model", "dataset", "split", "num_images", "num_texts", "k_rerank", "score", "fusion_weight"),
         *("text_to_image", "image_to_text", "mean_recall", "run"),
     ]
     assert (results["num_images"], results["num_texts"], results["k_rerank"]) == (ROWS - 2, ROWS - 2, K)
+    less, _ = slow_results(model, processor, catalogue, k=3)
     for direction in ("text_to_image", "image_to_text"):
-        assert getattr(evaluated, direction).ids.tolist() == rankings[direction]
+        of_direction = getattr(found, direction)
+        assert of_direction.rankings.ids.tolist() == rankings[direction]
         for stage in ("itc", "itm"):
             assert results[direction][stage] == pytest.approx(expected[direction][stage])
-            assert list(results[direction][stage]) == [
-                "recall@1",
-                "recall@5",
-                "recall@10",
-                "mean_recall",
-                "median_rank",
-            ]
+            assert list(results[direction][stage]) == [*RECALLS, "mean_recall", "median_rank"]
         assert results[direction]["itc_recall@k_rerank"] == pytest.approx(expected[direction]["itc_recall@k_rerank"])
-        assert list(results[direction]) == ["itc", "itm", "itc_recall@k_rerank"]
+        for row, of_depth in zip(results[direction]["by_k"], (less, expected), strict=True):
+            slow = of_depth[direction]
+            assert {key: row[key] for key in RECALLS} == pytest.approx({key: slow["itm"][key] for key in RECALLS})
+            assert row["ceiling"] == pytest.approx(slow["itc_recall@k_rerank"])
+            assert row["gain"] == pytest.approx(slow["itm"]["mean_recall"] - slow["itc"]["mean_recall"])
+        assert (results[direction]["num_queries"], results[direction]["num_queries_without_positive"]) == (ROWS - 2, 0)
         # the example can tell the stages apart
-        assert not torch.equal(getattr(evaluated, direction).ids, getattr(evaluated, direction).itc_ids)
+        assert not torch.equal(of_direction.rankings.ids, of_direction.candidates.ids)
+    assert less != expected, "the example can tell the depths apart"
     assert results["text_to_image"] != results["image_to_text"]
     six = [expected[d]["itm"][f"recall@{k}"] for d in expected for k in (1, 5, 10)]
     assert results["mean_recall"] == pytest.approx(sum(six) / 6)
-    assert set(results["run"]) == {"num_processes", "seconds", "versions"}
+    assert set(results["run"]) == {"num_processes", "seconds", "seconds_by_stage", "versions"}
     assert results["run"]["num_processes"] == 1 and results["run"]["seconds"] > 0
+    assert set(evaluation.seconds_by_depth(model.config, found)) == {3, K}
+
+
+def test_all_pairs_equal_every_pair_scored_one_by_one(model, processor, catalogue, loader, tmp_path):
+    everything = ROWS - 2
+    expected, rankings = slow_results(model, processor, catalogue, k=everything)
+    parts = Parts(tmp_path / "parts", {"model": "m"})
+    found = retrieve(model, loader, k_rerank=(K, "all"), parts=parts, gallery_chunk=10)
+    assert found.depths == [K, everything]
+    results = numbers.measure(found, **NAMES)
+    six, _ = slow_results(model, processor, catalogue)
+    for direction in ("text_to_image", "image_to_text"):
+        order = getattr(found, direction).rankings
+        assert order.ids.tolist() == rankings[direction]
+        assert results[direction]["itm"] == pytest.approx(expected[direction]["itm"])
+        assert results[direction]["by_k"][0]["mean_recall"] == pytest.approx(six[direction]["itm"]["mean_recall"])
+        torch.testing.assert_close(order.scores, order.itc + order.itm_logits)
+    # the same by candidates, and the file holds every logit
+    by_candidates = retrieve(model, loader, k_rerank=everything)
+    assert by_candidates.text_to_image.rankings.ids.tolist() == rankings["text_to_image"]
+    paths = numbers.write_results(tmp_path / "out", found, results)
+    assert [path.name for path in paths if path.suffix == ".npy"] == ["itm_logits.npy"]
+    logits = torch.from_numpy(np.load(tmp_path / "out" / "itm_logits.npy"))
+    assert logits.shape == (everything, everything)
+    order = by_candidates.text_to_image.rankings
+    expected_logits = torch.empty_like(logits).scatter_(0, order.ids.T, order.itm_logits.T)
+    torch.testing.assert_close(logits, expected_logits, atol=1e-4, rtol=0)
+
+
+def test_scores_by_itm_alone_and_by_itc_alone(model, loader):
+    fused, itm, itc = (retrieve(model, loader, score=score) for score in ("fused", "itm", "itc"))
+    candidates = fused.text_to_image.candidates
+    order = itm.text_to_image.rankings
+    assert torch.equal(order.scores, candidates.itm_logits.sort(dim=1, descending=True).values)
+    assert torch.equal(itc.text_to_image.rankings.ids, candidates.ids)
+    assert itc.text_to_image.rankings.itm_logits is None and "rerank" not in itc.seconds
+    results = numbers.measure(itc, **NAMES)
+    assert "itm" not in results["text_to_image"] and "mean of the six ITC recalls" in numbers.format_table(results)
+    weighed = retrieve(model, loader, fusion_weight=3.0).text_to_image.rankings
+    torch.testing.assert_close(weighed.scores, weighed.itm_logits + 3 * weighed.itc)
+
+
+def test_more_items_are_listed_than_are_reranked(model, loader):
+    found, usual = retrieve(model, loader, list_at_least=10), retrieve(model, loader)
+    order, candidates = found.text_to_image.rankings, found.text_to_image.candidates
+    assert torch.equal(order.ids[:, :K], usual.text_to_image.rankings.ids)
+    assert torch.equal(order.ids[:, K:], candidates.ids[:, K:]) and order.ids.shape[1] == 10
+    assert order.itm_logits[:, K:].isnan().all() and not order.itm_logits[:, :K].isnan().any()
+    assert torch.equal(order.ranks, usual.text_to_image.rankings.ranks)
 
 
 def test_unusable_rows_are_left_out_and_listed(model, loader, tmp_path):
-    evaluated = evaluate(model, loader)
-    assert [row["row"] for row in evaluated.skipped] == [BROKEN, UNTITLED]
-    assert evaluated.rows.tolist() == [row for row in range(ROWS) if row not in (BROKEN, UNTITLED)]
-    path = evaluation.write_results(evaluated, tmp_path / "new")
-    assert json.loads(path.read_text()) == evaluated.results
+    found = retrieve(model, loader)
+    results = numbers.measure(found, **NAMES)
+    assert [row["row"] for row in found.skipped] == [BROKEN, UNTITLED]
+    assert found.images.rows.tolist() == [row for row in range(ROWS) if row not in (BROKEN, UNTITLED)]
+    path, *_ = numbers.write_results(tmp_path / "new", found, results)
+    assert json.loads(path.read_text()) == results
     listed = [json.loads(line) for line in (tmp_path / "new" / "skipped.jsonl").read_text().splitlines()]
-    assert listed == evaluated.skipped and listed[0]["name"] == f"{BROKEN:02}.png"
-    evaluated.skipped = []
-    evaluation.write_results(evaluated, tmp_path / "new")
-    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == ["results.json"]
+    assert listed == found.skipped and listed[0]["name"] == f"{BROKEN:02}.png"
+    found.images.skipped.clear()
+    numbers.write_results(tmp_path / "new", found, results)
+    assert not (tmp_path / "new" / "skipped.jsonl").exists()
 
 
 @pytest.mark.parametrize("memory_gb", [0.0, 3e-6])
 def test_image_tokens_encoded_again_change_nothing(model, loader, memory_gb, caplog):
     with caplog.at_level("INFO", logger="aliblip"):
-        evaluated = evaluate(model, loader, image_token_memory_gb=memory_gb)
+        evaluated = retrieve(model, loader, image_token_memory_gb=memory_gb)
     assert "encoded again" in caplog.text
-    expected = evaluate(model, loader)
-    assert without_run(evaluated.results) == without_run(expected.results)
+    expected = retrieve(model, loader)
     for direction in ("text_to_image", "image_to_text"):
-        assert torch.equal(getattr(evaluated, direction).scores, getattr(expected, direction).scores)
+        got, wanted = getattr(evaluated, direction).rankings, getattr(expected, direction).rankings
+        assert torch.equal(got.ids, wanted.ids) and torch.equal(got.scores, wanted.scores)
 
 
 def test_chunks_and_token_budgets_change_scores_by_rounding_only(model, loader):
-    expected = evaluate(model, loader)
+    expected = retrieve(model, loader)
     for options in ({"gallery_chunk": 5}, {"rerank_batch_tokens": 12}):
-        evaluated = evaluate(model, loader, **options)
+        evaluated = retrieve(model, loader, **options)
         for direction in ("text_to_image", "image_to_text"):
-            got, wanted = getattr(evaluated, direction), getattr(expected, direction)
+            got, wanted = getattr(evaluated, direction).rankings, getattr(expected, direction).rankings
             torch.testing.assert_close(got.scores, wanted.scores, atol=1e-4, rtol=0)
-            torch.testing.assert_close(got.itc_scores, wanted.itc_scores, atol=1e-5, rtol=0)
+            torch.testing.assert_close(got.itc, wanted.itc, atol=1e-5, rtol=0)
 
 
 def test_bf16_stays_near(model, loader):
-    full, half = evaluate(model, loader), evaluate(model, loader, dtype=torch.bfloat16)
-    assert half.text_to_image.scores.dtype == torch.float32
-    torch.testing.assert_close(half.text_to_image.itc_scores, full.text_to_image.itc_scores, atol=0.03, rtol=0)
+    full, half = retrieve(model, loader), retrieve(model, loader, dtype=torch.bfloat16)
+    half, full = half.text_to_image, full.text_to_image
+    assert half.rankings.scores.dtype == torch.float32
+    torch.testing.assert_close(half.candidates.itc, full.candidates.itc, atol=0.03, rtol=0)
 
 
 def test_the_default_k_is_capped_to_the_gallery_and_said(model, loader, caplog):
@@ -232,7 +290,7 @@ def test_training_state_is_left_alone(model, loader):
     torch.manual_seed(5)
     random.seed(5)
     np.random.seed(5)
-    evaluate(model, loader)
+    retrieve(model, loader)
     drawn = torch.rand(1).item(), random.random(), np.random.rand()
     torch.manual_seed(5)
     random.seed(5)
@@ -293,7 +351,7 @@ def test_script_on_one_two_and_three_processes_gives_the_same_bytes(model_folder
     ("more", "message"),
     [
         (("--k_rerank", "1000"), TOO_MANY),
-        (("--k_rerank", "0"), "--k_rerank is 0: it must be at least 1"),
+        (("--k_rerank", "0"), "--k_rerank is 0: give a number of at least 1"),
         (("--model_name_or_path", "./nowhere"), "the model folder ./nowhere does not exist"),
         (("--data_dir", "./nowhere"), "nowhere"),
         (("--split_name", "test"), "test"),
@@ -340,7 +398,7 @@ def test_no_usable_row_is_said(model, model_folder, processor, tmp_path, monkeyp
     (tmp_path / "validation" / "metadata.jsonl").write_text('{"file_name": "a.png", "caption": "red cap"}\n')
     source = open_source(data_dir=str(tmp_path), split="validation")
     with pytest.raises(ValueError, match="none of the 1 rows is usable; the first: row 0, the image file is empty"):
-        evaluate(model, EvalLoader(source, Collator(processor), unit_size=4, rank=0, world_size=1), k_rerank=None)
+        retrieve(model, EvalLoader(source, Collator(processor), unit_size=4, rank=0, world_size=1), k_rerank=None)
     more = flags(model_folder, tmp_path, tmp_path / "out", "--k_rerank", "1")
     monkeypatch.setattr(sys, "argv", ["evaluate_retrieval.py", *map(str, more)])
     with pytest.raises(UsageError, match="is usable"):

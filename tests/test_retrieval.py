@@ -245,12 +245,12 @@ def test_both_stages_rank_as_the_plain_forward_of_every_pair():
     of_images, of_texts = torch.arange(images)[:, None], torch.arange(texts)[:, None]
     for found, stage_1, expected in (
         (
-            engine.fuse(text_scores, text_ids, logits[pairs.locate(of_images, text_ids)]),
+            engine.order_by_score(engine.fuse(text_scores, logits[pairs.locate(of_images, text_ids)]), text_ids),
             slow_search(image_embeds, text_embeds, k)[1],
             plain + itc,
         ),
         (
-            engine.fuse(image_scores, image_ids, logits[pairs.locate(image_ids, of_texts)]),
+            engine.order_by_score(engine.fuse(image_scores, logits[pairs.locate(image_ids, of_texts)]), image_ids),
             slow_search(text_embeds, image_embeds, 3)[1],
             (plain + itc).t(),
         ),
@@ -304,9 +304,10 @@ def test_fused_order_is_the_sum_with_ties_to_the_lower_id():
     itc = torch.tensor([[0.75, 0.5, 0.5, 0.25]])
     ids = torch.tensor([[8, 2, 6, 1]])
     itm = torch.tensor([[0.0, 0.25, 0.25, 1.0]])
-    scores, order = engine.fuse(itc, ids, itm)
+    scores, order = engine.order_by_score(engine.fuse(itc, itm), ids)
     assert order.tolist() == [[1, 2, 6, 8]]
     assert scores.tolist() == [[1.25, 0.75, 0.75, 0.75]]
+    assert engine.fuse(itc, itm, 2.0).tolist() == [[1.5, 1.25, 1.25, 1.5]]
 
 
 # --- memory and work --------------------------------------------------------------------------------------------------
@@ -371,3 +372,8 @@ def test_memory_plan_chooses_the_size_of_a_pass_by_the_memory():
         engine.memory_plan(config, 9, 9, 3, longest_title=20, device_memory=image_kv + 19 * per_token)
     with pytest.raises(ValueError, match="0 images, 9 titles and k = 3 given"):
         engine.memory_plan(config, 0, 9, 3)
+    alone, both = (engine.memory_plan(config, 9, 30, 3, both_directions=both) for both in (False, True))
+    assert (alone.max_pairs, both.max_pairs) == (90, 90 + 27) and alone.search_flops * 2 == both.search_flops
+    nothing = engine.memory_plan(config, 9, 30, 0)
+    assert nothing.rerank_flops == 0 and "none re-ranked" in str(nothing)
+    assert "every pair scored" in str(engine.memory_plan(config, 9, 30, 9))

@@ -36,6 +36,9 @@ class Collator:
         augment: `augment(image, rng) -> image` before the processor, or None.
         seed: of the augmentation.
         max_length: longest title in tokens; None leaves it to the processor.
+        sides: "both", or what alone is looked at of a row: "images" or "titles". The other side's tensors are absent.
+        describe: whether batches that are not filled also hold what people read: `name`, `text` and `others`, lists of
+            B values of `Row`.
     """
 
     def __init__(
@@ -44,11 +47,15 @@ class Collator:
         augment: Callable[..., Any] | None = None,
         seed: int = 0,
         max_length: int | None = None,
+        sides: str = "both",
+        describe: bool = False,
     ):
         self.processor = processor
         self.augment = augment
         self.seed = seed
         self.max_length = max_length
+        self.sides = sides
+        self.describe = describe
 
     def __call__(
         self, rows: Sequence[Row], epoch: int = 0, fill: bool = True, spares: Iterable[Row] = ()
@@ -91,47 +98,55 @@ class Collator:
         if places != list(range(len(examples))):
             batch = {key: value[index] for key, value in batch.items()}
         batch["skipped"] = skipped
+        if self.describe and not fill:
+            batch["name"] = [_printable(rows[index].name) for index in usable]
+            batch["text"] = [example.text for example in examples]
+            batch["others"] = [rows[index].others for index in usable]
         return batch
 
     def _example(self, row: Row, epoch: int, skipped: list[dict[str, Any]]) -> Example | None:
         try:
-            example = decode(row)
+            example = decode(row, self.sides)
         except UnusableRow as error:
-            # A name may hold half a surrogate pair, which neither a file nor a terminal takes.
-            name = row.name.encode("utf-8", "backslashreplace").decode("utf-8")
-            skipped.append({"row": row.row, "name": name, "reason": str(error)})
+            skipped.append({"row": row.row, "name": _printable(row.name), "reason": str(error)})
             return None
         if self.augment is not None:
             example.image = self.augment(example.image, sample_rng(self.seed, epoch, row.row))
         return example
 
     def _process(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        if not examples:
+        batch: dict[str, torch.Tensor] = {}
+        images, titles = self.sides != "titles", self.sides != "images"
+        if examples:
+            options: dict[str, Any] = {"padding": True, "truncation": True} if titles else {}
+            if titles and self.max_length is not None:  # otherwise the processor's own longest title holds
+                options["max_length"] = self.max_length
+            encoded = self.processor(
+                images=[example.image for example in examples] if images else None,
+                text=[example.text for example in examples] if titles else None,
+                return_tensors="pt",
+                **options,
+            )
+        else:
             size = self.processor.image_processor.size
-            return {
+            encoded = {
                 "pixel_values": torch.zeros(0, 3, size["height"], size["width"]),
-                "input_ids": torch.zeros(0, 1, dtype=torch.int64),
-                "attention_mask": torch.zeros(0, 1, dtype=torch.int64),
-                "product_id": torch.zeros(0, dtype=torch.int64),
-                "row": torch.zeros(0, dtype=torch.int64),
+                "input_ids": torch.zeros(0, 1),
+                "attention_mask": torch.zeros(0, 1),
             }
-        # Left out where not set, so that the processor's own longest title holds.
-        length = {} if self.max_length is None else {"max_length": self.max_length}
-        encoded = self.processor(
-            images=[example.image for example in examples],
-            text=[example.text for example in examples],
-            return_tensors="pt",
-            padding=True,
-            truncation=True,
-            **length,
-        )
-        return {
-            "pixel_values": encoded["pixel_values"].to(torch.float32),
-            "input_ids": encoded["input_ids"].to(torch.int64),
-            "attention_mask": encoded["attention_mask"].to(torch.int64),
-            "product_id": torch.tensor([example.product_id for example in examples], dtype=torch.int64),
-            "row": torch.tensor([example.row for example in examples], dtype=torch.int64),
-        }
+        if images:
+            batch["pixel_values"] = encoded["pixel_values"].to(torch.float32)
+        if titles:
+            batch["input_ids"] = encoded["input_ids"].to(torch.int64)
+            batch["attention_mask"] = encoded["attention_mask"].to(torch.int64)
+        batch["product_id"] = torch.tensor([example.product_id for example in examples], dtype=torch.int64)
+        batch["row"] = torch.tensor([example.row for example in examples], dtype=torch.int64)
+        return batch
+
+
+def _printable(name: str) -> str:
+    # A name may hold half a surrogate pair, which neither a file nor a terminal takes.
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _next_usable(size: int, usable: Sequence[int]) -> list[int]:

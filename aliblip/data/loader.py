@@ -269,7 +269,10 @@ class EvalLoader:
         return len(range(self.rank, self.num_units, self.world_size))
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        units = range(self.rank, self.num_units, self.world_size)
+        return self.units(range(self.rank, self.num_units, self.world_size))
+
+    def units(self, units: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(unit, batch) of chosen units, in their order, whoever they belong to."""
         with closing(_deliver(_EvalPart(self, units), min(self.num_workers, len(units)))) as delivered:
             yield from delivered
 

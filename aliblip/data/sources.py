@@ -30,7 +30,7 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 from urllib.parse import urlsplit
@@ -109,7 +109,8 @@ class Row:
     """One undecoded row.
 
     `row` is its number in the source, `image` bytes, a path or a PIL image, `text` the stored value, `product_id` an
-    int64, `name` the file name or key for reports, `problem` the reason why the row could not be read, if so.
+    int64, `name` the file name or key for reports, `problem` the reason why the row could not be read, if so, `others`
+    the values of further columns that were asked for.
     """
 
     row: int
@@ -118,14 +119,16 @@ class Row:
     product_id: int
     name: str
     problem: str | None = None
+    others: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class Example:
-    """A decoded row: `image` PIL RGB, `text` str, `product_id` int64, `row` the number in the source."""
+    """A decoded row: `image` PIL RGB, `text` str, `product_id` int64, `row` the number in the source. The side that was
+    not asked for is None."""
 
-    image: Image.Image
-    text: str
+    image: Image.Image | None
+    text: str | None
     product_id: int
     row: int
 
@@ -133,18 +136,23 @@ class Example:
 # ------------------------------------------------------------------------------------------------------ decoding
 
 
-def decode(row: Row) -> Example:
+def decode(row: Row, sides: str = "both") -> Example:
     """Decode one row: the photo as a person sees it, and its title.
 
     EXIF orientation and colour profile are applied, transparency lies over white, an animation is its first picture.
+
+    Args:
+        row: from a source.
+        sides: "both", or only the "images" or the "titles".
 
     Raises:
         UnusableRow: with a plain reason; no other exception leaves this function, whatever the bytes are.
     """
     if row.problem is not None:
         raise UnusableRow(row.problem)
-    text = _clean_title(row.text)  # first, since it costs nothing
-    return Example(_decode_image(row.image), text, row.product_id, row.row)
+    text = _clean_title(row.text) if sides != "images" else None  # first, since it costs nothing
+    image = _decode_image(row.image) if sides != "titles" else None
+    return Example(image, text, row.product_id, row.row)
 
 
 def _clean_title(value: Any) -> str:
@@ -389,9 +397,24 @@ def _hash64(data: bytes) -> int:
 
 @dataclass(frozen=True)
 class _Columns:
-    image: str
-    caption: str
+    image: str | None
+    caption: str | None
     product_id: str | None
+    others: tuple[str, ...] = ()
+
+    def all(self) -> list[str]:
+        return [key for key in dict.fromkeys((self.image, self.caption, self.product_id, *self.others)) if key]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the user asked for, and which sides a row must have: "both", "images" or "titles"."""
+
+    image: str | None
+    caption: str | None
+    product_id: str | None
+    others: tuple[str, ...]
+    sides: str
 
 
 class Source:
@@ -405,11 +428,13 @@ class Source:
         shards: list of `Shard`, in a fixed order.
         files: list of `DataFile` that the rows come from; photos that a file only names are none.
         folder: the local folder that was opened, if one was.
+        sides: what its rows have: "both", or only "images" or "titles".
         random_access: whether rows can be read in any order at no cost (folders), rather than shard by shard.
     """
 
     random_access = False
     folder: str | None = None
+    sides = "both"
 
     def __init__(
         self,
@@ -433,7 +458,7 @@ class Source:
         self.files = list(files)
         self.num_rows = first_row
         if not first_row:
-            raise ValueError(f"{name} has no rows in split '{split}': give data with at least one photo and title")
+            raise ValueError(f"{name} has no rows in split '{split}': give data with at least one row")
 
     def manifest(self) -> dict[str, Any]:
         """What the rows come from, as JSON can hold it: to be kept beside a run, and compared when it goes on.
@@ -448,7 +473,7 @@ class Source:
         return {
             "name": self.name,
             "split": self.split,
-            "columns": asdict(self.selected),
+            "columns": {role: getattr(self.selected, role) for role in ("image", "caption", "product_id")},
             "rows": self.num_rows,
             "files": [
                 {"file": name, "rows": file.rows, "size": file.size, "digest": file.digest}
@@ -487,7 +512,8 @@ class Source:
     ) -> Row:
         key = self.selected.product_id
         product_id = number if key is None else product_id_of(fields.get(key), number)
-        return Row(number, image, text, product_id, name or f"row {number}", problem)
+        others = {column: fields.get(column) for column in self.selected.others}
+        return Row(number, image, text, product_id, name or f"row {number}", problem, others)
 
 
 @dataclass(frozen=True)
@@ -654,7 +680,7 @@ class TarSource(Source):
         return TAR_IMAGE_FIELDS if self.selected.image == "image" else (self.selected.image,)
 
     def _is_wanted(self, field: str) -> bool:
-        wanted = (*self._image_keys(), self.selected.caption, self.selected.product_id)
+        wanted = (*self._image_keys(), self.selected.caption, self.selected.product_id, *self.selected.others)
         return field in wanted or field == "json"
 
 
@@ -707,6 +733,8 @@ class RecordSource(Source):
         table = self._tables[table_index]
         for position, record in enumerate(table.read(first + start, first + stop), start=start):
             number = shard.first_row + position
+            if isinstance(record, str) and self.selected.image is None:
+                record = {self.selected.caption: record}  # a list of bare titles
             if not isinstance(record, dict):
                 yield self._row(number, None, None, {}, None, "the metadata record is not a JSON object")
                 continue
@@ -759,11 +787,13 @@ class _Records:
                     io.BytesIO(told(stream.read())), encoding="utf-8-sig", errors="replace", newline=""
                 )
                 # An empty CSV cell is the only way to write a null.
-                rows = ({key: value or None for key, value in row.items()} for row in csv.DictReader(text))
-                lines = [json.dumps(row, default=str).encode() for row in rows]
-                ends = np.cumsum([len(line) for line in lines], dtype=np.int64)
-                spans = np.stack([ends - [len(line) for line in lines], ends], axis=1) if lines else _no_spans()
-                data = b"".join(lines)
+                spans, data = _spans_of_values(
+                    {key: value or None for key, value in row.items()} for row in csv.DictReader(text)
+                )
+            elif _extension(file) == ".txt":
+                # A title a line; an empty line is an unusable row, so that line n stays row n.
+                text = told(stream.read()).decode("utf-8-sig", "replace")
+                spans, data = _spans_of_values(text.splitlines())
             else:
                 head = stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
                 stream.seek(0)
@@ -776,6 +806,14 @@ class _Records:
 
 def _no_spans() -> np.ndarray:
     return np.zeros((0, 2), dtype=np.int64)
+
+
+def _spans_of_values(values: Iterable[Any]) -> tuple[np.ndarray, bytes]:
+    """Values as JSON, one after the other, and where each begins and ends."""
+    lines = [json.dumps(value, default=str).encode() for value in values]
+    sizes = np.array([len(line) for line in lines], dtype=np.int64)
+    ends = np.cumsum(sizes, dtype=np.int64)
+    return (np.stack([ends - sizes, ends], axis=1) if lines else _no_spans()), b"".join(lines)
 
 
 def _spans_of_lines(lines: Iterable[bytes]) -> np.ndarray:
@@ -839,6 +877,9 @@ def open_source(
     image_column: str | None = None,
     caption_column: str | None = None,
     product_id_column: str | None = None,
+    sides: str = "both",
+    other_columns: Sequence[str] = (),
+    any_split: bool = False,
     cache_dir: str | None = None,
     index_dir: str | None = None,
 ) -> Source:
@@ -862,6 +903,10 @@ def open_source(
         image_column: default "image" ("product", "image" or "file_name" in a JSON list).
         caption_column: default "caption", then "text".
         product_id_column: default "product_id" if there is such a column, otherwise every row is a product of its own.
+        sides: what a row must have, "both", or only the "images" (a plain folder of photos will do then, in the order
+            of their names) or only the "titles" (a text file with a title a line, or a JSON list of strings will do).
+        other_columns: further columns to read, for `Row.others`.
+        any_split: take the only split there is, if it is not the one that was named.
         cache_dir: cache of `datasets`.
         index_dir: folder to keep where the samples of tars lie, so that no later run or other process of this machine
             has to scan them; default: they are scanned each time.
@@ -869,12 +914,16 @@ def open_source(
     Raises:
         ValueError: in one line, what was given, what is there, and what to do.
     """
-    name, kind, files, folder_of_list = _resolve(
-        dataset_name, dataset_config_name, data_dir, data_files, split, cache_dir
+    asked = _Asked(image_column, caption_column, product_id_column, tuple(other_columns), sides)
+    if sides == "images" and data_dir is not None and dataset_name is None and _is_folder_of_photos(data_dir):
+        return _open_photos(data_dir, asked)
+    name, kind, files, folder_of_list, split = _resolve(
+        dataset_name, dataset_config_name, data_dir, data_files, split, any_split, cache_dir
     )
     if image_dir is not None and "://" not in image_dir and not os.path.isdir(image_dir):
         raise ValueError(f"the image folder '{image_dir}' does not exist: give an existing folder as --image_dir")
-    asked = (image_column, caption_column, product_id_column)
+    if kind == "text" and sides != "titles":
+        raise ValueError(f"{name} holds titles only: a text file can be searched for, but has no photos")
     try:
         if kind == "parquet":
             source = _open_parquet(name, split, files, asked, image_dir, cache_dir)
@@ -882,7 +931,7 @@ def open_source(
             source = _open_tars(name, split, files, asked, index_dir)
         elif kind == "imagefolder":
             source = _open_folder(name, split, files, asked)
-        elif kind in ("json", "csv"):
+        elif kind in ("json", "csv", "text"):
             source = _open_list(name, split, files, asked, image_dir or folder_of_list)
         else:
             raise ValueError(
@@ -895,6 +944,7 @@ def open_source(
         raise ValueError(f"{name} can't be read: {_one_line(error)}") from None
     opened = dataset_name or data_dir
     source.folder = opened if opened is not None and os.path.isdir(opened) else None
+    source.sides = sides
     return source
 
 
@@ -907,7 +957,7 @@ def require_usable_row(source: Source, tries: int = 1000) -> None:
     reasons, tried = [], 0
     for row in source.read_range(0, min(tries, source.num_rows)):
         try:
-            decode(row)
+            decode(row, source.sides)
             return
         except UnusableRow as error:
             tried += 1
@@ -923,11 +973,21 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-_KIND_OF_EXTENSION = {".parquet": "parquet", ".tar": "webdataset", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+_KIND_OF_EXTENSION = {
+    ".parquet": "parquet",
+    ".tar": "webdataset",
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".txt": "text",
+}
 
 
-def _resolve(dataset_name, config, data_dir, data_files, split, cache_dir) -> tuple[str, str, list[str], str]:
-    """Name for messages, kind, the files of the split as `datasets` resolves them, and the folder of the first one."""
+def _resolve(
+    dataset_name, config, data_dir, data_files, split, any_split, cache_dir
+) -> tuple[str, str, list[str], str, str]:
+    """Name for messages, kind, the files of the split as `datasets` resolves them, the folder of the first one, and the
+    split."""
     from datasets import load_dataset_builder
 
     if data_files is not None:
@@ -947,7 +1007,7 @@ def _resolve(dataset_name, config, data_dir, data_files, split, cache_dir) -> tu
     given = _as_list(data_files[split]) if data_files is not None else [data_dir or ""]
     if dataset_name is None and data_files is not None and all(map(_is_plain_address, given)):
         # Nothing to resolve; and fsspec, asked whether a file is there, says no to any failure over HTTP.
-        return name, kind, given, posixpath.dirname(given[0])
+        return name, kind, given, posixpath.dirname(given[0]), split
     options: dict[str, Any] = {"data_dir": data_dir, "data_files": data_files, "cache_dir": cache_dir}
     if dataset_name is not None:
         loader, options["name"] = dataset_name, config
@@ -963,6 +1023,8 @@ def _resolve(dataset_name, config, data_dir, data_files, split, cache_dir) -> tu
         raise ValueError(f"{name} can't be opened: {_one_line(error)}") from None
     resolved = builder.config.data_files or {}
     splits = {str(key): files for key, files in resolved.items()}
+    if any_split and split not in splits and len(splits) == 1:
+        (split,) = splits
     if split not in splits:
         raise ValueError(f"{name} has no split '{split}': there are {_listed(splits)}")
     module = type(builder).__module__.rsplit(".", 1)[-1]
@@ -975,7 +1037,7 @@ def _resolve(dataset_name, config, data_dir, data_files, split, cache_dir) -> tu
     files = [str(file) for file in splits[split]]
     if not files:
         raise ValueError(f"{name} matches no files for split '{split}': check the path or the glob")
-    return name, module, files, posixpath.dirname(files[0].replace(os.sep, "/"))
+    return name, module, files, posixpath.dirname(files[0].replace(os.sep, "/")), split
 
 
 def _listed(names) -> str:
@@ -1008,33 +1070,41 @@ def _kind_of_files(files, name: str) -> str:
     kinds = {_KIND_OF_EXTENSION.get(extension) for extension in extensions}
     if len(kinds) != 1 or None in kinds:
         raise ValueError(
-            f"{name} is of no known kind: --data_files takes .parquet, .tar, .json, .jsonl or .csv files, of one kind"
+            f"{name} is of no known kind: accepted are .parquet, .tar, .json, .jsonl or .csv files of one kind, and "
+            "for titles alone .txt"
         )
     return kinds.pop()
 
 
-def _select(name: str, columns: Sequence[str], asked, image_defaults, caption_defaults=("caption", "text")) -> _Columns:
+def _select(
+    name: str, columns: Sequence[str], asked: _Asked, image_defaults, caption_defaults=("caption", "text")
+) -> _Columns:
     """Columns as the user named them, or by default; a named one that is absent is an error listing what there is."""
-    chosen = []
-    for flag, given, defaults in zip(
-        ("image_column", "caption_column", "product_id_column"),
-        asked,
-        (image_defaults, caption_defaults, ("product_id",)),
-        strict=True,
+    chosen = {}
+    for role, defaults, needed in (
+        ("image", image_defaults, asked.sides != "titles"),
+        ("caption", caption_defaults, asked.sides != "images"),
+        ("product_id", ("product_id",), False),
     ):
+        chosen[role] = None
+        given = getattr(asked, role)
+        if role != "product_id" and not needed:
+            continue
         if given is not None:
             if given not in columns:
-                raise ValueError(f"{name} has no column '{given}' (--{flag}): there are {_listed(columns)}")
-            chosen.append(given)
+                raise ValueError(f"{name} has no column '{given}' (--{role}_column): there are {_listed(columns)}")
+            chosen[role] = given
             continue
-        found = next((column for column in defaults if column in columns), None)
-        if found is None and flag != "product_id_column":
+        chosen[role] = next((column for column in defaults if column in columns), None)
+        if chosen[role] is None and needed:
             raise ValueError(
                 f"{name} has no column {' or '.join(repr(d) for d in defaults)}: there are {_listed(columns)}; "
-                f"name one with --{flag}"
+                f"name one with --{role}_column"
             )
-        chosen.append(found)
-    return _Columns(*chosen)
+    missing = [column for column in asked.others if column not in columns]
+    if missing:
+        raise ValueError(f"{name} has no column '{missing[0]}': there are {_listed(columns)}")
+    return _Columns(**chosen, others=asked.others)
 
 
 def _open_parquet(name, split, files, asked, image_dir, cache_dir) -> Source:
@@ -1057,7 +1127,7 @@ def _open_parquet(name, split, files, asked, image_dir, cache_dir) -> Source:
         footers = list(pool.map(footer, files))
     columns = footers[0][0].names
     selected = _select(name, columns, asked, ("image",))
-    wanted = [key for key in dict.fromkeys(asdict(selected).values()) if key]
+    wanted = selected.all()
     pieces = []
     for file, (schema, groups, _) in zip(files, footers, strict=True):
         missing = [key for key in wanted if key not in schema.names]
@@ -1097,8 +1167,8 @@ def _open_tars(name, split, files, asked, index_dir) -> Source:
     # The keys inside JSON members are known only by reading some.
     fields.update(dict.fromkeys(retried(lambda: _json_keys(*tars[0]), files[0])))
     columns = list(fields)
-    if any(field in TAR_IMAGE_FIELDS for field in columns) and asked[0] in (None, "image"):
-        asked = ("image", *asked[1:])
+    if any(field in TAR_IMAGE_FIELDS for field in columns) and asked.image in (None, "image"):
+        asked = replace(asked, image="image")
         selected = _select(name, [*columns, "image"], asked, ("image",), ("caption", "text", "txt"))
     else:
         selected = _select(name, columns, asked, ("image",), ("caption", "text", "txt"))
@@ -1136,21 +1206,57 @@ def _open_folder(name, split, files, asked) -> Source:
 
 def _open_list(name, split, files, asked, image_dir) -> Source:
     tables = [_open_records(file, image_dir or ".") for file in files]
-    columns = _record_columns(tables)
+    columns = _record_columns(tables, titles_only=asked.sides == "titles")
     if not columns and any(len(table) for table in tables):
         raise ValueError(f'{name} has no records: expected a JSON list of {{"product": file name, "caption": text}}')
     selected = _select(name, columns, asked, ("product", "image", "file_name")) if columns else _Columns("", "", None)
     return RecordSource(name, split, columns, selected, tables, (selected.image,))
 
 
+def _is_folder_of_photos(folder: str) -> bool:
+    """Whether a local folder holds photos and nothing else that rows could come from."""
+    found = False
+    for _, _, files in os.walk(folder):
+        for file in files:
+            if file in ("metadata.jsonl", "metadata.csv") or _extension(file) in (".parquet", ".tar"):
+                return False
+            found = found or _extension(file) in _photo_extensions()
+    return found
+
+
+def _open_photos(folder: str, asked: _Asked) -> Source:
+    """All photos of a folder and its subfolders, sorted by name: the order a directory is listed in is chance."""
+    names = sorted(
+        os.path.relpath(os.path.join(parent, file), folder).replace(os.sep, "/")
+        for parent, _, files in os.walk(folder)
+        for file in files
+        if _extension(file) in _photo_extensions()
+    )
+    spans, data = _spans_of_values({"file_name": name} for name in names)
+    digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+    table = _Records(os.path.join(folder, "photos"), folder, spans, len(data), digest, data)
+    selected = _select(folder, ["file_name"], replace(asked, image=None), ("file_name",))
+    source = RecordSource(folder, "all photos", ["file_name"], selected, [table], ("file_name",))
+    source.folder, source.sides = folder, "images"
+    return source
+
+
+@functools.cache
+def _photo_extensions() -> frozenset[str]:
+    extensions = Image.registered_extensions()
+    return frozenset(extension for extension, kind in extensions.items() if kind in IMAGE_FORMATS)
+
+
 def _open_records(file: str, image_dir: str) -> _Records:
     return retried(lambda: _Records.open(file, image_dir), file)
 
 
-def _record_columns(tables: Sequence[_Records]) -> list[str]:
+def _record_columns(tables: Sequence[_Records], titles_only: bool = False) -> list[str]:
     columns: dict[str, None] = {}
     for table in tables:
         for record in resumed(functools.partial(table.read, stop=COLUMN_PROBE_ROWS), table.file):
             if isinstance(record, dict):
                 columns.update(dict.fromkeys(record))
+            elif isinstance(record, str) and titles_only:
+                columns["caption"] = None
     return list(columns)

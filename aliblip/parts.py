@@ -1,0 +1,169 @@
+"""Finished parts of long work, kept in a folder, so that a second start goes on where the first one ended.
+
+    parts = Parts(output_dir / "parts", {"model": ..., "data": ...})
+    parts.check()                                   # another model's or data set's parts are refused
+    with parts.stage("embed") as stage:             # collective
+        for unit in own_units:
+            if unit in stage: ... stage.load(unit)
+            else: ... stage.add(unit, tensors, info)
+    parts.remove()
+
+A unit is done whole by one process, so the parts of a start with other processes serve as well. Finished units are
+written together every `SECONDS` seconds, each file whole or not at all; a crash loses what came after the last one.
+"""
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from aliblip.distributed import broadcast_object, is_main, rank
+from aliblip.files import write_bytes, write_json
+
+logger = logging.getLogger(__name__)
+
+SECONDS = 20.0
+BYTES = 2**28
+
+_FINGERPRINT = "made_from.json"
+
+
+class Parts:
+    """A folder of parts.
+
+    Args:
+        folder: made by the first stage.
+        made_from: what all parts depend on, as JSON can hold it. The values are shown to the user where they differ.
+    """
+
+    def __init__(self, folder: Path, made_from: dict[str, Any]):
+        self.folder, self.made_from = folder, json.loads(json.dumps(made_from))
+
+    def check(self) -> None:
+        """Look whether the parts that lie in the folder belong to this work.
+
+        Raises:
+            ValueError: they were made from something else, or can't be read; the message says from what and what to do.
+        """
+        file = self.folder / _FINGERPRINT
+        if not file.is_file():
+            return
+        try:
+            before = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file} can't be read: remove the folder {self.folder} to start anew") from error
+        changed = [name for name in self.made_from if before.get(name) != self.made_from[name]]
+        if changed:
+            listed = "; ".join(f"{name} was {before.get(name)}, here it is {self.made_from[name]}" for name in changed)
+            raise ValueError(
+                f"{self.folder} holds unfinished work on something else ({listed}): go on with that, give another "
+                "--output_dir, or remove the folder"
+            )
+
+    def stage(self, name: str, before_write: Callable[[], None] | None = None, needed: bool = False) -> "Stage":
+        """The finished units of one stage; a collective, as its parts are listed by the main process.
+
+        Args:
+            name: units of one name are interchangeable, whoever made them.
+            before_write: called before finished units are written down.
+            needed: whether failing to write is an error; otherwise it is told once, and the work goes on.
+        """
+        files: dict[int, str] = {}
+        if is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / _FINGERPRINT).exists():
+                write_json(self.folder / _FINGERPRINT, self.made_from)
+            for file in sorted(self.folder.glob(f"{name}.*.safetensors")):
+                try:
+                    with safe_open(file, "pt") as opened:
+                        units = json.loads(opened.metadata()["units"])
+                except (SafetensorError, KeyError, TypeError, ValueError):
+                    logger.warning("%s can't be read and is made again", file)
+                    continue
+                files |= {int(unit): file.name for unit in units}
+        return Stage(self.folder, name, broadcast_object(files), before_write, needed)  # collective
+
+    def forget(self, name: str) -> None:
+        """Remove the finished units of all stages whose names begin like this. Main process only, before one is
+        opened."""
+        for file in self.folder.glob(f"{name}*.safetensors"):
+            file.unlink()
+
+    def remove(self) -> None:
+        """The work is done: remove the folder. Main process only."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Stage:
+    """Units of one stage: those that are `in` it are done. A context manager that writes the last ones at its end."""
+
+    def __init__(self, folder: Path, name: str, files: dict[int, str], before_write, needed: bool):
+        self.folder, self.name, self.needed = folder, name, needed
+        self._files, self._before_write = files, before_write
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._units: dict[int, Any] = {}
+        self._written = time.monotonic()
+        self._failed = False
+        self._opened: tuple[str, Any] | None = None
+
+    def __contains__(self, unit: int) -> bool:
+        return unit in self._files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def load(self, unit: int) -> tuple[dict[str, torch.Tensor], Any]:
+        """Tensors and information of a unit that an earlier start finished."""
+        name = self._files[unit]
+        if self._opened is None or self._opened[0] != name:
+            self._opened = (name, safe_open(self.folder / name, "pt"))  # memory-mapped: only what is asked for is read
+        file = self._opened[1]
+        prefix = f"{unit}/"
+        tensors = {key[len(prefix) :]: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
+        return tensors, json.loads(file.metadata()["units"])[str(unit)]
+
+    def add(self, unit: int, tensors: dict[str, torch.Tensor], info: Any = None) -> None:
+        """Keep a finished unit. `info` is anything that JSON can hold."""
+        self._units[unit] = info
+        self._tensors |= {f"{unit}/{key}": value.contiguous() for key, value in tensors.items()}
+        size = sum(value.numel() * value.element_size() for value in self._tensors.values())
+        if time.monotonic() - self._written > SECONDS or size > BYTES:
+            self.write()
+
+    def write(self) -> None:
+        """Write down what was added since the last time.
+
+        Raises:
+            OSError: it failed, and the stage is needed.
+        """
+        if not self._units or self._failed:
+            return
+        first = min(self._units)
+        file = self.folder / f"{self.name}.{first:08d}.{rank()}.{os.getpid()}.safetensors"
+        try:
+            if self._before_write is not None:
+                self._before_write()
+            write_bytes(file, save(self._tensors, metadata={"units": json.dumps(self._units)}))
+        except OSError as error:
+            if self.needed:
+                raise
+            self._failed = True
+            logger.warning("finished parts can't be kept in %s (%s): a second start would repeat them", file, error)
+        self._tensors, self._units, self._written = {}, {}, time.monotonic()
+
+    def __enter__(self) -> "Stage":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self.write()  # after an error too: what is finished is finished
+
+
+__all__ = ["Parts", "Stage"]

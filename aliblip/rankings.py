@@ -1,0 +1,254 @@
+"""What a two-stage retrieval found, as values: candidates with both raw scores, and the orders made from them.
+
+    rankings = final_order(candidates, k=32, score="fused", weight=1.0)
+    ranks = ranks_of(rankings, itc_ranks, query_product_id, gallery_product_id)
+
+Legend: Q queries, N gallery items, K candidates of a query, k re-ranked ones of these, E embedding, L text tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+import retrieval_aliblip as engine
+from aliblip.files import write_bytes
+from aliblip.metrics import RECALL_AT, ranks_after_reranking
+
+SCORES = ("fused", "itm", "itc")
+# Of the ITC similarity, whose differences are small beside those of a logit: steps of the root of two.
+FUSION_WEIGHTS = (0.0, *(2.0 ** (step / 2) for step in range(-4, 15)))
+
+
+@dataclass
+class Side:
+    """The usable rows of one side, photos or titles (N of them): what all processes know of them after the first stage.
+
+    `rows` (N,) source rows; `product_id` (N,); `embeds` (N, E) fp32; `first` unit -> its first id, one entry more than
+    units; `skipped` the unusable rows as {"row", "name", "reason"}; `names`, `texts` and `others` as in the batches of
+    a collator that describes, else empty. Titles alone: `input_ids` and `attention_mask` (N, L).
+    """
+
+    rows: Tensor
+    product_id: Tensor
+    embeds: Tensor
+    first: list[int]
+    skipped: list[dict] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    others: list[dict[str, Any]] = field(default_factory=list)
+    input_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass
+class Candidates:
+    """The K best of the first stage for every query, in its order: `ids`, `itc` similarities and, where they were
+    re-ranked, `itm_logits`; all (Q, K), on the CPU."""
+
+    ids: Tensor
+    itc: Tensor
+    itm_logits: Tensor | None = None
+
+
+@dataclass
+class Rankings:
+    """One direction in its final order, (Q, K) on the CPU: `ids`, the `scores` that ordered them, and both raw scores.
+
+    `ranks`, `itc_ranks`: (Q,) rank of the best positive in the whole gallery after both stages and after the first, 0
+    without a positive; None where the truth is not known.
+    """
+
+    ids: Tensor
+    scores: Tensor
+    itc: Tensor
+    itm_logits: Tensor | None
+    ranks: Tensor | None = None
+    itc_ranks: Tensor | None = None
+
+
+@dataclass
+class Direction:
+    """What was found in one direction: the `candidates`, and the `rankings` made of them at the largest depth."""
+
+    candidates: Candidates
+    rankings: Rankings
+
+
+@dataclass
+class Retrieval:
+    """A finished retrieval.
+
+    `depths`: how many candidates of a query were re-ranked, rising; the last one gives `rankings`. `exhaustive`: the
+    last one is the whole gallery, and `matrix` is the .npy file of all match logits, (images, titles) fp32, rows and
+    columns in the order of the usable rows. `seconds` by stage, and `resumed_units` that an earlier start had finished.
+    """
+
+    images: Side
+    titles: Side
+    text_to_image: Direction
+    image_to_text: Direction | None
+    depths: list[int]
+    exhaustive: bool
+    score: str
+    fusion_weight: float
+    seconds: dict[str, float] = field(default_factory=dict)
+    resumed_units: int = 0
+    matrix: Path | None = None
+
+    def directions(self) -> list[tuple[str, Direction, Side, Side]]:
+        """(name, direction, queries, gallery) of those that were asked for."""
+        found = [("text_to_image", self.text_to_image, self.titles, self.images)]
+        if self.image_to_text is not None:
+            found.append(("image_to_text", self.image_to_text, self.images, self.titles))
+        return found
+
+    @property
+    def skipped(self) -> list[dict]:
+        """Unusable rows of both sides, each once."""
+        same = self.titles.skipped is self.images.skipped
+        return self.images.skipped if same else self.images.skipped + self.titles.skipped
+
+    @property
+    def has_truth(self) -> bool:
+        return self.text_to_image.rankings.ranks is not None
+
+
+def score_of(itc: Tensor, itm_logits: Tensor | None, score: str, weight: float) -> Tensor:
+    """The score that orders re-ranked candidates: "fused" (match logit + weight x ITC similarity), "itm" or "itc"."""
+    if score == "itc" or itm_logits is None:
+        return itc
+    return itm_logits if score == "itm" else engine.fuse(itc, itm_logits, weight)
+
+
+def final_order(candidates: Candidates, depth: int, score: str, weight: float) -> Rankings:
+    """Put the first `depth` candidates of every query into a new order; the others follow in that of the first stage.
+
+    Of equal scores the lower id comes first. The scores of those that follow are not comparable with the ones before.
+    """
+    scores = score_of(candidates.itc, candidates.itm_logits, score, weight)
+    head = scores[:, :depth]
+    # by id first, then a stable sort by score: ties go to the lower id
+    by_id = candidates.ids[:, :depth].argsort(dim=1)
+    by_score = head.gather(1, by_id).argsort(dim=1, descending=True, stable=True)
+    rest = torch.arange(depth, candidates.ids.shape[1]).expand(len(head), -1)
+    order = torch.cat([by_id.gather(1, by_score), rest], dim=1)
+    logits = candidates.itm_logits
+    return Rankings(
+        ids=candidates.ids.gather(1, order),
+        scores=scores.gather(1, order),
+        itc=candidates.itc.gather(1, order),
+        itm_logits=None if logits is None else logits.gather(1, order),
+    )
+
+
+def ranks_of(rankings: Rankings, depth: int, itc_ranks: Tensor, query_product_id: Tensor, product_id: Tensor) -> Tensor:
+    """Ranks (Q,) of the best positives in the whole gallery, when the first `depth` were put into a new order."""
+    return ranks_after_reranking(rankings.ids[:, :depth], itc_ranks, query_product_id, product_id)
+
+
+def mean_recall(ranks: Tensor) -> float:
+    """Mean of recall@1, 5 and 10 over the queries with a positive; nan if there is none."""
+    ranks = ranks[ranks > 0]
+    return float(torch.stack([(ranks <= k).double().mean() for k in RECALL_AT]).mean())
+
+
+def tune_fusion(retrieval: Retrieval) -> tuple[float, dict[float, float]]:
+    """The weight of ITC in the fused score with the highest mean recall over all directions.
+
+    Returns:
+        The weight (of several equally good ones the middle one) and the mean recall of every weight tried.
+
+    Raises:
+        ValueError: the truth is not known, or nothing was re-ranked.
+    """
+    if not retrieval.has_truth or retrieval.text_to_image.candidates.itm_logits is None:
+        raise ValueError("the fusion weight can be tuned only where the truth is known and ITM has re-ranked")
+    depth = retrieval.depths[-1]
+    recalls = {}
+    for weight in FUSION_WEIGHTS:
+        each = []
+        for _, direction, queries, gallery in retrieval.directions():
+            order = final_order(direction.candidates, depth, "fused", weight)
+            itc_ranks = direction.rankings.itc_ranks
+            each.append(mean_recall(ranks_of(order, depth, itc_ranks, queries.product_id, gallery.product_id)))
+        recalls[weight] = float(np.mean(each))
+    best = [weight for weight, recall in recalls.items() if recall == max(recalls.values())]
+    return best[len(best) // 2], recalls
+
+
+def write_rankings(path: Path, direction: Direction, queries: Side, gallery: Side) -> None:
+    """One direction as Parquet, a row a query, its K items in their final order.
+
+    Columns: `query` (source row), `query_name`, `query_text` (of a title), `product_id`, `rank` and `rank_itc` (null
+    without truth, 0 without a positive), and the lists `ids` (source rows), `names`, `itc`, `itm_logit`, `score`.
+    """
+    rankings = direction.rankings
+    shape = rankings.ids.shape
+    columns: dict[str, Any] = {"query": queries.rows.numpy()}
+    if queries.names:
+        columns["query_name"] = pa.array(queries.names, pa.string())
+    if queries.texts and queries.input_ids is not None:
+        columns["query_text"] = pa.array(queries.texts, pa.string())
+    columns["product_id"] = queries.product_id.numpy()
+    if rankings.ranks is not None:
+        columns |= {"rank": rankings.ranks.numpy(), "rank_itc": rankings.itc_ranks.numpy()}
+    columns["ids"] = _lists(gallery.rows[rankings.ids].numpy(), shape)
+    if gallery.names:
+        names = pa.DictionaryArray.from_arrays(rankings.ids.flatten().numpy(), pa.array(gallery.names, pa.string()))
+        columns["names"] = _lists(names, shape)
+    columns["itc"] = _lists(rankings.itc.numpy(), shape)
+    if rankings.itm_logits is not None:
+        columns["itm_logit"] = _lists(rankings.itm_logits.numpy(), shape)
+    columns["score"] = _lists(rankings.scores.numpy(), shape)
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    write_bytes(path, sink.getvalue())
+
+
+def read_ranks(path: Path) -> dict[str, Sequence]:
+    """`query`, `product_id`, `rank`, `rank_itc` and, if there is one, `query_text` of a file of `write_rankings`.
+
+    Raises:
+        ValueError: the file is missing, is no such file, or was written without truth.
+    """
+    wanted = ["query", "product_id", "rank", "rank_itc"]
+    try:
+        names = pq.read_schema(path).names
+        if set(wanted) <= set(names):
+            table = pq.read_table(path, columns=[*wanted, *({"query_text"} & set(names))])
+            return {name: column.to_pylist() for name, column in zip(table.column_names, table.columns, strict=True)}
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{path} can't be read: {' '.join(str(error).split())}") from error
+    raise ValueError(f"{path} holds no ranks: rankings without truth can't be compared")
+
+
+def _lists(values, shape) -> pa.ListArray:
+    flat = values.reshape(-1) if isinstance(values, np.ndarray) else values
+    return pa.ListArray.from_arrays(np.arange(shape[0] + 1, dtype=np.int32) * shape[1], flat)
+
+
+__all__ = [
+    "SCORES",
+    "Candidates",
+    "Direction",
+    "Rankings",
+    "Retrieval",
+    "Side",
+    "final_order",
+    "mean_recall",
+    "ranks_of",
+    "read_ranks",
+    "score_of",
+    "tune_fusion",
+    "write_rankings",
+]

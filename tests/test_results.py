@@ -1,0 +1,243 @@
+"""Intervals, comparisons, slices, the fusion weight, and the files of an evaluation, on rankings made by hand."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from aliblip import results as numbers
+from aliblip.metrics import bootstrap_means, hits, interval
+from aliblip.rankings import Candidates, Direction, Retrieval, Side, final_order, ranks_of, tune_fusion
+
+NAMES = {"model_name": "m", "dataset_name": "d", "split": "validation"}
+TITLES = ["red cap", "blue cap", "зелёная кепка", "12 34", "红色 帽子", "a rather long title of a very small cap"]
+
+
+def retrieval(itc, itm, product_id=None, depths=(2, 4), score="fused", weight=1.0, truth=True):
+    """Both directions of square score matrices (titles, photos)."""
+    size = len(itc)
+    product_id = torch.arange(size) if product_id is None else torch.tensor(product_id)
+    lengths = torch.tensor([len(text.split()) + 2 for text in (TITLES * size)[:size]])
+    common = {"rows": torch.arange(size) * 2, "product_id": product_id, "embeds": torch.zeros(size, 1)}
+    common |= {"first": [0, size], "names": [f"{n}.jpg" for n in range(size)], "texts": (TITLES * size)[:size]}
+    common |= {"others": [{"category": "even" if n % 2 == 0 else "odd"} for n in range(size)]}
+    mask = (torch.arange(12) < lengths[:, None]).long()
+    images, titles = Side(**common), Side(**common, input_ids=mask, attention_mask=mask)
+    directions = []
+    for first, second in ((itc, itm), (itc.T, itm.T)):
+        scores, ids = first.sort(dim=1, descending=True, stable=True)
+        correct = product_id[ids] == product_id[:, None]
+        itc_ranks = correct.int().argmax(dim=1) + 1
+        keep = depths[-1]
+        candidates = Candidates(ids[:, :keep], scores[:, :keep], second.gather(1, ids)[:, :keep])
+        order = final_order(candidates, keep, score, weight)
+        if truth:
+            order.ranks = ranks_of(order, keep, itc_ranks, product_id, product_id)
+            order.itc_ranks = itc_ranks
+        directions.append(Direction(candidates, order))
+    return Retrieval(images, titles, *directions, list(depths), False, score, weight, {"total": 1.0})
+
+
+def random_retrieval(size=40, seed=0, signal=1.5, **options):
+    generator = torch.Generator().manual_seed(seed)
+    itc = torch.rand(size, size, generator=generator) + 0.2 * torch.eye(size)
+    itm = torch.randn(size, size, generator=generator) + signal * torch.eye(size)
+    return retrieval(itc, itm, **options)
+
+
+# --- intervals --------------------------------------------------------------------------------------------------------
+
+
+def test_bootstrap_means_are_those_of_whole_products_drawn_one_by_one():
+    values = np.array([[1.0, 5.0], [0.0, 5.0], [1.0, 6.0], [0.0, 7.0], [0.0, 1.0]])
+    product_id = np.array([7, 7, 3, 9, 3])
+    means = bootstrap_means(values, product_id, resamples=20, seed=4)
+    generator, products = np.random.default_rng(4), [3, 7, 9]
+    for row in means:
+        drawn = [products[number] for number in generator.integers(3, size=3)]
+        slow = np.concatenate([values[product_id == product] for product in drawn])
+        assert row == pytest.approx(slow.mean(axis=0))
+    assert bootstrap_means(values, product_id, resamples=20, seed=5).tolist() != means.tolist()
+    with pytest.raises(ValueError, match="at least one query"):
+        bootstrap_means(values[:0], product_id[:0])
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    generator = np.random.default_rng(0)
+    held = 0
+    for trial in range(200):
+        sample = (generator.random((100, 1)) < 0.3).astype(float)
+        low, high = interval(bootstrap_means(sample, np.arange(100), resamples=300, seed=trial)[:, 0])
+        held += low <= 0.3 <= high
+    assert 0.89 <= held / 200 <= 0.99  # 0.95, give or take the trials' own three deviations
+
+
+def test_queries_of_one_product_make_the_interval_wider():
+    ranks = np.repeat([1, 50], 25)
+    apart = interval(bootstrap_means(hits(ranks), np.arange(50))[:, 0])
+    together = interval(bootstrap_means(hits(ranks), np.repeat(np.arange(10), 5))[:, 0])
+    assert together[1] - together[0] > 1.5 * (apart[1] - apart[0])
+
+
+def test_results_carry_intervals_around_the_recalls():
+    results = numbers.measure(random_retrieval(), **NAMES, intervals=True)
+    for direction in ("text_to_image", "image_to_text"):
+        for stage in ("itc", "itm"):
+            measured = results[direction][stage]
+            for key, (low, high) in measured["intervals"].items():
+                assert low <= measured[key] <= high and high - low > 0.01
+    low, high = results["mean_recall_interval"]
+    assert low < results["mean_recall"] < high
+    table = numbers.format_table(results)
+    assert table.count("95 %") == 5 and f"{100 * low:.2f} to {100 * high:.2f}" in table
+    assert "re-ranked" in table and json.loads(json.dumps(results)) == results
+
+
+# --- the fusion weight ------------------------------------------------------------------------------------------------
+
+
+def test_the_fusion_weight_is_the_one_of_the_highest_mean_recall():
+    found = random_retrieval(size=60, depths=(60,))
+    weight, recalls = tune_fusion(found)
+    assert recalls[weight] == max(recalls.values()) > recalls[0.0]
+    for tried, recall in recalls.items():
+        again = random_retrieval(size=60, depths=(60,), weight=tried)
+        assert numbers.measure(again, **NAMES)["mean_recall"] == pytest.approx(recall)
+    itc_alone = random_retrieval(score="itc")
+    itc_alone.text_to_image.candidates.itm_logits = None
+    for nothing in (itc_alone, random_retrieval(truth=False)):
+        with pytest.raises(ValueError, match="can be tuned only where"):
+            tune_fusion(nothing)
+
+
+# --- slices -----------------------------------------------------------------------------------------------------------
+
+
+def test_slices_split_the_queries_and_their_recalls():
+    found = random_retrieval(size=36)
+    results = numbers.measure(found, **NAMES, slices=("category", "script", "title_length"))
+    ranks = found.text_to_image.rankings.ranks
+    for row in results["slices"]["category"]:
+        own = ranks[0 if row["value"] == "even" else 1 :: 2]
+        assert row["text_to_image"]["num_queries"] == 18
+        assert row["text_to_image"]["itm"]["recall@5"] == pytest.approx(float((own <= 5).double().mean()))
+    assert [(row["value"], row["text_to_image"]["num_queries"]) for row in results["slices"]["script"]] == [
+        ("Latin", 18),
+        ("Cjk", 6),
+        ("Cyrillic", 6),
+        ("no letters", 6),
+    ]
+    lengths = {row["value"]: row["text_to_image"]["num_queries"] for row in results["slices"]["title_length"]}
+    assert lengths == {"1 to 5 tokens": 30, "6 to 10 tokens": 6}
+    assert "by script" in numbers.format_table(results)
+
+
+def test_rare_values_are_put_together():
+    found = random_retrieval(size=40)
+    for number, others in enumerate(found.titles.others):
+        others["category"] = f"c{min(number, 30)}"
+    rows = numbers.measure(found, **NAMES, slices=("category",))["slices"]["category"]
+    assert rows[0]["value"] == "c30" and len(rows) == numbers.MOST_SLICES + 1
+    assert rows[-1]["value"] == "11 other values"
+    assert sum(row["text_to_image"]["num_queries"] for row in rows) == 40
+
+
+# --- queries without an answer ----------------------------------------------------------------------------------------
+
+
+def test_queries_without_a_right_answer_are_left_out_and_counted():
+    found = random_retrieval()
+    order = found.text_to_image.rankings
+    order.ranks, order.itc_ranks = order.ranks.clone(), order.itc_ranks.clone()
+    order.ranks[:7] = order.itc_ranks[:7] = 0
+    results = numbers.measure(found, **NAMES, intervals=True)
+    measured = results["text_to_image"]
+    assert (measured["num_queries"], measured["num_queries_without_positive"]) == (33, 7)
+    assert measured["itm"]["recall@1"] == pytest.approx(float((order.ranks[7:] == 1).double().mean()))
+    assert "7 queries have no right answer" in numbers.format_table(results)
+    order.ranks[:] = order.itc_ranks[:] = 0
+    nothing = numbers.measure(found, **NAMES, intervals=True)["text_to_image"]
+    assert nothing["num_queries"] == 0 and np.isnan(nothing["itm"]["recall@1"])
+
+
+# --- files and comparisons --------------------------------------------------------------------------------------------
+
+
+def written(folder, found, **names):
+    results = numbers.measure(found, **{**NAMES, **names})
+    return numbers.write_results(folder, found, results)[0]
+
+
+def test_rankings_are_kept_with_both_raw_scores_and_the_names(tmp_path):
+    found = random_retrieval(size=12)
+    written(tmp_path, found)
+    table = pq.read_table(tmp_path / "rankings_text_to_image.parquet").to_pylist()
+    order = found.text_to_image.rankings
+    for query, row in enumerate(table):
+        assert (row["query"], row["query_name"], row["query_text"]) == (2 * query, f"{query}.jpg", TITLES[query % 6])
+        assert row["ids"] == (2 * order.ids[query]).tolist()
+        assert row["names"] == [f"{photo}.jpg" for photo in order.ids[query].tolist()]
+        assert row["score"] == pytest.approx([a + b for a, b in zip(row["itc"], row["itm_logit"], strict=True)])
+        assert (row["rank"], row["rank_itc"]) == (int(order.ranks[query]), int(order.itc_ranks[query]))
+    other = pq.read_table(tmp_path / "rankings_image_to_text.parquet")
+    assert "query_text" not in other.column_names and other.num_rows == 12
+
+
+def test_comparison_is_paired_and_knows_chance_from_difference(tmp_path):
+    options = {"size": 120, "signal": 3.0, "depths": (120,)}
+    better, worse = random_retrieval(**options), random_retrieval(**options, weight=20.0)
+    here, other = written(tmp_path / "a", better, model_name="a"), written(tmp_path / "b", worse, model_name="b")
+    compared = numbers.compare(here, other)
+    row = compared["text_to_image"]["mean_recall"]
+    assert compared["here"] == "a" and compared["text_to_image"]["num_queries"] == 120
+    results = [json.loads(path.read_text())["text_to_image"]["itm"]["mean_recall"] for path in (here, other)]
+    assert [row["here"], row["other"]] == pytest.approx(results)
+    assert row["difference"] > 0 and row["interval"][0] > 0 and row["p"] < 0.01
+    # hits of two runs on the same queries go together: the interval is narrower than that of independent runs
+    ranks = [run.text_to_image.rankings.ranks.numpy() for run in (better, worse)]
+    apart = [bootstrap_means(hits(r), np.arange(120), seed=s).mean(axis=1) for s, r in enumerate(ranks)]
+    low, high = interval(apart[0] - apart[1])
+    assert row["interval"][1] - row["interval"][0] < high - low
+    same = numbers.compare(here, here)["text_to_image"]["mean_recall"]
+    assert (same["difference"], same["interval"], same["p"]) == (0.0, [0.0, 0.0], 1.0)
+    back = numbers.compare(other, here)["text_to_image"]["mean_recall"]
+    assert back["difference"] == pytest.approx(-row["difference"]) and back["p"] == row["p"]
+    text = numbers.format_comparison(compared)
+    assert "a (here) against b (other)" in text and "difference +" in text
+
+
+def test_what_can_not_be_compared_is_refused(tmp_path):
+    here = written(tmp_path / "a", random_retrieval())
+    other = written(tmp_path / "b", random_retrieval(product_id=[n // 2 for n in range(40)]))
+    with pytest.raises(ValueError, match="is of other data: 39 of 40"):
+        numbers.compare(here, other)
+    with pytest.raises(ValueError, match=r"is no results\.json"):
+        numbers.check_comparable(tmp_path / "nowhere" / "results.json")
+    blind = written(tmp_path / "c", random_retrieval(truth=False))
+    with pytest.raises(ValueError, match="without truth can't be compared"):
+        numbers.check_comparable(blind)
+    (tmp_path / "a" / "rankings_text_to_image.parquet").unlink()
+    with pytest.raises(ValueError, match="can't be read"):
+        numbers.check_comparable(here)
+
+
+def test_without_truth_there_are_rankings_and_no_recall(tmp_path):
+    found = random_retrieval(truth=False)
+    results = numbers.measure(found, **NAMES, intervals=True, slices=("script",))
+    assert "mean_recall" not in results and "text_to_image" not in results
+    assert "no right answers are known" in numbers.format_table(results)
+    numbers.write_results(tmp_path, found, results)
+    assert "rank" not in pq.read_schema(tmp_path / "rankings_text_to_image.parquet").names
+
+
+def test_results_of_others_are_not_written_over(tmp_path):
+    numbers.check_results_of_others(tmp_path, *NAMES.values())
+    written(tmp_path, random_retrieval())
+    numbers.check_results_of_others(tmp_path, *NAMES.values())
+    with pytest.raises(ValueError, match="holds the results of m on d, validation: give another --output_dir"):
+        numbers.check_results_of_others(tmp_path, "other", "d", "validation")
+    (tmp_path / "results.json").write_text("[1]")
+    with pytest.raises(ValueError, match="is no file of ours"):
+        numbers.check_results_of_others(tmp_path, *NAMES.values())
