@@ -843,16 +843,7 @@ class Gallery:
             encode_units(model, processor, items, folder, **options)
             join_units(folder, measure_recall=measure_recall)
             return cls.load(folder)
-        plan = _plan(**options)
-        encoder = Encoder(model, processor, autocast)
-        items = _open(items, plan)
-        bar = _bar(items, plan, progress)
-        units = []
-        for _, unit in _encode(encoder, items, plan, lambda number: True):
-            units.append(unit)
-            bar.update(len(unit.items) + len(unit.skipped))
-        bar.close()
-        return _join(units, plan, encoder.fingerprint, measure_recall)
+        return build_in_memory(Encoder(model, processor, autocast), items, measure_recall=measure_recall, **options)
 
 
 def _search_exactly(state: _State, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -929,6 +920,19 @@ class _Unit:
     items: list[dict] = field(default_factory=list)
     skipped: list[dict] = field(default_factory=list)
     ends: list = field(default_factory=list)
+
+
+def build_in_memory(encoder: Encoder, items: Iterable, *, measure_recall: int = 0, progress: bool = True, **options):
+    """`Gallery.build` without a folder, for who has an `Encoder`: the model's fingerprint is not computed again."""
+    plan = _plan(**options)
+    items = _open(items, plan)
+    bar = _bar(items, plan, progress)
+    units = []
+    for _, unit in _encode(encoder, items, plan, lambda number: True):
+        units.append(unit)
+        bar.update(len(unit.items) + len(unit.skipped))
+    bar.close()
+    return _join(units, plan, encoder.fingerprint, measure_recall)
 
 
 def begin_units(
@@ -1474,6 +1478,7 @@ __all__ = [
     "Gallery",
     "UnusableItem",
     "begin_units",
+    "build_in_memory",
     "clean_title",
     "encode_units",
     "fingerprint",

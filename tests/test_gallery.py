@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -512,7 +513,7 @@ def test_a_save_that_fails_leaves_the_gallery_before(model, processor, built, tm
 def test_a_gallery_is_mapped_and_not_read(tmp_path):
     Gallery.from_vectors(unit_vectors(2000), dtype="int8").save(tmp_path / "g")
     segment = Gallery.load(tmp_path / "g")._state.segments[0]
-    maps = open("/proc/self/maps").read()
+    maps = Path("/proc/self/maps").read_text()
     assert all(path.name in maps for path in (tmp_path / "g").glob("vectors-*"))
     assert segment.vectors.dtype == torch.int8 and segment.vectors.shape == (2000, 32)
 
