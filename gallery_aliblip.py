@@ -46,7 +46,7 @@ from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
-from transformers.utils import logging
+from transformers import logging
 
 try:
     from .retrieval_aliblip import GALLERY_CHUNK, QUERY_BLOCK, _top_k, embed_images, embed_texts, order_by_score
@@ -138,7 +138,7 @@ def fingerprint(model) -> str:
 
     Equal in every process and on every device. Types are not part of it as far as fp32 and bf16 go: weights are rounded
     to bf16 first, so that a gallery of a model can be searched by its bf16 copy and the other way round. (An fp16 copy
-    is rounded differently and counts as another model.) Takes about a second for 200 million weights.
+    is rounded differently and counts as another model.) Takes a second or two for 200 million weights.
     """
     digest = hashlib.blake2b(digest_size=16)
     config = model.config
@@ -285,12 +285,14 @@ class _Segment:
 
 @dataclass(frozen=True)
 class _State:
-    """All segments, and which of their rows are in the gallery: `rows` int64, rising, or None for all; `index` is of
-    FAISS. Never changed, only replaced as a whole, so that no search sees half of a change."""
+    """All segments, and which of their rows are in the gallery: `rows` int64, rising, or None for all.
+
+    Never changed, only replaced as a whole, so that no search sees half of a change.
+    """
 
     segments: tuple[_Segment, ...]
     rows: Tensor | None = None
-    index: Any = None
+    index: "_FaissIndex | None" = None
 
     @cached_property
     def starts(self) -> list[int]:
@@ -352,6 +354,36 @@ def _quantise(vectors: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
 
 def _plain(vectors: Tensor, scales: Tensor | None) -> Tensor:
     return vectors.float() if scales is None else vectors.float().mul_(scales[:, None])
+
+
+class _FaissIndex:
+    """An index of FAISS, made just now or in a file that is read at its first use."""
+
+    def __init__(self, index: Any = None, path: Path | None = None):
+        self._made, self._path = index, path
+
+    @cached_property
+    def _index(self) -> Any:
+        if self._made is not None:
+            return self._made
+        try:
+            import faiss
+        except ImportError as error:
+            raise ImportError(f"the approximate index needs FAISS: pip install faiss-cpu ({error})") from error
+        return faiss.read_index(str(self._path))
+
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        scores, positions = self._index.search(np.ascontiguousarray(queries.cpu().numpy()), k)
+        return torch.from_numpy(scores), torch.from_numpy(positions)
+
+    def data(self) -> bytes | np.ndarray:
+        if self._path is not None:
+            return self._path.read_bytes()
+        try:
+            import faiss
+        except ImportError as error:  # it was there when the index was made
+            raise ImportError(f"saving the approximate index needs FAISS ({error})") from error
+        return faiss.serialize_index(self._made)
 
 
 class _Rows:
@@ -529,7 +561,7 @@ class Gallery:
         if approximate:
             if state.index is None:
                 raise ValueError("the gallery has no approximate index: call add_faiss_index() first")
-            scores, positions = _search_index(state.index, queries, k)
+            scores, positions = state.index.search(queries, k)
             lacking = (positions < 0).any(dim=1)
             if lacking.any():
                 scores[lacking], positions[lacking] = _search_exactly(state, queries[lacking.to(queries.device)], k)
@@ -582,7 +614,7 @@ class Gallery:
         with self._lock:
             if self._state is not state:
                 raise RuntimeError("the gallery was changed while its index was made: make it again")
-            self._state = replace(state, index=holder.get_index("itc").faiss_index)
+            self._state = replace(state, index=_FaissIndex(holder.get_index("itc").faiss_index))
         if measure_recall:
             return self.recall(self, measure_recall, approximate=True)
         return None
@@ -746,7 +778,7 @@ class Gallery:
         if len(counts) > 1 or vectors.dtype != VECTOR_TYPES[manifest["dtype"]]:
             raise ValueError(f"the files of the gallery {folder} do not belong together: build or save it again")
         skipped = [json.loads(line) for line in files["skipped"].read_text("utf-8").splitlines()]
-        index = _load_index(files["faiss"]) if "faiss" in files else None
+        index = _FaissIndex(path=files["faiss"]) if "faiss" in files else None
         state = _State((_Segment(vectors, scales, lines, tokens),), index=index)
         gallery = cls(state, manifest["kind"], manifest["model"], manifest["dtype"], skipped)
         gallery.photo_root = photo_root
@@ -865,21 +897,6 @@ def _search_block(state: _State, queries: Tensor, k: int) -> tuple[Tensor, Tenso
             scores, positions = order_by_score(torch.cat([best[0], scores], 1), torch.cat([best[1], positions], 1))
         best = scores[:, :k], positions[:, :k]
     return best
-
-
-def _search_index(index, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    scores, positions = index.search(np.ascontiguousarray(queries.cpu().numpy()), k)
-    return torch.from_numpy(scores), torch.from_numpy(positions)
-
-
-def _load_index(path: Path):
-    try:
-        import faiss
-
-        return faiss.read_index(str(path))
-    except ImportError:
-        logger.warning("the gallery has an approximate index, which needs FAISS: pip install faiss-cpu")
-        return None
 
 
 # --- building ---------------------------------------------------------------------------------------------------------
@@ -1297,7 +1314,7 @@ def _write_gallery(folder: Path, gallery: Gallery, state: _State) -> None:
     files["offsets"] = _write_named(folder, "offsets", ".npy", _npy("int64", (count + 1,), [offsets]))
     files["skipped"] = _write_named(folder, "skipped", ".jsonl", map(_json_line, gallery.skipped))
     if state.index is not None:
-        files["faiss"] = _write_named(folder, "faiss", ".index", [_index_bytes(state.index)])
+        files["faiss"] = _write_named(folder, "faiss", ".index", [state.index.data()])
     tokens = _write_tokens(folder, state) if state.segments[0].tokens is not None else None
     manifest = {
         "format": _FORMAT,
@@ -1357,14 +1374,6 @@ def _link(source: Path, place: Path) -> None:
     except OSError:  # another file system, or one without links
         with open(source, "rb") as file:
             _write(place, iter(lambda: file.read(2**24), b""))
-
-
-def _index_bytes(index) -> np.ndarray:
-    try:
-        import faiss
-    except ImportError as error:  # it was there when the index was made
-        raise ImportError(f"saving the approximate index needs FAISS ({error})") from error
-    return faiss.serialize_index(index)
 
 
 def _sync(folder: Path) -> None:

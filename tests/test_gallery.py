@@ -144,6 +144,9 @@ def test_faiss_index(tmp_path):
     assert recall == pytest.approx(by_hand) and 0.1 < recall < 0.9
     gallery.save(tmp_path / "g")
     loaded = Gallery.load(tmp_path / "g")
+    assert "_index" not in vars(loaded._state.index)  # not read yet
+    loaded.save(tmp_path / "copy")
+    same_files(tmp_path / "g", tmp_path / "copy")
     expected = gallery.search(queries, 5, approximate=True)
     assert torch.equal(loaded.search(queries, 5, approximate=True)[1], expected[1])
     assert not torch.equal(expected[1], gallery.search(queries, 5)[1])
@@ -172,9 +175,12 @@ def test_build_equals_embedding_by_hand(model, processor, paths, built):
     assert torch.equal(in_memory.vectors(), built.vectors()) and torch.equal(tokens_of(in_memory), tokens_of(built))
 
 
-def test_titles(model, processor):
+def test_titles(model, processor, capsys):
     titles = [*tiny.titles(9), " ", None, 7]
-    gallery = build(model, processor, titles, kind="text")
+    gallery = build(model, processor, titles, kind="text", measure_recall=5)
+    assert capsys.readouterr().out.splitlines() == [
+        *("recall@10 of float16 vectors: 1.0000 of float32's", "recall@10 of int8 vectors: 1.0000 of float32's"),
+    ]  # of nine items all are among the ten best
     batch = processor(text=titles[:9], return_tensors="pt")
     with torch.no_grad():
         torch.testing.assert_close(gallery.vectors(), engine.embed_texts(model, **batch), atol=1e-5, rtol=0)
