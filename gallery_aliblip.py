@@ -35,7 +35,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -67,7 +67,7 @@ TOKEN_TYPE = torch.bfloat16
 
 _FORMAT = 1
 _MANIFEST = "gallery.json"
-_BUILD = "build"
+_BUILD = "gallery.build"
 _GO_ON = "give the same settings to go on, or build with overwrite=True"
 _OWN_FILES = re.compile(
     r"(vectors|scales|items|offsets|skipped|tokens|faiss)-[0-9a-f]{12}\.(npy|jsonl|safetensors|index)"
@@ -255,21 +255,16 @@ class _Lines(Sequence):
 class _TokenFiles(Sequence):
     """Image tokens (P, D) by row, in files of their own; `files` are the manifest's entries."""
 
-    def __init__(self, folders: Sequence[Path], files: Sequence[dict]):
-        self.folders, self.files = tuple(folders), list(files)
+    def __init__(self, folder: Path, files: Sequence[dict]):
+        self.folder, self.files = folder, list(files)
         self.starts = np.cumsum([0, *(file["items"] for file in self.files)])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def path(self, index: int) -> Path:
-        return next(
-            path for folder in self.folders if (path := folder / self.files[index]["name"]).exists()
-        )  # of a build that was killed while it moved them, in one place or the other
-
     def __getitem__(self, row: int) -> Tensor:
         index = bisect_right(self.starts, row) - 1
-        with safe_open(self.path(index), framework="pt") as file:
+        with safe_open(self.folder / self.files[index]["name"], framework="pt") as file:
             return file.get_slice("tokens")[row - int(self.starts[index])]
 
 
@@ -533,6 +528,10 @@ class Gallery:
             else:
                 yield from (segment.items[row] for row in rows.tolist())
 
+    def snapshot(self) -> "Gallery":
+        """The gallery as it is now, at no cost: `add` and `remove` no longer move its positions."""
+        return self._like(self._state)
+
     # search
 
     def search(self, queries: Tensor, k: int, approximate: bool = False) -> tuple[Tensor, Tensor]:
@@ -692,7 +691,8 @@ class Gallery:
         encoder = Encoder(model, processor, dtype)
         self.check_model(encoder.fingerprint)
         plan = _Plan(kind=self.kind, store_tokens=self.has_tokens, batch_size=batch_size, **columns)
-        units = [unit for _, unit in _encode(encoder, _open(items, plan), plan, lambda number: True)]
+        items = _open(items, plan, self.ids)
+        units = [unit for _, unit in _encode(encoder, items, plan, lambda number: True)]
         skipped = [entry for unit in units for entry in unit.skipped]
         added = [_segment(unit, self.dtype) for unit in units if unit.items]
         with self._lock:
@@ -734,8 +734,7 @@ class Gallery:
     def save(self, folder: str | os.PathLike) -> None:
         """Write the gallery to a folder, over the one that is there if it is a gallery's. Whole or not at all."""
         folder, state = Path(folder), self._state
-        if not (folder / _MANIFEST).exists() and folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(f"{folder} holds something else than a gallery: give a new or an empty folder")
+        _refuse_foreign(folder)
         _write_gallery(folder, self, state)
 
     @classmethod
@@ -762,18 +761,21 @@ class Gallery:
         folder = Path(folder)
         if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
             patterns = [_MANIFEST, "*.npy", "*.jsonl", "tokens-*.safetensors", "faiss-*.index"]
-            folder = Path(
-                snapshot_download(
-                    str(folder), repo_type="dataset", revision=revision, token=token, allow_patterns=patterns
-                )
-            )
+            options = {"repo_type": "dataset", "revision": revision, "token": token, "allow_patterns": patterns}
+            try:
+                folder = Path(snapshot_download(str(folder), **options))
+            except Exception as error:  # of many kinds, from the connection to the name
+                reason = " ".join(str(error).split())[:300]
+                raise ValueError(
+                    f"{folder} is neither a folder nor a data set that the Hub gives ({reason})"
+                ) from error
         manifest = _read_manifest(folder, verify)
         files = {role: folder / entry["name"] for role, entry in manifest["files"].items()}
         # Copy on write, since torch wants memory that may be written; nobody does.
         vectors = torch.from_numpy(np.load(files["vectors"], mmap_mode="c"))
         scales = torch.from_numpy(np.load(files["scales"], mmap_mode="c")) if "scales" in files else None
         lines = _Lines(np.memmap(files["items"], mode="r"), np.load(files["offsets"], mmap_mode="r"))
-        tokens = _TokenFiles([folder], manifest["tokens"]) if manifest["tokens"] is not None else None
+        tokens = _TokenFiles(folder, manifest["tokens"]) if manifest["tokens"] is not None else None
         counts = {len(vectors), len(lines), manifest["items"], *([] if tokens is None else [len(tokens)])}
         if len(counts) > 1 or vectors.dtype != VECTOR_TYPES[manifest["dtype"]]:
             raise ValueError(f"the files of the gallery {folder} do not belong together: build or save it again")
@@ -960,8 +962,7 @@ def begin_units(
     Arguments and errors are those of `Gallery.build`.
     """
     folder, plan = Path(folder), _plan(**options)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: give a folder")
+    _refuse_foreign(folder)
     if (folder / _MANIFEST).exists() and not overwrite:
         raise ValueError(f"{folder} holds a gallery: open it with Gallery.load(), or build with overwrite=True")
     settings = _settings(Encoder(model, processor), _open(items, plan), plan)
@@ -1079,8 +1080,8 @@ def _is_sequence(items: Any) -> bool:
     return hasattr(items, "__len__") and hasattr(items, "__getitem__")
 
 
-def _open(items: Any, plan: _Plan) -> Any:
-    """Look at the items before long work starts: columns and, where they cost nothing, ids."""
+def _open(items: Any, plan: _Plan, others: Sequence[str | int] = ()) -> Any:
+    """Look at the items before long work starts: columns and, where they cost nothing, ids (beside those of `others`)."""
     if isinstance(items, (str, bytes, dict)):
         raise ValueError(f"one {type(items).__name__} given: items are a list, a data set or a generator")
     column = plan.image_column if plan.kind == "image" else plan.text_column
@@ -1103,7 +1104,7 @@ def _open(items: Any, plan: _Plan) -> Any:
     elif isinstance(items, (list, tuple)):
         ids = [_id_of(item, position, plan) for position, item in enumerate(items)]
     if ids is not None and plan.duplicates == "error":
-        _refuse_duplicates([value for value in ids if value is not None])
+        _refuse_duplicates([*others, *(value for value in ids if value is not None)])
     return items
 
 
@@ -1124,16 +1125,17 @@ def _encode(
                 check(number, *(_id_of(items[position], position, plan) for position in (first, positions[-1])))
                 yield number, len(positions)
     else:
-        rows, number = iter(items), 0
-        while unit := list(islice(rows, plan.unit_size)):
-            first = number * plan.unit_size
+        rows = iter(items)
+        for number, row in enumerate(rows):  # the first of each unit; the others are taken below, one by one
+            first, unit = number * plan.unit_size, chain([row], islice(rows, plan.unit_size - 1))
             if wanted(number):
                 yield number, _encode_unit(encoder, first, unit, plan)
             else:
-                last = first + len(unit) - 1
-                check(number, _id_of(unit[0], first, plan), _id_of(unit[-1], last, plan))
-                yield number, len(unit)
-            number += 1
+                begin = _id_of(row, first, plan)
+                for last, row in enumerate(unit, first):  # noqa: B007
+                    pass
+                check(number, begin, _id_of(row, last, plan))
+                yield number, last - first + 1
 
 
 def _encode_unit(encoder: Encoder, first: int, rows: Iterable, plan: _Plan) -> _Unit:
@@ -1221,7 +1223,7 @@ def _refuse_duplicates(ids: Sequence) -> None:
         seen: set = set()
         twice = {value for value in ids if value in seen or seen.add(value)}
         raise ValueError(
-            f"{len(twice)} ids come twice, such as {_some(twice)}: make them unique, or build with duplicates='first'"
+            f"{len(twice)} ids come twice, such as {_some(twice)}: make them unique (or build with duplicates='first')"
         )
 
 
@@ -1330,7 +1332,7 @@ def _write_gallery(folder: Path, gallery: Gallery, state: _State) -> None:
     _sync(folder)
     named = {entry["name"] for entry in (*files.values(), *(tokens or []))}
     for path in folder.iterdir():
-        if path.name not in named and (_OWN_FILES.fullmatch(path.name) or path.name.endswith(".partial")):
+        if path.name not in named and (_OWN_FILES.fullmatch(path.name) or path.match(".*.partial")):
             path.unlink(missing_ok=True)
 
 
@@ -1354,7 +1356,8 @@ def _write_tokens(folder: Path, state: _State) -> list[dict]:
                 size = source.files[index]["items"]
                 if row == source.starts[index] and rows[place : place + size][-1] == row + size - 1:
                     flush()
-                    _link(source.path(index), folder / source.files[index]["name"])
+                    name = source.files[index]["name"]
+                    _link(source.folder / name, folder / name)
                     entries.append(source.files[index])
                     place += size
                     continue
@@ -1374,6 +1377,14 @@ def _link(source: Path, place: Path) -> None:
     except OSError:  # another file system, or one without links
         with open(source, "rb") as file:
             _write(place, iter(lambda: file.read(2**24), b""))
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: give a folder")
+    ours = (_MANIFEST, _BUILD)
+    if folder.exists() and any(folder.iterdir()) and not any((folder / name).exists() for name in ours):
+        raise ValueError(f"{folder} holds something else than a gallery: give a new or an empty folder")
 
 
 def _sync(folder: Path) -> None:
@@ -1466,7 +1477,7 @@ def _read_unit(folder: Path, number: int) -> _Unit:
             vectors = file.get_tensor("vectors")
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it and call the build again") from error
-    tokens = None if header["tokens"] is None else _TokenFiles([folder / _BUILD, folder], [header["tokens"]])
+    tokens = None if header["tokens"] is None else _TokenFiles(folder / _BUILD, [header["tokens"]])
     return _Unit(vectors, tokens, header["items"], header["skipped"], header["ends"])
 
 

@@ -94,6 +94,11 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
                 queries = _Queries(queries)
             elif hasattr(queries, "__iter__"):
                 queries = (query for query in queries)
+        gallery = kwargs.get("gallery")
+        if gallery is None:
+            gallery = self._forward_params.get("gallery")
+        if hasattr(gallery, "snapshot"):
+            kwargs["gallery"] = gallery.snapshot()  # positions mean the same from the search to the results
         return super().__call__(queries, **kwargs)
 
     def _sanitize_parameters(

@@ -1,6 +1,6 @@
 """A gallery: building, saving, memory-mapped loading, and search in fp32, fp16, int8 and FAISS; speed, memory, recall.
 
-    python benchmarks/bench_gallery.py --threads 1 --json benchmarks/results/gallery.json    # some minutes, 2 GB of disk
+    python benchmarks/bench_gallery.py --threads 1 --json benchmarks/results/gallery.json   # some minutes, 2 GB of disk
     python benchmarks/bench_gallery.py --items 3000 --queries 8                               # seconds, to try it
 
 Random unit vectors of width 256; 1,000,000 items by default. Two kinds of queries: random ones, for which recall@10 is

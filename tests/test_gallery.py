@@ -386,7 +386,7 @@ def test_after_kill_9_the_build_goes_on_and_is_equal(model, processor, paths, bu
     ended = subprocess.run(command, env=environment(PYTHONPATH=path), capture_output=True, text=True, timeout=300)
     assert ended.returncode == -9, ended.stderr
     assert ended.stdout.strip() == fingerprint(model) == built.model  # equal in every process
-    assert len(list((tmp_path / "killed" / "build").glob("unit-*"))) == 3
+    assert len(list((tmp_path / "killed" / "gallery.build").glob("unit-*"))) == 3
     build(model, processor, paths, tmp_path / "killed", store_tokens=True)
     same_files(tmp_path / "killed", tmp_path / "built")
 
@@ -480,7 +480,9 @@ def test_changes_equal_a_new_gallery(model, processor, paths, built, tmp_path):
 
 def test_changes_that_are_refused_change_nothing(model, processor, paths, built):
     with pytest.raises(ValueError, match="1 ids come twice"):
-        built.add(model, processor, [paths[3]])
+        built.add(model, None, [paths[3]])  # before anything is embedded
+    with pytest.raises(ValueError, match="1 ids come twice"):
+        built.add(model, processor, iter([paths[3]]))
     with pytest.raises(KeyError, match="not in the gallery: 'nowhere'"):
         built.remove([paths[1], "nowhere"])
     with pytest.raises(ValueError, match="all items would be removed"):
@@ -512,8 +514,10 @@ def test_a_save_that_fails_leaves_the_gallery_before(model, processor, built, tm
     assert not list((tmp_path / "built").glob("*.partial"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="holds something else than a gallery"):
-        changed.save(tmp_path / "other")
+    for write in (changed.save, lambda folder: build(model, processor, ["x"], folder, overwrite=True)):
+        with pytest.raises(ValueError, match="holds something else than a gallery"):
+            write(tmp_path / "other")
+    assert (tmp_path / "other" / "thesis.txt").exists()
 
 
 def test_a_gallery_is_mapped_and_not_read(tmp_path):
@@ -551,6 +555,9 @@ def test_the_hub(built, tmp_path, monkeypatch):
     loaded = Gallery.load("me/mine", verify=True)
     assert loaded.ids == built.ids and torch.equal(loaded.vectors(), built.vectors())
     assert torch.equal(tokens_of(loaded), tokens_of(built))
+    monkeypatch.undo()  # conftest forbids the real one
+    with pytest.raises(ValueError, match="me/other is neither a folder nor a data set that the Hub gives"):
+        Gallery.load("me/other")
     with pytest.raises(ValueError, match="is not a gallery: give a folder"):
         Gallery.load(tmp_path)
 

@@ -264,6 +264,22 @@ def test_many_threads_get_what_one_gets(pipe, paths, titles, gallery, text_galle
     assert_close(results, expected * 3)
 
 
+def test_positions_mean_the_same_from_the_search_to_the_results(pipe, paths, titles, folder, monkeypatch):
+    changing = Gallery.load(folder)
+    preset = AliBlipImageTextRetrievalPipeline(pipe.model, pipe.processor, device="cpu", gallery=changing)
+    expected, plain = preset(titles[0], top_k=3), Gallery.search
+
+    def search(gallery, *args):
+        found = plain(gallery, *args)
+        changing.remove(changing.ids[:1])
+        return found
+
+    monkeypatch.setattr(Gallery, "search", search)
+    assert_close(preset(titles[0], top_k=3), expected)
+    monkeypatch.undo()
+    assert paths[0] not in [entry["id"] for entry in preset(titles[0], top_k=COUNT)]  # the next call sees the change
+
+
 def test_half_precision(paths, titles, gallery):
     half = pipeline(TASK, model=tiny.spread_model().bfloat16(), processor=tiny.processor(), device="cpu")
     for found in half(titles[:3], gallery=gallery):  # of the fp32 model, with stored tokens
