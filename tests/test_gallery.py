@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -579,6 +581,24 @@ def test_fingerprints(model, built):
         with pytest.raises(ValueError, match=f"built with another model .{built.model[:8]}, not "):
             built.check_model(fingerprint(other))
     Gallery.from_vectors(unit_vectors(3)).check_model("whatever")
+
+
+def test_the_tokenizer_is_asked_by_one_thread_at_a_time(model):
+    """A fast tokenizer that is set up differently by two threads at once raises "Already borrowed"."""
+
+    class Borrowed:
+        def __init__(self):
+            self.free = threading.Lock()
+
+        def __call__(self, text, return_tensors):
+            assert self.free.acquire(blocking=False), "Already borrowed"
+            time.sleep(0.005)
+            self.free.release()
+            return {"input_ids": torch.ones(1, 3), "attention_mask": torch.ones(1, 3)}
+
+    encoder = Encoder(model, Borrowed())
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(encoder.tokenize, [["a title"]] * 12))
 
 
 def test_searches_while_the_gallery_changes():
