@@ -35,7 +35,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -46,7 +46,7 @@ from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
-from transformers.utils import logging
+from transformers import logging
 
 try:
     from .retrieval_aliblip import GALLERY_CHUNK, QUERY_BLOCK, _top_k, embed_images, embed_texts, order_by_score
@@ -67,7 +67,7 @@ TOKEN_TYPE = torch.bfloat16
 
 _FORMAT = 1
 _MANIFEST = "gallery.json"
-_BUILD = "build"
+_BUILD = "gallery.build"
 _GO_ON = "give the same settings to go on, or build with overwrite=True"
 _OWN_FILES = re.compile(
     r"(vectors|scales|items|offsets|skipped|tokens|faiss)-[0-9a-f]{12}\.(npy|jsonl|safetensors|index)"
@@ -138,7 +138,7 @@ def fingerprint(model) -> str:
 
     Equal in every process and on every device. Types are not part of it as far as fp32 and bf16 go: weights are rounded
     to bf16 first, so that a gallery of a model can be searched by its bf16 copy and the other way round. (An fp16 copy
-    is rounded differently and counts as another model.) Takes about a second for 200 million weights.
+    is rounded differently and counts as another model.) Takes a second or two for 200 million weights.
     """
     digest = hashlib.blake2b(digest_size=16)
     config = model.config
@@ -255,21 +255,16 @@ class _Lines(Sequence):
 class _TokenFiles(Sequence):
     """Image tokens (P, D) by row, in files of their own; `files` are the manifest's entries."""
 
-    def __init__(self, folders: Sequence[Path], files: Sequence[dict]):
-        self.folders, self.files = tuple(folders), list(files)
+    def __init__(self, folder: Path, files: Sequence[dict]):
+        self.folder, self.files = folder, list(files)
         self.starts = np.cumsum([0, *(file["items"] for file in self.files)])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def path(self, index: int) -> Path:
-        return next(
-            path for folder in self.folders if (path := folder / self.files[index]["name"]).exists()
-        )  # of a build that was killed while it moved them, in one place or the other
-
     def __getitem__(self, row: int) -> Tensor:
         index = bisect_right(self.starts, row) - 1
-        with safe_open(self.path(index), framework="pt") as file:
+        with safe_open(self.folder / self.files[index]["name"], framework="pt") as file:
             return file.get_slice("tokens")[row - int(self.starts[index])]
 
 
@@ -285,12 +280,14 @@ class _Segment:
 
 @dataclass(frozen=True)
 class _State:
-    """All segments, and which of their rows are in the gallery: `rows` int64, rising, or None for all; `index` is of
-    FAISS. Never changed, only replaced as a whole, so that no search sees half of a change."""
+    """All segments, and which of their rows are in the gallery: `rows` int64, rising, or None for all.
+
+    Never changed, only replaced as a whole, so that no search sees half of a change.
+    """
 
     segments: tuple[_Segment, ...]
     rows: Tensor | None = None
-    index: Any = None
+    index: "_FaissIndex | None" = None
 
     @cached_property
     def starts(self) -> list[int]:
@@ -352,6 +349,36 @@ def _quantise(vectors: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
 
 def _plain(vectors: Tensor, scales: Tensor | None) -> Tensor:
     return vectors.float() if scales is None else vectors.float().mul_(scales[:, None])
+
+
+class _FaissIndex:
+    """An index of FAISS, made just now or in a file that is read at its first use."""
+
+    def __init__(self, index: Any = None, path: Path | None = None):
+        self._made, self._path = index, path
+
+    @cached_property
+    def _index(self) -> Any:
+        if self._made is not None:
+            return self._made
+        try:
+            import faiss
+        except ImportError as error:
+            raise ImportError(f"the approximate index needs FAISS: pip install faiss-cpu ({error})") from error
+        return faiss.read_index(str(self._path))
+
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        scores, positions = self._index.search(np.ascontiguousarray(queries.cpu().numpy()), k)
+        return torch.from_numpy(scores), torch.from_numpy(positions)
+
+    def data(self) -> bytes | np.ndarray:
+        if self._path is not None:
+            return self._path.read_bytes()
+        try:
+            import faiss
+        except ImportError as error:  # it was there when the index was made
+            raise ImportError(f"saving the approximate index needs FAISS ({error})") from error
+        return faiss.serialize_index(self._made)
 
 
 class _Rows:
@@ -501,6 +528,10 @@ class Gallery:
             else:
                 yield from (segment.items[row] for row in rows.tolist())
 
+    def snapshot(self) -> "Gallery":
+        """The gallery as it is now, at no cost: `add` and `remove` no longer move its positions."""
+        return self._like(self._state)
+
     # search
 
     def search(self, queries: Tensor, k: int, approximate: bool = False) -> tuple[Tensor, Tensor]:
@@ -529,7 +560,7 @@ class Gallery:
         if approximate:
             if state.index is None:
                 raise ValueError("the gallery has no approximate index: call add_faiss_index() first")
-            scores, positions = _search_index(state.index, queries, k)
+            scores, positions = state.index.search(queries, k)
             lacking = (positions < 0).any(dim=1)
             if lacking.any():
                 scores[lacking], positions[lacking] = _search_exactly(state, queries[lacking.to(queries.device)], k)
@@ -582,7 +613,7 @@ class Gallery:
         with self._lock:
             if self._state is not state:
                 raise RuntimeError("the gallery was changed while its index was made: make it again")
-            self._state = replace(state, index=holder.get_index("itc").faiss_index)
+            self._state = replace(state, index=_FaissIndex(holder.get_index("itc").faiss_index))
         if measure_recall:
             return self.recall(self, measure_recall, approximate=True)
         return None
@@ -660,7 +691,8 @@ class Gallery:
         encoder = Encoder(model, processor, dtype)
         self.check_model(encoder.fingerprint)
         plan = _Plan(kind=self.kind, store_tokens=self.has_tokens, batch_size=batch_size, **columns)
-        units = [unit for _, unit in _encode(encoder, _open(items, plan), plan, lambda number: True)]
+        items = _open(items, plan, self.ids)
+        units = [unit for _, unit in _encode(encoder, items, plan, lambda number: True)]
         skipped = [entry for unit in units for entry in unit.skipped]
         added = [_segment(unit, self.dtype) for unit in units if unit.items]
         with self._lock:
@@ -702,8 +734,7 @@ class Gallery:
     def save(self, folder: str | os.PathLike) -> None:
         """Write the gallery to a folder, over the one that is there if it is a gallery's. Whole or not at all."""
         folder, state = Path(folder), self._state
-        if not (folder / _MANIFEST).exists() and folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(f"{folder} holds something else than a gallery: give a new or an empty folder")
+        _refuse_foreign(folder)
         _write_gallery(folder, self, state)
 
     @classmethod
@@ -730,23 +761,26 @@ class Gallery:
         folder = Path(folder)
         if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
             patterns = [_MANIFEST, "*.npy", "*.jsonl", "tokens-*.safetensors", "faiss-*.index"]
-            folder = Path(
-                snapshot_download(
-                    str(folder), repo_type="dataset", revision=revision, token=token, allow_patterns=patterns
-                )
-            )
+            options = {"repo_type": "dataset", "revision": revision, "token": token, "allow_patterns": patterns}
+            try:
+                folder = Path(snapshot_download(str(folder), **options))
+            except Exception as error:  # of many kinds, from the connection to the name
+                reason = " ".join(str(error).split())[:300]
+                raise ValueError(
+                    f"{folder} is neither a folder nor a data set that the Hub gives ({reason})"
+                ) from error
         manifest = _read_manifest(folder, verify)
         files = {role: folder / entry["name"] for role, entry in manifest["files"].items()}
         # Copy on write, since torch wants memory that may be written; nobody does.
         vectors = torch.from_numpy(np.load(files["vectors"], mmap_mode="c"))
         scales = torch.from_numpy(np.load(files["scales"], mmap_mode="c")) if "scales" in files else None
         lines = _Lines(np.memmap(files["items"], mode="r"), np.load(files["offsets"], mmap_mode="r"))
-        tokens = _TokenFiles([folder], manifest["tokens"]) if manifest["tokens"] is not None else None
+        tokens = _TokenFiles(folder, manifest["tokens"]) if manifest["tokens"] is not None else None
         counts = {len(vectors), len(lines), manifest["items"], *([] if tokens is None else [len(tokens)])}
         if len(counts) > 1 or vectors.dtype != VECTOR_TYPES[manifest["dtype"]]:
             raise ValueError(f"the files of the gallery {folder} do not belong together: build or save it again")
         skipped = [json.loads(line) for line in files["skipped"].read_text("utf-8").splitlines()]
-        index = _load_index(files["faiss"]) if "faiss" in files else None
+        index = _FaissIndex(path=files["faiss"]) if "faiss" in files else None
         state = _State((_Segment(vectors, scales, lines, tokens),), index=index)
         gallery = cls(state, manifest["kind"], manifest["model"], manifest["dtype"], skipped)
         gallery.photo_root = photo_root
@@ -843,16 +877,7 @@ class Gallery:
             encode_units(model, processor, items, folder, **options)
             join_units(folder, measure_recall=measure_recall)
             return cls.load(folder)
-        plan = _plan(**options)
-        encoder = Encoder(model, processor, autocast)
-        items = _open(items, plan)
-        bar = _bar(items, plan, progress)
-        units = []
-        for _, unit in _encode(encoder, items, plan, lambda number: True):
-            units.append(unit)
-            bar.update(len(unit.items) + len(unit.skipped))
-        bar.close()
-        return _join(units, plan, encoder.fingerprint, measure_recall)
+        return build_in_memory(Encoder(model, processor, autocast), items, measure_recall=measure_recall, **options)
 
 
 def _search_exactly(state: _State, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -874,21 +899,6 @@ def _search_block(state: _State, queries: Tensor, k: int) -> tuple[Tensor, Tenso
             scores, positions = order_by_score(torch.cat([best[0], scores], 1), torch.cat([best[1], positions], 1))
         best = scores[:, :k], positions[:, :k]
     return best
-
-
-def _search_index(index, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    scores, positions = index.search(np.ascontiguousarray(queries.cpu().numpy()), k)
-    return torch.from_numpy(scores), torch.from_numpy(positions)
-
-
-def _load_index(path: Path):
-    try:
-        import faiss
-
-        return faiss.read_index(str(path))
-    except ImportError:
-        logger.warning("the gallery has an approximate index, which needs FAISS: pip install faiss-cpu")
-        return None
 
 
 # --- building ---------------------------------------------------------------------------------------------------------
@@ -931,6 +941,19 @@ class _Unit:
     ends: list = field(default_factory=list)
 
 
+def build_in_memory(encoder: Encoder, items: Iterable, *, measure_recall: int = 0, progress: bool = True, **options):
+    """`Gallery.build` without a folder, for who has an `Encoder`: the model's fingerprint is not computed again."""
+    plan = _plan(**options)
+    items = _open(items, plan)
+    bar = _bar(items, plan, progress)
+    units = []
+    for _, unit in _encode(encoder, items, plan, lambda number: True):
+        units.append(unit)
+        bar.update(len(unit.items) + len(unit.skipped))
+    bar.close()
+    return _join(units, plan, encoder.fingerprint, measure_recall)
+
+
 def begin_units(
     model, processor, items: Iterable, folder: str | os.PathLike, *, overwrite: bool = False, **options
 ) -> None:
@@ -939,8 +962,7 @@ def begin_units(
     Arguments and errors are those of `Gallery.build`.
     """
     folder, plan = Path(folder), _plan(**options)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: give a folder")
+    _refuse_foreign(folder)
     if (folder / _MANIFEST).exists() and not overwrite:
         raise ValueError(f"{folder} holds a gallery: open it with Gallery.load(), or build with overwrite=True")
     settings = _settings(Encoder(model, processor), _open(items, plan), plan)
@@ -1058,8 +1080,8 @@ def _is_sequence(items: Any) -> bool:
     return hasattr(items, "__len__") and hasattr(items, "__getitem__")
 
 
-def _open(items: Any, plan: _Plan) -> Any:
-    """Look at the items before long work starts: columns and, where they cost nothing, ids."""
+def _open(items: Any, plan: _Plan, others: Sequence[str | int] = ()) -> Any:
+    """Look at the items before long work starts: columns and, where they cost nothing, ids, beside `others`."""
     if isinstance(items, (str, bytes, dict)):
         raise ValueError(f"one {type(items).__name__} given: items are a list, a data set or a generator")
     column = plan.image_column if plan.kind == "image" else plan.text_column
@@ -1082,7 +1104,7 @@ def _open(items: Any, plan: _Plan) -> Any:
     elif isinstance(items, (list, tuple)):
         ids = [_id_of(item, position, plan) for position, item in enumerate(items)]
     if ids is not None and plan.duplicates == "error":
-        _refuse_duplicates([value for value in ids if value is not None])
+        _refuse_duplicates([*others, *(value for value in ids if value is not None)])
     return items
 
 
@@ -1103,16 +1125,17 @@ def _encode(
                 check(number, *(_id_of(items[position], position, plan) for position in (first, positions[-1])))
                 yield number, len(positions)
     else:
-        rows, number = iter(items), 0
-        while unit := list(islice(rows, plan.unit_size)):
-            first = number * plan.unit_size
+        rows = iter(items)
+        for number, row in enumerate(rows):  # the first of each unit; the others are taken below, one by one
+            first, unit = number * plan.unit_size, chain([row], islice(rows, plan.unit_size - 1))
             if wanted(number):
                 yield number, _encode_unit(encoder, first, unit, plan)
             else:
-                last = first + len(unit) - 1
-                check(number, _id_of(unit[0], first, plan), _id_of(unit[-1], last, plan))
-                yield number, len(unit)
-            number += 1
+                begin = _id_of(row, first, plan)
+                for last, row in enumerate(unit, first):  # noqa: B007
+                    pass
+                check(number, begin, _id_of(row, last, plan))
+                yield number, last - first + 1
 
 
 def _encode_unit(encoder: Encoder, first: int, rows: Iterable, plan: _Plan) -> _Unit:
@@ -1200,7 +1223,7 @@ def _refuse_duplicates(ids: Sequence) -> None:
         seen: set = set()
         twice = {value for value in ids if value in seen or seen.add(value)}
         raise ValueError(
-            f"{len(twice)} ids come twice, such as {_some(twice)}: make them unique, or build with duplicates='first'"
+            f"{len(twice)} ids come twice, such as {_some(twice)}: make them unique (or build with duplicates='first')"
         )
 
 
@@ -1293,7 +1316,7 @@ def _write_gallery(folder: Path, gallery: Gallery, state: _State) -> None:
     files["offsets"] = _write_named(folder, "offsets", ".npy", _npy("int64", (count + 1,), [offsets]))
     files["skipped"] = _write_named(folder, "skipped", ".jsonl", map(_json_line, gallery.skipped))
     if state.index is not None:
-        files["faiss"] = _write_named(folder, "faiss", ".index", [_index_bytes(state.index)])
+        files["faiss"] = _write_named(folder, "faiss", ".index", [state.index.data()])
     tokens = _write_tokens(folder, state) if state.segments[0].tokens is not None else None
     manifest = {
         "format": _FORMAT,
@@ -1309,7 +1332,7 @@ def _write_gallery(folder: Path, gallery: Gallery, state: _State) -> None:
     _sync(folder)
     named = {entry["name"] for entry in (*files.values(), *(tokens or []))}
     for path in folder.iterdir():
-        if path.name not in named and (_OWN_FILES.fullmatch(path.name) or path.name.endswith(".partial")):
+        if path.name not in named and (_OWN_FILES.fullmatch(path.name) or path.match(".*.partial")):
             path.unlink(missing_ok=True)
 
 
@@ -1333,7 +1356,8 @@ def _write_tokens(folder: Path, state: _State) -> list[dict]:
                 size = source.files[index]["items"]
                 if row == source.starts[index] and rows[place : place + size][-1] == row + size - 1:
                     flush()
-                    _link(source.path(index), folder / source.files[index]["name"])
+                    name = source.files[index]["name"]
+                    _link(source.folder / name, folder / name)
                     entries.append(source.files[index])
                     place += size
                     continue
@@ -1355,12 +1379,12 @@ def _link(source: Path, place: Path) -> None:
             _write(place, iter(lambda: file.read(2**24), b""))
 
 
-def _index_bytes(index) -> np.ndarray:
-    try:
-        import faiss
-    except ImportError as error:  # it was there when the index was made
-        raise ImportError(f"saving the approximate index needs FAISS ({error})") from error
-    return faiss.serialize_index(index)
+def _refuse_foreign(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: give a folder")
+    ours = (_MANIFEST, _BUILD)
+    if folder.exists() and any(folder.iterdir()) and not any((folder / name).exists() for name in ours):
+        raise ValueError(f"{folder} holds something else than a gallery: give a new or an empty folder")
 
 
 def _sync(folder: Path) -> None:
@@ -1453,7 +1477,7 @@ def _read_unit(folder: Path, number: int) -> _Unit:
             vectors = file.get_tensor("vectors")
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it and call the build again") from error
-    tokens = None if header["tokens"] is None else _TokenFiles([folder / _BUILD, folder], [header["tokens"]])
+    tokens = None if header["tokens"] is None else _TokenFiles(folder / _BUILD, [header["tokens"]])
     return _Unit(vectors, tokens, header["items"], header["skipped"], header["ends"])
 
 
@@ -1474,6 +1498,7 @@ __all__ = [
     "Gallery",
     "UnusableItem",
     "begin_units",
+    "build_in_memory",
     "clean_title",
     "encode_units",
     "fingerprint",

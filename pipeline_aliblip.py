@@ -22,12 +22,12 @@ from torch.utils.data import Dataset
 from transformers import AutoModel, Pipeline
 
 try:
-    from .gallery_aliblip import TOKEN_TYPE, Encoder, Gallery, UnusableItem
+    from .gallery_aliblip import TOKEN_TYPE, Encoder, Gallery, UnusableItem, build_in_memory
     from .retrieval_aliblip import RERANK_BATCH_TOKENS, embed_images, embed_texts
 except ImportError:
     if __package__:  # inside a package (the Hub cache) a failure is real
         raise
-    from gallery_aliblip import TOKEN_TYPE, Encoder, Gallery, UnusableItem
+    from gallery_aliblip import TOKEN_TYPE, Encoder, Gallery, UnusableItem, build_in_memory
     from retrieval_aliblip import RERANK_BATCH_TOKENS, embed_images, embed_texts
 
 TASK = "image-text-retrieval"
@@ -94,6 +94,11 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
                 queries = _Queries(queries)
             elif hasattr(queries, "__iter__"):
                 queries = (query for query in queries)
+        gallery = kwargs.get("gallery")
+        if gallery is None:
+            gallery = self._forward_params.get("gallery")
+        if hasattr(gallery, "snapshot"):
+            kwargs["gallery"] = gallery.snapshot()  # positions mean the same from the search to the results
         return super().__call__(queries, **kwargs)
 
     def _sanitize_parameters(
@@ -140,10 +145,9 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
             kind = "text" if all(isinstance(item, str) for item in items) else "image"
         else:
             kind = direction.split("-")[-1]
-        tokens = kind == "image"
-        return Gallery.build(
-            self.model, self.processor, items, kind=kind, store_tokens=tokens, duplicates="first", progress=False
-        )
+        # In memory there is no photo to be read again. An item that comes twice in a list is no mistake.
+        options = {"store_tokens": kind == "image", "duplicates": "first", "progress": False}
+        return build_in_memory(self.encoder, items, kind=kind, **options)
 
     def preprocess(
         self,

@@ -1,4 +1,4 @@
-"""The benchmarks of retrieval run, on tiny models and galleries, and both of their sides give the same."""
+"""The benchmarks of retrieval and of the gallery run, on tiny models and galleries, and their sides give the same."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import bench_retrieval, bench_search
+from benchmarks import bench_gallery, bench_retrieval, bench_search
 
 
 @pytest.fixture(autouse=True)
@@ -52,3 +52,17 @@ def test_search_against_the_whole_matrix(tmp_path, capsys):
         *((10, 500), (10, 1000), (10, 2000)),
         *((20, 500), (40, 500)),
     ]
+
+
+def test_gallery_types(tmp_path, capsys):
+    file = tmp_path / "table.json"
+    options = ["--items", "3000", "--queries", "4", "--rounds", "1", "--types", "float32", "--json", str(file)]
+    bench_gallery.main(options)
+    table = json.loads(file.read_text())
+    assert capsys.readouterr().out.splitlines()[-1] == f"gallery ratio={table['ratio']:.4g}"
+    row = table["galleries"]["float32"]
+    assert row["file_bytes"] > 3000 * 256 * 4
+    assert row["recall@10_random"] == table["galleries"]["engine, in memory"]["recall@10_random"] == 1
+    assert row["recall@1_near"] == 1
+    # mapped, not read: before the first search fewer pages than the file has
+    assert row["loaded"]["file"] < row["file_bytes"] / 2 < row["searched"]["file"]

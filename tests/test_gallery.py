@@ -5,6 +5,9 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -143,6 +146,9 @@ def test_faiss_index(tmp_path):
     assert recall == pytest.approx(by_hand) and 0.1 < recall < 0.9
     gallery.save(tmp_path / "g")
     loaded = Gallery.load(tmp_path / "g")
+    assert "_index" not in vars(loaded._state.index)  # not read yet
+    loaded.save(tmp_path / "copy")
+    same_files(tmp_path / "g", tmp_path / "copy")
     expected = gallery.search(queries, 5, approximate=True)
     assert torch.equal(loaded.search(queries, 5, approximate=True)[1], expected[1])
     assert not torch.equal(expected[1], gallery.search(queries, 5)[1])
@@ -171,9 +177,12 @@ def test_build_equals_embedding_by_hand(model, processor, paths, built):
     assert torch.equal(in_memory.vectors(), built.vectors()) and torch.equal(tokens_of(in_memory), tokens_of(built))
 
 
-def test_titles(model, processor):
+def test_titles(model, processor, capsys):
     titles = [*tiny.titles(9), " ", None, 7]
-    gallery = build(model, processor, titles, kind="text")
+    gallery = build(model, processor, titles, kind="text", measure_recall=5)
+    assert capsys.readouterr().out.splitlines() == [
+        *("recall@10 of float16 vectors: 1.0000 of float32's", "recall@10 of int8 vectors: 1.0000 of float32's"),
+    ]  # of nine items all are among the ten best
     batch = processor(text=titles[:9], return_tensors="pt")
     with torch.no_grad():
         torch.testing.assert_close(gallery.vectors(), engine.embed_texts(model, **batch), atol=1e-5, rtol=0)
@@ -379,7 +388,7 @@ def test_after_kill_9_the_build_goes_on_and_is_equal(model, processor, paths, bu
     ended = subprocess.run(command, env=environment(PYTHONPATH=path), capture_output=True, text=True, timeout=300)
     assert ended.returncode == -9, ended.stderr
     assert ended.stdout.strip() == fingerprint(model) == built.model  # equal in every process
-    assert len(list((tmp_path / "killed" / "build").glob("unit-*"))) == 3
+    assert len(list((tmp_path / "killed" / "gallery.build").glob("unit-*"))) == 3
     build(model, processor, paths, tmp_path / "killed", store_tokens=True)
     same_files(tmp_path / "killed", tmp_path / "built")
 
@@ -473,7 +482,9 @@ def test_changes_equal_a_new_gallery(model, processor, paths, built, tmp_path):
 
 def test_changes_that_are_refused_change_nothing(model, processor, paths, built):
     with pytest.raises(ValueError, match="1 ids come twice"):
-        built.add(model, processor, [paths[3]])
+        built.add(model, None, [paths[3]])  # before anything is embedded
+    with pytest.raises(ValueError, match="1 ids come twice"):
+        built.add(model, processor, iter([paths[3]]))
     with pytest.raises(KeyError, match="not in the gallery: 'nowhere'"):
         built.remove([paths[1], "nowhere"])
     with pytest.raises(ValueError, match="all items would be removed"):
@@ -505,14 +516,16 @@ def test_a_save_that_fails_leaves_the_gallery_before(model, processor, built, tm
     assert not list((tmp_path / "built").glob("*.partial"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="holds something else than a gallery"):
-        changed.save(tmp_path / "other")
+    for write in (changed.save, lambda folder: build(model, processor, ["x"], folder, overwrite=True)):
+        with pytest.raises(ValueError, match="holds something else than a gallery"):
+            write(tmp_path / "other")
+    assert (tmp_path / "other" / "thesis.txt").exists()
 
 
 def test_a_gallery_is_mapped_and_not_read(tmp_path):
     Gallery.from_vectors(unit_vectors(2000), dtype="int8").save(tmp_path / "g")
     segment = Gallery.load(tmp_path / "g")._state.segments[0]
-    maps = open("/proc/self/maps").read()
+    maps = Path("/proc/self/maps").read_text()
     assert all(path.name in maps for path in (tmp_path / "g").glob("vectors-*"))
     assert segment.vectors.dtype == torch.int8 and segment.vectors.shape == (2000, 32)
 
@@ -544,6 +557,9 @@ def test_the_hub(built, tmp_path, monkeypatch):
     loaded = Gallery.load("me/mine", verify=True)
     assert loaded.ids == built.ids and torch.equal(loaded.vectors(), built.vectors())
     assert torch.equal(tokens_of(loaded), tokens_of(built))
+    monkeypatch.undo()  # conftest forbids the real one
+    with pytest.raises(ValueError, match="me/other is neither a folder nor a data set that the Hub gives"):
+        Gallery.load("me/other")
     with pytest.raises(ValueError, match="is not a gallery: give a folder"):
         Gallery.load(tmp_path)
 
@@ -565,6 +581,24 @@ def test_fingerprints(model, built):
         with pytest.raises(ValueError, match=f"built with another model .{built.model[:8]}, not "):
             built.check_model(fingerprint(other))
     Gallery.from_vectors(unit_vectors(3)).check_model("whatever")
+
+
+def test_the_tokenizer_is_asked_by_one_thread_at_a_time(model):
+    """A fast tokenizer that is set up differently by two threads at once raises "Already borrowed"."""
+
+    class Borrowed:
+        def __init__(self):
+            self.free = threading.Lock()
+
+        def __call__(self, text, return_tensors):
+            assert self.free.acquire(blocking=False), "Already borrowed"
+            time.sleep(0.005)
+            self.free.release()
+            return {"input_ids": torch.ones(1, 3), "attention_mask": torch.ones(1, 3)}
+
+    encoder = Encoder(model, Borrowed())
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(encoder.tokenize, [["a title"]] * 12))
 
 
 def test_searches_while_the_gallery_changes():
