@@ -20,10 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, GradientCheckpointingLayer, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
@@ -237,8 +236,9 @@ class AliBlipTextEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        # Positions are a slice and not a buffer: a non-persistent buffer is garbage after from_pretrained.
-        positions = self.position_embeddings.weight[: input_ids.shape[1]]  # (L, D)
+        # Made here and not a buffer: a non-persistent buffer is garbage after from_pretrained. Through the module and not
+        # a slice of its weight: `device_map` may have put that on disk, from where accelerate fetches it for a call.
+        positions = self.position_embeddings(torch.arange(input_ids.shape[1], device=input_ids.device))  # (L, D)
         return self.dropout(self.LayerNorm(self.word_embeddings(input_ids) + positions))
 
 
