@@ -236,8 +236,8 @@ class AliBlipTextEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        # Made here and not a buffer: a non-persistent buffer is garbage after from_pretrained. Through the module and not
-        # a slice of its weight: `device_map` may have put that on disk, from where accelerate fetches it for a call.
+        # Made here and not a buffer: a non-persistent buffer is garbage after from_pretrained. Through the module and
+        # not a slice of its weight: `device_map` may keep that on disk, from where accelerate fetches it for a call.
         positions = self.position_embeddings(torch.arange(input_ids.shape[1], device=input_ids.device))  # (L, D)
         return self.dropout(self.LayerNorm(self.word_embeddings(input_ids) + positions))
 

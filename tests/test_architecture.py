@@ -102,8 +102,8 @@ def relative_imports(tree: ast.AST) -> list[ast.ImportFrom]:
 
 
 def guarded(tree: ast.Module) -> list[ast.ImportFrom]:
-    """The relative imports that are safe in the Hub's cache and in a checkout: those of the one guard (`try` them, raise
-    if inside a package, else import the same names absolutely), and those under TYPE_CHECKING, which never run."""
+    """The relative imports that are safe in the Hub's cache and in a checkout: those of the one guard (`try` them,
+    raise if in a package, else import the same names absolutely), and those under TYPE_CHECKING, which never run."""
     safe = []
     for node in tree.body:
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
