@@ -62,9 +62,10 @@ def main(plan: dict) -> dict:
     from transformers import AutoConfig, AutoModel, AutoProcessor
 
     def load(folder, **options) -> dict:
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-        model = AutoModel.from_pretrained(folder, trust_remote_code=True, **options)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        common = {"trust_remote_code": True, "local_files_only": options.pop("local_files_only", False)}
+        processor = AutoProcessor.from_pretrained(folder, **common)
+        model = AutoModel.from_pretrained(folder, **common, **options)
+        config = AutoConfig.from_pretrained(folder, **common)
         return {
             "modules": [type(part).__module__ for part in (config, model, processor)],
             "same_config_class": type(config) is type(model).config_class,
@@ -81,10 +82,9 @@ def main(plan: dict) -> dict:
     for name, folder in plan["refuse"].items():
         found["refused"][name] = error_of(AutoModel.from_pretrained, folder, trust_remote_code=name != "not trusted")
 
-    model = AutoModel.from_pretrained(plan["save_again"][0], trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(plan["save_again"][0], trust_remote_code=True)
-    model.save_pretrained(plan["save_again"][1])
-    processor.save_pretrained(plan["save_again"][1])
+    for source, target, options in plan["save_again"]:
+        for auto in (AutoModel, AutoProcessor):
+            auto.from_pretrained(source, trust_remote_code=True, **options).save_pretrained(target)
 
     # The root files as plain modules, beside a config.json that does not name them.
     sys.meta_path.remove(NotInstalled)

@@ -73,9 +73,17 @@ def expected():
     return {name: scores(*tiny_pair(dtype)) for name, dtype in DTYPES.items()}
 
 
+def into_hub_cache(home, name: str, saved) -> None:
+    """As if `saved` had been downloaded from the repository `name`: other code of the loader than for a folder."""
+    repository, commit = home / "hub" / f"models--{name.replace('/', '--')}", "1" * 40
+    shutil.copytree(saved, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+
+
 @pytest.fixture(scope="module")
 def child(folders, tmp_path_factory):
-    """What a process without the package found, and the folder it saved again."""
+    """What a process without the package found, and the folders it saved again."""
     work = tmp_path_factory.mktemp("child")
     plain = ("saved fp32", "saved bf16", "copied fp32", "copied bf16", "sharded", "trained")
     load = {name: (str(folders[name]), {}) for name in plain}
@@ -90,20 +98,28 @@ def child(folders, tmp_path_factory):
             {"device_map": "auto", "max_memory": {"cpu": 60_000}, "offload_folder": str(work / "offload")},
         ),
     }
+    load["hub"] = ("aliblip/tiny", {"local_files_only": True})
+    into_hub_cache(work / "cache", "aliblip/tiny", folders["saved fp32"])
     plan = {
         "load": load,
         "refuse": {"not trusted": fp32, "incomplete": str(folders["incomplete"])},
-        "save_again": (fp32, str(work / "again")),
+        "save_again": [
+            (fp32, str(work / "again"), {}),
+            ("aliblip/tiny", str(work / "hub again"), {"local_files_only": True}),
+        ],
         "import_from": str(folders["no auto_map"]),
     }
     (work / "plan.json").write_text(json.dumps(plan))
     result = run(
         [sys.executable, "-I", ROOT / "tests" / "remote_code_probe.py", work / "plan.json", work / "found.pt"],
-        env={"HF_HOME": str(work / "cache"), "HF_HUB_OFFLINE": "0"},
+        env={
+            **{"HF_HOME": str(work / "cache"), "HF_HUB_CACHE": str(work / "cache" / "hub")},
+            **{"HF_MODULES_CACHE": str(work / "cache" / "modules"), "HF_HUB_OFFLINE": "0"},
+        },
         cwd=work,
     )
     assert_succeeded(result)
-    return torch.load(work / "found.pt", weights_only=True) | {"again": work / "again"}
+    return torch.load(work / "found.pt", weights_only=True) | {name: work / name for name in ("again", "hub again")}
 
 
 def assert_equal_scores(got, expected):
@@ -162,6 +178,7 @@ def test_with_the_package_its_classes_win_and_give_equal_scores(folders, expecte
     [
         ("sharded", "sdpa", ["cpu"]),
         ("trained", "sdpa", ["cpu"]),
+        ("hub", "sdpa", ["cpu"]),
         ("eager", "eager", ["cpu"]),
         ("sdpa", "sdpa", ["cpu"]),
         ("device_map", "sdpa", ["cpu"]),
@@ -170,6 +187,7 @@ def test_with_the_package_its_classes_win_and_give_equal_scores(folders, expecte
 )
 def test_options_of_from_pretrained(child, expected, name, attention, devices):
     loaded = child["loaded"][name]
+    assert all(module.startswith("transformers_modules.") for module in loaded["modules"])
     assert (loaded["attention"], loaded["devices"], loaded["dtype"]) == (attention, devices, "float32")
     if attention == "eager":  # other operations, other last bits
         for key, value in expected["fp32"].items():
@@ -194,9 +212,10 @@ def test_code_that_is_not_trusted_or_not_there_is_not_run(child):
     assert "losses_aliblip.py" in child["refused"]["incomplete"]
 
 
-def test_a_model_that_came_with_its_code_saves_a_complete_folder(child, expected):
-    assert_complete(child["again"])
-    model, processor = (auto.from_pretrained(child["again"]) for auto in (AutoModel, AutoProcessor))
+@pytest.mark.parametrize("name", ["again", "hub again"])
+def test_a_model_that_came_with_its_code_saves_a_complete_folder(child, expected, name):
+    assert_complete(child[name])
+    model, processor = (auto.from_pretrained(child[name]) for auto in (AutoModel, AutoProcessor))
     assert_equal_scores(scores(model, processor), expected["fp32"])
 
 
