@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     # Never run. transformers follows the relative imports that it reads in a file, and so takes the pipeline's file
     # along wherever it saves this one or caches it: a saved folder is complete, also one saved by a model that came
     # with its own code.
-    from .retrieval_aliblip import AliBlipImageTextRetrievalPipeline  # noqa: F401
+    from .pipeline_aliblip import AliBlipImageTextRetrievalPipeline  # noqa: F401
 
 # What `transformers.pipeline` reads in config.json: the class of each task that is not its own.
 CUSTOM_PIPELINES: dict[str, dict[str, Any]] = {
     "image-text-retrieval": {
-        "impl": "retrieval_aliblip.AliBlipImageTextRetrievalPipeline",
+        "impl": "pipeline_aliblip.AliBlipImageTextRetrievalPipeline",
         "pt": ["AutoModel"],
         "type": "multimodal",
     }

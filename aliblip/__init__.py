@@ -1,17 +1,30 @@
 """The library behind `train.py` and `evaluate_retrieval.py`: training and evaluation of AliBLIP.
 
 Importing it registers the classes of the root files with transformers, so that AutoConfig, AutoModel and AutoProcessor
-take this code for AliBLIP folders, and not the copy that lies in them.
+take this code for AliBLIP folders, and not the copy that lies in them; and `pipeline("image-text-retrieval", ...)` for
+models whose configuration names no pipeline of its own.
 """
 
 from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from configuration_aliblip import AliBlipConfig
+from gallery_aliblip import Gallery
 from modeling_aliblip import AliBlipForImageTextRetrieval
+from pipeline_aliblip import TASK, AliBlipImageTextRetrievalPipeline
 from processing_aliblip import AliBlipProcessor
 
 AutoConfig.register(AliBlipConfig.model_type, AliBlipConfig, exist_ok=True)
 AutoModel.register(AliBlipConfig, AliBlipForImageTextRetrieval, exist_ok=True)
 AutoProcessor.register(AliBlipConfig, AliBlipProcessor, exist_ok=True)
+PIPELINE_REGISTRY.register_pipeline(
+    TASK, pipeline_class=AliBlipImageTextRetrievalPipeline, pt_model=(AutoModel,), type="multimodal"
+)
 
-__all__ = ["AliBlipConfig", "AliBlipForImageTextRetrieval", "AliBlipProcessor"]
+__all__ = [
+    "AliBlipConfig",
+    "AliBlipForImageTextRetrieval",
+    "AliBlipImageTextRetrievalPipeline",
+    "AliBlipProcessor",
+    "Gallery",
+]

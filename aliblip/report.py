@@ -1,15 +1,24 @@
-"""Pictures of a retrieval, drawn with Pillow.
+"""What an evaluation found, to look at: a contact sheet, drawn with Pillow, and a page of HTML.
 
 rows = [SheetRow("red cotton t-shirt", [Hit(photo, 3.21, right=True), ...], rank=1), ...]
 contact_sheet(rows, "sheet.png", heading="Demo")
+html_report("report.html", heading="Demo", galleries=[Gallery("Worst misses", rows)])
 """
 
+import base64
+import html
+import io
+import math
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from aliblip.files import write_bytes, write_text
 
 _PAPER = "#ffffff"
 _BAND = "#f4f5f7"
@@ -23,14 +32,23 @@ _GAP = 16
 _TITLE_WIDTH = 300
 _FRAME = 5
 
+# Of an HTML page: side in pixels and JPEG quality of its photos; the next step where all together take more bytes.
+_THUMBNAILS = ((160, 80), (120, 70), (80, 60))
+_MOST_PHOTO_BYTES = 1_000_000  # base64 adds a third
+_MOST_TITLE_CHARACTERS = 400
+_CURVE_POINTS = 120  # more can't be seen
+
 
 @dataclass
 class Hit:
-    """One retrieved photo: `image`, its `score`, and whether it is a `right` one."""
+    """One retrieved photo: `image`, its `score`, whether it is a `right` one, its `place` in the ranking (None: as in
+    the list), and a `name` for the page."""
 
     image: Image.Image
     score: float
     right: bool
+    place: int | None = None
+    name: str = ""
 
 
 @dataclass
@@ -41,6 +59,62 @@ class SheetRow:
     title: str
     hits: list[Hit] = field(default_factory=list)
     rank: int = 0
+
+
+@dataclass
+class Curve:
+    """One line of a chart: its `recall`s as fractions at the numbers `k`, which ascend from at least 1; `dashed` marks
+    a bound."""
+
+    name: str
+    k: Sequence[int]
+    recall: Sequence[float]
+    dashed: bool = False
+
+    def __post_init__(self):
+        self.k, self.recall = [int(k) for k in self.k], [float(recall) for recall in self.recall]
+        if not self.k or len(self.k) != len(self.recall):
+            raise ValueError(f"curve {self.name!r} has {len(self.k)} k and {len(self.recall)} recalls")
+        if self.k[0] < 1 or any(later <= k for k, later in zip(self.k, self.k[1:], strict=False)):
+            raise ValueError(f"curve {self.name!r}: its k have to ascend from at least 1")
+        if not all(0 <= recall <= 1 for recall in self.recall):
+            raise ValueError(f"curve {self.name!r}: its recalls have to be fractions from 0 to 1")
+
+
+@dataclass
+class Chart:
+    """`curves` over k, on a log axis named `x_label`."""
+
+    heading: str
+    curves: Sequence[Curve]
+    x_label: str = "k"
+    note: str = ""
+
+
+@dataclass
+class Table:
+    """`rows` of as many cells as `columns`: text as it is, integers, numbers with one decimal, None for a dash."""
+
+    heading: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    note: str = ""
+
+    def __post_init__(self):
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(
+                    f"table {self.heading!r} has {len(self.columns)} columns, but a row of {len(row)}: {row}"
+                )
+
+
+@dataclass
+class Gallery:
+    """Queries with their photos."""
+
+    heading: str
+    rows: Sequence[SheetRow]
+    note: str = ""
 
 
 def contact_sheet(
@@ -83,13 +157,10 @@ def contact_sheet(
             x = _MARGIN + _TITLE_WIDTH + _GAP + place * cell
             _draw_hit(sheet, draw, hit, place, x, y + _GAP, photo_size, small)
     _draw_legend(draw, sheet.height - 22, small)
+    data = io.BytesIO()
+    sheet.save(data, format=file_format)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        sheet.save(partial, format=file_format)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_bytes(path, data.getvalue())
     return path
 
 
@@ -117,7 +188,7 @@ def _draw_hit(
     fitted = ImageOps.contain(hit.image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
     draw.rectangle((x + _FRAME, y + _FRAME, x + _FRAME + size - 1, y + _FRAME + size - 1), fill=_PAPER)
     sheet.paste(fitted, (x + _FRAME + (size - fitted.width) // 2, y + _FRAME + (size - fitted.height) // 2))
-    draw.text((x + _FRAME, y + outer + 5), f"{place + 1}.", fill=_QUIET, font=font)
+    draw.text((x + _FRAME, y + outer + 5), f"{hit.place or place + 1}.", fill=_QUIET, font=font)
     score = f"{hit.score:.2f}"
     draw.text((x + outer - _FRAME, y + outer + 5), score, fill=_RIGHT if hit.right else _QUIET, font=font, anchor="ra")
 
@@ -155,3 +226,311 @@ def _wrap(text: str, font, width: int, most_lines: int) -> list[str]:
 def _font(size: int):
     # Pillow's own font: the same picture on every machine.
     return ImageFont.load_default(size)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def html_report(
+    path: str | os.PathLike,
+    *,
+    heading: str,
+    note: str = "",
+    tables: Sequence[Table] = (),
+    charts: Sequence[Chart] = (),
+    slices: Sequence[Table] = (),
+    galleries: Sequence[Gallery] = (),
+    run: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write one HTML file that needs no other file, no network and no script.
+
+    All parts but the heading may be absent. Texts are shown as they are, whatever is in them. Photos become JPEGs of at
+    most 160 pixels, smaller ones where there are hundreds.
+
+    Args:
+        path: where the page goes; ends in .html. Its folder is created.
+        heading: above all, and the title of the page.
+        note: a line below it.
+        tables: the results.
+        charts: recall curves. Those without a curve are left out, like empty tables and galleries.
+        slices: tables of parts of the data, below the curves.
+        galleries: queries with their photos; the `right` ones are framed as in the contact sheet.
+        run: names and values at the end of the page; a mapping as a value becomes one line.
+
+    Raises:
+        ValueError: the path does not end in .html or .htm.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"{path} is not a page's file name: give one that ends in .html")
+    parts = [f"<h1>{_text(heading)}</h1>"]
+    if note:
+        parts.append(f'<p class="quiet">{_text(note)}</p>')
+    parts += [_table(table) for table in tables if table.rows]
+    parts += [_chart(chart) for chart in charts if chart.curves]
+    parts += [_table(table) for table in slices if table.rows]
+    shown = [gallery for gallery in galleries if gallery.rows]
+    photos = _photos([hit.image for gallery in shown for row in gallery.rows for hit in row.hits])
+    parts += [_gallery(gallery, photos) for gallery in shown]
+    if run:
+        parts.append(_run(run))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    body = "\n".join(parts)
+    write_text(
+        path,
+        f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{_text(heading)}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+""",
+    )
+    return path
+
+
+def _text(value: Any) -> str:
+    """Text of unknown origin as HTML, in attributes too. Characters that a page can't hold are replaced: controls, and
+    lone surrogates, which can't be encoded."""
+    text = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", str(value))
+    return html.escape(text)
+
+
+def _clipped(title: str) -> str:
+    return title if len(title) <= _MOST_TITLE_CHARACTERS else f"{title[:_MOST_TITLE_CHARACTERS].rstrip()}..."
+
+
+def _section(heading: str, note: str, body: str) -> str:
+    note = f'<p class="quiet">{_text(note)}</p>\n' if note else ""
+    return f"<section>\n<h2>{_text(heading)}</h2>\n{note}{body}\n</section>"
+
+
+def _table(table: Table) -> str:
+    return _section(table.heading, table.note, _grid(table.columns, table.rows))
+
+
+def _grid(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table that scrolls sideways where the screen is narrow; a column with a number in it is aligned right."""
+    numeric = [any(isinstance(cell, int | float) for cell in column) for column in zip(*rows, strict=True)]
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        styled = [f"<{tag}{' class=num' * number}>{cell}</{tag}>" for cell, number in zip(cells, numeric, strict=True)]
+        return f"<tr>{''.join(styled)}</tr>"
+
+    head = line([_text(column) for column in columns], "th")
+    body = "\n".join(line([_cell(cell) for cell in row], "td") for row in rows)
+    return f'<div class="wide"><table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+
+
+def _cell(value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "\u2013"
+    if isinstance(value, float):
+        return f"{value:,.1f}"
+    return f"{value:,}" if isinstance(value, int) else _text(value)
+
+
+def _run(run: Mapping[str, Any]) -> str:
+    def shown(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return ", ".join(f"{name} {shown(inner)}" for name, inner in value.items())
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    lines = "\n".join(f"<dt>{_text(name)}</dt><dd>{_text(shown(value))}</dd>" for name, value in run.items())
+    return _section("This run", "", f"<dl>\n{lines}\n</dl>")
+
+
+# --- curves
+
+_WIDTH, _HEIGHT = 480, 280
+_LEFT, _RIGHT_EDGE, _TOP, _BOTTOM = 46, 466, 12, 236  # the area of the lines
+_COLOURS = 6
+
+
+def _chart(chart: Chart) -> str:
+    """Lines over log k, a legend, and the numbers behind them."""
+    all_k = sorted({k for curve in chart.curves for k in curve.k})
+    low_k, high_k = all_k[0], all_k[-1]
+    if low_k == high_k:  # a single k in the middle
+        low_k, high_k = low_k / 2, high_k * 2
+    recalls = [100 * recall for curve in chart.curves for recall in curve.recall]
+    low = min(90, 10 * math.floor(min(recalls) / 10))
+    high = max(low + 10, 10 * math.ceil(max(recalls) / 10))
+
+    def x(k: float) -> float:
+        return _LEFT + (_RIGHT_EDGE - _LEFT) * math.log(k / low_k) / math.log(high_k / low_k)
+
+    def y(percent: float) -> float:
+        return _BOTTOM - (_BOTTOM - _TOP) * (percent - low) / (high - low)
+
+    ticks = _ticks(all_k, x)
+    parts = []
+    step = 10 if high - low <= 50 else 20
+    for percent in range(low + -low % step, high + 1, step):
+        at = y(percent)
+        parts.append(f'<line class="rule" x1="{_LEFT}" y1="{at:.1f}" x2="{_RIGHT_EDGE}" y2="{at:.1f}"/>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{percent}%</text>')
+    for k in ticks:
+        parts.append(f'<line class="rule" x1="{x(k):.1f}" y1="{_TOP}" x2="{x(k):.1f}" y2="{_BOTTOM}"/>')
+        parts.append(f'<text x="{x(k):.1f}" y="{_BOTTOM + 18}" text-anchor="middle">{k:,}</text>')
+    middle = (_LEFT + _RIGHT_EDGE) / 2
+    parts.append(f'<text x="{middle:g}" y="{_HEIGHT - 6}" text-anchor="middle">{_text(chart.x_label)}</text>')
+    legend = []
+    for number, curve in enumerate(chart.curves):
+        style = f'class="curve c{number % _COLOURS}{" dashed" * curve.dashed}"'
+        points = [(x(k), y(100 * recall)) for k, recall in _thinned(curve)]
+        joined = " ".join(f"{across:.1f},{down:.1f}" for across, down in points)
+        parts.append(f'<polyline {style} points="{joined}"/>')
+        if len(points) <= 12:
+            parts += [
+                f'<circle class="c{number % _COLOURS}" cx="{across:.1f}" cy="{down:.1f}" r="3.5"/>'
+                for across, down in points
+            ]
+        swatch = f'<line {style} x1="0" y1="5" x2="28" y2="5"/>'
+        legend.append(
+            f'<li><svg viewBox="0 0 28 10" width="28" height="10" aria-hidden="true">{swatch}</svg>'
+            f" {_text(curve.name)}</li>"
+        )
+    label = f"{chart.heading}: {', '.join(curve.name for curve in chart.curves)}"
+    known = [dict(zip(curve.k, curve.recall, strict=True)) for curve in chart.curves]
+    columns = [chart.x_label, *(curve.name for curve in chart.curves)]
+    values = [[k, *(100 * recall[k] if k in recall else None for recall in known)] for k in ticks]
+    return _section(
+        chart.heading,
+        chart.note,
+        f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{_text(label)}">\n'
+        + "\n".join(parts)
+        + f'\n</svg>\n<ul class="legend">{"".join(legend)}</ul>\n'
+        + f"<details><summary>Numbers, in percent</summary>\n{_grid(columns, values)}\n</details>",
+    )
+
+
+def _ticks(all_k: list[int], x) -> list[int]:
+    """The k with a number below the axis: 1, 2, 5, 10, ... where they were measured, else what was measured, as far as
+    the numbers have room."""
+    round_k = [k for k in all_k if str(k).rstrip("0") in ("1", "2", "5")]
+    wanted = all_k if len(all_k) <= 8 else sorted({all_k[0], *round_k, all_k[-1]})
+    ticks = []
+    for k in wanted:
+        if not ticks or x(k) - x(ticks[-1]) >= 14 + 4 * (len(str(k)) + len(str(ticks[-1]))):
+            ticks.append(k)
+    return ticks
+
+
+def _thinned(curve: Curve) -> list[tuple[int, float]]:
+    """At most `_CURVE_POINTS` or so of a curve's points, evenly over log k, the first and the last among them."""
+    points = list(zip(curve.k, curve.recall, strict=True))
+    if len(points) <= _CURVE_POINTS:
+        return points
+    first, last = math.log(curve.k[0]), math.log(curve.k[-1])
+    bins = {int((_CURVE_POINTS - 1) * (math.log(k) - first) / (last - first)): (k, recall) for k, recall in points[1:]}
+    return [points[0], *(bins[key] for key in sorted(bins))]
+
+
+# --- photos
+
+
+def _photos(images: Sequence[Image.Image]) -> dict[int, tuple[str, int, int]]:
+    """For the `id` of every image its data address, width and height. An image that comes twice is encoded once."""
+    distinct = {id(image): image for image in images}
+    for side, quality in _THUMBNAILS:
+        encoded = {}
+        for key, image in distinct.items():
+            small = image.convert("RGB")
+            small.thumbnail((side, side), Image.Resampling.BICUBIC)
+            data = io.BytesIO()
+            # without the comment, which Pillow would copy from the original and which may be long
+            small.save(data, "JPEG", quality=quality, optimize=True, comment=b"")
+            encoded[key] = data.getvalue(), small.width, small.height
+        # as often as it is shown
+        if sum(len(encoded[id(image)][0]) for image in images) <= _MOST_PHOTO_BYTES:
+            break
+    return {
+        key: (f"data:image/jpeg;base64,{base64.b64encode(data).decode()}", width, height)
+        for key, (data, width, height) in encoded.items()
+    }
+
+
+def _gallery(gallery: Gallery, photos: dict[int, tuple[str, int, int]]) -> str:
+    rows = []
+    for row in gallery.rows:
+        figures = []
+        for number, hit in enumerate(row.hits, 1):
+            source, width, height = photos[id(hit.image)]
+            place = hit.place or number
+            name = f": {_clipped(hit.name)}" if hit.name else ""
+            alt = f"{'right photo' if hit.right else 'photo'} at place {place}{name}"
+            mark = " \u2713 right" if hit.right else ""
+            figures.append(
+                f'<figure{" class=right" * hit.right}><span class="photo">'
+                f'<img src="{source}" width="{width}" height="{height}" alt="{_text(alt)}"></span>'
+                f"<figcaption><span>{place}.{mark}</span> <span>{hit.score:.2f}</span></figcaption></figure>"
+            )
+        found = " found" * any(hit.right for hit in row.hits)
+        rank = f'\n<p class="rank{found}">right photo at place {row.rank:,}</p>' if row.rank else ""
+        rows.append(
+            f'<article>\n<h3 dir="auto">{_text(_clipped(row.title))}</h3>{rank}\n'
+            f'<div class="photos">{"".join(figures)}</div>\n</article>'
+        )
+    return _section(gallery.heading, gallery.note, "\n".join(rows))
+
+
+_STYLE = f""":root {{
+  --paper: {_PAPER}; --band: {_BAND}; --ink: {_INK}; --quiet: {_QUIET}; --line: {_LINE};
+  --right: {_RIGHT}; --right-text: #0f7a3c;
+  --c0: #2563eb; --c1: #d9480f; --c2: #0f7a3c; --c3: #9333ea; --c4: #b4820a; --c5: #0e7490;
+}}
+@media (prefers-color-scheme: dark) {{
+  :root {{
+    --paper: #14171d; --band: #1e232c; --ink: #e6e9ef; --quiet: #9aa3b2; --line: #3a4150; --right-text: #4cc38a;
+    --c0: #7aa2ff; --c1: #ff9a5c; --c2: #4cc38a; --c3: #c795ff; --c4: #e5b93c; --c5: #4cc9e0;
+  }}
+}}
+* {{ box-sizing: border-box; }}
+body {{
+  margin: 0 auto; max-width: 960px; padding: 16px; background: var(--paper); color: var(--ink);
+  font: 16px/1.45 system-ui, sans-serif; overflow-wrap: anywhere;
+}}
+h1 {{ font-size: 1.6rem; line-height: 1.2; }}
+h2 {{ font-size: 1.2rem; margin: 2rem 0 .5rem; }}
+h3 {{ font-size: 1rem; margin: 0; }}
+.quiet, .rank, figcaption, dt {{ color: var(--quiet); }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; overflow-wrap: normal; }}
+th, td {{ padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; }}
+.num {{ text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }}
+tbody tr:nth-child(odd), article {{ background: var(--band); }}
+.chart {{ display: block; width: 100%; max-width: 640px; height: auto; }}
+.chart text {{ font-size: 13px; fill: var(--quiet); }}
+.rule {{ stroke: var(--line); stroke-width: 1; }}
+.curve {{ fill: none; stroke: var(--c); stroke-width: 2.5; stroke-linejoin: round; }}
+.dashed {{ stroke-dasharray: 6 4; }}
+circle {{ fill: var(--c); }}
+{" ".join(f".c{number} {{ --c: var(--c{number}); }}" for number in range(_COLOURS))}
+.legend {{ display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: .3rem 0; padding: 0; list-style: none; }}
+summary {{ cursor: pointer; color: var(--quiet); }}
+article {{ margin: .6rem 0; padding: .7rem; border-radius: 6px; }}
+.rank {{ margin: .1rem 0 0; font-size: .9rem; }}
+.found {{ color: var(--right-text); }}
+.photos {{ display: flex; flex-wrap: wrap; gap: .6rem; margin-top: .5rem; }}
+figure {{ margin: 0; width: 172px; max-width: calc(50% - .3rem); }}
+.photo {{
+  position: relative; display: block; aspect-ratio: 1;
+  background: {_PAPER}; background-clip: padding-box; border: {_FRAME}px solid transparent;
+  outline: 1px solid var(--line); outline-offset: -{_FRAME}px;
+}}
+.right .photo {{ border-color: var(--right); outline: none; }}
+.photo img {{ position: absolute; inset: 0; width: 100%; height: 100%; object-fit: scale-down; }}
+figcaption {{ display: flex; justify-content: space-between; padding: 0 {_FRAME}px; font-size: .85rem; }}
+.right figcaption {{ color: var(--right-text); }}
+dl {{ display: grid; grid-template-columns: fit-content(45%) minmax(0, 1fr); gap: .2rem 1rem; }}
+dd {{ margin: 0; }}
+"""

@@ -11,10 +11,7 @@ import socket
 import sys
 from pathlib import Path
 
-OURS = {
-    "aliblip",
-    *(f"{kind}_aliblip" for kind in ("configuration", "losses", "modeling", "processing", "retrieval")),
-}
+OURS = {"aliblip", *(path.stem for path in Path(__file__).resolve().parent.parent.glob("*_aliblip.py"))}
 TITLES = ["red cotton shirt", "small blue steel lamp", "green cup"]
 
 

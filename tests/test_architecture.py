@@ -12,6 +12,8 @@ import transformers
 from helpers import ROOT
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
+from configuration_aliblip import CUSTOM_PIPELINES
+
 HUB_FILES = sorted(path.name for path in ROOT.glob("*_aliblip.py"))
 HUB = {name.removesuffix(".py") for name in HUB_FILES}
 
@@ -38,7 +40,9 @@ ALLOWED = {
         *("accelerator", "arguments", "evaluation", "report", "data.collate", "data.loader", "data.sources"),
         *("modeling_aliblip", "processing_aliblip"),
     },
-    "aliblip.__init__": {"configuration_aliblip", "modeling_aliblip", "processing_aliblip"},
+    "aliblip.__init__": {
+        *("configuration_aliblip", "gallery_aliblip", "modeling_aliblip", "pipeline_aliblip", "processing_aliblip"),
+    },
     "aliblip.accelerator": set(),
     "aliblip.arguments": set(),
     "aliblip.checkpoint": {"accelerator", "arguments", "distributed", "files"},
@@ -46,13 +50,15 @@ ALLOWED = {
     "aliblip.distributed": set(),
     "aliblip.evaluation": {"distributed", "files", "metrics", "retrieval_aliblip"},
     "aliblip.files": set(),
+    "aliblip.gallery": {"distributed", "gallery_aliblip"},
     "aliblip.interrupts": {"distributed"},
     "aliblip.metrics": set(),
     "aliblip.momentum": {"distributed"},
     "aliblip.objective": {"distributed", "losses_aliblip"},
     "aliblip.optim": set(),
     "aliblip.progress": {"arguments", "distributed", "evaluation", "files"},
-    "aliblip.report": set(),
+    "aliblip.report": {"files"},
+    "aliblip.submission": {"files"},
     "aliblip.data.__init__": set(),
     "aliblip.data.augment": set(),
     "aliblip.data.collate": {"data.sources"},
@@ -61,9 +67,11 @@ ALLOWED = {
     "aliblip.data.remote": set(),
     "aliblip.data.sources": {"data.manifest", "data.remote", "data.tar_index"},
     "aliblip.data.tar_index": {"data.remote", "files"},
-    "configuration_aliblip": {"retrieval_aliblip"},  # under TYPE_CHECKING, so that it is saved along
+    "configuration_aliblip": {"pipeline_aliblip"},  # under TYPE_CHECKING, so that it is saved along
+    "gallery_aliblip": {"retrieval_aliblip"},
     "losses_aliblip": set(),
     "modeling_aliblip": {"configuration_aliblip", "losses_aliblip"},
+    "pipeline_aliblip": {"gallery_aliblip", "retrieval_aliblip"},
     "processing_aliblip": set(),
     "retrieval_aliblip": set(),
 }
@@ -71,6 +79,9 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
     for path in (*ROOT.glob("*.py"), *(ROOT / "aliblip").rglob("*.py"))
 }
+
+
+IMPORTS = (ast.Import, ast.ImportFrom)
 
 
 def imported(tree: ast.AST) -> set[str]:
@@ -187,6 +198,14 @@ def test_hub_classes_are_registered():
                 assert not (node.func.attr == "register" and owner.startswith("Auto")), "in aliblip/__init__.py"
     registered = [line for line in (ROOT / "aliblip/__init__.py").read_text().splitlines() if ".register(" in line]
     assert [line.split(".")[0] for line in registered] == ["AutoConfig", "AutoModel", "AutoProcessor"]
+
+
+def test_the_pipeline_of_the_configuration_exists():
+    (entry,) = CUSTOM_PIPELINES.values()
+    module, name = entry["impl"].split(".")
+    classes = [node for node in ast.parse(MODULES[module].read_text()).body if isinstance(node, ast.ClassDef)]
+    assert name in [node.name for node in classes]
+    assert all(hasattr(transformers, auto) for auto in entry["pt"])
 
 
 def test_no_module_hides_a_library():

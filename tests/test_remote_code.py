@@ -232,10 +232,8 @@ def test_a_configuration_that_a_pipeline_has_read_can_be_saved(tmp_path):
     config = tiny.config()
     clean_custom_task(config.custom_pipelines["image-text-retrieval"])
     config.save_pretrained(tmp_path)
-    assert sorted(path.name for path in tmp_path.glob("*.py")) == [
-        "configuration_aliblip.py",
-        "retrieval_aliblip.py",
-    ]
+    files = {path.name for path in tmp_path.glob("*.py")}
+    assert {"configuration_aliblip.py", "pipeline_aliblip.py", "retrieval_aliblip.py"} <= files
     assert AliBlipConfig.from_pretrained(tmp_path).custom_pipelines == CUSTOM_PIPELINES
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
+
 import torch
+from PIL import Image
 from transformers import BertTokenizer, BlipImageProcessorPil
 
 from configuration_aliblip import AliBlipConfig
@@ -32,6 +36,37 @@ def config(image_size: int = 32, vocab_size: int = 64, **changes) -> AliBlipConf
 def model(seed: int = 0, **changes) -> AliBlipForImageTextRetrieval:
     torch.manual_seed(seed)
     return AliBlipForImageTextRetrieval(config(**changes))
+
+
+def spread_model(**changes) -> AliBlipForImageTextRetrieval:
+    """A model in evaluation mode whose scores differ: initial weights of 0.02 give scores too equal to be ranked."""
+    made = model(**changes).eval()
+    for name, parameter in made.named_parameters():
+        if parameter.dim() > 1 and name != "temp":
+            parameter.data.mul_(6)
+    return made
+
+
+def photos(folder: Path, count: int, seed: int = 0) -> list[str]:
+    """Paths of photos of random boxes, in a new folder."""
+    folder.mkdir(parents=True)
+    generator = random.Random(seed)
+    paths = [folder / f"{number:03}.png" for number in range(count)]
+    for path in paths:
+        image = Image.new("RGB", (40, 30), tuple(generator.randrange(256) for _ in range(3)))
+        for _ in range(6):
+            left, top = generator.randrange(30), generator.randrange(30)
+            image.paste(tuple(generator.randrange(256) for _ in range(3)), (left, top, left + 9, top + 9))
+        image.save(path)
+    return [str(path) for path in paths]
+
+
+def titles(count: int, seed: int = 0) -> list[str]:
+    """Different titles."""
+    generator, made = random.Random(seed), {}
+    while len(made) < count:
+        made[" ".join(generator.choice(WORDS) for _ in range(generator.randrange(2, 9)))] = None
+    return list(made)
 
 
 def batch(rows: int = 4, length: int = 7, image_size: int = 32, vocab_size: int = 64, seed: int = 0) -> dict:

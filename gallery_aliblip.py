@@ -1,0 +1,1482 @@
+"""A gallery: the photos (or titles) that are searched among, embedded once, kept in a folder, loaded in no time.
+
+    gallery = Gallery.build(model, processor, paths, "my_gallery", store_tokens=True)   # killed? the same call goes on
+    gallery = Gallery.load("my_gallery")                                                # memory-mapped
+    scores, positions = gallery.search(query_vectors, k=10)                             # exact, ITC
+    gallery.add(model, processor, more_paths); gallery.remove(["old.jpg"]); gallery.save("my_gallery")
+
+A folder holds `gallery.json`, which names all its other files with sizes and checksums, and is replaced last and in one
+step: whenever a process is killed, the folder holds the gallery from before or the one from after.
+
+    vectors-*.npy           (N, E) fp32, fp16 or int8        scales-*.npy   (N,) fp32, with int8
+    items-*.jsonl           {"id", "path" or "text"} a line  offsets-*.npy  (N + 1,) where each line begins
+    tokens-*.safetensors    image tokens (n, P, D) bf16, if they were asked for
+    skipped-*.jsonl         what could not be read: {"id", "reason"}        faiss-*.index   an approximate index, if any
+
+Single process. Several processes build one gallery through `encode_units` (each its own units) and then `join_units`
+(one process); a unit is computed whole by one process, so that the result does not depend on their number.
+
+Reading is safe from many threads, also while `add` or `remove` runs: a search sees the gallery before or after it.
+
+Legend: N items, Q queries, k results, E embedding, P image tokens, D width.
+"""
+
+import hashlib
+import io
+import json
+import operator
+import os
+import re
+import secrets
+import shutil
+import threading
+import urllib.request
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+from transformers import logging
+
+try:
+    from .retrieval_aliblip import GALLERY_CHUNK, QUERY_BLOCK, _top_k, embed_images, embed_texts, order_by_score
+except ImportError:
+    if __package__:  # inside a package (the Hub cache) a failure is real
+        raise
+    from retrieval_aliblip import GALLERY_CHUNK, QUERY_BLOCK, _top_k, embed_images, embed_texts, order_by_score
+
+try:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+except ImportError:  # titles and stored vectors can be searched without it
+    Image = ImageOps = None
+
+KINDS = ("image", "text")
+VECTOR_TYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
+# Image tokens are rounded to it wherever they come from, so that a logit does not depend on whether they were stored.
+TOKEN_TYPE = torch.bfloat16
+
+_FORMAT = 1
+_MANIFEST = "gallery.json"
+_BUILD = "build"
+_GO_ON = "give the same settings to go on, or build with overwrite=True"
+_OWN_FILES = re.compile(
+    r"(vectors|scales|items|offsets|skipped|tokens|faiss)-[0-9a-f]{12}\.(npy|jsonl|safetensors|index)"
+)
+_TOKEN_FILE_ITEMS = 256
+_MAX_PHOTO_BYTES = 512 * 2**20
+_MAX_TITLE_CHARACTERS = 10_000
+_TIMEOUT = 60  # seconds without an answer until a photo's address counts as unreachable
+
+logger = logging.get_logger(__name__)
+
+
+class UnusableItem(ValueError):
+    """A photo or title that can't be read; the message is a plain reason."""
+
+
+# --- the model as the gallery sees it ---------------------------------------------------------------------------------
+
+
+class Encoder:
+    """A model and its processor, usable from many threads.
+
+    Args:
+        model: in evaluation mode.
+        processor: an `AliBlipProcessor`.
+        dtype: type of the autocast of the passes; None: the type of the weights.
+
+    Raises:
+        ValueError: the model is in training mode.
+    """
+
+    def __init__(self, model, processor, dtype: torch.dtype | None = None):
+        if model.training:
+            raise ValueError("the model is in training mode, where dropout changes what it sees: call model.eval()")
+        self.model, self.processor, self.dtype = model, processor, dtype
+        # A fast tokenizer keeps padding and truncation as state, and refuses two threads at once.
+        self._lock = threading.Lock()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """`fingerprint(model)`, computed at the first use: the weights are expected to stay as they are."""
+        return fingerprint(self.model)
+
+    def pixels(self, photo: Any) -> Tensor:
+        """Whatever `read_photo` takes to (3, H, H)."""
+        return self.processor(images=[read_photo(photo)], return_tensors="pt")["pixel_values"][0]
+
+    def tokenize(self, titles: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """`input_ids` and `attention_mask` (N, L)."""
+        with self._lock:
+            batch = self.processor(text=[clean_title(title) for title in titles], return_tensors="pt")
+        return batch["input_ids"], batch["attention_mask"]
+
+    @torch.no_grad()
+    def embed_pixels(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, 3, H, H) to unit vectors (N, E) fp32 and image tokens (N, P, D) bf16, both on the CPU."""
+        vectors, tokens = embed_images(self.model, pixel_values, self.dtype)
+        return _finite(vectors.cpu(), "vectors"), tokens.to(TOKEN_TYPE).cpu()
+
+    @torch.no_grad()
+    def embed_titles(self, titles: Sequence[str]) -> Tensor:
+        """Unit vectors (N, E) fp32 on the CPU."""
+        return _finite(embed_texts(self.model, *self.tokenize(titles), self.dtype).cpu(), "vectors")
+
+
+def fingerprint(model) -> str:
+    """32 hexadecimal digits that change with the model's weights and with the settings that its results depend on.
+
+    Equal in every process and on every device. Types are not part of it as far as fp32 and bf16 go: weights are rounded
+    to bf16 first, so that a gallery of a model can be searched by its bf16 copy and the other way round. (An fp16 copy
+    is rounded differently and counts as another model.) Takes about a second for 200 million weights.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    config = model.config
+    settings = {
+        "enc_token_id": getattr(config, "enc_token_id", None),
+        **{
+            f"{tower}.{name}": getattr(getattr(config, tower, None), name, None)
+            for tower, names in (
+                ("vision_config", ("image_size", "patch_size", "num_attention_heads", "hidden_act", "layer_norm_eps")),
+                ("text_config", ("num_attention_heads", "hidden_act", "layer_norm_eps")),
+            )
+            for name in names
+        },
+    }
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} ".encode())
+        value = value.detach().to(torch.bfloat16) if value.is_floating_point() else value.detach()
+        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def read_photo(photo: Any) -> Any:
+    """A PIL image, bytes, a path, an http(s) address, or {"bytes", "path"} as `datasets` stores photos, to PIL RGB.
+
+    EXIF orientation is applied, transparency lies over white.
+
+    Raises:
+        UnusableItem: with a plain reason.
+        ImportError: Pillow is not installed.
+    """
+    if Image is None:
+        raise ImportError("photos are read with Pillow: pip install pillow")
+    if isinstance(photo, dict):
+        photo = photo.get("bytes") or photo.get("path")
+    try:
+        if isinstance(photo, (str, os.PathLike)):
+            photo = _read_file(os.fspath(photo))
+        if isinstance(photo, (bytes, bytearray, memoryview)):
+            photo = Image.open(io.BytesIO(photo))
+        if not isinstance(photo, Image.Image):
+            raise UnusableItem(f"a photo is an image, bytes, a path or an address, not {type(photo).__name__}")
+        photo = ImageOps.exif_transpose(photo)
+        if photo.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in photo.info:
+            photo = photo.convert("RGBA")
+            white = Image.new("RGB", photo.size, (255, 255, 255))
+            white.paste(photo, mask=photo.getchannel("A"))
+            return white
+        return photo.convert("RGB")
+    except UnusableItem:
+        raise
+    except UnidentifiedImageError:
+        raise UnusableItem("the file is not an image of a known format") from None
+    except Exception as error:  # Pillow's plugins raise anything at all on damaged files
+        reason = " ".join(str(error).split())[:200]
+        raise UnusableItem(f"the photo can't be read ({type(error).__name__}: {reason})") from None
+
+
+def _read_file(path: str) -> bytes:
+    if path.startswith(("http://", "https://")):
+        with urllib.request.urlopen(path, timeout=_TIMEOUT) as answer:
+            data = answer.read(_MAX_PHOTO_BYTES + 1)
+    else:
+        if not os.path.isfile(path):  # a named pipe would be read for ever
+            raise UnusableItem(f"there is no file {path}")
+        with open(path, "rb") as file:
+            data = file.read(_MAX_PHOTO_BYTES + 1)
+    if len(data) > _MAX_PHOTO_BYTES:
+        raise UnusableItem(f"the photo is larger than {_MAX_PHOTO_BYTES // 2**20} MiB")
+    return data
+
+
+def clean_title(title: Any) -> str:
+    """The title as the tokenizer gets it.
+
+    Raises:
+        UnusableItem: not text, or empty.
+    """
+    if not isinstance(title, str):
+        raise UnusableItem(f"a title is text, not {type(title).__name__}")
+    # Lone surrogates (half an emoji) can't be encoded, and would make the tokenizer fail for the whole batch.
+    title = title.strip()[:_MAX_TITLE_CHARACTERS].encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
+    if not title:
+        raise UnusableItem("the title is empty")
+    return title
+
+
+def _finite(values: Tensor, name: str) -> Tensor:
+    # By the extremes, through which NaN comes too: isfinite of everything would make a copy of it.
+    if values.numel() and not torch.stack(values.aminmax()).isfinite().all():
+        raise ValueError(f"the {name} are not all finite: the model's weights or its precision are broken")
+    return values
+
+
+# --- what a gallery is made of ----------------------------------------------------------------------------------------
+
+
+class _Lines(Sequence):
+    """The JSON objects of a memory-mapped file of lines."""
+
+    def __init__(self, data: np.ndarray, offsets: np.ndarray):
+        self._data, self._offsets = data, offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, row: int) -> dict:
+        return json.loads(self._data[self._offsets[row] : self._offsets[row + 1]].tobytes())
+
+    def __iter__(self) -> Iterator[dict]:
+        return map(json.loads, bytes(self._data).splitlines())
+
+
+class _TokenFiles(Sequence):
+    """Image tokens (P, D) by row, in files of their own; `files` are the manifest's entries."""
+
+    def __init__(self, folders: Sequence[Path], files: Sequence[dict]):
+        self.folders, self.files = tuple(folders), list(files)
+        self.starts = np.cumsum([0, *(file["items"] for file in self.files)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def path(self, index: int) -> Path:
+        return next(
+            path for folder in self.folders if (path := folder / self.files[index]["name"]).exists()
+        )  # of a build that was killed while it moved them, in one place or the other
+
+    def __getitem__(self, row: int) -> Tensor:
+        index = bisect_right(self.starts, row) - 1
+        with safe_open(self.path(index), framework="pt") as file:
+            return file.get_slice("tokens")[row - int(self.starts[index])]
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Items that were embedded together; `vectors` (n, E), `scales` (n,) with int8, `tokens` n times (P, D) or None."""
+
+    vectors: Tensor
+    scales: Tensor | None
+    items: Sequence[dict]
+    tokens: Sequence[Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class _State:
+    """All segments, and which of their rows are in the gallery: `rows` int64, rising, or None for all; `index` is of
+    FAISS. Never changed, only replaced as a whole, so that no search sees half of a change."""
+
+    segments: tuple[_Segment, ...]
+    rows: Tensor | None = None
+    index: Any = None
+
+    @cached_property
+    def starts(self) -> list[int]:
+        return np.cumsum([0, *(len(segment.vectors) for segment in self.segments)]).tolist()
+
+    def __len__(self) -> int:
+        return self.starts[-1] if self.rows is None else len(self.rows)
+
+    def find(self, position: int) -> tuple[_Segment, int]:
+        if not 0 <= position < len(self):
+            raise IndexError(f"position {position} given, the gallery has {len(self)} items")
+        row = position if self.rows is None else int(self.rows[position])
+        index = bisect_right(self.starts, row) - 1
+        return self.segments[index], row - self.starts[index]
+
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[_Segment, slice | Tensor]]:
+        """The segments of positions [start, stop) and the rows of each."""
+        if self.rows is not None:
+            yield from self._pieces_of(self.rows[start:stop])
+            return
+        for first, segment in zip(self.starts, self.segments, strict=False):
+            low, high = max(start - first, 0), min(stop - first, len(segment.vectors))
+            if low < high:
+                yield segment, slice(low, high)
+
+    def _pieces_of(self, rows: Tensor) -> Iterator[tuple[_Segment, Tensor]]:
+        bounds = np.searchsorted(rows.numpy(), self.starts)
+        for index, segment in enumerate(self.segments):
+            low, high = bounds[index : index + 2]
+            if low < high:
+                yield segment, rows[low:high] - self.starts[index]
+
+    def read(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """Vectors and scales of positions [start, stop) as they are stored, without a copy where they lie together."""
+        return _joined(self.pieces(start, stop))
+
+    def take(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same of single positions, which rise."""
+        return _joined(self._pieces_of(positions if self.rows is None else self.rows[positions]))
+
+
+def _joined(pieces: Iterable[tuple[_Segment, slice | Tensor]]) -> tuple[Tensor, Tensor | None]:
+    found = [
+        (segment.vectors[rows], None if segment.scales is None else segment.scales[rows]) for segment, rows in pieces
+    ]
+    if len(found) == 1:
+        return found[0]
+    vectors, scales = zip(*found, strict=True)
+    return torch.cat(vectors), None if scales[0] is None else torch.cat(scales)
+
+
+def _quantise(vectors: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
+    """fp32 (n, E) in another type, and with int8 the scale (n,) of each vector: value = scale x stored number."""
+    if dtype != "int8":
+        return vectors.to(VECTOR_TYPES[dtype]), None
+    scales = vectors.abs().amax(dim=1) / 127
+    return (vectors / scales.clamp(min=1e-30)[:, None]).round().to(torch.int8), scales
+
+
+def _plain(vectors: Tensor, scales: Tensor | None) -> Tensor:
+    return vectors.float() if scales is None else vectors.float().mul_(scales[:, None])
+
+
+class _Rows:
+    """fp32 rows of a gallery for `datasets`, which wants an array but reads it slice by slice: no copy of the whole."""
+
+    def __init__(self, gallery: "Gallery"):
+        self._gallery = gallery
+
+    def __len__(self) -> int:
+        return len(self._gallery)
+
+    def astype(self, dtype: type) -> "_Rows":
+        return self  # fp32 is what is asked for
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        start, stop, _ = rows.indices(len(self))
+        return self._gallery.vectors(start, stop).numpy()
+
+
+# --- the gallery ------------------------------------------------------------------------------------------------------
+
+
+class Gallery:
+    """Photos or titles to search among. Made by `build`, `load` or `from_vectors`.
+
+    Attributes:
+        kind: "image" or "text", what the items are.
+        model: fingerprint of the model, None if it is not known (then every query is taken).
+        dtype: how vectors are stored: "float32", "float16" or "int8" (one scale per vector).
+        skipped: items that could not be read, as {"id", "reason"}.
+        photo_root: folder that relative paths of photos are read from; None: the working directory.
+    """
+
+    def __init__(self, state: _State, kind: str, model: str | None, dtype: str, skipped: Sequence[dict] = ()):
+        self._state, self._lock = state, threading.Lock()
+        self.kind, self.model, self.dtype, self.skipped = kind, model, dtype, list(skipped)
+        self.photo_root: str | os.PathLike | None = None
+
+    @classmethod
+    def from_vectors(
+        cls,
+        vectors: Tensor,
+        ids: Sequence[str | int] | None = None,
+        *,
+        kind: str = "image",
+        dtype: str = "float32",
+        model: str | None = None,
+    ) -> "Gallery":
+        """A gallery of vectors (N, E) that are there already, of length 1; `ids`: by default 0 to N - 1.
+
+        Raises:
+            ValueError: vectors that are not finite, ids given twice or too few, an unknown kind or type.
+        """
+        _check_choice("kind", kind, KINDS)
+        _check_choice("dtype", dtype, VECTOR_TYPES)
+        if vectors.dim() != 2 or not len(vectors):
+            raise ValueError(f"vectors of shape {tuple(vectors.shape)} given: a gallery takes (N, E), N at least 1")
+        ids = range(len(vectors)) if ids is None else [_checked_id(value) for value in ids]
+        if len(ids) != len(vectors):
+            raise ValueError(f"{len(vectors)} vectors and {len(ids)} ids given: as many of both are needed")
+        _refuse_duplicates(ids)
+        items = [{"id": value} for value in ids]
+        segment = _Segment(_finite(vectors.detach().cpu().float(), "vectors"), None, items)
+        return cls(_State((segment,)), kind, model, "float32").astype(dtype)
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+    def __repr__(self) -> str:
+        tokens = ", with image tokens" if self.has_tokens else ""
+        return f"Gallery of {len(self):,} {self.kind} items, {self.width} wide in {self.dtype}{tokens}"
+
+    @property
+    def width(self) -> int:
+        return self._state.segments[0].vectors.shape[1]
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether re-ranking needs no photo."""
+        return self._state.segments[0].tokens is not None
+
+    @property
+    def ids(self) -> list[str | int]:
+        """All ids by position; reads them all."""
+        return [item["id"] for item in self._items(self._state)]
+
+    def item(self, position: int) -> dict:
+        """{"id", "path" or "text"} of one item; `path` only where the photo was given as one."""
+        segment, row = self._state.find(position)
+        return segment.items[row]
+
+    def vectors(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Vectors of positions [start, stop) as fp32 (n, E)."""
+        state = self._state
+        return _plain(*state.read(start, len(state) if stop is None else min(stop, len(state))))
+
+    def check_model(self, model: str) -> None:
+        """Refuse the queries of another model.
+
+        Raises:
+            ValueError: `model`, a fingerprint, is not that of the gallery.
+        """
+        if self.model not in (None, model):
+            raise ValueError(
+                f"the gallery was built with another model ({self.model[:8]}, not {model[:8]}), whose vectors can't be "
+                "compared: load that model, or build the gallery again with this one"
+            )
+
+    def to(self, device: torch.device | str) -> "Gallery":
+        """The same gallery with its vectors, as they are stored, on `device`, where searches then run."""
+        state = self._state
+        segments = tuple(
+            replace(s, vectors=s.vectors.to(device), scales=None if s.scales is None else s.scales.to(device))
+            for s in state.segments
+        )
+        return self._like(replace(state, segments=segments))
+
+    def astype(self, dtype: str) -> "Gallery":
+        """The same gallery with vectors of another type, in memory. Searched as "float16" it needs half of the memory
+        of "float32", as "int8" a quarter; `recall` says what that costs."""
+        _check_choice("dtype", dtype, VECTOR_TYPES)
+        if dtype == self.dtype:
+            return self
+        segments = []
+        for segment in self._state.segments:
+            parts = [
+                _quantise(_plain(segment.vectors[i : i + GALLERY_CHUNK], _cut(segment.scales, i)), dtype)
+                for i in range(0, len(segment.vectors), GALLERY_CHUNK)
+            ]
+            vectors, scales = zip(*parts, strict=True)
+            scales = torch.cat(scales) if dtype == "int8" else None
+            segments.append(replace(segment, vectors=torch.cat(vectors), scales=scales))
+        changed = self._like(replace(self._state, segments=tuple(segments), index=None))
+        changed.dtype = dtype
+        return changed
+
+    def _like(self, state: _State) -> "Gallery":
+        made = Gallery(state, self.kind, self.model, self.dtype, self.skipped)
+        made.photo_root = self.photo_root
+        return made
+
+    @staticmethod
+    def _items(state: _State) -> Iterator[dict]:
+        for segment, rows in state.pieces(0, len(state)):
+            if state.rows is None:
+                yield from segment.items
+            else:
+                yield from (segment.items[row] for row in rows.tolist())
+
+    # search
+
+    def search(self, queries: Tensor, k: int, approximate: bool = False) -> tuple[Tensor, Tensor]:
+        """The `k` items of highest dot product, best first; of equal scores the lower position comes first.
+
+        Exact: as the engine's `search` over all vectors in fp32, of which no more than one chunk exists at a time.
+
+        Args:
+            queries: (Q, E) unit vectors.
+            k: 1 to N.
+            approximate: ask the index of `add_faiss_index` instead. Queries for which it finds fewer than `k` items are
+                searched exactly.
+
+        Returns:
+            Scores (Q, k) fp32 and positions (Q, k) int64, on the CPU.
+
+        Raises:
+            ValueError: a `k` out of range, another width, queries that are not finite, or no index.
+        """
+        state = self._state
+        if queries.dim() != 2 or queries.shape[1] != self.width:
+            raise ValueError(f"queries of shape {tuple(queries.shape)} given, the gallery takes (Q, {self.width})")
+        if not 1 <= k <= len(state):
+            raise ValueError(f"k is {k}, but the gallery has {len(state)} items: give a k from 1 to {len(state)}")
+        queries = _finite(queries.detach().float(), "queries")
+        if approximate:
+            if state.index is None:
+                raise ValueError("the gallery has no approximate index: call add_faiss_index() first")
+            scores, positions = _search_index(state.index, queries, k)
+            lacking = (positions < 0).any(dim=1)
+            if lacking.any():
+                scores[lacking], positions[lacking] = _search_exactly(state, queries[lacking.to(queries.device)], k)
+            return order_by_score(scores, positions)
+        return _search_exactly(state, queries, k)
+
+    def add_faiss_index(
+        self,
+        string_factory: str | None = None,
+        *,
+        nprobe: int = 32,
+        train_size: int = 65_536,
+        measure_recall: int = 0,
+        seed: int = 0,
+    ) -> float | None:
+        """Make an approximate index with FAISS, through `datasets`. Saved with the gallery; `add` and `remove` drop it.
+
+        The index holds a copy of all vectors in memory, by default in the type of the gallery.
+
+        Args:
+            string_factory: FAISS's description of the index; None: an inverted file of about sqrt(N) lists, or a flat
+                one below 10,000 items.
+            nprobe: lists of an inverted file that are searched per query.
+            train_size: vectors, randomly chosen, from which the lists are learned.
+            measure_recall: so many items are searched for in both ways; 0: none.
+
+        Returns:
+            The recall@10 against exact search, if it was measured.
+
+        Raises:
+            ImportError: FAISS or `datasets` is missing.
+        """
+        try:
+            import faiss
+            from datasets import Dataset
+        except ImportError as error:
+            raise ImportError(f"an approximate index needs more: pip install faiss-cpu datasets ({error})") from error
+        state = self._state
+        count = len(state)
+        if string_factory is None:
+            codes = {"float32": "Flat", "float16": "SQfp16", "int8": "SQ8"}[self.dtype]
+            string_factory = codes if count < 10_000 else f"IVF{int(count**0.5)},{codes}"
+        index = faiss.index_factory(self.width, string_factory, faiss.METRIC_INNER_PRODUCT)
+        if not index.is_trained:
+            index.train(self._sample(train_size, seed).numpy())
+        if hasattr(index, "nprobe"):
+            index.nprobe = min(nprobe, index.nlist)
+        holder = Dataset.from_dict({"position": range(count)})
+        holder.add_faiss_index_from_external_arrays(_Rows(self), "itc", custom_index=index, batch_size=GALLERY_CHUNK)
+        with self._lock:
+            if self._state is not state:
+                raise RuntimeError("the gallery was changed while its index was made: make it again")
+            self._state = replace(state, index=holder.get_index("itc").faiss_index)
+        if measure_recall:
+            return self.recall(self, measure_recall, approximate=True)
+        return None
+
+    def recall(
+        self, reference: "Gallery", queries: Tensor | int = 1000, k: int = 10, approximate: bool = False, seed: int = 0
+    ) -> float:
+        """Share of the `k` best of `reference`, searched exactly, that are among the `k` best of this gallery.
+
+        Args:
+            reference: a gallery of the same items, such as the fp32 one, or this one itself for `approximate`.
+            queries: (Q, E), or how many of the reference's own items are searched for.
+        """
+        if len(reference) != len(self):
+            raise ValueError(f"galleries of {len(self)} and {len(reference)} items can't be compared")
+        if isinstance(queries, int):
+            queries = reference._sample(queries, seed)
+        k = min(k, len(self))
+        found = self.search(queries, k, approximate)[1]
+        wanted = reference.search(queries, k)[1]
+        return (found[:, :, None] == wanted[:, None, :]).any(dim=1).float().mean().item()
+
+    def _sample(self, count: int, seed: int) -> Tensor:
+        """fp32 vectors of `count` items, randomly chosen, or of all where there are fewer."""
+        state, generator = self._state, torch.Generator().manual_seed(seed)
+        return _plain(*state.take(torch.randperm(len(state), generator=generator)[:count].sort().values)).cpu()
+
+    # tokens for the second stage
+
+    def image_tokens(self, positions: Sequence[int], encoder: Encoder) -> Tensor:
+        """Image tokens (n, P, D) bf16 of some photos: the stored ones, or from the photos, which are read again.
+
+        Raises:
+            ValueError: there are no stored tokens, and a photo has no path or can't be read any more.
+        """
+        state = self._state
+        found = [state.find(position) for position in positions]
+        if self.has_tokens:
+            return torch.stack([segment.tokens[row] for segment, row in found])
+        pixels = []
+        for segment, row in found:
+            item = segment.items[row]
+            if item.get("path") is None:
+                raise ValueError(
+                    f"re-ranking needs the photo of item {item['id']!r}, and the gallery has neither its path nor "
+                    "image tokens: build it with store_tokens=True, or search with rerank=0"
+                )
+            path = item["path"]
+            if self.photo_root is not None and "://" not in path:
+                path = os.path.join(self.photo_root, path)
+            try:
+                pixels.append(encoder.pixels(path))
+            except UnusableItem as error:
+                raise ValueError(
+                    f"re-ranking needs the photo of item {item['id']!r}: {error}. Set the gallery's photo_root if the "
+                    "photos were moved, build it with store_tokens=True, or search with rerank=0"
+                ) from error
+        return encoder.embed_pixels(torch.stack(pixels))[1]
+
+    # changes
+
+    def add(self, model, processor, items: Iterable, *, batch_size: int = 32, dtype=None, **columns) -> list[dict]:
+        """Embed more items and put them at the end; they get image tokens if the others have them.
+
+        Args:
+            model, processor, items, dtype: as in `build`.
+            columns: `image_column`, `text_column`, `id_column` as in `build`.
+
+        Returns:
+            What could not be read, as {"id", "reason"}; also appended to `skipped`.
+
+        Raises:
+            ValueError: another model than the gallery's, or an id that is there already.
+        """
+        encoder = Encoder(model, processor, dtype)
+        self.check_model(encoder.fingerprint)
+        plan = _Plan(kind=self.kind, store_tokens=self.has_tokens, batch_size=batch_size, **columns)
+        units = [unit for _, unit in _encode(encoder, _open(items, plan), plan, lambda number: True)]
+        skipped = [entry for unit in units for entry in unit.skipped]
+        added = [_segment(unit, self.dtype) for unit in units if unit.items]
+        with self._lock:
+            state = self._state
+            new = [item["id"] for segment in added for item in segment.items]
+            _refuse_duplicates([*(item["id"] for item in self._items(state)), *new])
+            rows = state.rows
+            if rows is not None:
+                rows = torch.cat([rows, torch.arange(state.starts[-1], state.starts[-1] + len(new))])
+            self._state = _State((*state.segments, *added), rows)
+            self.skipped = [*self.skipped, *skipped]
+        return skipped
+
+    def remove(self, ids: Iterable[str | int]) -> None:
+        """Take items out; those after them move up.
+
+        Raises:
+            KeyError: an id that is not there; nothing is removed then.
+            ValueError: no item would be left.
+        """
+        ids = set(ids)
+        with self._lock:
+            state = self._state
+            kept, missing = [], set(ids)
+            for position, item in enumerate(self._items(state)):
+                if item["id"] in ids:
+                    missing.discard(item["id"])
+                else:
+                    kept.append(position)
+            if missing:
+                raise KeyError(f"not in the gallery: {_some(missing)}")
+            if not kept:
+                raise ValueError("all items would be removed: a gallery has at least one")
+            kept = torch.tensor(kept)
+            self._state = replace(state, rows=kept if state.rows is None else state.rows[kept], index=None)
+
+    # files
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write the gallery to a folder, over the one that is there if it is a gallery's. Whole or not at all."""
+        folder, state = Path(folder), self._state
+        if not (folder / _MANIFEST).exists() and folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(f"{folder} holds something else than a gallery: give a new or an empty folder")
+        _write_gallery(folder, self, state)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | os.PathLike,
+        *,
+        verify: bool = False,
+        photo_root: str | os.PathLike | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> "Gallery":
+        """Open a gallery; its files are memory-mapped and read only where they are used.
+
+        Args:
+            folder: a folder, or the name of a data set on the Hub that `push_to_hub` made.
+            verify: also compare all checksums, which reads everything. Sizes are always compared.
+            photo_root: where relative paths of photos are read from.
+            revision, token: for the Hub.
+
+        Raises:
+            ValueError: no gallery, an unfinished build, or files that were cut off or changed.
+        """
+        folder = Path(folder)
+        if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+            patterns = [_MANIFEST, "*.npy", "*.jsonl", "tokens-*.safetensors", "faiss-*.index"]
+            folder = Path(
+                snapshot_download(
+                    str(folder), repo_type="dataset", revision=revision, token=token, allow_patterns=patterns
+                )
+            )
+        manifest = _read_manifest(folder, verify)
+        files = {role: folder / entry["name"] for role, entry in manifest["files"].items()}
+        # Copy on write, since torch wants memory that may be written; nobody does.
+        vectors = torch.from_numpy(np.load(files["vectors"], mmap_mode="c"))
+        scales = torch.from_numpy(np.load(files["scales"], mmap_mode="c")) if "scales" in files else None
+        lines = _Lines(np.memmap(files["items"], mode="r"), np.load(files["offsets"], mmap_mode="r"))
+        tokens = _TokenFiles([folder], manifest["tokens"]) if manifest["tokens"] is not None else None
+        counts = {len(vectors), len(lines), manifest["items"], *([] if tokens is None else [len(tokens)])}
+        if len(counts) > 1 or vectors.dtype != VECTOR_TYPES[manifest["dtype"]]:
+            raise ValueError(f"the files of the gallery {folder} do not belong together: build or save it again")
+        skipped = [json.loads(line) for line in files["skipped"].read_text("utf-8").splitlines()]
+        index = _load_index(files["faiss"]) if "faiss" in files else None
+        state = _State((_Segment(vectors, scales, lines, tokens),), index=index)
+        gallery = cls(state, manifest["kind"], manifest["model"], manifest["dtype"], skipped)
+        gallery.photo_root = photo_root
+        return gallery
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, commit_message: str = ""
+    ) -> str:
+        """Upload the gallery as a data set of the Hub and return the commit's address. Paths and titles of the items
+        go with it."""
+        api = HfApi(token=token)
+        api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+        with TemporaryDirectory() as folder:
+            self.save(folder)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                repo_type="dataset",
+                folder_path=folder,
+                commit_message=commit_message or f"{self!r}",
+                delete_patterns=["*.npy", "*.jsonl", "tokens-*.safetensors", "faiss-*.index"],
+            )
+        return str(commit)
+
+    # building
+
+    @classmethod
+    def build(
+        cls,
+        model,
+        processor,
+        items: Iterable,
+        folder: str | os.PathLike | None = None,
+        *,
+        kind: str = "image",
+        image_column: str = "image",
+        text_column: str = "caption",
+        id_column: str | None = None,
+        dtype: str = "float32",
+        store_tokens: bool = False,
+        batch_size: int = 32,
+        unit_size: int = 256,
+        autocast: torch.dtype | None = None,
+        duplicates: str = "error",
+        measure_recall: int = 0,
+        overwrite: bool = False,
+        progress: bool = True,
+    ) -> "Gallery":
+        """Embed items and, with a `folder`, keep them there. A build that was killed goes on when called again.
+
+        Items that can't be read are left out and listed in `skipped`.
+
+        Args:
+            model: in evaluation mode, on the device that is to do the work.
+            processor: the model's.
+            items: photos (paths, addresses, PIL images, bytes) or titles; or rows with columns, as a list or generator
+                of dictionaries or as a `datasets` data set, map-style or iterable.
+            folder: None: everything stays in memory.
+            kind: "image" for photos, "text" for titles.
+            image_column, text_column: the column of the photo and of the title, in rows.
+            id_column: the column of the id (text or whole numbers); None: "id" where there is one. Without it the id is
+                the path as given, else the position in `items`.
+            dtype: how vectors are stored: "float32", "float16" or "int8".
+            store_tokens: keep image tokens too (bf16), so that re-ranking needs no photo: 2 x P x D bytes a photo, 0.9
+                MB with a ViT-B/16 at 384 pixels.
+            batch_size: photos or titles of one pass.
+            unit_size: items that are computed, and after a kill lost, together.
+            autocast: type of the autocast of the passes.
+            duplicates: what to do where an id comes twice: "error", or "first" to keep the first and list the others as
+                skipped.
+            measure_recall: so many items are searched for in all types of vectors; the recall@10 of each against fp32
+                is printed. 0: none.
+            overwrite: replace a gallery, or the beginning of another one, that is in `folder`.
+            progress: show a bar.
+
+        Raises:
+            ValueError: no usable item, an id that comes twice, a model in training mode, columns that are not there, a
+                finished gallery in the folder, or the beginning of another one.
+        """
+        options = {
+            "kind": kind,
+            "image_column": image_column,
+            "text_column": text_column,
+            "id_column": id_column,
+            "dtype": dtype,
+            "store_tokens": store_tokens,
+            "batch_size": batch_size,
+            "unit_size": unit_size,
+            "autocast": autocast,
+            "duplicates": duplicates,
+            "progress": progress,
+        }
+        if folder is not None:
+            begin_units(model, processor, items, folder, overwrite=overwrite, **options)
+            encode_units(model, processor, items, folder, **options)
+            join_units(folder, measure_recall=measure_recall)
+            return cls.load(folder)
+        plan = _plan(**options)
+        encoder = Encoder(model, processor, autocast)
+        items = _open(items, plan)
+        bar = _bar(items, plan, progress)
+        units = []
+        for _, unit in _encode(encoder, items, plan, lambda number: True):
+            units.append(unit)
+            bar.update(len(unit.items) + len(unit.skipped))
+        bar.close()
+        return _join(units, plan, encoder.fingerprint, measure_recall)
+
+
+def _search_exactly(state: _State, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    queries = queries.to(state.segments[0].vectors.device)
+    blocks = [_search_block(state, block, k) for block in queries.split(QUERY_BLOCK)]
+    return torch.cat([scores for scores, _ in blocks]).cpu(), torch.cat([ids for _, ids in blocks]).cpu()
+
+
+def _search_block(state: _State, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    best = None
+    for start in range(0, len(state), GALLERY_CHUNK):
+        vectors, scales = state.read(start, min(start + GALLERY_CHUNK, len(state)))
+        scores = queries @ vectors.float().t()
+        if scales is not None:
+            scores.mul_(scales)  # n products instead of n x E
+        scores, positions = _top_k(scores, min(k, scores.shape[1]))
+        positions += start
+        if best is not None:
+            scores, positions = order_by_score(torch.cat([best[0], scores], 1), torch.cat([best[1], positions], 1))
+        best = scores[:, :k], positions[:, :k]
+    return best
+
+
+def _search_index(index, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    scores, positions = index.search(np.ascontiguousarray(queries.cpu().numpy()), k)
+    return torch.from_numpy(scores), torch.from_numpy(positions)
+
+
+def _load_index(path: Path):
+    try:
+        import faiss
+
+        return faiss.read_index(str(path))
+    except ImportError:
+        logger.warning("the gallery has an approximate index, which needs FAISS: pip install faiss-cpu")
+        return None
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the vectors of a build depend on, beside model and items."""
+
+    kind: str = "image"
+    image_column: str = "image"
+    text_column: str = "caption"
+    id_column: str | None = None
+    dtype: str = "float32"
+    store_tokens: bool = False
+    batch_size: int = 32
+    unit_size: int = 256
+    autocast: str | None = None
+    duplicates: str = "error"
+
+    def __post_init__(self):
+        _check_choice("kind", self.kind, KINDS)
+        _check_choice("dtype", self.dtype, VECTOR_TYPES)
+        _check_choice("duplicates", self.duplicates, ("error", "first"))
+        if min(self.batch_size, self.unit_size) < 1:
+            raise ValueError(f"batch_size is {self.batch_size}, unit_size {self.unit_size}: both are at least 1")
+        if self.kind == "text" and self.store_tokens:
+            raise ValueError("titles have no image tokens: leave store_tokens out")
+
+
+@dataclass
+class _Unit:
+    """The embedded items of one unit: `vectors` (n, E) fp32, `tokens` n times (P, D) or None; `ends`: ids of its first
+    and last item, readable or not."""
+
+    vectors: Tensor
+    tokens: Sequence[Tensor] | None
+    items: list[dict] = field(default_factory=list)
+    skipped: list[dict] = field(default_factory=list)
+    ends: list = field(default_factory=list)
+
+
+def begin_units(
+    model, processor, items: Iterable, folder: str | os.PathLike, *, overwrite: bool = False, **options
+) -> None:
+    """Begin a build in `folder`, or find that it can go on. One process calls it, before any calls `encode_units`.
+
+    Arguments and errors are those of `Gallery.build`.
+    """
+    folder, plan = Path(folder), _plan(**options)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: give a folder")
+    if (folder / _MANIFEST).exists() and not overwrite:
+        raise ValueError(f"{folder} holds a gallery: open it with Gallery.load(), or build with overwrite=True")
+    settings = _settings(Encoder(model, processor), _open(items, plan), plan)
+    build = folder / _BUILD
+    found = _read_json(build / "build.json") if (build / "build.json").exists() else None
+    if found == settings:
+        return
+    if found is not None and not overwrite:
+        raise ValueError(f"{folder} holds the beginning of another gallery ({_differences(found, settings)}): {_GO_ON}")
+    _remove_build(folder)
+    build.mkdir(parents=True)
+    _write_json(build / "build.json", settings)
+
+
+def encode_units(
+    model,
+    processor,
+    items: Iterable,
+    folder: str | os.PathLike,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: bool = True,
+    **options,
+) -> None:
+    """The share of process `rank` in a build by `world_size` processes: every `world_size`-th unit that is not in the
+    folder yet. Where all have returned, one calls `join_units`.
+
+    Arguments and errors are those of `Gallery.build`. A generator is read by every process as a whole.
+    """
+    folder, plan = Path(folder), _plan(**options)
+    build = folder / _BUILD
+    encoder = Encoder(model, processor, None if plan.autocast is None else getattr(torch, plan.autocast))
+    items = _open(items, plan)
+    settings, found = _settings(encoder, items, plan), _read_json(build / "build.json")
+    if found != settings:
+        raise ValueError(f"the build in {folder} was begun otherwise ({_differences(found, settings)}): {_GO_ON}")
+    bar = _bar(items, plan, progress and rank == 0)
+    seen = 0
+
+    def wanted(number: int) -> bool:
+        return number % world_size == rank and not (build / _unit_name(number)).exists()
+
+    for number, unit in _encode(encoder, items, plan, wanted, check=lambda *ends: _check_ends(build, *ends)):
+        if isinstance(unit, int):
+            seen += unit
+        else:
+            seen += len(unit.items) + len(unit.skipped)
+            _write_unit(build, number, unit)
+        bar.update(seen - bar.n)
+    bar.close()
+    _write_json(build / "end.json", {"count": seen})
+
+
+def join_units(folder: str | os.PathLike, *, measure_recall: int = 0) -> None:
+    """Make the gallery of the units that all processes have left in `folder`.
+
+    Raises:
+        ValueError: units are missing, an id comes twice, or no item is usable.
+    """
+    folder = Path(folder)
+    build = folder / _BUILD
+    if not (build / "end.json").exists():
+        raise ValueError(f"the build of {folder} has not come to its end: call it again, it goes on where it was")
+    settings, count = _read_json(build / "build.json"), _read_json(build / "end.json")["count"]
+    plan = _Plan(**{name: settings[name] for name in _Plan.__dataclass_fields__})
+    numbers = range(-(-count // plan.unit_size))
+    missing = [number for number in numbers if not (build / _unit_name(number)).exists()]
+    if missing:
+        raise ValueError(f"the build of {folder} lacks the units {_some(missing)} of {len(numbers)}: call it again")
+    units = [_read_unit(folder, number) for number in numbers]
+    gallery = _join(units, plan, settings["model"], measure_recall)
+    _write_gallery(folder, gallery, gallery._state)
+    _remove_build(folder)
+
+
+def _plan(*, autocast: torch.dtype | None = None, progress: bool = True, **options) -> _Plan:
+    return _Plan(autocast=None if autocast is None else str(autocast).removeprefix("torch."), **options)
+
+
+def _join(units: Sequence[_Unit], plan: _Plan, model: str, measure_recall: int) -> Gallery:
+    skipped = [entry for unit in units for entry in unit.skipped]
+    segments = [_segment(unit, "float32") for unit in units if unit.items]
+    if not segments:
+        reasons = f", the first because {skipped[0]['reason']}" if skipped else ""
+        raise ValueError(f"none of {len(skipped)} items can be used{reasons}")
+    state = _State(tuple(segments))
+    ids = [item["id"] for segment in segments for item in segment.items]
+    if plan.duplicates == "error":
+        _refuse_duplicates(ids)
+    else:
+        seen, rows = set(), []
+        for row, value in enumerate(ids):
+            if value in seen:
+                skipped.append({"id": value, "reason": "the id comes twice"})
+            else:
+                rows.append(row)
+                seen.add(value)
+        if len(rows) < len(ids):
+            state = replace(state, rows=torch.tensor(rows))
+    plain = Gallery(state, plan.kind, model, "float32", skipped)
+    if skipped:
+        logger.warning(f"{len(skipped)} of {len(skipped) + len(plain)} items can't be used; see Gallery.skipped")
+    if measure_recall:
+        for dtype in ("float16", "int8"):
+            print(f"recall@10 of {dtype} vectors: {plain.astype(dtype).recall(plain, measure_recall):.4f} of float32's")
+    return plain.astype(plan.dtype)
+
+
+def _segment(unit: _Unit, dtype: str) -> _Segment:
+    return _Segment(*_quantise(unit.vectors, dtype), unit.items, unit.tokens)
+
+
+def _is_sequence(items: Any) -> bool:
+    return hasattr(items, "__len__") and hasattr(items, "__getitem__")
+
+
+def _open(items: Any, plan: _Plan) -> Any:
+    """Look at the items before long work starts: columns and, where they cost nothing, ids."""
+    if isinstance(items, (str, bytes, dict)):
+        raise ValueError(f"one {type(items).__name__} given: items are a list, a data set or a generator")
+    column = plan.image_column if plan.kind == "image" else plan.text_column
+    features = getattr(items, "features", None)
+    if features is not None:  # of `datasets`
+        for name in (column, *([] if plan.id_column is None else [plan.id_column])):
+            if name not in features:
+                raise ValueError(f"the data set has no column {name!r}, but {', '.join(map(repr, features))}")
+        if getattr(features[column], "decode", False):
+            # Undecoded, since one damaged photo would end the iteration.
+            items = items.cast_column(column, replace(features[column], decode=False))
+    if not _is_sequence(items):
+        return items
+    if not len(items):
+        raise ValueError("no items given: a gallery has at least one")
+    id_column = plan.id_column or "id"
+    ids = None
+    if features is not None:
+        ids = [_checked_id(value) for value in items[id_column]] if id_column in features else None
+    elif isinstance(items, (list, tuple)):
+        ids = [_id_of(item, position, plan) for position, item in enumerate(items)]
+    if ids is not None and plan.duplicates == "error":
+        _refuse_duplicates([value for value in ids if value is not None])
+    return items
+
+
+def _bar(items: Any, plan: _Plan, progress: bool):
+    return logging.tqdm(total=len(items) if _is_sequence(items) else None, desc="embedding", disable=not progress)
+
+
+def _encode(
+    encoder: Encoder, items: Any, plan: _Plan, wanted: Callable[[int], bool], check: Callable = lambda *_: None
+) -> Iterator[tuple[int, "_Unit | int"]]:
+    """All units in order: embedded where they are wanted, else (`check`ed and) only the number of their items."""
+    if _is_sequence(items):
+        for number, first in enumerate(range(0, len(items), plan.unit_size)):
+            positions = range(first, min(first + plan.unit_size, len(items)))
+            if wanted(number):
+                yield number, _encode_unit(encoder, first, (items[position] for position in positions), plan)
+            else:
+                check(number, *(_id_of(items[position], position, plan) for position in (first, positions[-1])))
+                yield number, len(positions)
+    else:
+        rows, number = iter(items), 0
+        while unit := list(islice(rows, plan.unit_size)):
+            first = number * plan.unit_size
+            if wanted(number):
+                yield number, _encode_unit(encoder, first, unit, plan)
+            else:
+                last = first + len(unit) - 1
+                check(number, _id_of(unit[0], first, plan), _id_of(unit[-1], last, plan))
+                yield number, len(unit)
+            number += 1
+
+
+def _encode_unit(encoder: Encoder, first: int, rows: Iterable, plan: _Plan) -> _Unit:
+    items, skipped, ends, pending, vectors, tokens = [], [], [], [], [], []
+
+    def flush() -> None:
+        if not pending:
+            return
+        if plan.kind == "text":
+            vectors.append(encoder.embed_titles(pending))
+        else:
+            embedded, its_tokens = encoder.embed_pixels(torch.stack(pending))
+            vectors.append(embedded)
+            tokens.extend(its_tokens if plan.store_tokens else ())
+        pending.clear()
+
+    for position, row in enumerate(rows, first):
+        value = _id_of(row, position, plan)
+        ends = [*ends[:1], value]
+        try:
+            content = _content(row, plan)
+            if value is None:
+                raise UnusableItem("the id is null")
+            if plan.kind == "text":
+                pending.append(clean_title(content))
+                items.append({"id": value, "text": pending[-1]})
+            else:
+                pending.append(encoder.pixels(content))
+                path = _path_of(content)
+                items.append({"id": value} if path is None else {"id": value, "path": path})
+        except UnusableItem as error:
+            skipped.append({"id": value, "reason": str(error)})
+        if len(pending) == plan.batch_size:
+            flush()
+    flush()
+    vectors = torch.cat(vectors) if vectors else torch.empty(0, 0)
+    tokens = torch.stack(tokens) if tokens else None
+    return _Unit(vectors, tokens, items, skipped, [ends[0], ends[-1]])
+
+
+def _is_row(item: Any) -> bool:
+    return isinstance(item, dict) and not set(item) <= {"bytes", "path"}
+
+
+def _content(item: Any, plan: _Plan) -> Any:
+    if not _is_row(item):
+        return item
+    column = plan.image_column if plan.kind == "image" else plan.text_column
+    if column not in item:
+        raise ValueError(f"a row has no column {column!r}, but {', '.join(map(repr, item))}")
+    if item[column] is None:
+        raise UnusableItem(f"the {'photo' if plan.kind == 'image' else 'title'} is null")
+    return item[column]
+
+
+def _id_of(item: Any, position: int, plan: _Plan) -> str | int | None:
+    if _is_row(item):
+        if plan.id_column is not None and plan.id_column not in item:
+            raise ValueError(f"a row has no column {plan.id_column!r}, but {', '.join(map(repr, item))}")
+        return _checked_id(item.get(plan.id_column or "id", position))
+    path = _path_of(item) if plan.kind == "image" else None
+    return position if path is None else path
+
+
+def _path_of(content: Any) -> str | None:
+    """Where a photo can be read again, if it can."""
+    if isinstance(content, dict):
+        content = None if content.get("bytes") else content.get("path")
+    return os.fspath(content) if isinstance(content, (str, os.PathLike)) else None
+
+
+def _checked_id(value: Any) -> str | int | None:
+    if value is None or isinstance(value, str):
+        return value
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"an id is text or a whole number, not {type(value).__name__}") from None
+
+
+def _refuse_duplicates(ids: Sequence) -> None:
+    if len(set(ids)) < len(ids):
+        seen: set = set()
+        twice = {value for value in ids if value in seen or seen.add(value)}
+        raise ValueError(
+            f"{len(twice)} ids come twice, such as {_some(twice)}: make them unique, or build with duplicates='first'"
+        )
+
+
+def _check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
+
+
+def _some(values: Iterable) -> str:
+    values = sorted(values, key=str)
+    return ", ".join(map(repr, values[:5])) + (f" and {len(values) - 5} more" if len(values) > 5 else "")
+
+
+def _cut(scales: Tensor | None, start: int) -> Tensor | None:
+    return None if scales is None else scales[start : start + GALLERY_CHUNK]
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _write(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:
+    """Write a file beside its place, synced, and put it there; size and checksum."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    digest, size = hashlib.blake2b(digest_size=16), 0
+    try:
+        with open(partial, "wb") as file:
+            for part in parts:
+                file.write(part)
+                digest.update(part)
+                size += memoryview(part).nbytes
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return size, digest.hexdigest()
+
+
+def _write_named(folder: Path, role: str, suffix: str, parts: Iterable[bytes | memoryview]) -> dict:
+    """`_write` under a name that says the content, so that no file of the gallery before is touched."""
+    place = folder / f".{role}.{secrets.token_hex(4)}.partial"
+    size, digest = _write(place, parts)
+    name = f"{role}-{digest[:12]}{suffix}"
+    os.replace(place, folder / name)
+    return {"name": name, "size": size, "blake2b": digest}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    _write(path, [json.dumps(value, indent=2, ensure_ascii=False).encode("utf-8", "surrogatepass"), b"\n"])
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text("utf-8"))
+
+
+def _npy(dtype: np.dtype, shape: tuple[int, ...], parts: Iterable[np.ndarray]) -> Iterator[bytes | memoryview]:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    )
+    yield header.getvalue()
+    for part in parts:
+        yield np.ascontiguousarray(part).data.cast("B")
+
+
+def _json_line(value: dict) -> bytes:
+    return json.dumps(value).encode() + b"\n"
+
+
+def _write_gallery(folder: Path, gallery: Gallery, state: _State) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    count, width = len(state), state.segments[0].vectors.shape[1]
+    starts = range(0, count, GALLERY_CHUNK)
+
+    def stored(index: int) -> Iterator[np.ndarray]:
+        return (state.read(start, min(start + GALLERY_CHUNK, count))[index].cpu().numpy() for start in starts)
+
+    offsets = np.zeros(count + 1, dtype=np.int64)
+
+    def lines() -> Iterator[bytes]:
+        for position, item in enumerate(Gallery._items(state)):
+            line = _json_line(item)
+            offsets[position + 1] = offsets[position] + len(line)
+            yield line
+
+    files = {"vectors": _write_named(folder, "vectors", ".npy", _npy(gallery.dtype, (count, width), stored(0)))}
+    if state.segments[0].scales is not None:
+        files["scales"] = _write_named(folder, "scales", ".npy", _npy("float32", (count,), stored(1)))
+    files["items"] = _write_named(folder, "items", ".jsonl", lines())
+    files["offsets"] = _write_named(folder, "offsets", ".npy", _npy("int64", (count + 1,), [offsets]))
+    files["skipped"] = _write_named(folder, "skipped", ".jsonl", map(_json_line, gallery.skipped))
+    if state.index is not None:
+        files["faiss"] = _write_named(folder, "faiss", ".index", [_index_bytes(state.index)])
+    tokens = _write_tokens(folder, state) if state.segments[0].tokens is not None else None
+    manifest = {
+        "format": _FORMAT,
+        "kind": gallery.kind,
+        "items": count,
+        "width": width,
+        "dtype": gallery.dtype,
+        "model": gallery.model,
+        "files": files,
+        "tokens": tokens,
+    }
+    _write_json(folder / _MANIFEST, manifest)
+    _sync(folder)
+    named = {entry["name"] for entry in (*files.values(), *(tokens or []))}
+    for path in folder.iterdir():
+        if path.name not in named and (_OWN_FILES.fullmatch(path.name) or path.name.endswith(".partial")):
+            path.unlink(missing_ok=True)
+
+
+def _write_tokens(folder: Path, state: _State) -> list[dict]:
+    """Files whose rows are all kept are linked, or copied to another disk; the rows of others are written again."""
+    entries, pending = [], []
+
+    def flush() -> None:
+        if pending:
+            data = to_safetensors({"tokens": torch.stack(pending)})
+            entries.append({**_write_named(folder, "tokens", ".safetensors", [data]), "items": len(pending)})
+            pending.clear()
+
+    for segment, rows in state.pieces(0, len(state)):
+        rows = range(len(segment.vectors))[rows] if isinstance(rows, slice) else rows.tolist()
+        place = 0
+        while place < len(rows):
+            if isinstance(segment.tokens, _TokenFiles):
+                source, row = segment.tokens, rows[place]
+                index = bisect_right(source.starts, row) - 1
+                size = source.files[index]["items"]
+                if row == source.starts[index] and rows[place : place + size][-1] == row + size - 1:
+                    flush()
+                    _link(source.path(index), folder / source.files[index]["name"])
+                    entries.append(source.files[index])
+                    place += size
+                    continue
+            pending.append(segment.tokens[rows[place]])
+            place += 1
+            if len(pending) == _TOKEN_FILE_ITEMS:
+                flush()
+    flush()
+    return entries
+
+
+def _link(source: Path, place: Path) -> None:
+    if place.exists():
+        return
+    try:
+        os.link(source, place)
+    except OSError:  # another file system, or one without links
+        with open(source, "rb") as file:
+            _write(place, iter(lambda: file.read(2**24), b""))
+
+
+def _index_bytes(index) -> np.ndarray:
+    try:
+        import faiss
+    except ImportError as error:  # it was there when the index was made
+        raise ImportError(f"saving the approximate index needs FAISS ({error})") from error
+    return faiss.serialize_index(index)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)  # the names of files are data of their folder
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_manifest(folder: Path, verify: bool) -> dict:
+    path = folder / _MANIFEST
+    if not path.exists():
+        if (folder / _BUILD).exists():
+            raise ValueError(f"the gallery {folder} was not built to its end: call the build again, it goes on")
+        raise ValueError(f"{folder} is not a gallery: give a folder made by Gallery.build() or save(), or a Hub name")
+    try:
+        manifest = _read_json(path)
+        version = manifest["format"]
+        entries = [*manifest["files"].values(), *(manifest["tokens"] or [])]
+        files = [(str(entry["name"]), entry["size"], entry["blake2b"]) for entry in entries]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): build or save the gallery again") from error
+    if version != _FORMAT:
+        raise ValueError(f"{folder} has the format {version}, this code reads {_FORMAT}")
+    for name, expected, checksum in files:
+        if not _OWN_FILES.fullmatch(name):
+            raise ValueError(f"{path} names a file {name!r}, which no gallery has")
+        file = folder / name
+        size = file.stat().st_size if file.exists() else None
+        if size != expected:
+            problem = "is missing" if size is None else f"has {size} bytes instead of {expected}"
+            raise ValueError(f"the gallery {folder} is damaged: {name} {problem}. Copy, build or save it again")
+        if verify and _digest(file) != checksum:
+            raise ValueError(f"the gallery {folder} is damaged: {name} was changed. Copy, build or save it again")
+    return manifest
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# of a build that is going on
+
+
+def _unit_name(number: int) -> str:
+    return f"unit-{number:06}.safetensors"
+
+
+def _settings(encoder: Encoder, items: Any, plan: _Plan) -> dict:
+    """What has to be equal for a build to go on."""
+    count = len(items) if _is_sequence(items) else None
+    return {"format": _FORMAT, "model": encoder.fingerprint, "count": count, **asdict(plan)}
+
+
+def _differences(found: dict, settings: dict) -> str:
+    names = [name for name in settings if found.get(name) != settings[name]]
+    return ", ".join(f"{name} was {found.get(name)!r}, is {settings[name]!r}" for name in names)
+
+
+def _remove_build(folder: Path) -> None:
+    """In one step, so that a kill leaves no units without their settings."""
+    for left in folder.glob(f".{_BUILD}-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    if (folder / _BUILD).exists():
+        aside = folder / f".{_BUILD}-{secrets.token_hex(4)}"
+        (folder / _BUILD).rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_unit(build: Path, number: int, unit: _Unit) -> None:
+    entry = None
+    if unit.tokens is not None:
+        data = to_safetensors({"tokens": unit.tokens})
+        entry = {**_write_named(build, "tokens", ".safetensors", [data]), "items": len(unit.items)}
+    header = {"items": unit.items, "skipped": unit.skipped, "ends": unit.ends, "tokens": entry}
+    data = to_safetensors({"vectors": unit.vectors}, metadata={"unit": json.dumps(header)})
+    _write(build / _unit_name(number), [data])
+
+
+def _read_unit(folder: Path, number: int) -> _Unit:
+    path = folder / _BUILD / _unit_name(number)
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads(file.metadata()["unit"])
+            vectors = file.get_tensor("vectors")
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it and call the build again") from error
+    tokens = None if header["tokens"] is None else _TokenFiles([folder / _BUILD, folder], [header["tokens"]])
+    return _Unit(vectors, tokens, header["items"], header["skipped"], header["ends"])
+
+
+def _check_ends(build: Path, number: int, first: Any, last: Any) -> None:
+    """Compare a unit that is there with the items that are given now."""
+    if not (build / _unit_name(number)).exists():
+        return  # another process's
+    ends = _read_unit(build.parent, number).ends
+    if ends != [first, last]:
+        raise ValueError(
+            f"the items have changed since the build began: unit {number} went from {ends[0]!r} to {ends[1]!r}, now it "
+            f"goes from {first!r} to {last!r}. Give the same items, or build with overwrite=True"
+        )
+
+
+__all__ = [
+    "Encoder",
+    "Gallery",
+    "UnusableItem",
+    "begin_units",
+    "clean_title",
+    "encode_units",
+    "fingerprint",
+    "join_units",
+    "read_photo",
+]

@@ -1,0 +1,593 @@
+"""The gallery: equal to the engine's search, whatever it was built from, however often the build was killed."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from helpers import ROOT, environment, spawn
+from PIL import Image
+
+import gallery_aliblip
+import retrieval_aliblip as engine
+from aliblip.gallery import build_gallery
+from gallery_aliblip import Encoder, Gallery, fingerprint
+
+COUNT, BROKEN = 21, 5
+UNITS = {"unit_size": 4, "batch_size": 3, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.spread_model()
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny.processor()
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    made = tiny.photos(tmp_path_factory.mktemp("gallery") / "photos", COUNT)
+    with open(made[BROKEN], "wb") as file:
+        file.write(b"not a picture")
+    return made
+
+
+@pytest.fixture
+def built(model, processor, paths, tmp_path):
+    return Gallery.build(model, processor, paths, tmp_path / "built", store_tokens=True, **UNITS)
+
+
+def build(model, processor, items, folder=None, **options):
+    return Gallery.build(model, processor, items, folder, **{**UNITS, **options})
+
+
+def unit_vectors(count, width=32, seed=0):
+    vectors = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(vectors, dim=1)
+
+
+def tokens_of(gallery):
+    return gallery.image_tokens(range(len(gallery)), None)
+
+
+# --- search -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 46, 100])
+def test_search_equals_the_engine_with_ties(chunk, monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    # small whole numbers: products are exact in every chunk, and most scores are tied
+    queries = torch.randint(-2, 3, (17, 3), generator=generator).float()
+    vectors = torch.randint(-2, 3, (46, 3), generator=generator).float()
+    gallery = Gallery.from_vectors(vectors)
+    gallery.remove([3, 20])
+    left = [position for position in range(46) if position not in (3, 20)]
+    monkeypatch.setattr(gallery_aliblip, "GALLERY_CHUNK", chunk)
+    monkeypatch.setattr(gallery_aliblip, "QUERY_BLOCK", 5)
+    for dtype in ("float32", "float16"):
+        for k in (1, 9, 44):
+            found = gallery.astype(dtype).search(queries, k)
+            for got, expected in zip(found, engine.search(queries, vectors[left], k), strict=True):
+                assert torch.equal(got, expected)
+
+
+def test_int8_search_equals_the_engine_on_the_stored_values_without_a_copy_of_all(tmp_path, monkeypatch):
+    Gallery.from_vectors(unit_vectors(500), dtype="int8").save(tmp_path / "g")
+    gallery = Gallery.load(tmp_path / "g")
+    queries = unit_vectors(40, seed=1)
+    scores, positions = engine.search(queries, gallery.vectors(), 10)
+    monkeypatch.setattr(gallery_aliblip, "GALLERY_CHUNK", 64)
+    read, sizes = gallery_aliblip._State.read, []
+    monkeypatch.setattr(
+        gallery_aliblip._State,
+        "read",
+        lambda state, start, stop: sizes.append(stop - start) or read(state, start, stop),
+    )
+    got = gallery.search(queries, 10)
+    torch.testing.assert_close(got[0], scores, atol=1e-6, rtol=0)
+    assert torch.equal(got[1], positions)
+    assert len(sizes) == 8 and max(sizes) == 64
+    assert (gallery.vectors() - unit_vectors(500)).abs().max() < 1 / 127 / 2 + 1e-6
+
+
+def test_recall_of_smaller_types():
+    plain = Gallery.from_vectors(unit_vectors(3000))
+    queries = unit_vectors(100, seed=1)
+    recalls = {dtype: plain.astype(dtype).recall(plain, queries) for dtype in ("float32", "float16", "int8")}
+    assert recalls["float32"] == 1 and recalls["float16"] > 0.995 and 0.95 < recalls["int8"] < 1
+    other = Gallery.from_vectors(unit_vectors(3000, seed=2))
+    assert other.recall(plain, queries) < 0.05
+    assert plain.recall(plain, 7) == 1
+    with pytest.raises(ValueError, match="3 and 3000 items"):
+        Gallery.from_vectors(unit_vectors(3)).recall(plain)
+
+
+def test_search_refuses(model):
+    gallery = Gallery.from_vectors(unit_vectors(5))
+    for k in (0, 6):
+        with pytest.raises(ValueError, match=f"k is {k}, but the gallery has 5 items"):
+            gallery.search(unit_vectors(1), k)
+    with pytest.raises(ValueError, match=r"\(1, 31\) given, the gallery takes \(Q, 32\)"):
+        gallery.search(unit_vectors(1, 31), 1)
+    with pytest.raises(ValueError, match="the queries are not all finite"):
+        gallery.search(torch.full((1, 32), torch.nan), 1)
+    with pytest.raises(ValueError, match="no approximate index"):
+        gallery.search(unit_vectors(1), 1, approximate=True)
+    with pytest.raises(ValueError, match="the vectors are not all finite"):
+        Gallery.from_vectors(torch.full((2, 3), torch.inf))
+    with pytest.raises(ValueError, match="2 vectors and 1 ids"):
+        Gallery.from_vectors(torch.ones(2, 3), ["a"])
+    with pytest.raises(ValueError, match="dtype is 'int4': choose one of float32, float16, int8"):
+        gallery.astype("int4")
+
+
+def test_faiss_index(tmp_path):
+    faiss = pytest.importorskip("faiss", reason="faiss-cpu is not installed")
+    gallery = Gallery.from_vectors(unit_vectors(2000), dtype="float16")
+    queries = unit_vectors(30, seed=1)
+    assert gallery.add_faiss_index(measure_recall=50) > 0.99  # flat
+    scores, positions = gallery.search(queries, 5, approximate=True)
+    torch.testing.assert_close(scores, gallery.search(queries, 5)[0], atol=1e-3, rtol=0)
+    recall = gallery.add_faiss_index("IVF40,Flat", nprobe=2, measure_recall=200)
+    found = gallery.search(gallery._sample(200, 0), 10, approximate=True)[1]
+    wanted = gallery.search(gallery._sample(200, 0), 10)[1]
+    by_hand = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found.tolist(), wanted.tolist(), strict=True)])
+    assert recall == pytest.approx(by_hand) and 0.1 < recall < 0.9
+    gallery.save(tmp_path / "g")
+    loaded = Gallery.load(tmp_path / "g")
+    expected = gallery.search(queries, 5, approximate=True)
+    assert torch.equal(loaded.search(queries, 5, approximate=True)[1], expected[1])
+    assert not torch.equal(expected[1], gallery.search(queries, 5)[1])
+    # two lists of about 50 hold fewer than 300: such queries are searched exactly
+    assert torch.equal(loaded.search(queries, 300, approximate=True)[1], gallery.search(queries, 300)[1])
+    loaded.remove([7])
+    with pytest.raises(ValueError, match="no approximate index"):
+        loaded.search(queries, 5, approximate=True)
+    assert faiss.__version__
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+def test_build_equals_embedding_by_hand(model, processor, paths, built):
+    good = [path for number, path in enumerate(paths) if number != BROKEN]
+    pixels = processor(images=[Image.open(path) for path in good], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        vectors, tokens = engine.embed_images(model, pixels)
+    torch.testing.assert_close(built.vectors(), vectors, atol=1e-5, rtol=0)
+    torch.testing.assert_close(tokens_of(built).float(), tokens, atol=0.05, rtol=0.01)  # bf16
+    assert built.ids == good and built.item(BROKEN) == {"id": good[BROKEN], "path": good[BROKEN]}
+    assert built.skipped == [{"id": paths[BROKEN], "reason": "the file is not an image of a known format"}]
+    assert len(built) == COUNT - 1 and built.has_tokens and "20 image items" in repr(built)
+    in_memory = build(model, processor, paths, store_tokens=True)
+    assert torch.equal(in_memory.vectors(), built.vectors()) and torch.equal(tokens_of(in_memory), tokens_of(built))
+
+
+def test_titles(model, processor):
+    titles = [*tiny.titles(9), " ", None, 7]
+    gallery = build(model, processor, titles, kind="text")
+    batch = processor(text=titles[:9], return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(gallery.vectors(), engine.embed_texts(model, **batch), atol=1e-5, rtol=0)
+    assert gallery.ids == list(range(9)) and gallery.item(2) == {"id": 2, "text": titles[2]}
+    assert [entry["reason"] for entry in gallery.skipped] == [
+        "the title is empty",
+        "a title is text, not NoneType",
+        "a title is text, not int",
+    ]
+    with pytest.raises(ValueError, match="titles have no image tokens"):
+        build(model, processor, titles, kind="text", store_tokens=True)
+
+
+def test_every_source_gives_the_same(model, processor, paths):
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    data = []
+    for path in paths:
+        with open(path, "rb") as file:
+            data.append(file.read())
+    skus = [f"sku-{number}" for number in range(COUNT)]
+    rows = [{"image": value, "sku": sku} for value, sku in zip(data, skus, strict=True)]
+    table = [{"image": {"bytes": row["image"], "path": None}, "sku": row["sku"]} for row in rows]
+    table = Dataset.from_list(table, Features({"image": ImageFeature(), "sku": Value("string")}))
+    expected = build(model, processor, paths)
+    sources = {
+        "rows": rows,
+        "generator": (row for row in rows),
+        "map-style": table,
+        "iterable": table.to_iterable_dataset(),
+    }
+    for name, source in sources.items():
+        gallery = build(model, processor, source, id_column="sku")
+        assert torch.equal(gallery.vectors(), expected.vectors()), name
+        assert gallery.ids == [sku for number, sku in enumerate(skus) if number != BROKEN]
+        assert [entry["id"] for entry in gallery.skipped] == [f"sku-{BROKEN}"] and "path" not in gallery.item(0)
+    images = [Image.open(path) for number, path in enumerate(paths) if number != BROKEN]
+    gallery = build(model, processor, images)
+    assert gallery.ids == list(range(COUNT - 1))
+    torch.testing.assert_close(gallery.vectors(), expected.vectors(), atol=1e-5, rtol=0)  # others share a batch
+    for source in (table, iter(rows)):
+        with pytest.raises(ValueError, match="no column 'nr', but 'image', 'sku'"):
+            build(model, processor, source, id_column="nr")
+    with pytest.raises(ValueError, match="no column 'photo', but 'image', 'sku'"):
+        build(model, processor, table, image_column="photo")
+
+
+def test_photos_are_seen_upright_over_white(tmp_path):
+    upright = Image.effect_noise((30, 20), 60).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    assert gallery_aliblip.read_photo(tmp_path / "turned.png").tobytes() == upright.tobytes()
+    clear = Image.new("RGBA", (4, 4), (9, 9, 9, 0))
+    assert gallery_aliblip.read_photo(clear).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_mistakes_come_before_the_work(model, processor, paths, tmp_path):
+    def never(*_):
+        raise AssertionError("worked")
+
+    class Idle:
+        tokenizer, __call__ = None, never
+
+    idle = Idle()
+    with pytest.raises(ValueError, match="2 ids come twice, such as .*000.png', .*001.png': make them unique"):
+        build(model, idle, [*paths, *paths[:2]])
+    with pytest.raises(ValueError, match="1 ids come twice, such as 4"):
+        build(model, idle, [{"image": path, "id": 4} for path in paths[:2]])
+    with pytest.raises(ValueError, match="an id is text or a whole number, not float"):
+        build(model, idle, [{"image": paths[0], "id": 0.5}])
+    with pytest.raises(ValueError, match="one str given"):
+        build(model, idle, paths[0])
+    with pytest.raises(ValueError, match="no items given"):
+        build(model, idle, [])
+    with pytest.raises(ValueError, match="kind is 'photo': choose one of image, text"):
+        build(model, idle, paths, kind="photo")
+    with pytest.raises(ValueError, match="unit_size 0: both are at least 1"):
+        build(model, idle, paths, unit_size=0)
+    with pytest.raises(ValueError, match="training mode"):
+        build(tiny.model().train(), idle, paths)
+    with pytest.raises(ValueError, match="is a file: give a folder"):
+        build(model, idle, paths, paths[0])
+    with pytest.raises(ValueError, match="none of 1 items can be used, the first because the file is not an image"):
+        build(model, processor, [paths[BROKEN]], tmp_path / "none")
+
+
+def test_duplicates(model, processor, paths, tmp_path):
+    rows = [{"image": path, "id": number % 7} for number, path in enumerate(paths)]
+    with pytest.raises(ValueError, match="7 ids come twice, such as 0, 1, 2, 3, 4 and 2 more"):
+        build(model, processor, iter(rows), tmp_path / "g")  # known only at the end; what was embedded is kept
+    gallery = build(model, processor, iter(rows), tmp_path / "h", duplicates="first", store_tokens=True)
+    # number 5, which is broken, makes room for number 12
+    assert gallery.ids == [0, 1, 2, 3, 4, 6, 5]
+    assert [gallery.item(position)["path"] for position in (5, 6)] == [paths[6], paths[12]]
+    assert [entry["reason"] for entry in gallery.skipped].count("the id comes twice") == COUNT - 1 - 7
+    again = gallery.image_tokens([6], None)
+    assert torch.equal(again, build(model, processor, paths, store_tokens=True).image_tokens([11], None))
+
+
+def test_null_ids_are_skipped(model, processor, paths):
+    gallery = build(model, processor, [{"image": paths[0], "id": None}, {"image": paths[1], "id": "a"}])
+    assert gallery.ids == ["a"] and gallery.skipped == [{"id": None, "reason": "the id is null"}]
+
+
+# --- builds that were stopped -----------------------------------------------------------------------------------------
+
+
+class Dying(list):
+    """A list of items; reading the one at `fatal` ends the build."""
+
+    fatal = None
+
+    def __getitem__(self, position):
+        if position == self.fatal:
+            raise KeyboardInterrupt
+        return super().__getitem__(position)
+
+    def __iter__(self):
+        return (super(Dying, self).__getitem__(position) for position in range(len(self)))
+
+
+def same_files(one, other):
+    names = sorted(path.name for path in one.iterdir())
+    assert names == sorted(path.name for path in other.iterdir())
+    for name in names:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("fatal", [2, 9, 20])
+def test_a_stopped_build_goes_on_and_is_equal(fatal, model, processor, paths, built, tmp_path, monkeypatch):
+    items, folder = Dying(paths), tmp_path / "stopped"
+    items.fatal = fatal
+    with pytest.raises(KeyboardInterrupt):
+        build(model, processor, items, folder, store_tokens=True)
+    with pytest.raises(ValueError, match="was not built to its end: call the build again"):
+        Gallery.load(folder)
+    items.fatal = None
+    seen, pixels = [], Encoder.pixels
+    monkeypatch.setattr(Encoder, "pixels", lambda encoder, photo: seen.append(photo) or pixels(encoder, photo))
+    build(model, processor, items, folder, store_tokens=True)
+    assert seen == paths[fatal // 4 * 4 :]
+    same_files(folder, tmp_path / "built")
+
+
+def test_a_join_that_was_stopped_goes_on(model, processor, paths, built, tmp_path, monkeypatch):
+    folder, real = tmp_path / "stopped", gallery_aliblip._write_json
+
+    def write_json(path, value):
+        if path.name == "gallery.json":
+            raise KeyboardInterrupt
+        real(path, value)
+
+    monkeypatch.setattr(gallery_aliblip, "_write_json", write_json)
+    with pytest.raises(KeyboardInterrupt):
+        build(model, processor, paths, folder, store_tokens=True)
+    monkeypatch.undo()
+    monkeypatch.setattr(Encoder, "pixels", None)  # nothing is embedded again
+    build(model, processor, paths, folder, store_tokens=True)
+    same_files(folder, tmp_path / "built")
+
+
+def test_a_build_refuses_to_go_on_with_something_else(model, processor, paths, tmp_path):
+    items, folder = Dying(paths), tmp_path / "g"
+    items.fatal = 9
+    with pytest.raises(KeyboardInterrupt):
+        build(model, processor, items, folder)
+    with pytest.raises(ValueError, match="beginning of another gallery.*batch_size was 3, is 2.*overwrite=True"):
+        build(model, processor, paths, folder, batch_size=2)
+    with pytest.raises(ValueError, match="model was '.*', is '.*'"):
+        build(tiny.spread_model(seed=1), processor, paths, folder)
+    with pytest.raises(ValueError, match="items have changed.*unit 0 went from '.*000.png' to '.*003.png', now it"):
+        build(model, processor, paths[1:] + paths[:1], folder)
+    gallery = build(model, processor, paths, folder, batch_size=2, overwrite=True)
+    assert len(gallery) == COUNT - 1
+    with pytest.raises(ValueError, match=r"holds a gallery: open it with Gallery.load\(\)"):
+        build(model, processor, paths, folder)
+    assert len(build(model, processor, paths[:4], folder, overwrite=True)) == 4
+    assert len(Gallery.load(folder, verify=True)) == 4
+
+
+KILLED = """
+import os, signal, sys, tiny
+from gallery_aliblip import Gallery, fingerprint
+
+class Killing(list):
+    def __getitem__(self, position):
+        if position == 13:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(position)
+
+model = tiny.spread_model()
+print(fingerprint(model), flush=True)
+Gallery.build(model, tiny.processor(), Killing(sys.argv[2:]), sys.argv[1],
+              store_tokens=True, unit_size=4, batch_size=3, progress=False)
+"""
+
+
+def test_after_kill_9_the_build_goes_on_and_is_equal(model, processor, paths, built, tmp_path):
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), *paths]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    ended = subprocess.run(command, env=environment(PYTHONPATH=path), capture_output=True, text=True, timeout=300)
+    assert ended.returncode == -9, ended.stderr
+    assert ended.stdout.strip() == fingerprint(model) == built.model  # equal in every process
+    assert len(list((tmp_path / "killed" / "build").glob("unit-*"))) == 3
+    build(model, processor, paths, tmp_path / "killed", store_tokens=True)
+    same_files(tmp_path / "killed", tmp_path / "built")
+
+
+def in_two_processes(paths, folder):
+    """What both ranks see of a build, and of one that fails on rank 1 alone."""
+    model, processor = tiny.spread_model(), tiny.processor()
+    gallery = build_gallery(model, processor, paths, folder, store_tokens=True, **UNITS)
+
+    class Failing(list):
+        def __getitem__(self, position):
+            if position == 5:
+                raise OSError("the disk is gone")
+            return super().__getitem__(position)
+
+        def __iter__(self):
+            return iter(paths)
+
+    try:
+        build_gallery(model, processor, Failing(paths), f"{folder}-failing", **UNITS)
+    except Exception as error:
+        return gallery.ids, f"{type(error).__name__}: {error}"
+
+
+def test_two_processes_build_the_same_gallery(paths, built, tmp_path):
+    results = spawn(in_two_processes, 2, paths, str(tmp_path / "two"))
+    assert [ids for ids, _ in results] == [built.ids] * 2
+    same_files(tmp_path / "two", tmp_path / "built")
+    assert [error for _, error in results] == [
+        "RuntimeError: rank 1 could not build its part of the gallery: OSError: the disk is gone",
+        "OSError: the disk is gone",
+    ]
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_damaged_galleries_are_refused(built, tmp_path):
+    folder = tmp_path / "built"
+    whole = {path: path.read_bytes() for path in folder.iterdir()}
+    assert {path.name.split("-")[0] for path in whole} == {
+        *("gallery.json", "vectors", "items", "offsets", "skipped", "tokens"),
+    }
+    for path, data in whole.items():
+        path.write_bytes(data[:-1] if path.name != "gallery.json" else data[: len(data) // 2])
+        with pytest.raises(ValueError, match="is damaged"):
+            Gallery.load(folder)
+        path.unlink()
+        with pytest.raises(ValueError, match="is missing|is not a gallery"):
+            Gallery.load(folder)
+        path.write_bytes(data)
+        if path.name != "gallery.json":
+            path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+            Gallery.load(folder)  # as long as before
+            with pytest.raises(ValueError, match="was changed"):
+                Gallery.load(folder, verify=True)
+            path.write_bytes(data)
+    assert len(Gallery.load(folder, verify=True)) == COUNT - 1
+    manifest = json.loads((folder / "gallery.json").read_text())
+    for change, message in (
+        ({"format": 2}, "has the format 2, this code reads 1"),
+        ({"items": 19}, "do not belong together"),
+        ({"files": {"vectors": {"name": "../x", "size": 1, "blake2b": ""}}}, "names a file '../x', which no gallery"),
+    ):
+        (folder / "gallery.json").write_text(json.dumps({**manifest, **change}))
+        with pytest.raises(ValueError, match=message):
+            Gallery.load(folder)
+
+
+def test_changes_equal_a_new_gallery(model, processor, paths, built, tmp_path):
+    more = tiny.photos(tmp_path / "more", 5, seed=1)
+    assert built.add(model, processor, [*more, str(tmp_path / "gone.png")], batch_size=3) == [
+        {"id": str(tmp_path / "gone.png"), "reason": f"there is no file {tmp_path / 'gone.png'}"}
+    ]
+    built.remove([paths[0], paths[7], more[1]])
+    built.remove([more[4]])
+    kept = [path for path in [*paths, *more] if path not in (paths[0], paths[7], paths[BROKEN], more[1], more[4])]
+    expected = build(model, processor, kept, store_tokens=True)
+    for save_first in (False, True):
+        if save_first:
+            built.save(tmp_path / "built")  # over the folder that it reads from
+            assert Gallery.load(tmp_path / "built", verify=True).skipped == built.skipped
+            built = Gallery.load(tmp_path / "built")
+        assert built.ids == kept and len(built) == len(kept)
+        torch.testing.assert_close(built.vectors(), expected.vectors(), atol=1e-5, rtol=0)
+        torch.testing.assert_close(tokens_of(built), tokens_of(expected), atol=0.05, rtol=0.01)
+    named = json.loads((tmp_path / "built" / "gallery.json").read_text())
+    files = {entry["name"] for entry in [*named["files"].values(), *named["tokens"]]}
+    assert {path.name for path in (tmp_path / "built").iterdir()} == files | {"gallery.json"}
+
+
+def test_changes_that_are_refused_change_nothing(model, processor, paths, built):
+    with pytest.raises(ValueError, match="1 ids come twice"):
+        built.add(model, processor, [paths[3]])
+    with pytest.raises(KeyError, match="not in the gallery: 'nowhere'"):
+        built.remove([paths[1], "nowhere"])
+    with pytest.raises(ValueError, match="all items would be removed"):
+        built.remove(built.ids)
+    with pytest.raises(ValueError, match="built with another model"):
+        built.add(tiny.spread_model(seed=1), processor, ["x"])
+    assert built.ids == [path for number, path in enumerate(paths) if number != BROKEN]
+
+
+def test_a_save_that_fails_leaves_the_gallery_before(model, processor, built, tmp_path, monkeypatch):
+    before = built.vectors().clone()
+    real = os.replace
+
+    def replace(source, place):
+        if str(place).endswith("gallery.json"):
+            raise OSError("the disk is full")
+        real(source, place)
+
+    changed = Gallery.load(tmp_path / "built").astype("int8")
+    changed.remove(changed.ids[:3])
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="the disk is full"):
+        changed.save(tmp_path / "built")
+    monkeypatch.undo()
+    assert torch.equal(Gallery.load(tmp_path / "built", verify=True).vectors(), before)
+    changed.save(tmp_path / "built")
+    saved = Gallery.load(tmp_path / "built", verify=True)
+    assert len(saved) == COUNT - 4 and saved.dtype == "int8" and torch.equal(saved.vectors(), changed.vectors())
+    assert not list((tmp_path / "built").glob("*.partial"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="holds something else than a gallery"):
+        changed.save(tmp_path / "other")
+
+
+def test_a_gallery_is_mapped_and_not_read(tmp_path):
+    Gallery.from_vectors(unit_vectors(2000), dtype="int8").save(tmp_path / "g")
+    segment = Gallery.load(tmp_path / "g")._state.segments[0]
+    maps = open("/proc/self/maps").read()
+    assert all(path.name in maps for path in (tmp_path / "g").glob("vectors-*"))
+    assert segment.vectors.dtype == torch.int8 and segment.vectors.shape == (2000, 32)
+
+
+def test_the_hub(built, tmp_path, monkeypatch):
+    """Against a stand-in for the Hub's client: what is uploaded is a gallery, and comes back as one."""
+    calls = {}
+
+    class Api:
+        def __init__(self, token=None):
+            calls["token"] = token
+
+        def create_repo(self, name, **options):
+            calls["create"] = (name, options)
+
+        def upload_folder(self, repo_id, repo_type, folder_path, commit_message, delete_patterns):
+            (tmp_path / "hub").mkdir()
+            for path in os.scandir(folder_path):
+                os.rename(path, tmp_path / "hub" / path.name)
+            return "https://hub/commit"
+
+    monkeypatch.setattr(gallery_aliblip, "HfApi", Api)
+    assert built.push_to_hub("me/mine", private=True, token="t") == "https://hub/commit"
+    assert calls == {
+        "token": "t",
+        "create": ("me/mine", {"repo_type": "dataset", "private": True, "exist_ok": True}),
+    }
+    monkeypatch.setattr(gallery_aliblip, "snapshot_download", lambda name, **options: str(tmp_path / "hub"))
+    loaded = Gallery.load("me/mine", verify=True)
+    assert loaded.ids == built.ids and torch.equal(loaded.vectors(), built.vectors())
+    assert torch.equal(tokens_of(loaded), tokens_of(built))
+    with pytest.raises(ValueError, match="is not a gallery: give a folder"):
+        Gallery.load(tmp_path)
+
+
+# --- models and threads -----------------------------------------------------------------------------------------------
+
+
+def test_fingerprints(model, built):
+    built.check_model(fingerprint(model))
+    # The temperature is fp32 in any copy, and rounded like the others.
+    assert fingerprint(tiny.spread_model().to(torch.bfloat16)) == fingerprint(model)
+    stepped = tiny.spread_model()
+    with torch.no_grad():
+        for parameter in stepped.text_encoder.parameters():
+            parameter.add_(torch.randn_like(parameter) * 1e-3)
+    other_heads = tiny.spread_model(vision_config={"num_attention_heads": 8})
+    assert torch.equal(other_heads.vision_proj.weight, model.vision_proj.weight)
+    for other in (stepped, other_heads):
+        with pytest.raises(ValueError, match=f"built with another model .{built.model[:8]}, not "):
+            built.check_model(fingerprint(other))
+    Gallery.from_vectors(unit_vectors(3)).check_model("whatever")
+
+
+def test_searches_while_the_gallery_changes():
+    vectors = unit_vectors(400)
+    gallery = Gallery.from_vectors(vectors, [f"item {number}" for number in range(400)])
+    failures, done = [], threading.Event()
+
+    def search():
+        while not done.is_set():
+            state = gallery._state
+            position = int(gallery_aliblip._search_exactly(state, vectors[399:], 1)[1])
+            segment, row = state.find(position)
+            if segment.items[row]["id"] != "item 399":
+                failures.append(position)
+            if float(gallery.search(vectors[399:], 1)[0]) < 0.999:
+                failures.append("score")
+
+    threads = [threading.Thread(target=search) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for number in range(0, 100, 2):
+        gallery.remove([f"item {number}"])
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not failures and len(gallery) == 350
