@@ -8,9 +8,25 @@ Field names are those of transformers' BLIP, so that its retrieval checkpoints t
 when the configuration is constructed: a wrong one raises ValueError with what was given and what is accepted.
 """
 
-from typing import Any
+import copy
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
+
+if TYPE_CHECKING:
+    # Never run. transformers follows the relative imports that it reads in a file, and so takes the pipeline's file
+    # along wherever it saves this one or caches it: a saved folder is complete, also one saved by a model that came
+    # with its own code.
+    from .pipeline_aliblip import AliBlipImageTextRetrievalPipeline  # noqa: F401
+
+# What `transformers.pipeline` reads in config.json: the class of each task that is not its own.
+CUSTOM_PIPELINES: dict[str, dict[str, Any]] = {
+    "image-text-retrieval": {
+        "impl": "pipeline_aliblip.AliBlipImageTextRetrievalPipeline",
+        "pt": ["AutoModel"],
+        "type": "multimodal",
+    }
+}
 
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     # ViT-B/16 and ViT-L/16 as BLIP trains them; the text side is BERT-base in both.
@@ -215,7 +231,12 @@ class AliBlipConfig(PreTrainedConfig):
         self.initializer_range = initializer_range
         # Nothing is tied here (BERT's word embedding has no output twin without a language-model head).
         kwargs["tie_word_embeddings"] = False
+        kwargs["custom_pipelines"] = _with_our_pipelines(kwargs.get("custom_pipelines"))
         super().__init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        # `transformers.pipeline` puts classes into the entry that it reads here, and those can't be saved.
+        return {**super().to_dict(), "custom_pipelines": _with_our_pipelines(self.custom_pipelines)}
 
     @classmethod
     def from_size(cls, size: str, *, vision_config: dict | None = None, text_config: dict | None = None, **kwargs):
@@ -228,6 +249,10 @@ class AliBlipConfig(PreTrainedConfig):
             text_config={**SIZES[size].get("text_config", {}), **(text_config or {})},
             **kwargs,
         )
+
+
+def _with_our_pipelines(given: dict | None) -> dict[str, dict[str, Any]]:
+    return {**(given or {}), **copy.deepcopy(CUSTOM_PIPELINES)}
 
 
 def _sub_config(name: str, config_class, value):
@@ -247,4 +272,4 @@ def _sub_config(name: str, config_class, value):
 
 AliBlipConfig.register_for_auto_class()
 
-__all__ = ["SIZES", "AliBlipConfig", "AliBlipTextConfig", "AliBlipVisionConfig"]
+__all__ = ["CUSTOM_PIPELINES", "SIZES", "AliBlipConfig", "AliBlipTextConfig", "AliBlipVisionConfig"]

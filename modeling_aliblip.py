@@ -20,10 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, GradientCheckpointingLayer, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
@@ -237,8 +236,9 @@ class AliBlipTextEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        # Positions are a slice and not a buffer: a non-persistent buffer is garbage after from_pretrained.
-        positions = self.position_embeddings.weight[: input_ids.shape[1]]  # (L, D)
+        # Made here and not a buffer: a non-persistent buffer is garbage after from_pretrained. Through the module and
+        # not a slice of its weight: `device_map` may keep that on disk, from where accelerate fetches it for a call.
+        positions = self.position_embeddings(torch.arange(input_ids.shape[1], device=input_ids.device))  # (L, D)
         return self.dropout(self.LayerNorm(self.word_embeddings(input_ids) + positions))
 
 
@@ -546,16 +546,21 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
     ) -> AliBlipRetrievalOutput:
         """Photos and titles to similarities and, for pairs, match logits.
 
+        Fine-tuning with `transformers.Trainer`: the collator adds `"return_loss": True` to every batch, then training
+        and evaluation have a loss (of the batch of one process). LoRA of PEFT: `target_modules=["qkv", "projection",
+        "query", "key", "value"]` are the attention projections of the ViT and those of the BERT, cross-attention
+        included; `modules_to_save=["vision_proj", "text_proj", "itm_head"]` trains the heads as well.
+
         Args:
             pixel_values: (images, 3, height, width).
             input_ids, attention_mask: (titles, L).
             product_id: (B,) int64; rows of equal id are positives of each other. None: every row is a product of its
-            own.
+                own.
             return_loss: also the in-batch loss, ITC + ITM with one hard negative per side. It has no momentum encoders
                 and no queue: for full training use `train.py`.
 
         Raises:
-            ValueError: `return_loss` with unequal numbers of images and titles.
+            ValueError: `return_loss` with unequal numbers of images, titles and product ids.
         """
         image = self.get_image_features(pixel_values, interpolate_pos_encoding)
         text = self.get_text_features(input_ids, attention_mask)
@@ -573,6 +578,11 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
             image_index, text_index, is_match = own, own, None
             if return_loss:
                 product_id = own if product_id is None else product_id
+                if product_id.shape != own.shape:
+                    raise ValueError(
+                        f"product_id has the shape {tuple(product_id.shape)}: the loss of {len(own)} pairs needs "
+                        f"({len(own)},)"
+                    )
                 positive = positives(product_id, product_id)
                 targets = soft_targets(positive)
                 itc = (itc_loss(logits_per_image, targets) + itc_loss(logits_per_image.t(), targets)) / 2

@@ -5,9 +5,14 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from importlib.metadata import requires
 
 import pytest
+import transformers
 from helpers import ROOT
+from transformers.dynamic_module_utils import get_imports, get_relative_imports
+
+from configuration_aliblip import CUSTOM_PIPELINES
 
 HUB_FILES = sorted(path.name for path in ROOT.glob("*_aliblip.py"))
 HUB = {name.removesuffix(".py") for name in HUB_FILES}
@@ -68,7 +73,7 @@ ALLOWED = {
     "aliblip.data.remote": set(),
     "aliblip.data.sources": {"data.manifest", "data.remote", "data.tar_index"},
     "aliblip.data.tar_index": {"data.remote", "files"},
-    "configuration_aliblip": set(),
+    "configuration_aliblip": {"pipeline_aliblip"},  # under TYPE_CHECKING, so that it is saved along
     "gallery_aliblip": {"retrieval_aliblip"},
     "losses_aliblip": set(),
     "modeling_aliblip": {"configuration_aliblip", "losses_aliblip"},
@@ -95,13 +100,6 @@ def imported(tree: ast.AST) -> set[str]:
     return names
 
 
-def required(tree: ast.AST) -> set[str]:
-    """What the loader wants to be installed: imports inside `try` are not."""
-    optional = {leaf for node in ast.walk(tree) if isinstance(node, ast.Try) for leaf in ast.walk(node)}
-    kept = [node for node in ast.walk(tree) if node not in optional]
-    return set().union(*(imported(ast.Module([node], [])) for node in kept if isinstance(node, IMPORTS)))
-
-
 def own(names: set[str]) -> set[str]:
     found = {name.lstrip(".").removeprefix("aliblip.") for name in names if name.lstrip(".").startswith("aliblip.")}
     return found | {name.lstrip(".") for name in names if name.lstrip(".") in HUB}
@@ -116,41 +114,104 @@ def test_imports_go_downwards(module):
     assert own(imported(ast.parse(MODULES[module].read_text()))) <= ALLOWED[module]
 
 
+def relative_imports(tree: ast.AST) -> list[ast.ImportFrom]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+
+
+def guarded(tree: ast.Module) -> list[ast.ImportFrom]:
+    """The relative imports that are safe in the Hub's cache and in a checkout: those of the one guard (`try` them,
+    raise if in a package, else import the same names absolutely), and those under TYPE_CHECKING, which never run."""
+    safe = []
+    for node in tree.body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            safe += relative_imports(node)
+        elif isinstance(node, ast.Try) and relative_imports(node):
+            (handler,) = node.handlers
+            assert ast.unparse(handler.type) == "ImportError"
+            assert ast.unparse(handler.body[0]) == "if __package__:\n    raise"
+            absolute = [ast.unparse(statement) for statement in handler.body[1:]]
+            assert absolute == [ast.unparse(statement).replace("from .", "from ") for statement in node.body]
+            safe += node.body
+    return safe
+
+
 @pytest.mark.parametrize("name", HUB_FILES)
-def test_hub_files_keep_the_rules_of_the_loader(name):
-    source = (ROOT / name).read_text()
-    tree = ast.parse(source)
-    relative = {found for found in imported(tree) if found.startswith(".")}
-    assert all(re.fullmatch(r"\.\w+_aliblip", found) for found in relative), "siblings by `from .x import y` only"
-    needed = {found.split(".")[0] for found in required(tree) if not found.startswith(".")}
-    # Beside these, what transformers itself requires.
-    assert needed - sys.stdlib_module_names <= {"torch", "transformers", "numpy", "safetensors", "huggingface_hub"}
-    for found in imported(tree):
-        if found.startswith("transformers."):
-            public = ("utils", "activations", "modeling_outputs", "modeling_layers", "processing_utils")
-            assert found.split(".")[1] in public, found
-    # The loader's own pattern: a line of a docstring that looks like a relative import counts as one.
-    lines = [line for line in re.findall(r"^\s*from\s+\.\S+\s+import", source, flags=re.MULTILINE)]
-    statements = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
-    assert len(lines) == len(statements)
-    assert re.search(r"except ImportError:\n    if __package__:.*\n        raise\n", source) or not relative, (
-        "the guard"
-    )
+def test_hub_files_import_siblings_in_the_guard_only(name):
+    tree = ast.parse((ROOT / name).read_text())
+    relative = relative_imports(tree)
+    # Never `from . import x` (the loader does not copy x), never a package in a package.
+    assert all(node.level == 1 and node.module in HUB for node in relative), "siblings by `from .x import y` only"
+    assert {id(node) for node in relative} == {id(node) for node in guarded(tree)}
+    absolute = {found for node in tree.body if not isinstance(node, ast.Try) for found in imported(node)}
+    assert not absolute & (HUB | {"aliblip"}), "outside the guard"
+    # As the loader reads it: by a pattern, also in docstrings.
+    assert sorted(get_relative_imports(ROOT / name)) == sorted({node.module for node in relative})
+
+
+@pytest.mark.parametrize("name", HUB_FILES)
+def test_hub_files_need_nothing_but_torch_and_transformers(name):
+    required = {re.match(r"[\w-]+", line)[0] for line in requires("transformers") if "extra ==" not in line}
+    available = {"torch", "transformers", *(package.replace("-", "_") for package in required)}
+    # As the loader reads it: imports in functions and under TYPE_CHECKING count, those in `try` do not.
+    assert set(get_imports(ROOT / name)) - sys.stdlib_module_names <= available
+
+
+@pytest.mark.parametrize("name", HUB_FILES)
+def test_hub_files_take_public_names_of_transformers(name):
+    tree = ast.parse((ROOT / name).read_text())
+    public = {"utils", "activations", "modeling_outputs", "modeling_layers", "processing_utils"}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance":
-            classes = {leaf.id for leaf in ast.walk(node.args[1]) if isinstance(leaf, ast.Name)}
-            assert not classes & {"AliBlipConfig", "AliBlipProcessor", "Gallery"}, (
-                "no isinstance on a class of another Hub file"
-            )
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("transformers.") for alias in node.names), ast.unparse(node)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "transformers":
+            names = [alias.name for alias in node.names]
+            assert not any(found.startswith("_") for found in names), ast.unparse(node)
+            if node.module != "transformers":
+                assert node.module.split(".")[1] in public, ast.unparse(node)
+                assert not [found for found in names if hasattr(transformers, found)], "these are at the top level"
+
+
+@pytest.mark.parametrize("name", HUB_FILES)
+def test_hub_files_ask_no_isinstance_of_each_other(name):
+    trees = {other: ast.parse((ROOT / other).read_text()) for other in HUB_FILES}
+    foreign = {
+        node.name
+        for other in set(HUB_FILES) - {name}
+        for node in ast.walk(trees[other])
+        if isinstance(node, ast.ClassDef)
+    }
+    assert "AliBlipConfig" in foreign or name == "configuration_aliblip.py"
+    for node in ast.walk(trees[name]):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
+            asked = {leaf.id for leaf in ast.walk(node.args[1]) if isinstance(leaf, ast.Name)}
+            assert not asked & foreign, ast.unparse(node)
 
 
 def test_hub_classes_are_registered():
-    for name, call in (
-        ("configuration_aliblip.py", "AliBlipConfig.register_for_auto_class()"),
-        ("modeling_aliblip.py", 'AliBlipForImageTextRetrieval.register_for_auto_class("AutoModel")'),
-        ("processing_aliblip.py", "AliBlipProcessor.register_for_auto_class()"),
-    ):
-        assert call in (ROOT / name).read_text()
+    calls = {
+        "configuration_aliblip.py": "AliBlipConfig.register_for_auto_class()",
+        "modeling_aliblip.py": "AliBlipForImageTextRetrieval.register_for_auto_class('AutoModel')",
+        "processing_aliblip.py": "AliBlipProcessor.register_for_auto_class()",
+    }
+    for name in HUB_FILES:
+        tree = ast.parse((ROOT / name).read_text())
+        if name in calls:
+            # The last statement but `__all__`.
+            assert ast.unparse(tree.body[-2]) == calls[name]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                owner = ast.unparse(node.func.value)
+                assert not (node.func.attr == "register" and owner.startswith("Auto")), "in aliblip/__init__.py"
+    registered = [line for line in (ROOT / "aliblip/__init__.py").read_text().splitlines() if ".register(" in line]
+    assert [line.split(".")[0] for line in registered] == ["AutoConfig", "AutoModel", "AutoProcessor"]
+
+
+def test_the_pipeline_of_the_configuration_exists():
+    (entry,) = CUSTOM_PIPELINES.values()
+    module, name = entry["impl"].split(".")
+    classes = [node for node in ast.parse(MODULES[module].read_text()).body if isinstance(node, ast.ClassDef)]
+    assert name in [node.name for node in classes]
+    assert all(hasattr(transformers, auto) for auto in entry["pt"])
 
 
 def test_no_module_hides_a_library():
