@@ -197,8 +197,10 @@ def read_original(path: str | os.PathLike) -> Original:
             "a file can run code when it is loaded. If you trust it, write one of its weights: "
             f'torch.save({{"model": torch.load("{path}", weights_only=False)["model"]}}, "weights.pth")'
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UsageError(f"{path} is damaged or no checkpoint ({' '.join(str(error).split())[:200]})") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise UsageError(
+            f"{path} can't be read, is damaged or no checkpoint ({' '.join(str(error).split())[:200]})"
+        ) from error
     state = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(torch.is_tensor(value) for value in state.values()):
         raise UsageError(f'{path} is no checkpoint of the original code: it has to hold {{"model": state dict}}')
