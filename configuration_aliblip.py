@@ -259,7 +259,7 @@ def _from_blip(config: dict[str, Any]) -> dict[str, Any]:
     """A `blip` configuration translated: what changes the model's numbers is taken (head counts and LayerNorm epsilons
     too, which have other defaults there), what would spoil its training is not (a vision `initializer_range` of 1e-10,
     no dropout)."""
-    blip = BlipConfig(**config)  # fills in what the file leaves out, with that class's defaults
+    blip = BlipConfig.from_dict(config)  # what the file leaves out is a default of that class
     vision, text = blip.vision_config, blip.text_config
     taken = {
         "vision_config": {

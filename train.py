@@ -40,6 +40,7 @@ from aliblip.arguments import (
     TrainingArguments,
     UsageError,
     check_range,
+    first_line,
     json_mapping,
     main_with_usage_errors,
     parse,
@@ -50,7 +51,7 @@ from aliblip.backbones import (
     read_text_backbone,
     read_vision_backbone,
     start_from_backbone,
-    told,
+    starting_report,
 )
 from aliblip.checkpoint import (
     Training,
@@ -136,7 +137,7 @@ def build_config(args: ModelArguments, processor: AliBlipProcessor, backbones: l
         base = AliBlipConfig.from_pretrained(args.config_name).to_dict()
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"no configuration {args.config_name!r} ({_first_line(error)}): give --config_name {' or '.join(SIZES)}, "
+            f"no configuration {args.config_name!r} ({first_line(error)}): give --config_name {' or '.join(SIZES)}, "
             f"or a folder with a config.json"
         ) from error
     return AliBlipConfig(
@@ -159,7 +160,7 @@ def build_model(args: ModelArguments, config: AliBlipConfig, backbones: list[Bac
     if args.image_size is not None:
         model.resize_image(args.image_size)
     if backbones and int(os.environ.get("RANK", "0")) == 0:
-        print(told(model, backbones, copied))
+        print(starting_report(model, backbones, copied))
     return model
 
 
@@ -275,10 +276,6 @@ def clear_output_dir(output_dir: Path) -> None:
         shutil.rmtree(output_dir / old, ignore_errors=True)
     for old in ("log.jsonl", "skipped.jsonl", "arguments.json", "manifest.json", "status.json"):
         (output_dir / old).unlink(missing_ok=True)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -453,7 +450,7 @@ def main() -> int:
     except UsageError:
         raise
     except (OSError, ValueError, ImportError) as error:
-        raise UsageError(_first_line(error)) from error
+        raise UsageError(first_line(error)) from error
     if accelerator.is_main_process and setup.checkpoint is None:
         clear_output_dir(Path(args.output_dir))
     sys.stdout, sys.stderr = Unfailing(sys.stdout), Unfailing(sys.stderr)

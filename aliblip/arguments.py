@@ -306,6 +306,11 @@ def check_range(**ranges) -> None:
             raise UsageError(f"--{name} is {value}: it must be {accepted}")
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says first, for a `UsageError`."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
 def main_with_usage_errors(name: str, main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit with its code; a UsageError ends it with exit code 2 and one line, printed by the
     first process.
@@ -332,6 +337,7 @@ __all__ = [
     "TrainingArguments",
     "UsageError",
     "check_range",
+    "first_line",
     "json_mapping",
     "main_with_usage_errors",
     "parse",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, BertModel, BlipImageProcessorPil, ViTModel
 
-from aliblip.arguments import UsageError
+from aliblip.arguments import UsageError, first_line
 from aliblip.convert import check_weights
 from configuration_aliblip import training_defaults
 from modeling_aliblip import AliBlipForImageTextRetrieval
@@ -162,7 +162,7 @@ def start_from_backbone(model: AliBlipForImageTextRetrieval, backbone: Backbone)
     return list(weights)
 
 
-def told(model: AliBlipForImageTextRetrieval, backbones: list[Backbone], copied: list[str]) -> str:
+def starting_report(model: AliBlipForImageTextRetrieval, backbones: list[Backbone], copied: list[str]) -> str:
     """What was copied, what was dropped and what is fresh, for the screen."""
     lines = []
     for backbone in backbones:
@@ -187,7 +187,7 @@ def _config(name: str, model_type: str, hint: str):
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise UsageError(f"no model at {name!r} ({str(error).strip().splitlines()[0]}): {hint}") from error
+        raise UsageError(f"no model at {name!r} ({first_line(error)}): {hint}") from error
     if config.model_type != model_type:
         raise UsageError(f"{name} is of model type {config.model_type!r}: {hint}")
     return config
@@ -224,5 +224,5 @@ __all__ = [
     "read_text_backbone",
     "read_vision_backbone",
     "start_from_backbone",
-    "told",
+    "starting_report",
 ]

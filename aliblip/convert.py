@@ -14,7 +14,8 @@ What is read:
   refused. Sizes are read off the tensors; heads are 64 wide, as in all of BLIP, unless `--vision_config` /
   `--text_config` say otherwise.
 - **transformers' `BlipForImageTextRetrieval`**, folder or Hub name (model type `blip`). It has no temperature: ours
-  starts at 0.07. `AliBlipForImageTextRetrieval.from_pretrained` takes these directly too.
+  starts at 0.07. Its ViT has a LayerNorm epsilon of 1e-5 where the original code has 1e-6; each is kept.
+  `AliBlipForImageTextRetrieval.from_pretrained` takes these directly too.
 - **AliBLIP folders**, for the way back or another `--image_size`.
 
 A weight that is missing, too many or of another shape is refused with its name. `--momentum encoders` writes the
@@ -55,7 +56,15 @@ from transformers import (
     BlipProcessor,
 )
 
-from aliblip.arguments import ConvertArguments, UsageError, json_mapping, main_with_usage_errors, parse
+from aliblip.arguments import (
+    ConvertArguments,
+    UsageError,
+    check_range,
+    first_line,
+    json_mapping,
+    main_with_usage_errors,
+    parse,
+)
 from aliblip.checkpoint import save_model
 from aliblip.files import NewFolder, write_tensors
 from aliblip.momentum import MOMENTUM_FILE, MomentumState, check_momentum, read_momentum
@@ -202,7 +211,8 @@ def read_original(path: str | os.PathLike) -> Original:
             f"{path} can't be read, is damaged or no checkpoint ({' '.join(str(error).split())[:200]})"
         ) from error
     state = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not state or not all(torch.is_tensor(value) for value in state.values()):
+    is_state = isinstance(state, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items())
+    if not is_state or not state:
         raise UsageError(f'{path} is no checkpoint of the original code: it has to hold {{"model": state dict}}')
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
@@ -217,7 +227,9 @@ def read_original(path: str | os.PathLike) -> Original:
     return Original(str(path), *split_original(kept), dropped)
 
 
-def original_config(original: Original, vision: dict[str, Any], text: dict[str, Any], enc_token_id: int):
+def original_config(
+    original: Original, vision: dict[str, Any], text: dict[str, Any], enc_token_id: int
+) -> AliBlipConfig:
     """The configuration of an original file, its sizes read off the tensors.
 
     Args:
@@ -415,7 +427,9 @@ def to_transformers(
 # --- any of them ------------------------------------------------------------------------------------------------------
 
 
-def build_processor(tokenizer_name: str, max_length: int | None = None, default_size: int = 384) -> AliBlipProcessor:
+def build_processor(
+    tokenizer_name: str, max_length: int | None = None, image_processor: BlipImageProcessorPil | None = None
+) -> AliBlipProcessor:
     """A new processor around a tokenizer: a folder, a `vocab.txt` or a Hub name.
 
     Raises:
@@ -426,16 +440,12 @@ def build_processor(tokenizer_name: str, max_length: int | None = None, default_
         tokenizer = BertTokenizer(vocab=name) if os.path.isfile(name) else AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"no tokenizer at {name!r} ({_first_line(error)}): --tokenizer_name takes a folder, a vocab.txt or a "
+            f"no tokenizer at {name!r} ({first_line(error)}): --tokenizer_name takes a folder, a vocab.txt or a "
             "Hub name"
         ) from error
     if not tokenizer.is_fast or getattr(tokenizer, "cls_token_id", None) is None:
         raise UsageError(f"the tokenizer {name!r} is no fast WordPiece tokenizer with [CLS]: take a BERT tokenizer")
-    return AliBlipProcessor(
-        BlipImageProcessorPil(size={"height": default_size, "width": default_size}),
-        tokenizer,
-        max_length=max_length or 35,
-    )
+    return AliBlipProcessor(image_processor, tokenizer, max_length=max_length or 35)
 
 
 def check_vocabulary(
@@ -492,7 +502,8 @@ def load_pretrained(
         if tokenizer_name is None:
             processor = AliBlipProcessor.from_pretrained(name)
         else:
-            processor = build_processor(tokenizer_name, default_size=model.config.vision_config.image_size)
+            image_processor = BlipImageProcessorPil.from_pretrained(name)
+            processor = build_processor(tokenizer_name, image_processor=image_processor)
         processor.max_length = max_length or processor.max_length
         check_vocabulary(name, processor, model.config.text_config.vocab_size, model.config.enc_token_id)
         return model, processor, None
@@ -511,10 +522,6 @@ def load_pretrained(
     return model, processor, original
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -522,6 +529,7 @@ def check_arguments(args: ConvertArguments) -> None:
     for name in ("model_name_or_path", "output_dir"):
         if getattr(args, name) is None:
             raise UsageError(f"--{name} is missing; see --help")
+    check_range(image_size=(args.image_size, 1, None), max_length=(args.max_length, 3, None))
     output_dir = Path(args.output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UsageError(f"{output_dir} exists: give a new folder as --output_dir")
@@ -559,12 +567,10 @@ def convert(args: ConvertArguments) -> list[str]:
         told.append(f"position embedding interpolated from {before} to {image_size} px")
     if original is not None:
         told += [f"dropped: {kind} ({count} tensors)" for kind, count in original.dropped.items()]
-        left = [
-            kind for kind, found in (("momentum encoders", original.momentum), ("queues", original.queues)) if found
-        ]
-        kept = {"none": 0, "encoders": 1, "all": 2}[args.momentum]
-        if left[kept:]:
-            told.append(f"not carried over: {' and '.join(left[kept:])} (see --momentum)")
+        if original.momentum and args.momentum == "none":
+            told.append("not carried over: momentum encoders (see --momentum)")
+        if original.queues and args.momentum != "all":
+            told.append("not carried over: queues (see --momentum)")
     with NewFolder(output_dir) as beside:
         if args.to == "aliblip":
             problem = save_model(model, processor, beside)
@@ -590,7 +596,20 @@ def convert(args: ConvertArguments) -> list[str]:
             processor.tokenizer.save_pretrained(beside)
             source = f"of {MOMENTUM_FILE}" if carried else "copies of the encoders"
             told.append(f"{ORIGINAL_FILE} with momentum encoders ({source})")
+            told += _not_in_original(model.config)
     return [*told, f"written: {output_dir}"]
+
+
+def _not_in_original(config: AliBlipConfig) -> list[str]:
+    """What the original code takes for granted, and this model does otherwise: its numbers are not the same there."""
+    vision, text = config.vision_config, config.text_config
+    told = []
+    for tower, part, epsilon in (("ViT", vision, 1e-6), ("BERT", text, 1e-12)):
+        if part.layer_norm_eps != epsilon:
+            told.append(f"differs there: the {tower}'s LayerNorm epsilon is {epsilon}, here {part.layer_norm_eps}")
+        if part.num_attention_heads * 64 != part.hidden_size:
+            told.append(f"differs there: the {tower}'s heads are 64 wide, here there are {part.num_attention_heads}")
+    return told
 
 
 def _queues_told(momentum: dict[str, Tensor]) -> str:
@@ -618,7 +637,7 @@ def main() -> int:
     except UsageError:
         raise
     except (OSError, ValueError) as error:
-        raise UsageError(_first_line(error)) from error
+        raise UsageError(first_line(error)) from error
     return 0
 
 

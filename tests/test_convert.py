@@ -33,7 +33,8 @@ import train
 from aliblip.arguments import ConvertArguments, UsageError
 from aliblip.backbones import read_text_backbone, read_vision_backbone, start_from_backbone
 from aliblip.convert import convert, original_name, our_name
-from aliblip.momentum import MOMENTUM_FILE, MomentumState, read_momentum
+from aliblip.momentum import MOMENTUM_FILE, MomentumState, check_momentum, read_momentum
+from aliblip.objective import RetrievalObjective
 from configuration_aliblip import AliBlipConfig
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
@@ -223,7 +224,9 @@ def test_there_and_back_through_every_form(blip, blip_folder, original_file, tok
     )
 
     converted(tmp_path / "theirs", tmp_path / "again")
-    converted(tmp_path / "again", tmp_path / "original", to="original")
+    told = converted(tmp_path / "again", tmp_path / "original", to="original")
+    assert "differs there: the ViT's LayerNorm epsilon is 1e-06, here 1e-05" in told
+    assert "differs there: the BERT's heads are 64 wide, here there are 8" in told
     converted(tmp_path / "original" / "model.pth", tmp_path / "last", tokenizer_name=str(tokenizer), **HEADS)
     for folder in ("again", "last"):
         again = ours(tmp_path / folder)
@@ -255,6 +258,13 @@ def test_a_base_checkpoint_drops_its_decoder(blip, original_state, tokenizer, tm
     assert not (tmp_path / "all").exists()
     converted(tmp_path / "model_base.pth", tmp_path / "encoders", momentum="encoders", **options)
     assert "image_queue" not in read_momentum(tmp_path / "encoders")
+
+
+def test_a_blip_folder_with_another_tokenizer_keeps_its_pixels(blip_folder, tokenizer, tmp_path):
+    converted(blip_folder, tmp_path / "ours", tokenizer_name=str(tokenizer), max_length=20)
+    processor = AliBlipProcessor.from_pretrained(tmp_path / "ours")
+    assert list(processor.image_processor.image_mean) == [0.5, 0.4, 0.3]
+    assert processor.max_length == 20 and processor.image_size == 32
 
 
 def test_another_resolution(blip, blip_folder, tmp_path):
@@ -309,6 +319,14 @@ def test_momentum_encoders_and_queues_are_carried(original_file, original_state,
             tower, _, rest = original_name(name).partition(".")
             assert torch.equal(value, original_state[f"{tower}_m.{rest}"]), name
     # The slot that the original would write next (3) is our first; the filled ones come last.
+    check_momentum(tensors, model, QUEUE)
+    for how, expected in (
+        ("missing", f"{(bias := 'encoders.vision_proj.bias')} is missing"),
+        ("unexpected", "something.else is unexpected"),
+        ("of another shape", rf"{bias} is \(3, 5\) for \(16,\)"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            check_momentum(spoilt(tensors, how, bias), model, QUEUE)
     assert state.pointer == 0
     assert state.queue_filled.tolist() == [False] * 7 + [True] * 5
     assert state.queue_ids[7:].tolist() == [5, 6, 7, 8, 9]
@@ -418,6 +436,9 @@ def test_mistakes_are_told(blip_folder, original_file, original_state, tokenizer
     words.save_pretrained(tmp_path / "words")
     message = error(tokenizer_name=str(tmp_path / "words"))
     assert "word embeddings for 20 tokens, the tokenizer has 21" in message
+    torch.save({"model": {1: torch.zeros(1)}}, tmp_path / "numbers.pth")
+    assert "no checkpoint of the original code" in error(tmp_path / "numbers.pth")
+    assert "--max_length is 2: it must be at least 3" in error(max_length=2)
     assert "--momentum is for" in error(blip_folder, momentum="all")
     assert "an original file already" in error(to="original")
     with pytest.raises(UsageError, match="exists: give a new folder"):
@@ -521,11 +542,22 @@ def set_up(*flags) -> train.Setup:
     return train.set_up(*train.parse(groups, [*RUN, *map(str, flags)]))
 
 
+def assert_everything_trains(setup: train.Setup) -> None:
+    """One batch through the objective, as the loop of `train.py` does it."""
+    momentum = MomentumState(setup.model, queue_size=QUEUE, embedding_size=setup.model.config.image_text_hidden_size)
+    batch = next(setup.loader.epoch(0))
+    output = RetrievalObjective(setup.model).train()(batch, momentum.encode(batch), 0.4)
+    output.loss.backward()
+    untouched = [name for name, p in setup.model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not untouched, untouched
+
+
 def test_training_sets_up_from_every_form(blip, blip_folder, original_file, tokenizer, catalogue, tmp_path):
     data = ["--data_dir", catalogue, "--output_dir", tmp_path / "run"]
     setup = set_up("--model_name_or_path", blip_folder, *data)
     assert_same_numbers(setup.model.eval(), blip)
     assert setup.processor.image_size == 32 and setup.momentum_start is None
+    assert_everything_trains(setup)
     of_file = ["--model_name_or_path", original_file, "--tokenizer_name", tokenizer]
     of_file += ["--vision_config", HEADS["vision_config"], "--text_config", HEADS["text_config"]]
     setup = set_up(*of_file, *data)
@@ -565,6 +597,7 @@ def test_training_sets_up_from_two_towers(vit, bert, tokenizer, catalogue, tmp_p
     with torch.no_grad():
         expected = theirs(images, interpolate_pos_encoding=True).last_hidden_state
         torch.testing.assert_close(setup.model.eval().encode_image(images), expected, **CLOSE)
+    assert_everything_trains(setup)
 
     small = '{"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}'
     setup = set_up(*towers[:2], "--tokenizer_name", tokenizer, "--text_config", small, *data)
