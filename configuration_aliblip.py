@@ -221,8 +221,10 @@ class AliBlipConfig(PreTrainedConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         """As in transformers, but a `blip` configuration comes back as ours. Raises ValueError for any other model
-        type."""
+        type, OSError where there is none."""
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not config:  # transformers would go on with the defaults
+            raise OSError(f"{pretrained_model_name_or_path} has no config.json: give the folder of a model")
         model_type = config.get("model_type", cls.model_type)
         if model_type == "blip":
             config = _from_blip(config)

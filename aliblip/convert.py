@@ -421,7 +421,15 @@ def to_transformers(
     weights = {name: value for name, value in model.state_dict().items() if name != "temp"}
     check_weights("this model", weights, theirs.state_dict())
     theirs.load_state_dict(weights)
-    return theirs, BlipProcessor(processor.image_processor, tokenizer)
+    return theirs, BlipProcessor(_plain(processor.image_processor), _plain(tokenizer))
+
+
+def _plain(part):
+    """A copy of a tokenizer or image processor that does not name our processor as code to load with it."""
+    part = copy.deepcopy(part)
+    for fields in (vars(part), getattr(part, "init_kwargs", {})):
+        fields.pop("auto_map", None)
+    return part
 
 
 # --- any of them ------------------------------------------------------------------------------------------------------
@@ -593,7 +601,7 @@ def convert(args: ConvertArguments) -> list[str]:
             if carried is not None:
                 check_momentum(carried, model)
             torch.save(to_original(model, carried), beside / ORIGINAL_FILE)
-            processor.tokenizer.save_pretrained(beside)
+            _plain(processor.tokenizer).save_pretrained(beside)
             source = f"of {MOMENTUM_FILE}" if carried else "copies of the encoders"
             told.append(f"{ORIGINAL_FILE} with momentum encoders ({source})")
             told += _not_in_original(model.config)

@@ -212,6 +212,7 @@ def test_there_and_back_through_every_form(blip, blip_folder, original_file, tok
 
     told = converted(tmp_path / "ours", tmp_path / "theirs", to="transformers")
     assert "lost: the temperature, 0.0500 (transformers' BLIP has none)" in told
+    assert not [file for file in (tmp_path / "theirs").glob("*.json") if "aliblip" in file.read_text().lower()]
     theirs, info = BlipForImageTextRetrieval.from_pretrained(tmp_path / "theirs", output_loading_info=True)
     assert not any(info.values())
     assert_same_numbers(model, theirs.eval())
