@@ -4,14 +4,15 @@
     config = AliBlipConfig.from_size("large", vision_config={"image_size": 224})
     config = AliBlipConfig(vision_config={...}, text_config={...}, image_text_hidden_size=256)
 
-Field names are those of transformers' BLIP, so that its retrieval checkpoints translate by name. Every value is checked
-when the configuration is constructed: a wrong one raises ValueError with what was given and what is accepted.
+Field names are those of transformers' BLIP, and `AliBlipConfig.from_pretrained` takes a folder or Hub name of model
+type `blip` too. Every value is checked when the configuration is constructed: a wrong one raises ValueError with what
+was given and what is accepted.
 """
 
 import copy
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedConfig
+from transformers import BlipConfig, PreTrainedConfig
 
 if TYPE_CHECKING:
     # Never run. transformers follows the relative imports that it reads in a file, and so takes the pipeline's file
@@ -239,6 +240,23 @@ class AliBlipConfig(PreTrainedConfig):
         return {**super().to_dict(), "custom_pipelines": _with_our_pipelines(self.custom_pipelines)}
 
     @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As in transformers, but a `blip` configuration comes back as ours. Raises ValueError for any other model
+        type, OSError where there is none."""
+        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not config:  # transformers would go on with the defaults
+            raise OSError(f"{pretrained_model_name_or_path} has no config.json: give the folder of a model")
+        model_type = config.get("model_type", cls.model_type)
+        if model_type == "blip":
+            config = _from_blip(config)
+        elif model_type != cls.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is of model type {model_type!r}: AliBLIP starts from 'aliblip' or "
+                "from 'blip' (BlipForImageTextRetrieval)"
+            )
+        return config, kwargs
+
+    @classmethod
     def from_size(cls, size: str, *, vision_config: dict | None = None, text_config: dict | None = None, **kwargs):
         """The configuration of a named size (`base`: ViT-B/16, `large`: ViT-L/16 with drop-path 0.1), with single
         fields replaced by `vision_config` / `text_config`. Raises ValueError for a name that does not exist."""
@@ -253,6 +271,51 @@ class AliBlipConfig(PreTrainedConfig):
 
 def _with_our_pipelines(given: dict | None) -> dict[str, dict[str, Any]]:
     return {**(given or {}), **copy.deepcopy(CUSTOM_PIPELINES)}
+
+
+def training_defaults(hidden_size: int, num_hidden_layers: int) -> dict[str, Any]:
+    """What the named size of this width and depth trains with and no weight tells, drop-path; empty for others."""
+    for size in SIZES.values():
+        vision = size["vision_config"]
+        if (vision["hidden_size"], vision["num_hidden_layers"]) == (hidden_size, num_hidden_layers):
+            return {name: vision[name] for name in ("drop_path_rate",) if name in vision}
+    return {}
+
+
+def _from_blip(config: dict[str, Any]) -> dict[str, Any]:
+    """A `blip` configuration translated: what changes the model's numbers is taken (head counts and LayerNorm epsilons
+    too, which have other defaults there), what would spoil its training is not (a vision `initializer_range` of 1e-10,
+    no dropout)."""
+    blip = BlipConfig.from_dict(config)  # what the file leaves out is a default of that class
+    vision, text = blip.vision_config, blip.text_config
+    taken = {
+        "vision_config": {
+            **training_defaults(vision.hidden_size, vision.num_hidden_layers),
+            **{
+                name: getattr(vision, name)
+                for name in (
+                    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size"),
+                    *("patch_size", "hidden_act", "layer_norm_eps", "attention_dropout"),
+                )
+            },
+        },
+        "text_config": {
+            **{
+                name: getattr(text, name)
+                for name in (
+                    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+                    *("max_position_embeddings", "hidden_act", "layer_norm_eps", "initializer_range", "pad_token_id"),
+                )
+            },
+            "hidden_dropout_prob": text.hidden_dropout_prob or 0.1,
+            "attention_probs_dropout_prob": text.attention_probs_dropout_prob or 0.1,
+        },
+        "image_text_hidden_size": blip.image_text_hidden_size,
+    }
+    # "enc_token_id" stands in folders that AliBLIP wrote; the others have [ENC] at the end (30523 with BERT's
+    # vocabulary).
+    kept = ("enc_token_id", "dtype", "torch_dtype", "_commit_hash")
+    return taken | {"model_type": AliBlipConfig.model_type} | {k: config[k] for k in kept if k in config}
 
 
 def _sub_config(name: str, config_class, value):
@@ -272,4 +335,11 @@ def _sub_config(name: str, config_class, value):
 
 AliBlipConfig.register_for_auto_class()
 
-__all__ = ["CUSTOM_PIPELINES", "SIZES", "AliBlipConfig", "AliBlipTextConfig", "AliBlipVisionConfig"]
+__all__ = [
+    "CUSTOM_PIPELINES",
+    "SIZES",
+    "AliBlipConfig",
+    "AliBlipTextConfig",
+    "AliBlipVisionConfig",
+    "training_defaults",
+]

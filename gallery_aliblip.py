@@ -49,11 +49,11 @@ from torch import Tensor
 from transformers import logging
 
 try:
-    from .retrieval_aliblip import GALLERY_CHUNK, QUERY_BLOCK, _top_k, embed_images, embed_texts, order_by_score
+    from .retrieval_aliblip import GALLERY_CHUNK, QUERY_BLOCK, embed_images, embed_texts, order_by_score, running_top_k
 except ImportError:
     if __package__:  # inside a package (the Hub cache) a failure is real
         raise
-    from retrieval_aliblip import GALLERY_CHUNK, QUERY_BLOCK, _top_k, embed_images, embed_texts, order_by_score
+    from retrieval_aliblip import GALLERY_CHUNK, QUERY_BLOCK, embed_images, embed_texts, order_by_score, running_top_k
 
 try:
     from PIL import Image, ImageOps, UnidentifiedImageError
@@ -882,23 +882,17 @@ class Gallery:
 
 def _search_exactly(state: _State, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     queries = queries.to(state.segments[0].vectors.device)
-    blocks = [_search_block(state, block, k) for block in queries.split(QUERY_BLOCK)]
+    blocks = [running_top_k(_score_chunks(state, block), k) for block in queries.split(QUERY_BLOCK)]
     return torch.cat([scores for scores, _ in blocks]).cpu(), torch.cat([ids for _, ids in blocks]).cpu()
 
 
-def _search_block(state: _State, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    best = None
+def _score_chunks(state: _State, queries: Tensor) -> Iterator[tuple[int, Tensor]]:
     for start in range(0, len(state), GALLERY_CHUNK):
         vectors, scales = state.read(start, min(start + GALLERY_CHUNK, len(state)))
         scores = queries @ vectors.float().t()
         if scales is not None:
             scores.mul_(scales)  # n products instead of n x E
-        scores, positions = _top_k(scores, min(k, scores.shape[1]))
-        positions += start
-        if best is not None:
-            scores, positions = order_by_score(torch.cat([best[0], scores], 1), torch.cat([best[1], positions], 1))
-        best = scores[:, :k], positions[:, :k]
-    return best
+        yield start, scores
 
 
 # --- building ---------------------------------------------------------------------------------------------------------

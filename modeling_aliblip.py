@@ -411,6 +411,8 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
 
     # A temperature near 0.07 has a spacing of 0.0005 in bf16: it could not be trained or compared.
     _keep_in_fp32_modules_strict = ["temp"]
+    # Older BLIP checkpoints keep the numbers 0, 1, 2, ... as a buffer.
+    _keys_to_ignore_on_load_unexpected = [r"^text_encoder\.embeddings\.position_ids$"]
 
     def __init__(self, config: AliBlipConfig):
         super().__init__(config)
@@ -425,9 +427,9 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
-        """As in transformers, but nothing is left to chance: raises ValueError naming every weight that the checkpoint
-        lacks, has too many or has in another shape. The temperature alone may be missing (transformers' BLIP has
-        none)."""
+        """As in transformers, from an AliBLIP or a `blip` folder or Hub name, but nothing is left to chance: raises
+        ValueError naming every weight that the checkpoint lacks, has too many or has in another shape. The temperature
+        alone may be missing (transformers' BLIP has none)."""
         # Without the flag transformers raises first, and its message doesn't say which weights.
         shapes_may_differ = kwargs.pop("ignore_mismatched_sizes", False)
         model, info = super().from_pretrained(

@@ -1,10 +1,12 @@
-"""Train AliBLIP, from scratch or from a trained model, on a streamed table of photos and titles.
+"""Train AliBLIP, from scratch, from trained towers or from a trained model, on a streamed table of photos and titles.
 
     python train.py --config recipes/demo.yaml --output_dir outputs/demo                  # one process
     accelerate launch --config_file accelerate_configs/multi_gpu.yaml --num_processes 4 train.py \
         --config_name base --data_dir my_catalogue --output_dir outputs/mine               # four GPUs of this machine
     accelerate launch --config_file accelerate_configs/deepspeed_zero2.yaml train.py \
         --config recipes/aliproducts_large.yaml --train_file train.json --image_dir photos --output_dir outputs/large
+    python train.py --model_name_or_path Salesforce/blip-itm-base-coco --image_size 224 --data_dir my_catalogue \
+        --output_dir outputs/finetuned                                                     # from BLIP
 
 The data (`--data_dir`, `--dataset_name` or `--train_file`) has a photo column, a title column and, where one product
 has several rows, a product column. Everything can stand in a recipe (`--config`), which flags override; see `--help`.
@@ -29,7 +31,6 @@ from signal import Signals
 
 import torch
 from accelerate.utils import set_seed
-from transformers import AutoTokenizer, BertTokenizer, BlipImageProcessorPil
 
 import aliblip  # noqa: F401  (registers the classes, so that from_pretrained takes this code for AliBLIP folders)
 from aliblip.accelerator import AliBlipAccelerator, backward_and_step, build_accelerator, clamp_parameter, end
@@ -39,9 +40,18 @@ from aliblip.arguments import (
     TrainingArguments,
     UsageError,
     check_range,
+    first_line,
     json_mapping,
     main_with_usage_errors,
     parse,
+)
+from aliblip.backbones import (
+    Backbone,
+    check_backbone_vocabulary,
+    read_text_backbone,
+    read_vision_backbone,
+    start_from_backbone,
+    starting_report,
 )
 from aliblip.checkpoint import (
     Training,
@@ -54,6 +64,7 @@ from aliblip.checkpoint import (
     save_checkpoint,
     save_model,
 )
+from aliblip.convert import build_processor, is_original, load_pretrained
 from aliblip.data.augment import TrainAugmentation
 from aliblip.data.collate import Collator
 from aliblip.data.loader import EvalLoader, TrainLoader
@@ -63,7 +74,7 @@ from aliblip.distributed import all_gather_objects, assert_equal_on_ranks
 from aliblip.evaluation import check_k_rerank, evaluate_retrieval
 from aliblip.files import repair, write_json
 from aliblip.interrupts import StopSignals
-from aliblip.momentum import MomentumState
+from aliblip.momentum import MOMENTUM_FILE, MomentumState, check_momentum, read_momentum
 from aliblip.objective import RetrievalObjective
 from aliblip.optim import (
     alpha_schedule,
@@ -85,45 +96,48 @@ ROWS_TO_JUDGE = 1000  # before the end of an epoch, a few rows more or less say 
 # --- what the arguments ask for: all of it is checked before a process group starts -----------------------------------
 
 
-def build_processor(args: ModelArguments) -> AliBlipProcessor:
-    """The processor of a trained model, or a new one around the tokenizer asked for."""
-    if args.model_name_or_path is not None:
-        processor = AliBlipProcessor.from_pretrained(args.model_name_or_path)
-        if args.max_length is not None:
-            processor.max_length = args.max_length
-    else:
-        name = args.tokenizer_name or "bert-base-uncased"
-        try:
-            is_file = os.path.isfile(name)
-            tokenizer = BertTokenizer(vocab=name) if is_file else AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise UsageError(
-                f"no tokenizer at {name!r} ({_first_line(error)}): --tokenizer_name takes a folder, a vocab.txt or a "
-                "Hub name"
-            ) from error
-        if not tokenizer.is_fast or getattr(tokenizer, "cls_token_id", None) is None:
-            raise UsageError(f"the tokenizer {name!r} is no fast WordPiece tokenizer with [CLS]: take a BERT tokenizer")
-        processor = AliBlipProcessor(BlipImageProcessorPil(), tokenizer, max_length=args.max_length or 35)
+def read_backbones(args: ModelArguments) -> list[Backbone]:
+    """The trained towers that a new model starts from."""
+    backbones = []
+    if args.vision_model_name_or_path is not None:
+        backbones.append(read_vision_backbone(args.vision_model_name_or_path))
+    if args.text_model_name_or_path is not None:
+        backbones.append(read_text_backbone(args.text_model_name_or_path))
+    return backbones
+
+
+def new_processor(args: ModelArguments, backbones: list[Backbone]) -> AliBlipProcessor:
+    """The processor of a new model: around the tokenizer asked for, with what its towers were trained with."""
+    tokenizer_name = args.tokenizer_name or args.text_model_name_or_path or "bert-base-uncased"
+    processor = build_processor(tokenizer_name, args.max_length)
+    for backbone in backbones:
+        if backbone.tower == "text_encoder":
+            check_backbone_vocabulary(backbone, processor)
+        for name, value in backbone.pixel_statistics.items():
+            setattr(processor.image_processor, name, value)
     return processor
 
 
-def build_config(args: ModelArguments, processor: AliBlipProcessor) -> AliBlipConfig:
-    """The configuration of a model to train from scratch."""
-    vision, text = json_mapping("vision_config", args.vision_config), json_mapping("text_config", args.text_config)
-    if args.image_size is not None:
+def build_config(args: ModelArguments, processor: AliBlipProcessor, backbones: list[Backbone]) -> AliBlipConfig:
+    """The configuration of a model to train from scratch; a trained ViT has its own photo size at first."""
+    towers = {backbone.tower: backbone.config for backbone in backbones}
+    vision = towers.get("vision_model", {}) | json_mapping("vision_config", args.vision_config)
+    text = towers.get("text_encoder", {}) | json_mapping("text_config", args.text_config)
+    if args.image_size is not None and "vision_model" not in towers:
         vision["image_size"] = args.image_size
     text |= {"vocab_size": len(processor.tokenizer), "pad_token_id": processor.tokenizer.pad_token_id}
     fields = {"enc_token_id": processor.enc_token_id}
     for name in ("image_text_hidden_size", "temperature_init"):
         if getattr(args, name) is not None:
             fields[name] = getattr(args, name)
-    if args.config_name in SIZES:
-        return AliBlipConfig.from_size(args.config_name, vision_config=vision, text_config=text, **fields)
+    size = args.config_name or "base"  # two trained towers need no name
+    if size in SIZES:
+        return AliBlipConfig.from_size(size, vision_config=vision, text_config=text, **fields)
     try:
         base = AliBlipConfig.from_pretrained(args.config_name).to_dict()
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"no configuration {args.config_name!r} ({_first_line(error)}): give --config_name {' or '.join(SIZES)}, "
+            f"no configuration {args.config_name!r} ({first_line(error)}): give --config_name {' or '.join(SIZES)}, "
             f"or a folder with a config.json"
         ) from error
     return AliBlipConfig(
@@ -136,20 +150,17 @@ def build_config(args: ModelArguments, processor: AliBlipProcessor) -> AliBlipCo
     )
 
 
-def build_model(args: ModelArguments, config: AliBlipConfig | None) -> AliBlipForImageTextRetrieval:
-    """The model with trained weights, or with new ones of the global random state. Always fp32: mixed precision casts
-    later."""
-    if config is not None:
-        model = AliBlipForImageTextRetrieval(config)
-        if args.attn_implementation is not None:
-            model.set_attn_implementation(args.attn_implementation)
-        return model
-    model = AliBlipForImageTextRetrieval.from_pretrained(
-        args.model_name_or_path, dtype=torch.float32, attn_implementation=args.attn_implementation
-    )
-    # from_pretrained makes every parameter trainable; nothing is frozen here.
+def build_model(args: ModelArguments, config: AliBlipConfig, backbones: list[Backbone]) -> AliBlipForImageTextRetrieval:
+    """A model with new weights of the global random state, and those of trained towers. Always fp32: mixed precision
+    casts later."""
+    model = AliBlipForImageTextRetrieval(config)
+    if args.attn_implementation is not None:
+        model.set_attn_implementation(args.attn_implementation)
+    copied = [name for backbone in backbones for name in start_from_backbone(model, backbone)]
     if args.image_size is not None:
         model.resize_image(args.image_size)
+    if backbones and int(os.environ.get("RANK", "0")) == 0:
+        print(starting_report(model, backbones, copied))
     return model
 
 
@@ -189,13 +200,19 @@ def build_augmentation(args: TrainDataArguments, image_size: int) -> TrainAugmen
 
 
 def check_arguments(model_args: ModelArguments, data_args: TrainDataArguments, args: TrainingArguments) -> None:
-    if (model_args.model_name_or_path is None) == (model_args.config_name is None):
+    trained = model_args.model_name_or_path
+    new = (model_args.config_name, model_args.vision_model_name_or_path, model_args.text_model_name_or_path)
+    if (trained is None) == (new == (None, None, None)):
         raise UsageError(
-            "give either --config_name base, large or a folder (to train from scratch), or --model_name_or_path (to go "
-            "on from a trained model)"
+            "give either --config_name base, large or a folder (to train from scratch) and for trained towers "
+            "--vision_model_name_or_path and --text_model_name_or_path, or --model_name_or_path (to go on from a "
+            "trained model)"
         )
-    for name in ("vision_config", "text_config", "image_text_hidden_size", "temperature_init", "tokenizer_name"):
-        if model_args.model_name_or_path is not None and getattr(model_args, name) is not None:
+    of_new_models = ["image_text_hidden_size", "temperature_init"]
+    if trained is not None and not is_original(trained):  # of a .pth file they tell what its tensors don't
+        of_new_models += ["vision_config", "text_config"]
+    for name in of_new_models:
+        if trained is not None and getattr(model_args, name) is not None:
             raise UsageError(f"--{name} is for training from scratch: a trained model brings its own, leave it out")
     if args.output_dir is None:
         raise UsageError("--output_dir is missing: name the folder for models and logs")
@@ -261,10 +278,6 @@ def clear_output_dir(output_dir: Path) -> None:
         (output_dir / old).unlink(missing_ok=True)
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
@@ -289,6 +302,7 @@ class Setup:
 
     processor: AliBlipProcessor
     model: AliBlipForImageTextRetrieval  # on the CPU, the same weights on every rank
+    momentum_start: dict[str, torch.Tensor] | None  # momentum encoders and queues that came with the model
     loader: TrainLoader
     validation_loader: EvalLoader | None
     steps_per_epoch: int  # optimizer steps, as are all steps unless they are called batches
@@ -308,14 +322,28 @@ def set_up(model_args: ModelArguments, data_args: TrainDataArguments, args: Trai
         ValueError, OSError, ImportError: in the first line, what is wrong and what to do.
     """
     check_arguments(model_args, data_args, args)
-    processor = build_processor(model_args)
+    model = config = momentum_start = None
     if model_args.model_name_or_path is None:
-        config = build_config(model_args, processor)
-        image_size = config.vision_config.image_size
+        backbones = read_backbones(model_args)
+        processor = new_processor(model_args, backbones)
+        config = build_config(model_args, processor, backbones)
+        image_size = model_args.image_size or config.vision_config.image_size
     else:
-        config = None
-        trained = AliBlipConfig.from_pretrained(model_args.model_name_or_path)
-        image_size = model_args.image_size or trained.vision_config.image_size
+        # from_pretrained makes every parameter trainable; nothing is frozen here.
+        model, processor, _ = load_pretrained(
+            model_args.model_name_or_path,
+            tokenizer_name=model_args.tokenizer_name,
+            max_length=model_args.max_length,
+            vision_config=json_mapping("vision_config", model_args.vision_config),
+            text_config=json_mapping("text_config", model_args.text_config),
+            attn_implementation=model_args.attn_implementation,
+        )
+        image_size = model_args.image_size or model.config.vision_config.image_size
+        model.resize_image(image_size)
+        if args.resume_from_checkpoint is None:
+            momentum_start = read_momentum(model_args.model_name_or_path)
+            if momentum_start is not None:
+                check_momentum(momentum_start, model, args.queue_size)
     processor.image_processor.size = {"height": image_size, "width": image_size}
 
     train_source, validation_source = open_sources(data_args, args)
@@ -348,7 +376,8 @@ def set_up(model_args: ModelArguments, data_args: TrainDataArguments, args: Trai
             f"{args.gradient_accumulation_steps}: lower it or the batch size"
         )
     set_seed(args.seed)
-    model = build_model(model_args, config)
+    if model is None:
+        model = build_model(model_args, config, backbones)
     longest = model.config.text_config.max_position_embeddings
     if processor.max_length > longest:
         raise UsageError(f"--max_length is {processor.max_length}: the model takes at most {longest} tokens")
@@ -389,6 +418,7 @@ def set_up(model_args: ModelArguments, data_args: TrainDataArguments, args: Trai
     return Setup(
         processor,
         model,
+        momentum_start,
         loader,
         validation_loader,
         steps_per_epoch,
@@ -420,7 +450,7 @@ def main() -> int:
     except UsageError:
         raise
     except (OSError, ValueError, ImportError) as error:
-        raise UsageError(_first_line(error)) from error
+        raise UsageError(first_line(error)) from error
     if accelerator.is_main_process and setup.checkpoint is None:
         clear_output_dir(Path(args.output_dir))
     sys.stdout, sys.stderr = Unfailing(sys.stdout), Unfailing(sys.stderr)
@@ -461,6 +491,10 @@ def train(
         autocast_dtype=autocast_dtype,
         seed=args.seed,
     ).to(accelerator.device)
+    if setup.momentum_start is not None:
+        momentum.start_from(setup.momentum_start)
+        queues = "and queues" if "queue_ids" in setup.momentum_start else "without queues"
+        accelerator.print(f"starting from the momentum encoders {queues} in {MOMENTUM_FILE} beside the model")
     temperature_rate = args.learning_rate if args.temperature_learning_rate is None else args.temperature_learning_rate
     temperature_scale = temperature_rate / args.learning_rate if args.learning_rate else 1.0
     optimizer = torch.optim.AdamW(

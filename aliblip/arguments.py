@@ -35,11 +35,20 @@ def _option(default, text: str, **kwargs):
 
 @dataclass
 class ModelArguments:
-    """Where the model comes from: either a trained one, or a configuration and a tokenizer to train from scratch."""
+    """Where the model comes from: either a trained one, or a configuration and a tokenizer to train from scratch, with
+    trained towers or without."""
 
-    model_name_or_path: str | None = _option(None, "Folder or Hub name of an AliBLIP model to start from.")
+    model_name_or_path: str | None = _option(
+        None, "Model to start from: folder or Hub name of AliBLIP or of transformers' BLIP, or an original .pth file."
+    )
     config_name: str | None = _option(
         None, "To train from scratch: base (ViT-B/16), large (ViT-L/16), or a folder with a config.json."
+    )
+    vision_model_name_or_path: str | None = _option(
+        None, "A trained ViT (model type vit, as google/vit-*) for the photo tower; the rest is as --config_name says."
+    )
+    text_model_name_or_path: str | None = _option(
+        None, "A trained BERT (model type bert) for the title tower; the rest is as --config_name says."
     )
     vision_config: str | None = _option(
         None, 'Fields of the ViT to change, as JSON or a recipe\'s mapping: {"hidden_size": 192}.'
@@ -48,7 +57,9 @@ class ModelArguments:
     image_text_hidden_size: int | None = _option(None, "Width of the shared embedding space (256 from scratch).")
     temperature_init: float | None = _option(None, "Initial ITC temperature (0.07 from scratch).")
     tokenizer_name: str | None = _option(
-        None, "Tokenizer to start from: folder, vocab.txt or Hub name (bert-base-uncased from scratch)."
+        None,
+        "Tokenizer: folder, vocab.txt or Hub name (default: that of the model or of --text_model_name_or_path, else "
+        "bert-base-uncased).",
     )
     image_size: int | None = _option(
         None, "Side of the photos in pixels; a trained model's position embedding is interpolated to it."
@@ -213,6 +224,35 @@ class EvaluationArguments:
     seed: int = _option(0, "Seed of the choice of queries for the contact sheet.")
 
 
+@dataclass
+class ConvertArguments:
+    """What to convert to what."""
+
+    model_name_or_path: str | None = _option(
+        None, "An original .pth file, or folder or Hub name of transformers' BLIP or of AliBLIP (required)."
+    )
+    output_dir: str | None = _option(None, "New folder for the result (required).")
+    to: str = _option(
+        "aliblip",
+        "aliblip; transformers (a folder for BlipForImageTextRetrieval); original (a model.pth for the original code).",
+        choices=["aliblip", "transformers", "original"],
+    )
+    tokenizer_name: str | None = _option(
+        None, "Folder, vocab.txt or Hub name (default: the folder's own; for .pth files bert-base-uncased)."
+    )
+    max_length: int | None = _option(None, "Longest title in tokens (default: the folder's own, or 35).")
+    image_size: int | None = _option(None, "Interpolate the position embedding to photos of this side in pixels.")
+    momentum: str = _option(
+        "none",
+        "Training state of a .pth file to carry: none, encoders, or all (queues too: for the same data and ids).",
+        choices=["none", "encoders", "all"],
+    )
+    vision_config: str | None = _option(
+        None, 'Fields that the tensors of a .pth file don\'t tell, as JSON: {"num_attention_heads": 6}.'
+    )
+    text_config: str | None = _option(None, "The same for the BERT.")
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str):
         raise UsageError(f"{message}; see --help")
@@ -310,6 +350,11 @@ def check_range(**ranges) -> None:
             raise UsageError(f"--{name} is {value}: it must be {accepted}")
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says first, for a `UsageError`."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
 def main_with_usage_errors(name: str, main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit with its code; a UsageError ends it with exit code 2 and one line, printed by the
     first process.
@@ -327,6 +372,7 @@ def main_with_usage_errors(name: str, main: Callable[[], int | None]) -> None:
 
 
 __all__ = [
+    "ConvertArguments",
     "DataArguments",
     "EvaluationArguments",
     "EvaluationDataArguments",
@@ -335,6 +381,7 @@ __all__ = [
     "TrainingArguments",
     "UsageError",
     "check_range",
+    "first_line",
     "json_mapping",
     "main_with_usage_errors",
     "parse",

@@ -23,7 +23,9 @@ ALLOWED = {
         *(
             "accelerator",
             "arguments",
+            "backbones",
             "checkpoint",
+            "convert",
             "evaluation",
             "momentum",
             "objective",
@@ -47,7 +49,13 @@ ALLOWED = {
     "aliblip.accelerator": set(),
     "aliblip.arguments": set(),
     "aliblip.checkpoint": {"accelerator", "arguments", "distributed", "files"},
-    "aliblip.convert": set(),
+    "aliblip.backbones": {
+        *("arguments", "convert", "configuration_aliblip", "modeling_aliblip", "processing_aliblip"),
+    },
+    "aliblip.convert": {
+        *("arguments", "checkpoint", "files", "momentum"),
+        *("configuration_aliblip", "modeling_aliblip", "processing_aliblip"),
+    },
     "aliblip.distributed": set(),
     "aliblip.evaluation": {"distributed", "metrics", "parts", "rankings", "results", "retrieval_aliblip"},
     "aliblip.files": set(),

@@ -81,7 +81,7 @@ def by_the_engine(pipe, paths, titles, direction):
     if direction == "text-to-image":
         queries, gallery, ids, logits = text_embeds, image_embeds, paths, logits.t()
     itc, found = engine.search(queries, gallery, K)
-    scores, order = engine.fuse(itc, found, logits.gather(1, found))
+    scores, order = engine.order_by_score(engine.fuse(itc, logits.gather(1, found)), found)
     assert not torch.equal(order, found)  # the example can tell the stages apart
     similarity = queries @ gallery.t()
     return [

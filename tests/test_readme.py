@@ -12,6 +12,7 @@ from PIL import Image
 
 import evaluate_retrieval  # noqa: F401  (its flags are checked below, so that it has to import)
 from aliblip.arguments import (
+    ConvertArguments,
     EvaluationArguments,
     EvaluationDataArguments,
     ModelArguments,
@@ -23,7 +24,10 @@ README = (ROOT / "README.md").read_text()
 PAGES = {
     name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "train.py", "evaluate_retrieval.py")
 }
-GROUPS = (ModelArguments, TrainDataArguments, TrainingArguments, EvaluationArguments, EvaluationDataArguments)
+GROUPS = (
+    *(ModelArguments, TrainDataArguments, TrainingArguments),
+    *(EvaluationArguments, EvaluationDataArguments, ConvertArguments),
+)
 FLAGS = {field.name for group in GROUPS for field in dataclasses.fields(group)} | {
     "config",
     "help",
