@@ -316,7 +316,9 @@ def _side(units: list[dict], embeds: str) -> Side:
         raise ValueError(f"none of the {len(skipped)} rows is usable{reason}")
 
     def joined(key: str) -> Tensor:
-        return torch.from_numpy(np.concatenate([unit[key] for unit in usable]))
+        # Cloned into torch's own memory: NumPy aligns its arrays by chance, and matrix products depend on it in the
+        # last digit.
+        return torch.from_numpy(np.concatenate([unit[key] for unit in usable])).clone()
 
     rows = joined("rows")
     if not (rows[1:] > rows[:-1]).all():

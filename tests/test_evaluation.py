@@ -3,10 +3,14 @@
 import json
 import random
 import sys
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from helpers import ROOT, assert_succeeded, launch, run
 from PIL import Image
 from transformers import BertTokenizer, BlipImageProcessorPil
@@ -321,20 +325,32 @@ def flags(model_folder, catalogue, output_dir, *more):
 
 def test_script_on_one_two_and_three_processes_gives_the_same_bytes(model_folder, catalogue, tmp_path):
     sheet = tmp_path / "pictures" / "sheet.png"
-    more = ("--contact_sheet", sheet)
+    more = ("--contact_sheet", sheet, "--contact_sheet_rows", "0,28", "--slices", "product_id,title_length")
+    more += ("--report", tmp_path / "1" / "report.html", "--submission", tmp_path / "1" / "submission.json")
     alone = run([sys.executable, "evaluate_retrieval.py", *flags(model_folder, catalogue, tmp_path / "1", *more)])
     assert_succeeded(alone)
     assert "text to image  ITC" in alone.stdout and "mean of the six ITM recalls" in alone.stdout
     assert "2 unusable rows were left out" in alone.stdout
-    assert sorted(file.name for file in (tmp_path / "1").iterdir()) == ["results.json", "skipped.jsonl"]
+    assert sorted(file.name for file in (tmp_path / "1").iterdir()) == [
+        *("rankings_image_to_text.parquet", "rankings_text_to_image.parquet", "report.html", "results.json"),
+        *("skipped.jsonl", "submission.json"),
+    ]
     with Image.open(sheet) as picture:
-        assert picture.width > 600 and picture.height > 1000
+        assert picture.width > 600 and 400 < picture.height < 700, "two titles"
+    page = (tmp_path / "1" / "report.html").read_text()
+    assert "Worst misses" in page and "Best hits" in page and "By title_length" in page
+    assert "2 titles could not be searched for" in alone.stdout
+    assert "27 images x 27 titles" not in alone.stdout and "29 images x 29 titles, the 6 best" in alone.stdout
     expected = json.loads((tmp_path / "1" / "results.json").read_text())
     for processes in (2, 3):
         result = launch(
             "cpu_2_processes.yaml",
             "evaluate_retrieval.py",
-            flags(model_folder, catalogue, tmp_path / str(processes)),
+            flags(
+                *(model_folder, catalogue, tmp_path / str(processes)),
+                *("--slices", "product_id,title_length", "--compare", tmp_path / "1" / "results.json"),
+                *("--submission", tmp_path / "again.json"),
+            ),
             launcher_args=("--num_processes", str(processes)),
         )
         assert_succeeded(result)
@@ -342,6 +358,10 @@ def test_script_on_one_two_and_three_processes_gives_the_same_bytes(model_folder
         results = json.loads((tmp_path / str(processes) / "results.json").read_text())
         assert results["run"]["num_processes"] == processes
         assert without_run(results) == without_run(expected)
+        for direction in ("text_to_image", "image_to_text"):
+            files = [tmp_path / str(run) / f"rankings_{direction}.parquet" for run in (1, processes)]
+            assert files[0].read_bytes() == files[1].read_bytes()
+        assert "difference +0.0 (95 %: +0.0 to +0.0, p = 1.000)" in result.stdout
         assert (tmp_path / str(processes) / "skipped.jsonl").read_bytes() == (
             tmp_path / "1" / "skipped.jsonl"
         ).read_bytes()
@@ -351,6 +371,18 @@ def test_script_on_one_two_and_three_processes_gives_the_same_bytes(model_folder
     ("more", "message"),
     [
         (("--k_rerank", "1000"), TOO_MANY),
+        (("--k_rerank", "4,all,x"), "--k_rerank is 4,all,x: give a number of at least 1, several separated by commas"),
+        (("--k_rerank", "4,1000"), TOO_MANY),
+        (("--score", "best"), "invalid choice: 'best'"),
+        (("--slices", "price"), "no column 'price': there are"),
+        (("--report", "report.pdf"), "--report is report.pdf: give a file name that ends in .html or .htm"),
+        (("--contact_sheet", "s.png", "--contact_sheet_rows", "3,x"), "--contact_sheet_rows is 3,x: give row numbers"),
+        (("--tune_fusion", "validation"), "makes the result too good; name another split"),
+        (("--tune_fusion", "train"), "has no split 'train'"),
+        (("--compare", "nowhere/results.json"), "is no results.json of evaluate_retrieval.py"),
+        (("--gallery", "photos"), "--gallery without --queries: give both"),
+        (("--gallery", "photos", "--queries", "q.txt"), "take the place of --dataset_name, --data_dir"),
+        (("--rerank_batch_tokens", "0"), "--rerank_batch_tokens is 0: it must be at least 1"),
         (("--k_rerank", "0"), "--k_rerank is 0: give a number of at least 1"),
         (("--model_name_or_path", "./nowhere"), "the model folder ./nowhere does not exist"),
         (("--data_dir", "./nowhere"), "nowhere"),
@@ -403,6 +435,91 @@ def test_no_usable_row_is_said(model, model_folder, processor, tmp_path, monkeyp
     monkeypatch.setattr(sys, "argv", ["evaluate_retrieval.py", *map(str, more)])
     with pytest.raises(UsageError, match="is usable"):
         script.main()
+
+
+# --- searching without the answers ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    def start(*flags):
+        monkeypatch.setattr(sys, "argv", ["evaluate_retrieval.py", *map(str, flags)])
+        try:
+            code = script.main()
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+        return code, capsys.readouterr()
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def apart(catalogue, tmp_path_factory):
+    """The catalogue's photos in a folder of their own, and its titles in every form that titles are taken in."""
+    folder = tmp_path_factory.mktemp("apart")
+    lines = [json.loads(line) for line in (catalogue / "validation" / "metadata.jsonl").read_text().splitlines()]
+    (folder / "photos" / "more").mkdir(parents=True)
+    for row, line in enumerate(lines):
+        place = folder / "photos" / ("more" if row == 3 else "") / line["file_name"]
+        place.write_bytes((catalogue / "validation" / line["file_name"]).read_bytes())
+    (folder / "photos" / "notes.md").write_text("no photo")
+    titles = [line["caption"] for line in lines]
+    (folder / "titles.txt").write_text("\n".join(titles) + "\n")
+    (folder / "titles.json").write_text(json.dumps(titles))
+    (folder / "captions.json").write_text(json.dumps([{"caption": title} for title in titles]))
+    pq.write_table(pa.table({"caption": titles, "shop": ["a", "b", "b"] * 9 + ["a", "b"]}), folder / "titles.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("queries", ["titles.txt", "titles.json", "captions.json", "titles.parquet"])
+def test_photos_and_titles_apart_give_the_rankings_of_the_table(
+    queries, model, loader, apart, model_folder, tmp_path, run_script
+):
+    out = tmp_path / "out"
+    code, printed = run_script(
+        *("--model_name_or_path", model_folder, "--gallery", apart / "photos", "--queries", apart / queries),
+        *("--output_dir", out, "--k_rerank", K, "--dataloader_num_workers", 0, "--report", out / "report.html"),
+        *("--submission", out / "submission.json", "--contact_sheet", out / "sheet.png"),
+    )
+    assert code == 0 and "no right answers are known" in printed.out
+    results = json.loads((out / "results.json").read_text())
+    assert (results["num_images"], results["num_texts"]) == (ROWS - 1, ROWS - 1) and "mean_recall" not in results
+    table = pq.read_table(out / "rankings_text_to_image.parquet").to_pylist()
+    assert not (out / "rankings_image_to_text.parquet").exists()
+    # photos in the order of their names, not of the folder: 03.png lies in more/, after the others
+    names = [f"{row:02}.png" for row in range(ROWS) if row != 3] + ["more/03.png"]
+    whole = retrieve(model, loader, k_rerank=ROWS - 2)
+    rows, order = whole.images.rows.tolist(), whole.text_to_image.rankings
+    known = {
+        (rows[title], rows[photo]): (itc, logit)
+        for title in range(len(rows))
+        for photo, itc, logit in zip(
+            *(values[title].tolist() for values in (order.ids, order.itc, order.itm_logits)), strict=True
+        )
+    }
+    compared = 0
+    for row in table:
+        assert len(row["ids"]) == 10 and [names[photo] for photo in row["ids"]] == row["names"]
+        for name, itc, logit in list(zip(row["names"], row["itc"], row["itm_logit"], strict=True))[:K]:
+            pair = (row["query"], int(Path(name).stem))
+            if pair in known:  # the table has no title 11, whose photo is damaged
+                assert (itc, logit) == pytest.approx(known[pair], abs=1e-4)
+                compared += 1
+    assert compared == K * (ROWS - 2)
+    names.remove(f"{BROKEN:02}.png")
+    entries = json.loads((out / "submission.json").read_text())
+    assert [len(entry["top10"]) for entry in entries] == [10] * ROWS
+    by_query = {row["query"]: row["names"] for row in table}
+    for query, entry in enumerate(entries):
+        expected = by_query.get(query, names[:10])
+        assert entry["top10"] == expected and entry["top5"] == expected[:5]
+    common = ("--gallery", apart / "photos", "--queries", apart / queries)
+    code, printed = run_script(*common, "--verify_submission", out / "submission.json")
+    assert code == 0 and f"is right: {ROWS} titles, {ROWS} photos" in printed.out
+    entries[0]["top5"][0] = "nowhere.png"
+    (out / "submission.json").write_text(json.dumps(entries))
+    code, printed = run_script(*common, "--verify_submission", out / "submission.json")
+    assert code == 1 and "nowhere.png" in printed.out and "is not right" in printed.out
 
 
 # --- the picture ------------------------------------------------------------------------------------------------------
