@@ -323,7 +323,7 @@ def parts_of(folder: Path, model, processor, photos: Source, titles: Source, opt
     parts = Parts(
         folder,
         {
-            "model": f"{options.model_name_or_path} ({fingerprint(model)})",
+            "model": fingerprint(model),
             "photos": described(photos),
             "titles": described(titles),
             "photo size": processor.image_size,

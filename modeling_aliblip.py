@@ -445,8 +445,8 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
         if any(wrong.values()):
             problems = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in wrong.items() if keys)
             raise ValueError(f"the weights of {pretrained_model_name_or_path} do not fit this model ({problems})")
-        # Loaded weights lie as the file has them, or not, by the way they were read; matrix products on a CPU depend on it
-        # in the last digit. Equal processes shall give equal bits.
+        # Loaded weights lie as the file has them, or not, by the way they were read; matrix products on a CPU depend on
+        # it in the last digit. Equal processes shall give equal bits.
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
                 tensor.data = tensor.data.clone()

@@ -1,7 +1,10 @@
 """The whole evaluation: against every pair scored one by one, on one to three real processes, through the script."""
 
+import errno
+import functools
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,10 +16,12 @@ import torch
 from accelerate.state import AcceleratorState
 from helpers import ROOT, assert_succeeded, launch, run
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import BertTokenizer, BlipImageProcessorPil
 
 import evaluate_retrieval as script
 from aliblip import evaluation
+from aliblip import parts as parts_module
 from aliblip import results as numbers
 from aliblip.arguments import UsageError, main_with_usage_errors
 from aliblip.data.collate import Collator
@@ -520,6 +525,134 @@ def test_photos_and_titles_apart_give_the_rankings_of_the_table(
     (out / "submission.json").write_text(json.dumps(entries))
     code, printed = run_script(*common, "--verify_submission", out / "submission.json")
     assert code == 1 and "nowhere.png" in printed.out and "is not right" in printed.out
+
+
+# --- going on after a crash -------------------------------------------------------------------------------------------
+
+# A whole run of the script in a process that kills itself: after so many units of the second stage.
+KILLED = """
+import os, signal, sys
+import retrieval_aliblip as engine
+from aliblip import parts
+parts.SECONDS = 0.0
+rerank, calls = engine.rerank, []
+def counted(*arguments):
+    calls.append(1)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rerank(*arguments)
+engine.rerank = counted
+import evaluate_retrieval
+sys.argv = ["evaluate_retrieval.py", *sys.argv[1:]]
+evaluate_retrieval.main()
+"""
+
+
+@pytest.mark.parametrize("depth", [str(K), "all"])
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(depth, model_folder, catalogue, tmp_path, run_script):
+    arguments = [str(part) for part in flags(model_folder, catalogue, tmp_path / "out", "--k_rerank", depth)]
+    killed = run([sys.executable, "-c", KILLED, *arguments])
+    assert killed.returncode == -9 and not (tmp_path / "out" / "results.json").exists()
+    if depth == "all":
+        with pytest.raises(UsageError, match=r"unfinished work on something else \(longest title was 35, here it is 9"):
+            shorter = tmp_path / "shorter"
+            shutil.copytree(model_folder, shorter)
+            settings = json.loads((shorter / "processor_config.json").read_text()) | {"max_length": 9}
+            (shorter / "processor_config.json").write_text(json.dumps(settings))
+            run_script(*arguments, "--model_name_or_path", shorter)
+    calls = []
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("rerank", "embed_texts"):
+            work = getattr(evaluation.engine, name)
+            counted = functools.partial(lambda name, work, *a: (calls.append(name), work(*a))[1], name, work)
+            patched.setattr(evaluation.engine, name, counted)
+        assert run_script(*arguments)[0] == 0
+    units = -(-ROWS // UNIT)
+    assert calls.count("embed_texts") == 0 and calls.count("rerank") == units - 3
+    assert run_script(*arguments, "--output_dir", tmp_path / "whole")[0] == 0
+    went_on, whole = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("out", "whole"))
+    assert went_on["run"]["units_from_an_earlier_start"] == units + 3
+    assert without_run(went_on) == without_run(whole)
+    files = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == files and "parts" not in files
+    for name in files:
+        if name != "results.json":
+            assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_another_model_is_refused_until_it_may_replace_what_is_there(
+    model, model_folder, catalogue, tmp_path, run_script
+):
+    other = tmp_path / "other"
+    shutil.copytree(model_folder, other)
+    weights = load_file(other / "model.safetensors")
+    weights["itm_head.weight"] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    arguments = flags(model_folder, catalogue, tmp_path / "out")
+    Parts(tmp_path / "out" / "parts", {"model": "x", "photos": "y"}).stage("rows")
+    with pytest.raises(UsageError, match=r"unfinished work on something else \(model was x, here it is [0-9a-f]{32};"):
+        run_script(*arguments)
+    assert run_script(*arguments, "--overwrite_output_dir")[0] == 0
+    assert not (tmp_path / "out" / "parts").exists()
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    with pytest.raises(UsageError, match="holds the results of .*model0 on"):
+        run_script(*arguments, "--model_name_or_path", other)
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+    assert run_script(*arguments, "--model_name_or_path", other, "--overwrite_output_dir")[0] == 0
+    assert (tmp_path / "out" / "results.json").read_bytes() != before
+
+
+def test_parts_on_a_full_disk_are_told_once_and_the_work_goes_on(model, loader, tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    expected = retrieve(model, loader)
+    monkeypatch.setattr(parts_module, "write_bytes", full)
+    monkeypatch.setattr(parts_module, "SECONDS", 0.0)
+    found = retrieve(model, loader, parts=Parts(tmp_path / "parts", {"model": "m"}))
+    assert torch.equal(found.text_to_image.rankings.scores, expected.text_to_image.rankings.scores)
+    assert caplog.text.count("finished parts can't be kept") == 2, "once in each stage"
+    with pytest.raises(OSError, match="No space left"):
+        retrieve(model, loader, k_rerank="all", parts=Parts(tmp_path / "parts", {"model": "m"}))
+
+
+def test_a_damaged_part_is_made_again(model, loader, tmp_path, caplog):
+    parts = Parts(tmp_path / "parts", {"model": "m"})
+    expected = retrieve(model, loader, parts=parts)
+    for file in (tmp_path / "parts").glob("embed-*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-8])
+    found = retrieve(model, loader, parts=parts)
+    assert "can't be read and is made again" in caplog.text
+    assert torch.equal(found.text_to_image.rankings.scores, expected.text_to_image.rankings.scores)
+    assert found.resumed_units == -(-ROWS // UNIT), "those of the second stage"
+
+
+# --- the fusion weight and the plan -----------------------------------------------------------------------------------
+
+
+def test_the_weight_is_tuned_on_another_split_and_used(model_folder, catalogue, tmp_path, run_script):
+    both = tmp_path / "both"
+    shutil.copytree(catalogue, both)
+    shutil.copytree(both / "validation", both / "tuning")
+    arguments = flags(model_folder, both, tmp_path / "out", "--data_files", both / "validation" / "metadata.jsonl")
+    arguments[arguments.index("--data_dir") : arguments.index("--data_dir") + 2] = ["--seed", "0"]
+    code, printed = run_script(*arguments, "--tune_fusion", both / "tuning" / "metadata.jsonl")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    tuned = results["fusion_weight_tuned_on"]["mean_recall"]
+    assert code == 0 and f"fusion weight {results['fusion_weight']:g}, chosen on" in printed.out
+    # the tuning split is a copy: its best mean recall is that of the measured split with this weight
+    assert results["mean_recall"] == pytest.approx(max(tuned.values()))
+    again = [*arguments, "--fusion_weight", results["fusion_weight"], "--output_dir", tmp_path / "again"]
+    assert run_script(*again)[0] == 0
+    results_again = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert results_again["mean_recall"] == results["mean_recall"]
+
+
+def test_a_dry_run_tells_and_does_nothing(model_folder, catalogue, tmp_path, run_script):
+    code, printed = run_script(*flags(model_folder, catalogue, tmp_path / "out", "--k_rerank", "all", "--dry_run"))
+    assert code == 0 and list((tmp_path / "out").iterdir()) == []
+    for told in ("29 images x 29 titles, every pair scored", "match logits of all pairs", "expected time", "one H200"):
+        assert told in printed.out
 
 
 # --- the picture ------------------------------------------------------------------------------------------------------
