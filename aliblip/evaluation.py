@@ -372,7 +372,7 @@ def _order_all(
 
     def found(own: slice):
         def read(start: int, stop: int) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(logits[own, start:stop])).to(queries.device)
+            return torch.from_numpy(np.array(logits[own, start:stop])).to(queries.device)
 
         def chunks() -> Iterator[tuple[int, Tensor]]:
             for start, itc in engine.score_chunks(queries[own], gallery, chunk):
