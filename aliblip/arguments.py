@@ -166,7 +166,7 @@ class HubArguments:
     """Where on the Hub to publish. Kept apart from what a run records: the token is a secret."""
 
     hub_model_id: str | None = _option(None, "Repository on the Hub, me/name; it is made if it is not there.")
-    hub_private_repo: bool | None = _option(None, "Make a new repository private (default: as your account says).")
+    hub_private_repo: bool = _option(False, "Make a new repository private, whatever your account says.")
     hub_token: str | None = _option(None, "Token with write permission (default: HF_TOKEN, or that of hf auth login).")
     hub_license: str | None = _option(None, "License of the weights for the card, as the Hub calls it: apache-2.0.")
 

@@ -116,7 +116,7 @@ def connect(args: HubArguments) -> tuple[HfApi, str]:
         if args.hub_license is not None:
             metadata = ModelCardData(license=args.hub_license).to_yaml()
             _patiently(ModelCard(f"---\n{metadata}\n---\n").validate)
-        name = _patiently(lambda: api.create_repo(name, private=args.hub_private_repo, exist_ok=True)).repo_id
+        name = _patiently(lambda: api.create_repo(name, private=args.hub_private_repo or None, exist_ok=True)).repo_id
         _patiently(lambda: api.auth_check(name, write=True))
     except LocalTokenNotFoundError as error:
         raise UsageError(

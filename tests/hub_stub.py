@@ -1,4 +1,4 @@
-"""A Hub on loopback: enough of its API for huggingface_hub to create, upload to, and download from model repositories."""
+"""A Hub on loopback: enough of its API for huggingface_hub to create, fill and read repositories of models."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class Hub(ThreadingHTTPServer):
         requests: (method, path) of all requests.
         faults: (part of a path, status) of requests that will fail, each once, in this order.
         gate: requests that would commit wait until it is set.
+        dies_at: part of the path of the request at which the server dies.
     """
 
     daemon_threads = True
@@ -39,6 +40,7 @@ class Hub(ThreadingHTTPServer):
         self.faults: list[tuple[str, int]] = []
         self.gate = threading.Event()
         self.gate.set()
+        self.dies_at: str | None = None
         self._closed = False
 
     def __enter__(self):
@@ -83,6 +85,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.body = self._read_body()
         self.server.requests.append((self.command, self.path))
+        if self.server.dies_at is not None and self.server.dies_at in self.path:
+            self.server.die()
+            self.close_connection = True
+            return
         for fault in self.server.faults:
             if fault[0] in self.path:
                 self.server.faults.remove(fault)
@@ -241,9 +247,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         commit, files = found
         if path not in files:
-            self._answer(
-                404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}
-            )
+            self._answer(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
         else:
             headers = {"ETag": f'"{blob_id(files[path])}"', "X-Repo-Commit": commit}
             self._answer(200, files[path], headers)
