@@ -145,7 +145,7 @@ def model_card(folder: Path, name: str, license: str | None = None) -> str:
         name=name,
         architecture=_architecture(folder, config),
         results="\n\n".join(map(_table, measured)) or "Not measured.",
-        training=_training(folder, arguments, manifest, machine, measured),
+        training=_training(folder, arguments, manifest, machine),
         limits="\n".join(f"- {limit}" for limit in _limits(config, processor, measured)),
     )
 
@@ -281,7 +281,7 @@ def _cell(value: float, bounds: list[float] | None, digits: int = 1) -> str:
     return shown
 
 
-def _training(folder: Path, arguments: dict, manifest: dict, machine: dict, measured: list[dict]) -> str:
+def _training(folder: Path, arguments: dict, manifest: dict, machine: dict) -> str:
     if not arguments:
         return "Not known: the folder that this model came from holds no record of a run."
     lines = []
@@ -291,7 +291,7 @@ def _training(folder: Path, arguments: dict, manifest: dict, machine: dict, meas
             f"On {manifest['rows']:,} rows of `{_public(manifest['name'])}`, {manifest['split']}"
             f" ({files} file{'s' if files != 1 else ''})."
         )
-    if (saved := _saved_at(folder, measured)) is not None:
+    if (saved := _saved_at(folder)) is not None:
         lines.append(f"These are the weights after step {saved['step']:,} (epoch {saved['epoch']}).")
     if machine:
         lines.append(f"Hardware: {machine['hardware']}; {machine['launcher']}, {machine['precision']}.")
@@ -309,7 +309,7 @@ def _training(folder: Path, arguments: dict, manifest: dict, machine: dict, meas
     ).strip()
 
 
-def _saved_at(folder: Path, measured: list[dict]) -> dict | None:
+def _saved_at(folder: Path) -> dict | None:
     """The line of the log that tells of the evaluation after which these weights were saved."""
     own, log = _read(folder / "results.json"), folder.parent / "log.jsonl"
     if "mean_recall" not in own or not log.is_file():

@@ -253,18 +253,21 @@ class Publisher:
         """Let a model be uploaded, unless it is the one that was pushed last."""
         copy = folder.parent / f".publish-{self._count + 1}.tmp"  # `repair` removes it after a kill
         try:
-            if not write_card(folder, self.repo_id, self.license) and self._files is None:
+            if not write_card(folder, self.repo_id, self.license) and self.folder is None:
                 self.tell(f"{folder / CARD} has been edited: it is uploaded as it is")
             files = {name: _identity(folder / name) for name in model_files(folder)}
             if files == self._files:
                 return
-            self._count, self.folder = self._count + 1, folder
             _link(folder, list(files), copy)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever is wrong with the folder
             shutil.rmtree(copy, ignore_errors=True)
-            self.tell(f"warning: {folder} can't be uploaded ({first_line(error)}): the run goes on")
+            files = None
+            self.tell(
+                f"warning: {folder} can't be uploaded ({type(error).__name__}: {first_line(error)}): the run goes on"
+            )
+        self._count, self.folder, self._files = self._count + 1, folder, files
+        if files is None:
             return
-        self._files = files
         with self._changed:
             if self._waiting is not None:
                 shutil.rmtree(self._waiting[1], ignore_errors=True)
