@@ -13,9 +13,9 @@ has several rows, a product column. Everything can stand in a recipe (`--config`
 
 What a run leaves in `--output_dir`: `best/` and `last/` (models for `from_pretrained`, each with its `results.json`),
 `log.jsonl` (every log line), `skipped.jsonl` (rows that could not be used), `arguments.json`, `manifest.json` (of the
-data), `machine.json`, `status.json` (how it stands, or how it ended), and with `--checkpointing_steps` checkpoints, from
-which `--resume_from_checkpoint last` goes on. SIGTERM, SIGUSR1 or Ctrl-C write one more and end the run. `--push_to_hub
---hub_model_id me/name` uploads the best model so far with a card, in the background.
+data), `machine.json`, `status.json` (how it stands, or how it ended), and with `--checkpointing_steps` checkpoints,
+from which `--resume_from_checkpoint last` goes on. SIGTERM, SIGUSR1 or Ctrl-C write one more and end the run.
+`--push_to_hub --hub_model_id me/name` uploads the best model so far with a card, in the background.
 """
 
 from __future__ import annotations

@@ -133,9 +133,11 @@ def connect(args: HubArguments) -> tuple[HfApi, str]:
                 "(https://huggingface.co/settings/tokens)"
             ) from error
         if status in (401, 403, 404):
+            owner, _, own_name = name.rpartition("/")
+            other = f", or another --hub_model_id, such as {user}/{own_name}" if owner not in ("", user) else ""
             raise UsageError(
                 f"{token} (user {user}) may not write to {name} ({first_line(error)}): give a token with write "
-                f"permission, or another --hub_model_id, such as {user}/{name.split('/')[-1]}"
+                f"permission{other}"
             ) from error
         if status is None and isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
             raise UsageError(

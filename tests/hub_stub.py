@@ -23,7 +23,7 @@ class Hub(ThreadingHTTPServer):
         private: repository -> as it was asked for.
         requests: (method, path) of all requests.
         faults: (part of a path, status) of requests that will fail, each once, in this order.
-        gate: requests that would commit wait until it is set.
+        gate: lists of files, with which an upload begins, wait until it is set.
         dies_at: part of the path of the request at which the server dies.
     """
 
@@ -129,7 +129,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _may_write(self, name: str) -> bool:
         if self.token == TOKEN and name.startswith(f"{USER}/"):
             return True
-        self._answer(403, {"error": "You don't have the rights to write here"})
+        why = "You don't have the rights to write here"
+        self._answer(403, {"error": why}, {"X-Error-Message": why})
         return False
 
     def _files(self, name: str, revision: str = "main") -> tuple[str, dict[str, bytes]] | None:
@@ -202,7 +203,6 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, {})
 
     def commit(self, name, revision):
-        self.server.gate.wait()
         found = self._files(name, revision) if self._may_write(name) else None
         if found is None:
             return
@@ -233,6 +233,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, {"id": name, "modelId": name, "sha": found[0], "siblings": siblings, "tags": []})
 
     def tree(self, name, revision):
+        self.server.gate.wait()
         found = self._files(name, revision)
         if found is not None:
             entries = [

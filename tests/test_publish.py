@@ -250,7 +250,8 @@ def refusal(**values) -> str:
 def test_what_the_hub_would_refuse_is_told_at_once(hub, monkeypatch):
     hub.make("other/name")
     assert refusal(hub_token="hf_wrong").startswith("--hub_token is not accepted by http://127.0.0.1")
-    assert "--hub_token (user me) may not write to me/name" in refusal(hub_token=hub_stub.READ_TOKEN)
+    told = refusal(hub_token=hub_stub.READ_TOKEN)
+    assert "--hub_token (user me) may not write to me/name" in told and told.endswith("a token with write permission")
     assert "such as me/new" in refusal(hub_model_id="other/new")
     # it is there and can be read, so that only the question for the permission tells
     assert "may not write to other/name" in refusal(hub_model_id="other/name")
@@ -329,7 +330,7 @@ def test_a_model_is_uploaded_as_it_was_and_one_in_between_is_left_out(hub, publi
     hub.gate.clear()
     first = (model / "model.safetensors").read_bytes()
     publisher.push(model, "one")  # returns, though the Hub does not
-    while not any("/commit/" in path for _, path in hub.requests):
+    while not any("/tree/" in path for _, path in hub.requests):
         time.sleep(0.01)
     change(model, 0.05)
     publisher.push(model, "two")
