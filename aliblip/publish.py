@@ -127,7 +127,7 @@ def connect(args: HubArguments) -> tuple[HfApi, str]:
         raise UsageError(f"the Hub is switched off by HF_HUB_OFFLINE: unset it{_LATER}") from error
     except Exception as error:  # each version of the library brings its HTTP client with errors of its own
         status = _status(error)
-        if status == 401 and user == "?":
+        if status in (401, 403) and user == "?":
             raise UsageError(
                 f"{token} is not accepted by {api.endpoint}: make one with write permission "
                 "(https://huggingface.co/settings/tokens)"
@@ -139,7 +139,7 @@ def connect(args: HubArguments) -> tuple[HfApi, str]:
                 f"{token} (user {user}) may not write to {name} ({first_line(error)}): give a token with write "
                 f"permission{other}"
             ) from error
-        if status is None and isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
+        if args.hub_license is not None and status is None and not _may_pass(error):
             raise UsageError(
                 f"--hub_license {args.hub_license} is not accepted ({' '.join(str(error).split())}): give a name of "
                 "https://huggingface.co/docs/hub/repositories-licenses"
@@ -220,7 +220,7 @@ def command(folder: Path, repo_id: str, license: str | None) -> str:
 
 
 class Publisher:
-    """Uploads models in the background, the newest one first. For the main process.
+    """Uploads models in the background, for the main process of a run.
 
         publisher = Publisher(*connect(args), license=args.hub_license)
         publisher.push(output_dir / "best", "epoch 1")       # returns at once, never raises
@@ -252,13 +252,15 @@ class Publisher:
         disable_progress_bars()  # they would break through the bar of the run
 
     def push(self, folder: Path, message: str) -> None:
-        """Let a model be uploaded, unless it is the one that was pushed last."""
+        """Let a model be uploaded, unless it is the one that was pushed last and that has not failed."""
         copy = folder.parent / f".publish-{self._count + 1}.tmp"  # `repair` removes it after a kill
         try:
             if not write_card(folder, self.repo_id, self.license) and self.folder is None:
                 self.tell(f"{folder / CARD} has been edited: it is uploaded as it is")
             files = {name: _identity(folder / name) for name in model_files(folder)}
-            if files == self._files:
+            with self._changed:
+                is_under_way = self._busy or self._waiting is not None or self._on_the_hub == self._count
+            if files == self._files and is_under_way:
                 return
             _link(folder, list(files), copy)
         except Exception as error:  # whatever is wrong with the folder
@@ -326,6 +328,9 @@ class Publisher:
             self.tell(
                 f"not on the Hub: {self.folder}; to upload it: {command(self.folder, self.repo_id, self.license)}"
             )
+            self.tell = lambda text: None  # what the thread still meets, with its files gone
+            for copy in self.folder.parent.glob(".publish-*.tmp"):
+                shutil.rmtree(copy, ignore_errors=True)
 
 
 def _identity(path: Path) -> tuple[int, int, int]:

@@ -326,6 +326,18 @@ def test_what_is_refused_is_not_tried_again(hub, publisher, model):
     assert len([line for line in publisher.told if line.startswith("warning: one could not be uploaded")]) == 1
 
 
+def test_a_model_that_failed_is_uploaded_when_it_is_pushed_again(hub, publisher, model):
+    hub.faults = [("/commit/", 502)] * 5
+    publisher.push(model, "one")
+    while not any("could not be uploaded" in line for line in publisher.told):
+        time.sleep(0.01)
+    while publisher._busy:
+        time.sleep(0.01)
+    publisher.push(model, "one again")
+    publisher.finish(20)
+    assert hub.messages["me/name"][1:] == ["one again"] and publisher.told[-1].startswith("published: ")
+
+
 def test_a_model_is_uploaded_as_it_was_and_one_in_between_is_left_out(hub, publisher, model):
     hub.gate.clear()
     first = (model / "model.safetensors").read_bytes()
@@ -354,6 +366,7 @@ def test_the_end_waits_so_long_and_no_longer(hub, publisher, model):
         f"not on the Hub: {model}; to upload it: python -m aliblip.publish --model_name_or_path {model} "
         "--hub_model_id me/name"
     )
+    assert not list(model.parent.glob(".publish*"))
 
 
 def test_a_model_that_cannot_be_read_is_told(publisher, model):
@@ -385,9 +398,10 @@ def test_a_repository_holds_exactly_the_model_and_what_others_put_there(hub, mod
     assert hub.commits["me/name"][-1].keys() == WANTED | {".gitattributes", "photo.png", "onnx/model.safetensors"}
 
 
-def test_without_a_repository_only_the_card_is_written(hub, model):
-    told = of_flags("--model_name_or_path", model)
-    assert told == [f"written: {model / 'README.md'}", "to upload it, give --hub_model_id too"] and hub.requests == []
+def test_without_a_repository_only_the_card_is_written(hub, model, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["publish.py", "--model_name_or_path", str(model)])
+    assert publish.main() == 0 and hub.requests == []
+    assert capsys.readouterr().out == f"written: {model / 'README.md'}\nto upload it, give --hub_model_id too\n"
     card = (model / "README.md").read_text()
     assert f'AutoModel.from_pretrained("{model}", trust_remote_code=True)' in card
     assert "Not measured." in card and "Not known: " in card and "license:" not in card and "model-index" not in card
