@@ -12,9 +12,10 @@ The data (`--data_dir`, `--dataset_name` or `--train_file`) has a photo column, 
 has several rows, a product column. Everything can stand in a recipe (`--config`), which flags override; see `--help`.
 
 What a run leaves in `--output_dir`: `best/` and `last/` (models for `from_pretrained`, each with its `results.json`),
-`log.jsonl` (every log line), `skipped.jsonl` (rows that could not be used), `arguments.json`, `status.json` (how it
-stands, or how it ended), and with `--checkpointing_steps` checkpoints, from which `--resume_from_checkpoint last` goes
-on. SIGTERM, SIGUSR1 or Ctrl-C write one more and end the run.
+`log.jsonl` (every log line), `skipped.jsonl` (rows that could not be used), `arguments.json`, `manifest.json` (of the
+data), `machine.json`, `status.json` (how it stands, or how it ended), and with `--checkpointing_steps` checkpoints,
+from which `--resume_from_checkpoint last` goes on. SIGTERM, SIGUSR1 or Ctrl-C write one more and end the run.
+`--push_to_hub --hub_model_id me/name` uploads the best model so far with a card, in the background.
 """
 
 from __future__ import annotations
@@ -33,8 +34,16 @@ import torch
 from accelerate.utils import set_seed
 
 import aliblip  # noqa: F401  (registers the classes, so that from_pretrained takes this code for AliBLIP folders)
-from aliblip.accelerator import AliBlipAccelerator, backward_and_step, build_accelerator, clamp_parameter, end
+from aliblip.accelerator import (
+    AliBlipAccelerator,
+    backward_and_step,
+    build_accelerator,
+    clamp_parameter,
+    describe_machine,
+    end,
+)
 from aliblip.arguments import (
+    HubArguments,
     ModelArguments,
     TrainDataArguments,
     TrainingArguments,
@@ -84,6 +93,7 @@ from aliblip.optim import (
     total_optimizer_steps,
 )
 from aliblip.progress import Log, RunStatus, SkippedRows, Unfailing
+from aliblip.publish import SECONDS_AFTER_A_STOP, SECONDS_AT_THE_END, Publisher, check_hub_arguments, connect
 from configuration_aliblip import SIZES, AliBlipConfig
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
@@ -199,7 +209,9 @@ def build_augmentation(args: TrainDataArguments, image_size: int) -> TrainAugmen
     )
 
 
-def check_arguments(model_args: ModelArguments, data_args: TrainDataArguments, args: TrainingArguments) -> None:
+def check_arguments(
+    model_args: ModelArguments, data_args: TrainDataArguments, args: TrainingArguments, hub_args: HubArguments
+) -> None:
     trained = model_args.model_name_or_path
     new = (model_args.config_name, model_args.vision_model_name_or_path, model_args.text_model_name_or_path)
     if (trained is None) == (new == (None, None, None)):
@@ -243,6 +255,10 @@ def check_arguments(model_args: ModelArguments, data_args: TrainDataArguments, a
         min_crop_scale=(data_args.min_crop_scale, 0.01, 1),
         max_skipped_fraction=(data_args.max_skipped_fraction, 0, 1),
     )
+    if args.push_to_hub:
+        check_hub_arguments(hub_args)
+    elif hub_args.hub_model_id is not None:
+        raise UsageError("--hub_model_id without --push_to_hub would upload nothing: give both, or neither")
 
 
 def check_output_dir(args: TrainingArguments) -> None:
@@ -274,7 +290,7 @@ def clear_output_dir(output_dir: Path) -> None:
     repair(output_dir)
     for old in (*OUTPUT_FOLDERS, *(path.name for path in checkpoints(output_dir))):
         shutil.rmtree(output_dir / old, ignore_errors=True)
-    for old in ("log.jsonl", "skipped.jsonl", "arguments.json", "manifest.json", "status.json"):
+    for old in ("log.jsonl", "skipped.jsonl", "arguments.json", "manifest.json", "machine.json", "status.json"):
         (output_dir / old).unlink(missing_ok=True)
 
 
@@ -313,15 +329,18 @@ class Setup:
     arguments: dict  # of the run that is resumed
     order: dict  # what the order of the rows depends on
     manifest: dict  # of the training data
+    publisher: Publisher | None  # of the main process, if it was asked for
 
 
-def set_up(model_args: ModelArguments, data_args: TrainDataArguments, args: TrainingArguments) -> Setup:
+def set_up(
+    model_args: ModelArguments, data_args: TrainDataArguments, args: TrainingArguments, hub_args: HubArguments
+) -> Setup:
     """Look at everything that can be wrong, before the processes meet and before any long work.
 
     Raises:
         ValueError, OSError, ImportError: in the first line, what is wrong and what to do.
     """
-    check_arguments(model_args, data_args, args)
+    check_arguments(model_args, data_args, args, hub_args)
     model = config = momentum_start = None
     if model_args.model_name_or_path is None:
         backbones = read_backbones(model_args)
@@ -413,8 +432,11 @@ def set_up(model_args: ModelArguments, data_args: TrainDataArguments, args: Trai
                 f"{checkpoint} is at step {progress.step}, after the {total_steps} steps that are asked for: raise "
                 "--num_train_epochs or --max_train_steps, or resume from an earlier checkpoint"
             )
+    publisher = None
     if shared["rank"] == 0:
         check_output_dir(args)
+        if args.push_to_hub:
+            publisher = Publisher(*connect(hub_args), license=hub_args.hub_license)
     return Setup(
         processor,
         model,
@@ -429,14 +451,16 @@ def set_up(model_args: ModelArguments, data_args: TrainDataArguments, args: Trai
         arguments,
         order,
         manifest,
+        publisher,
     )
 
 
 def main() -> int:
     """The exit code: 0, or 128 and the number of the signal that stopped the run."""
-    model_args, data_args, args = parse([ModelArguments, TrainDataArguments, TrainingArguments], description=__doc__)
+    groups = [ModelArguments, TrainDataArguments, TrainingArguments, HubArguments]
+    model_args, data_args, args, hub_args = parse(groups, description=__doc__)
     try:
-        setup = set_up(model_args, data_args, args)
+        setup = set_up(model_args, data_args, args, hub_args)
         accelerator = build_accelerator(
             mixed_precision=args.mixed_precision,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -455,13 +479,20 @@ def main() -> int:
         clear_output_dir(Path(args.output_dir))
     sys.stdout, sys.stderr = Unfailing(sys.stdout), Unfailing(sys.stderr)
     status = RunStatus(Path(args.output_dir) / "status.json")
+    seconds_to_publish = SECONDS_AFTER_A_STOP
     try:
-        with StopSignals() as signals:
-            stopped_by = train(setup, accelerator, signals, status, model_args, data_args, args)
-    except BaseException as error:
-        status.failed(error)
-        raise
-    end(accelerator)
+        try:
+            with StopSignals() as signals:
+                stopped_by = train(setup, accelerator, signals, status, model_args, data_args, args)
+        except BaseException as error:
+            status.failed(error)
+            raise
+        end(accelerator)
+        if not stopped_by:
+            seconds_to_publish = SECONDS_AT_THE_END
+    finally:  # nobody waits for this process any more
+        if setup.publisher is not None:
+            setup.publisher.finish(seconds_to_publish)
     return 128 + stopped_by if stopped_by else 0
 
 
@@ -537,6 +568,7 @@ def train(
     if accelerator.is_main_process:
         write_json(output_dir / "arguments.json", arguments)
         write_json(output_dir / "manifest.json", setup.manifest)
+        write_json(output_dir / "machine.json", describe_machine(accelerator))
     if accelerator.log_with:
         flat = {key: value for key, value in vars(args).items() if isinstance(value, (bool, int, float, str))}
         accelerator.init_trackers("aliblip", config=flat)
@@ -678,6 +710,11 @@ def train(
             )
             if problem is not None and accelerator.is_main_process:
                 log.bar.write(f"warning: the model of epoch {epoch + 1} could not be written ({problem})")
+            if setup.publisher is not None:
+                # A resumed run comes by here with the best model of before, which may not be on the Hub yet.
+                kept = output_dir / ("best" if (output_dir / "best").exists() else "last")
+                if kept.exists():
+                    setup.publisher.push(kept, f"Model of epoch {epoch + 1}")
     log.bar.close()
     assert_equal_on_ranks("momentum encoders and queues", momentum_tensors(momentum))
     if problem is not None:

@@ -14,9 +14,11 @@ two, or DDP out of DeepSpeed), so the built Accelerator is compared with the lau
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import json
 import math
 import os
+import platform
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +39,7 @@ __all__ = [
     "backward_and_step",
     "build_accelerator",
     "clamp_parameter",
+    "describe_machine",
     "end",
     "fp32_state_dict",
     "fp32_value",
@@ -129,6 +132,25 @@ def build_accelerator(
     )
     _check_launch(accelerator, launched_as_deepspeed)
     return accelerator
+
+
+def describe_machine(accelerator: Accelerator) -> dict[str, Any]:
+    """What a run runs on, for the model card: {"hardware", "launcher", "precision", "versions"}."""
+    processes = accelerator.num_processes
+    if accelerator.device.type == "cuda":
+        hardware = f"{processes} x {torch.cuda.get_device_name(accelerator.device)}"
+    else:
+        hardware = f"CPU ({platform.machine()}), {processes} process{'es' if processes > 1 else ''}"
+        hardware += f" of {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
+    return {
+        "hardware": hardware,
+        "launcher": accelerator.distributed_type.value,
+        "precision": "bf16 mixed precision" if accelerator.mixed_precision == "bf16" else "fp32",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
+        },
+    }
 
 
 def end(accelerator: Accelerator) -> None:

@@ -155,9 +155,27 @@ class TrainingArguments:
     )
     save_total_limit: int | None = _option(None, "Checkpoints to keep, the newest ones (default: all).")
     resume_from_checkpoint: str | None = _option(None, "A checkpoint folder, or last.")
+    push_to_hub: bool = _option(False, "Upload the best model with its card to --hub_model_id at each save.")
     max_non_finite_steps: int = _option(
         10, "Give up after so many steps in a row with a loss or gradient that is not finite; each changes nothing."
     )
+
+
+@dataclass
+class HubArguments:
+    """Where on the Hub to publish. Kept apart from what a run records: the token is a secret."""
+
+    hub_model_id: str | None = _option(None, "Repository on the Hub, me/name; it is made if it is not there.")
+    hub_private_repo: bool = _option(False, "Make a new repository private, whatever your account says.")
+    hub_token: str | None = _option(None, "Token with write permission (default: HF_TOKEN, or that of hf auth login).")
+    hub_license: str | None = _option(None, "License of the weights for the card, as the Hub calls it: apache-2.0.")
+
+
+@dataclass
+class PublishArguments:
+    """What to publish."""
+
+    model_name_or_path: str | None = _option(None, "Folder of a trained model, such as outputs/mine/best (required).")
 
 
 @dataclass
@@ -376,7 +394,9 @@ __all__ = [
     "DataArguments",
     "EvaluationArguments",
     "EvaluationDataArguments",
+    "HubArguments",
     "ModelArguments",
+    "PublishArguments",
     "TrainDataArguments",
     "TrainingArguments",
     "UsageError",

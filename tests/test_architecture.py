@@ -34,6 +34,7 @@ ALLOWED = {
             "files",
             "interrupts",
             "progress",
+            "publish",
         ),
         *("data.augment", "data.collate", "data.loader", "data.manifest", "data.sources"),
         *("modeling_aliblip", "configuration_aliblip", "processing_aliblip"),
@@ -48,6 +49,7 @@ ALLOWED = {
     },
     "aliblip.accelerator": set(),
     "aliblip.arguments": set(),
+    "aliblip.card": {"files", "metrics", "results"},
     "aliblip.checkpoint": {"accelerator", "arguments", "distributed", "files"},
     "aliblip.backbones": {
         *("arguments", "convert", "configuration_aliblip", "modeling_aliblip", "processing_aliblip"),
@@ -69,6 +71,7 @@ ALLOWED = {
     "aliblip.parts": {"distributed", "files"},
     "aliblip.plan": {"data.sources", "retrieval_aliblip"},
     "aliblip.progress": {"arguments", "distributed", "files", "results"},
+    "aliblip.publish": {"arguments", "card"},
     "aliblip.rankings": {"files", "metrics", "retrieval_aliblip"},
     "aliblip.report": {"files"},
     "aliblip.results": {"distributed", "files", "metrics", "rankings"},

@@ -539,7 +539,7 @@ RUN = TINY[TINY.index("--queue_size") :]  # without what describes a model from 
 
 
 def set_up(*flags) -> train.Setup:
-    groups = [train.ModelArguments, train.TrainDataArguments, train.TrainingArguments]
+    groups = [train.ModelArguments, train.TrainDataArguments, train.TrainingArguments, train.HubArguments]
     return train.set_up(*train.parse(groups, [*RUN, *map(str, flags)]))
 
 

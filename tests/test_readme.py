@@ -15,7 +15,9 @@ from aliblip.arguments import (
     ConvertArguments,
     EvaluationArguments,
     EvaluationDataArguments,
+    HubArguments,
     ModelArguments,
+    PublishArguments,
     TrainDataArguments,
     TrainingArguments,
 )
@@ -27,6 +29,7 @@ PAGES = {
 GROUPS = (
     *(ModelArguments, TrainDataArguments, TrainingArguments),
     *(EvaluationArguments, EvaluationDataArguments, ConvertArguments),
+    *(HubArguments, PublishArguments),
 )
 FLAGS = {field.name for group in GROUPS for field in dataclasses.fields(group)} | {
     "config",
