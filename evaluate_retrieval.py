@@ -68,7 +68,7 @@ from aliblip.submission import submission_rows, verify_submission, write_submiss
 from gallery_aliblip import fingerprint
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
-from retrieval_aliblip import MemoryPlan, readable_bytes
+from retrieval_aliblip import MemoryPlan, size_text
 
 SUBMITTED = 10
 
@@ -372,13 +372,13 @@ def tell_plan(
     size = photos.num_rows * titles.num_rows * 4 if ALL in asked and options.score != "itc" else 0
     if (free := shutil.disk_usage(output_dir).free) < size:
         raise UsageError(
-            f"--k_rerank all writes {readable_bytes(size)}, {readable_bytes(free)} are free in {output_dir}: "
+            f"--k_rerank all writes {size_text(size)}, {size_text(free)} are free in {output_dir}: "
             "give another --output_dir, or a number"
         )
     if int(os.environ.get("RANK", "0")) == 0:
         print(plan)
         if size:
-            print(f"  match logits of all pairs: {readable_bytes(size)} on disk")
+            print(f"  match logits of all pairs: {size_text(size)} on disk")
         if options.dry_run:
             print(expected_time(plan))
     return plan

@@ -390,11 +390,11 @@ class MemoryPlan:
             reranked = f"the {self.k} best of each re-ranked" if self.k else "none re-ranked"
         lines = [
             f"{self.num_images:,} images x {self.num_texts:,} titles, {reranked}",
-            f"  image tokens: {readable_bytes(self.image_tokens)} in {dtype}, {readable_bytes(one_image)} an image; {kept}",
-            f"  embeddings: {readable_bytes(self.embeddings)}; candidates: {readable_bytes(self.candidates)}",
-            f"  search: {readable_bytes(self.search_block)} of scores at a time",
-            f"  re-ranking: {readable_bytes(self.image_kv)} of keys and values, an image at a time; {readable_bytes(self.rerank_pass)} "
-            f"for a pass of {self.rerank_batch_tokens:,} text tokens, {self.pairs_per_pass:,} of the longest titles",
+            f"  image tokens: {size_text(self.image_tokens)} in {dtype}, {size_text(one_image)} an image; {kept}",
+            f"  embeddings: {size_text(self.embeddings)}; candidates: {size_text(self.candidates)}",
+            f"  search: {size_text(self.search_block)} of scores at a time",
+            f"  re-ranking: {size_text(self.image_kv)} of keys and values, an image at a time; "
+            f"{size_text(self.rerank_pass)} for a pass of {self.rerank_batch_tokens:,} text tokens, {self.pairs_per_pass:,} of the longest titles",
             f"  work: {self.embed_flops:.3g} FLOPs to embed, {self.search_flops:.3g} to search, at most "
             f"{self.rerank_flops:.3g} to re-rank {self.max_pairs:,} pairs",
         ]
@@ -450,8 +450,8 @@ def memory_plan(
         if fitting < longest_title:
             needed = image_kv + longest_title * per_token
             raise ValueError(
-                f"{readable_bytes(device_memory)} of device memory given, re-ranking one title of {longest_title} tokens takes "
-                f"{readable_bytes(needed)}: give at least that"
+                f"{size_text(device_memory)} of device memory given, re-ranking one title of {longest_title} tokens "
+                f"takes {size_text(needed)}: give at least that"
             )
         rerank_batch_tokens = min(fitting, RERANK_BATCH_TOKENS)
     pairs_per_pass = max(1, rerank_batch_tokens // longest_title)
@@ -484,7 +484,7 @@ def _image_tokens(config) -> int:
     return (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
 
 
-def readable_bytes(count: float) -> str:
+def size_text(count: float) -> str:
     """12.3 GB, in three digits and powers of 1000."""
     power = min(max(int(math.log10(max(count, 1))) // 3, 0), 4)
     return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
