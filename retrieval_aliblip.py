@@ -394,7 +394,8 @@ class MemoryPlan:
             f"  embeddings: {size_text(self.embeddings)}; candidates: {size_text(self.candidates)}",
             f"  search: {size_text(self.search_block)} of scores at a time",
             f"  re-ranking: {size_text(self.image_kv)} of keys and values, an image at a time; "
-            f"{size_text(self.rerank_pass)} for a pass of {self.rerank_batch_tokens:,} text tokens, {self.pairs_per_pass:,} of the longest titles",
+            f"{size_text(self.rerank_pass)} for a pass of {self.rerank_batch_tokens:,} text tokens, "
+            f"{self.pairs_per_pass:,} of the longest titles",
             f"  work: {self.embed_flops:.3g} FLOPs to embed, {self.search_flops:.3g} to search, at most "
             f"{self.rerank_flops:.3g} to re-rank {self.max_pairs:,} pairs",
         ]
