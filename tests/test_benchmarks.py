@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import bench_gallery, bench_retrieval, bench_search
+from benchmarks import bench_full, bench_gallery, bench_retrieval, bench_search
 
 
 @pytest.fixture(autouse=True)
@@ -66,3 +66,20 @@ def test_gallery_types(tmp_path, capsys):
     assert row["recall@1_near"] == 1
     # mapped, not read: before the first search fewer pages than the file has
     assert row["loaded"]["file"] < row["file_bytes"] / 2 < row["searched"]["file"]
+
+
+def test_full_scale_in_small(tmp_path, capsys):
+    file = tmp_path / "table.json"
+    bench_full.main(
+        ["--tiny", "--num_images", "30", "--num_texts", "20", "--k", "4", "--unit", "8", "--json", str(file)]
+    )
+    table = json.loads(file.read_text())
+    assert capsys.readouterr().out.splitlines()[-1] == f"full ratio={table['ratio']:.4g}"
+    assert set(table["seconds"]) == {"embed", "search", "rerank"} and 120 <= table["pairs"] <= 200
+
+
+def test_the_plan_of_the_full_scale(capsys):
+    bench_full.main(["--dry_run"])
+    told = capsys.readouterr().out
+    assert "50,000 images x 20,000 titles, the 128 best of each re-ranked" in told
+    assert "one H200 in bf16 at 40 % of its 989 TFLOP/s (assumed)" in told
