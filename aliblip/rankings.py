@@ -23,7 +23,7 @@ from aliblip.metrics import RECALL_AT, ranks_after_reranking
 
 SCORES = ("fused", "itm", "itc")
 # Of the ITC similarity, whose differences are small beside those of a logit: steps of the root of two.
-FUSION_WEIGHTS = (0.0, *(2.0 ** (step / 2) for step in range(-4, 15)))
+FUSION_WEIGHTS = (0.0, *(2.0 ** (step / 2) for step in range(-4, 19)))
 
 
 @dataclass

@@ -7,7 +7,7 @@ About forty seconds on one core. Same settings, same bytes; a finished folder of
     --output_dir      folder to make; it must not hold anything else
     --seed            42
     --num_train       10000 photos to train on (one to three of each product)
-    --num_validation  400 products to search for, one photo each; an even number
+    --num_validation  400 products to validate and as many to test, one photo each; an even number
 
 A product is one choice of each attribute:
 
@@ -18,15 +18,16 @@ A product is one choice of each attribute:
     logo          star heart leaf moon
     quantity      1 2 3 4 (pieces in the photo)
 
-23,040 products are possible. A quarter of the combinations of type, colour and pattern is kept for validation: no
-photo to train on shows any of them, so validation asks to put together what was learnt apart. Each validation product
-has a twin which differs in exactly one attribute. Titles are written as sellers write them, in several word orders,
+23,040 products are possible. A quarter of the combinations of type, colour and pattern is kept for validation and
+test: no photo to train on shows any of them, so both ask to put together what was learnt apart. Validation chooses the
+epoch and the fusion weight, test is measured. Each of their products has a twin in its split, which differs in exactly
+one attribute. Titles are written as sellers write them, in several word orders,
 with synonyms and advertising; only those to train on have typing errors or leave something out, so that each
 validation title describes one photo of its split and no other.
 
 What is written:
 
-    data/train-0000x-of-0000y.parquet, data/validation-....parquet
+    data/train-0000x-of-0000y.parquet, data/validation-....parquet, data/test-....parquet
         columns image {bytes, path}, caption, product_id and the attributes; for `datasets` and `train.py --data_dir`
     tokenizer/       a lower-case WordPiece trained on the titles to train on, for `--tokenizer_name`
     catalogue.json   the settings
@@ -53,7 +54,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFilter
 
 # Raise it with every change of what is drawn or written: an older catalogue is then refused instead of silently kept.
-VERSION = 1
+VERSION = 2
 
 # --- the attributes ---------------------------------------------------------------------------------------------------
 
@@ -199,8 +200,9 @@ def all_products() -> list[Product]:
 # --- which products ---------------------------------------------------------------------------------------------------
 
 
-def choose_products(seed: int, num_train: int, num_validation: int) -> tuple[list[Product], list[Product]]:
-    """The products of the train photos (with repetition, `num_train` long) and of the validation (each once).
+def choose_products(seed: int, num_train: int, num_validation: int) -> tuple[list[Product], ...]:
+    """The products of the train photos (with repetition, `num_train` long), of the validation and of the test (each
+    once, `num_validation` of both).
 
     Raises:
         ValueError: more than can be drawn.
@@ -212,21 +214,7 @@ def choose_products(seed: int, num_train: int, num_validation: int) -> tuple[lis
     products = all_products()
     candidates = [product for product in products if product.held_out_by in held_out]
     rng.shuffle(candidates)
-    validation: dict[Product, None] = {}  # a set that keeps the order
-    attributes = itertools.cycle(range(len(Product._fields)))
-    for product in candidates:
-        if len(validation) >= num_validation:
-            break
-        # The attribute by which twins differ takes turns, as far as the held-out combinations allow it.
-        attribute = next(attributes)
-        twins = [product._replace(**{Product._fields[attribute]: value}) for value in CHOICES[attribute]]
-        twins = [t for t in twins if t != product and t.held_out_by in held_out and t not in validation]
-        if product not in validation and twins:
-            validation[product] = validation[rng.choice(twins)] = None
-    if len(validation) < num_validation:
-        raise ValueError(
-            f"--num_validation is {num_validation}: at most {len(validation)} products have a twin; give a lower number"
-        )
+    validation = _draw_with_twins(candidates, held_out, {}, num_validation, rng)
 
     pool = [product for product in products if product.held_out_by not in held_out]
     if num_train > len(pool):
@@ -236,7 +224,32 @@ def choose_products(seed: int, num_train: int, num_validation: int) -> tuple[lis
     rng.shuffle(train)
     validation_products = list(validation)
     rng.shuffle(validation_products)
-    return train, validation_products
+    test_products = list(_draw_with_twins(candidates, held_out, validation, num_validation, rng))
+    rng.shuffle(test_products)
+    return train, validation_products, test_products
+
+
+def _draw_with_twins(
+    candidates: Sequence[Product], held_out: set, taken: dict[Product, None], count: int, rng: random.Random
+) -> dict[Product, None]:
+    """`count` products of the held-out combinations that are not taken, each with its twin, as a set with an order."""
+    drawn: dict[Product, None] = {}
+    attributes = itertools.cycle(range(len(Product._fields)))
+    for product in candidates:
+        if len(drawn) >= count:
+            break
+        # The attribute by which twins differ takes turns, as far as the held-out combinations allow it.
+        attribute = next(attributes)
+        twins = [product._replace(**{Product._fields[attribute]: value}) for value in CHOICES[attribute]]
+        free = [t for t in twins if t.held_out_by in held_out and t not in taken and t not in drawn and t != product]
+        if product not in taken and product not in drawn and free:
+            drawn[product] = drawn[rng.choice(free)] = None
+    if len(drawn) < count:
+        most = len(drawn) + len(taken)
+        raise ValueError(
+            f"--num_validation is {count}, and as many to test: at most {most} products have a twin; give a lower one"
+        )
+    return drawn
 
 
 # --- photos -----------------------------------------------------------------------------------------------------------
@@ -609,16 +622,19 @@ def make_catalogue(output_dir: str | Path, seed: int = 42, num_train: int = 1000
     output = Path(output_dir)
     settings = {"version": VERSION, "seed": seed, "num_train": num_train, "num_validation": num_validation}
     if _finished(output, settings):
-        return f"{output} is up to date (seed {seed}, {num_train} photos to train on, {num_validation} to validate)"
+        return (
+            f"{output} is up to date (seed {seed}, {num_train} photos to train on, {num_validation} to validate, "
+            f"{num_validation} to test)"
+        )
 
-    train, validation = choose_products(seed, num_train, num_validation)
+    train, validation, test = choose_products(seed, num_train, num_validation)
     # In the same folder, so that the last step is a rename and nobody ever sees half a catalogue.
     partial = output.resolve().with_name(f".{output.resolve().name}.partial-{os.getpid()}")
     try:
         (partial / "data").mkdir(parents=True)
         rows = {
             name: list(make_rows(products, name, seed))
-            for name, products in (("train", train), ("validation", validation))
+            for name, products in (("train", train), ("validation", validation), ("test", test))
         }
         for name in rows:
             write_split(partial / "data", name, rows[name])
@@ -629,7 +645,7 @@ def make_catalogue(output_dir: str | Path, seed: int = 42, num_train: int = 1000
         shutil.rmtree(partial, ignore_errors=True)
     return (
         f"{output}: {num_train} photos of {len(set(train))} products to train on, "
-        f"{num_validation} products to validate, {tokens} word pieces (seed {seed})"
+        f"{num_validation} products to validate and {num_validation} to test, {tokens} word pieces (seed {seed})"
     )
 
 

@@ -63,13 +63,14 @@ def test_more_than_2000_products_are_possible():
 
 @pytest.mark.parametrize("seed", [42, 7])
 def test_products_of_the_default_size(seed):
-    train, validation = demo.choose_products(seed, 5000, 400)
-    assert len(train) == 5000 and len(validation) == len(set(validation)) == 400
-    assert (train, validation) == demo.choose_products(seed, 5000, 400)
+    train, validation, test = demo.choose_products(seed, 5000, 400)
+    assert len(train) == 5000 and len(validation) == len(set(validation)) == len(set(test)) == len(test) == 400
+    assert (train, validation, test) == demo.choose_products(seed, 5000, 400)
+    assert not set(validation) & set(test)
 
     # Never seen together: not the product, nor even its type, colour and pattern.
-    assert not set(train) & set(validation)
-    assert not {product.held_out_by for product in train} & {product.held_out_by for product in validation}
+    assert not set(train) & set(validation + test)
+    assert not {product.held_out_by for product in train} & {product.held_out_by for product in validation + test}
     # Seen apart: every value, and of every two attributes nearly all pairs of values.
     for first, second in itertools.combinations(range(len(demo.Product._fields)), 2):
         possible = set(itertools.product(demo.CHOICES[first], demo.CHOICES[second]))
@@ -78,20 +79,22 @@ def test_products_of_the_default_size(seed):
         assert {pair[1] for pair in seen} == set(demo.CHOICES[second])
         assert len(seen) >= 0.95 * len(possible)
 
-    twins_by = dict.fromkeys(demo.Product._fields, 0)
-    for product in validation:
-        twins = [other for other in validation if differences(product, other) == 1]
-        assert twins
-        for field in demo.Product._fields:
-            twins_by[field] += any(getattr(product, field) != getattr(twin, field) for twin in twins)
-    assert min(twins_by.values()) >= 40  # every attribute is asked about
+    for products in (validation, test):
+        twins_by = dict.fromkeys(demo.Product._fields, 0)
+        for product in products:
+            twins = [other for other in products if differences(product, other) == 1]
+            assert twins
+            for field in demo.Product._fields:
+                twins_by[field] += any(getattr(product, field) != getattr(twin, field) for twin in twins)
+        assert min(twins_by.values()) >= 40  # every attribute is asked about
 
 
 def test_too_many_products():
     with pytest.raises(ValueError, match="--num_train is 30000: at most 17280 photos"):
         demo.choose_products(0, 30_000, 40)
-    with pytest.raises(ValueError, match="--num_validation is 9000: at most"):
-        demo.choose_products(0, 100, 9000)
+    for too_many in (9000, 4000):  # for the validation; for the test after it
+        with pytest.raises(ValueError, match=f"--num_validation is {too_many}, and as many to test: at most"):
+            demo.choose_products(0, 100, too_many)
 
 
 # --- titles and photos ------------------------------------------------------------------------------------------------
@@ -158,18 +161,19 @@ def test_same_seed_same_bytes(catalogue, tmp_path):
 
 
 def test_rows(catalogue):
-    train, validation = rows(catalogue, "train"), rows(catalogue, "validation")
-    assert len(train) == TRAIN and len(validation) == VALIDATION
-    for row in train + validation:
+    train, validation, test = (rows(catalogue, split) for split in ("train", "validation", "test"))
+    assert len(train) == TRAIN and len(validation) == len(test) == VALIDATION
+    for row in train + validation + test:
         product = product_of(row)
         assert row["product_id"] == product.product_id
         with Image.open(io.BytesIO(row["image"]["bytes"])) as photo:
             assert photo.format == "JPEG" and photo.size == (demo.PHOTO, demo.PHOTO) and photo.mode == "RGB"
-    assert not {row["product_id"] for row in train} & {row["product_id"] for row in validation}
-    assert len({row["product_id"] for row in validation}) == VALIDATION  # one photo each
-    for row in validation:
-        assert read_title(row["caption"]) == {product_of(row)}
-        assert any(differences(product_of(row), product_of(other)) == 1 for other in validation)
+    assert not {row["product_id"] for row in train} & {row["product_id"] for row in validation + test}
+    assert len({row["product_id"] for row in validation + test}) == 2 * VALIDATION  # one photo each
+    for split in (validation, test):
+        for row in split:
+            assert read_title(row["caption"]) == {product_of(row)}
+            assert any(differences(product_of(row), product_of(other)) == 1 for other in split)
 
 
 def test_rows_are_cut_into_shards(catalogue, tmp_path, monkeypatch):
@@ -185,7 +189,7 @@ def test_rows_are_cut_into_shards(catalogue, tmp_path, monkeypatch):
 def test_datasets_streams_every_shard(catalogue):
     import datasets
 
-    for split, count in (("train", TRAIN), ("validation", VALIDATION)):
+    for split, count in (("train", TRAIN), ("validation", VALIDATION), ("test", VALIDATION)):
         stream = datasets.load_dataset(str(catalogue), split=split, streaming=True)
         assert stream.column_names == ["image", "caption", "product_id", *demo.Product._fields]
         read = list(stream)
