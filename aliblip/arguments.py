@@ -259,6 +259,9 @@ class ServeArguments:
     such as ALIBLIP_GALLERY; flags win."""
 
     model_name_or_path: str | None = _option(None, "Folder or Hub name of the model, or an original file (required).")
+    tokenizer_name: str | None = _option(
+        None, "Folder, vocab.txt or Hub name (default: the model's own; for original files bert-base-uncased)."
+    )
     gallery: str | None = _option(
         None,
         "What to search (required): a folder of photos, of Parquet files or tars, embedded at the start; or the folder "

@@ -194,7 +194,7 @@ def open_searcher(options: ServeArguments) -> Searcher:
         else:
             source = open_source(data_dir=options.gallery, split="train", any_split=True, sides="images")
             require_usable_row(source)
-        model, processor, _ = load_pretrained(options.model_name_or_path)
+        model, processor, _ = load_pretrained(options.model_name_or_path, tokenizer_name=options.tokenizer_name)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         pipe = AliBlipImageTextRetrievalPipeline(model=model.to(device), processor=processor, device=device)
         if source is None:
@@ -290,18 +290,10 @@ def page(searcher: Searcher, options: ServeArguments):
     import gradio as gr
     from starlette.middleware import Middleware
 
-    class Photo(gr.Image):
-        """An image component that hands over the uploaded file as it came: `decode` is to look at it, with limits."""
-
-        is_template = True  # the frontend's component is that of gr.Image
-
-        def preprocess(self, payload: Any) -> str | None:
-            return None if payload is None else payload.path
-
-        async def async_move_resource_to_block_cache(self, url_or_file_path: Any) -> str | None:
-            if "://" in str(url_or_file_path):
-                raise gr.Error("Send the photo itself, not its address", print_exception=False)
-            return await super().async_move_resource_to_block_cache(url_or_file_path)
+    async def no_address(file: Any) -> str:
+        if "://" in str(file):
+            raise gr.Error("Send the photo itself, not its address", print_exception=False)
+        return file  # Gradio has made sure that it is an upload
 
     def readable(search: Callable) -> Callable:
         """A search whose mistakes are shown instead of a traceback."""
@@ -343,9 +335,13 @@ def page(searcher: Searcher, options: ServeArguments):
                     if found := example_titles(searcher.gallery):
                         gr.Examples(found, title, label="Examples")
                 with gr.Tab("By photo"):
-                    photo = Photo(
+                    photo = gr.Image(
                         label="Photo", type="filepath", sources=["upload", "clipboard"], height=280, buttons=[]
                     )
+                    # Gradio would open the file, or fetch one, without limits and with tracebacks. (Not by a class of
+                    # our own: Gradio writes a .pyi file beside the code of each.)
+                    photo.preprocess = lambda upload: upload and upload.path
+                    photo.async_move_resource_to_block_cache = no_address
                     photo_button = gr.Button("Search", variant="primary")
                 with gr.Accordion("Settings", open=False):
                     top_k = gr.Slider(1, MAX_TOP_K, options.top_k, step=1, label="Results")
