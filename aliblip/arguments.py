@@ -267,6 +267,7 @@ class ServeArguments:
         "What to search (required): a folder of photos, of Parquet files or tars, embedded at the start; or the folder "
         "or Hub name of a gallery.",
     )
+    split_name: str = _option("train", "Split to search, where the photos' folder has several.")
     gallery_dir: str | None = _option(
         None, "Folder to keep the embedded photos in, for the next start (default: embedded at each start)."
     )

@@ -51,6 +51,7 @@ WAITING_SEARCHES = 100
 # Uploads and thumbnails in Gradio's folder of temporary files: looked at, and removed, after so many seconds.
 KEPT_SECONDS = 3600
 EXAMPLES = 5
+EMPTY_TITLE = "Type what you are looking for, such as: striped blue mug"
 
 _UPLOAD_SUFFIXES = ("avif", "bmp", "gif", "jp2", "jpeg", "jpg", "png", "tif", "tiff", "webp")
 _COLUMNS = ("id", "score", "itc", "itm_logit", "itm_probability")
@@ -89,7 +90,7 @@ class Searcher:
             ValueError: an empty title, a number out of its bounds.
         """
         if not isinstance(title, str) or not title.strip():
-            raise ValueError("Type what you are looking for, such as: striped blue mug")
+            raise ValueError(EMPTY_TITLE)
         return self.pipe(
             title,
             gallery=self.gallery,
@@ -192,7 +193,7 @@ def open_searcher(options: ServeArguments) -> Searcher:
         if is_gallery(options.gallery):
             gallery = Gallery.load(options.gallery, photo_root=options.photo_root)
         else:
-            source = open_source(data_dir=options.gallery, split="train", any_split=True, sides="images")
+            source = open_source(data_dir=options.gallery, split=options.split_name, any_split=True, sides="images")
             require_usable_row(source)
         model, processor, _ = load_pretrained(options.model_name_or_path, tokenizer_name=options.tokenizer_name)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -227,7 +228,7 @@ class Items:
     def photo_of(self, item: dict) -> Any:
         """What `decode` takes as the image of a gallery's item."""
         if self._files is not None:
-            return self._files[item["id"]]
+            return self._files.get(item["id"])
         return next(self._source.read_range(item["id"], item["id"] + 1)).image
 
     def ids(self) -> set:
@@ -295,35 +296,28 @@ def page(searcher: Searcher, options: ServeArguments):
             raise gr.Error("Send the photo itself, not its address", print_exception=False)
         return file  # Gradio has made sure that it is an upload
 
-    def readable(search: Callable) -> Callable:
-        """A search whose mistakes are shown instead of a traceback."""
+    def show(search: Callable, *given) -> tuple[str, list, list]:
+        """What the page shows for a search: a message, and pictures and table, or none after a mistake."""
+        try:
+            results = search(*given)
+        except ValueError as error:
+            return f"### {error}", [], []
+        return "", *shown(searcher, results)
 
-        @functools.wraps(search)
-        def wrapped(*args):
-            try:
-                return search(*args)
-            except ValueError as error:
-                raise gr.Error(str(error), print_exception=False) from error
+    def answer(search: Callable, *given) -> list[dict]:
+        """What a program gets. The paths of photos stay here."""
+        try:
+            return [{name: result[name] for name in _COLUMNS} for result in search(*given)]
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from error
 
-        return wrapped
-
-    @readable
-    def show_title(title, top_k, rerank):
-        return shown(searcher, searcher.by_title(title, top_k, rerank))
-
-    @readable
-    def show_photo(photo, top_k):
-        return shown(searcher, searcher.by_photo(photo, top_k))
-
-    @readable
     def search_by_title(title, top_k, rerank):
         """Photos of the gallery for a title, best first, re-ranked among the `rerank` most similar (0: not at all)."""
-        return answer(searcher.by_title(title, top_k, rerank))
+        return answer(searcher.by_title, title, top_k, rerank)
 
-    @readable
     def search_by_photo(photo, top_k):
         """The most similar photos of the gallery, best first."""
-        return answer(searcher.by_photo(photo, top_k))
+        return answer(searcher.by_photo, photo, top_k)
 
     with gr.Blocks(title="Photo search", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as blocks:
         gr.Markdown(f"# Photo search\nType a title or drop a photo to search {len(searcher.gallery):,} photos.")
@@ -354,6 +348,7 @@ def page(searcher: Searcher, options: ServeArguments):
                         info="ITM looks at so many of the most similar photos together with the title. 0: ITC alone.",
                     )
             with gr.Column(scale=3):
+                message = gr.Markdown()
                 pictures = gr.Gallery(
                     label="Photos",
                     columns=4,
@@ -373,9 +368,10 @@ def page(searcher: Searcher, options: ServeArguments):
                     "ITC: cosine similarity of photo and query. Match: the probability, by ITM, that photo and title "
                     "belong together. Photos are ordered by ITM logit + ITC, or by ITC where nothing is re-ranked."
                 )
-        results = {"outputs": [pictures, table], "api_visibility": "private"}
-        gr.on([title.submit, title_button.click], show_title, [title, top_k, rerank], **results)
-        gr.on([photo.upload, photo_button.click], show_photo, [photo, top_k], **results)
+        to_page = {"outputs": [message, pictures, table], "api_visibility": "private"}
+        by_title, by_photo = functools.partial(show, searcher.by_title), functools.partial(show, searcher.by_photo)
+        gr.on([title.submit, title_button.click], by_title, [title, top_k, rerank], **to_page)
+        gr.on([photo.upload, photo_button.click], by_photo, [photo, top_k], **to_page)
         # The same searches for programs, hidden in the page.
         call, found = gr.Button(visible=False), gr.JSON(visible=False)
         call.click(search_by_title, [title, top_k, rerank], found, api_name="search_by_title")
@@ -388,6 +384,7 @@ def page(searcher: Searcher, options: ServeArguments):
         share=False,
         max_file_size=options.max_upload_mb * 2**20,
         theme=gr.themes.Default(font=system_fonts, font_mono=["ui-monospace", "monospace"]),
+        css=".caption-label { max-width: 100% !important; white-space: normal !important; }",  # whole captions
         footer_links=["api"],
         ssr_mode=False,
         app_kwargs={"middleware": [Middleware(NamelessUploads)]},
@@ -406,11 +403,6 @@ def shown(searcher: Searcher, results: list[dict]) -> tuple[list, list]:
         numbers = [result[name] for name in ("itc", "itm_logit", "itm_probability", "score")]
         rows.append([rank, str(result["id"]), *(None if number is None else round(number, 4) for number in numbers)])
     return pictures, rows
-
-
-def answer(results: list[dict]) -> list[dict]:
-    """Results as programs get them: the paths of photos stay here."""
-    return [{name: result[name] for name in _COLUMNS} for result in results]
 
 
 def example_titles(gallery: Gallery) -> list[str]:
