@@ -133,12 +133,7 @@ class Searcher:
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> int:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or value != int(value)
-        or not low <= value <= high
-    ):
+    if not isinstance(value, (int, float)) or value != int(value) or not low <= value <= high:
         raise ValueError(f"{name}: a whole number from {low} to {high} is accepted, not {value!r}")
     return int(value)
 
@@ -373,9 +368,9 @@ def page(searcher: Searcher, options: ServeArguments):
         gr.on([title.submit, title_button.click], by_title, [title, top_k, rerank], **to_page)
         gr.on([photo.upload, photo_button.click], by_photo, [photo, top_k], **to_page)
         # The same searches for programs, hidden in the page.
-        call, found = gr.Button(visible=False), gr.JSON(visible=False)
-        call.click(search_by_title, [title, top_k, rerank], found, api_name="search_by_title")
-        call.click(search_by_photo, [photo, top_k], found, api_name="search_by_photo")
+        call, answered = gr.Button(visible=False), gr.JSON(visible=False)
+        call.click(search_by_title, [title, top_k, rerank], answered, api_name="search_by_title")
+        call.click(search_by_photo, [photo, top_k], answered, api_name="search_by_photo")
 
     blocks.queue(max_size=WAITING_SEARCHES, default_concurrency_limit=SEARCHES_AT_ONCE)
     system_fonts = ["system-ui", "sans-serif"]  # Gradio's own come from a server
