@@ -133,7 +133,7 @@ class Searcher:
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> int:
-    if not isinstance(value, (int, float)) or value != int(value) or not low <= value <= high:
+    if not isinstance(value, (int, float)) or not low <= value <= high or value != int(value):
         raise ValueError(f"{name}: a whole number from {low} to {high} is accepted, not {value!r}")
     return int(value)
 
@@ -322,7 +322,7 @@ def page(searcher: Searcher, options: ServeArguments):
                     title = gr.Textbox(label="Title", placeholder="striped blue mug", max_length=10_000, autofocus=True)
                     title_button = gr.Button("Search", variant="primary")
                     if found := example_titles(searcher.gallery):
-                        gr.Examples(found, title, label="Examples")
+                        gr.Examples(found, title, label="Examples", api_visibility="private")
                 with gr.Tab("By photo"):
                     photo = gr.Image(
                         label="Photo", type="filepath", sources=["upload", "clipboard"], height=280, buttons=[]

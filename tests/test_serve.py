@@ -259,17 +259,30 @@ def test_without_gradio_one_line_says_what_to_install(monkeypatch):
         serve.check(ServeArguments())
 
 
+class Named:
+    """As much of a gallery as tells ids."""
+
+    def __init__(self, *ids):
+        self._ids = ids
+
+    def __len__(self):
+        return len(self._ids)
+
+    def item(self, position):
+        return {"id": self._ids[position]}
+
+
+NAMED = Named("a/striped_blue-mug.jpg", "7.jpg", "IMG_0042.jpg", 3, "mug.png")
+
+
 def test_examples_are_titles_made_of_the_names_of_photos():
-    class Named:
-        def __init__(self, *ids):
-            self._ids = ids
+    assert serve.example_titles(NAMED) == ["striped blue mug"]
 
-        def __len__(self):
-            return len(self._ids)
 
-        def item(self, position):
-            return {"id": self._ids[position]}
-
-    assert serve.example_titles(Named("a/striped_blue-mug.jpg", "7.jpg", "IMG_0042.jpg", 3, "mug.png")) == [
-        "striped blue mug"
-    ]
+@needs_gradio
+def test_the_api_is_two_named_endpoints_and_nothing_of_the_page():
+    searcher = SimpleNamespace(gallery=NAMED, by_title=None, by_photo=None)
+    info = serve.page(searcher, ServeArguments()).get_api_info()
+    assert set(info["named_endpoints"]) == {"/search_by_title", "/search_by_photo"} and not info["unnamed_endpoints"]
+    names = [given["parameter_name"] for given in info["named_endpoints"]["/search_by_title"]["parameters"]]
+    assert names == ["title", "top_k", "rerank"]
