@@ -271,6 +271,39 @@ class ConvertArguments:
     text_config: str | None = _option(None, "The same for the BERT.")
 
 
+@dataclass
+class ServeArguments:
+    """What the search page searches, and where it listens. Each can also be given as a variable of the environment,
+    such as ALIBLIP_GALLERY; flags win."""
+
+    model_name_or_path: str | None = _option(None, "Folder or Hub name of the model, or an original file (required).")
+    tokenizer_name: str | None = _option(
+        None, "Folder, vocab.txt or Hub name (default: the model's own; for original files bert-base-uncased)."
+    )
+    gallery: str | None = _option(
+        None,
+        "What to search (required): a folder of photos, of Parquet files or tars, embedded at the start; or the folder "
+        "or Hub name of a gallery.",
+    )
+    split_name: str = _option("train", "Split to search, where the photos' folder has several.")
+    gallery_dir: str | None = _option(
+        None, "Folder to keep the embedded photos in, for the next start (default: embedded at each start)."
+    )
+    store_tokens: bool = _option(
+        True,
+        "Keep image tokens of the embedded photos, so that re-ranking is fast: 0.9 MB a photo with base at 384 px.",
+    )
+    photo_root: str | None = _option(None, "Folder of the photos that a gallery names by relative paths.")
+    top_k: int = _option(12, "Results at first; the visitor may choose others.")
+    rerank: int = _option(64, "Candidates that ITM re-ranks at first; 0: ITC alone.")
+    max_upload_mb: int = _option(20, "Largest photo that can be dropped, in MiB.")
+    server_name: str | None = _option(
+        None,
+        "Address to listen on; 0.0.0.0: everywhere (default: GRADIO_SERVER_NAME, or 127.0.0.1: this machine only).",
+    )
+    server_port: int | None = _option(None, "Port (default: GRADIO_SERVER_PORT, or the first free one from 7860 on).")
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str):
         raise UsageError(f"{message}; see --help")
@@ -397,6 +430,7 @@ __all__ = [
     "HubArguments",
     "ModelArguments",
     "PublishArguments",
+    "ServeArguments",
     "TrainDataArguments",
     "TrainingArguments",
     "UsageError",

@@ -75,6 +75,7 @@ ALLOWED = {
     "aliblip.rankings": {"files", "metrics", "retrieval_aliblip"},
     "aliblip.report": {"files"},
     "aliblip.results": {"distributed", "files", "metrics", "rankings"},
+    "aliblip.serve": {"arguments", "convert", "data.sources", "gallery_aliblip", "pipeline_aliblip"},
     "aliblip.submission": {"files"},
     "aliblip.data.__init__": set(),
     "aliblip.data.augment": set(),
