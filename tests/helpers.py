@@ -1,4 +1,4 @@
-"""Real processes for the tests: `run` and `launch` for scripts, `run_ranks` for many short runs, `spawn` for functions."""
+"""Real processes for the tests: `run`, `launch` and `run_ranks` for scripts, `spawn` for functions."""
 
 from __future__ import annotations
 
