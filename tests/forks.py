@@ -157,14 +157,17 @@ def _run(command: list[str]) -> None:
     else:
         sys.argv = command
         sys.path[0] = str(Path(command[0]).resolve().parent)
+        sys.path[1:1] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in sys.path]
         runpy.run_path(command[0], run_name="__main__")
 
 
 if __name__ == "__main__":
+    import gc
     import importlib
     import threading
 
     for library in _LIBRARIES:
         importlib.import_module(library)
     assert threading.active_count() == 1, threading.enumerate()
+    gc.freeze()  # else the first collection in each child would copy all of it
     _run(serve(socket.socket(fileno=int(sys.argv[1]))))

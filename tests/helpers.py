@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -18,8 +19,8 @@ from typing import Any
 
 import forks
 import psutil
+import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "accelerate_configs"
@@ -226,26 +227,27 @@ def assert_succeeded(result: subprocess.CompletedProcess) -> None:
     assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout[-6000:]}\n{result.stderr[-6000:]}"
 
 
-def _spawned(rank: int, fn: Callable, world_size: int, folder: str, args: tuple) -> None:
-    import torch
+def spawn(fn: Callable, world_size: int, *args: Any) -> list[Any]:
+    """Run `fn(*args)` in `world_size` gloo processes, by fork, and return what each rank returned, in rank order.
 
-    torch.set_num_threads(1)
+    `fn` has to be a function of a module (it is pickled). An exception on any rank fails the test with its traceback.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "call.pickle").write_bytes(pickle.dumps((fn, args)))
+        commands = [[sys.executable, __file__, folder, world_size, rank] for rank in range(world_size)]
+        assert_succeeded(_run_forked(commands, [environment()] * world_size, cwd=Path.cwd()))
+        return [torch.load(Path(folder, f"result{rank}.pt"), weights_only=False) for rank in range(world_size)]
+
+
+def _spawned(folder: str, world_size: int, rank: int) -> None:
+    """What each process of `spawn` does."""
+    fn, args = pickle.loads(Path(folder, "call.pickle").read_bytes())
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     try:
-        torch.save(fn(*args), f"{folder}/result{rank}.pt")
+        torch.save(fn(*args), Path(folder, f"result{rank}.pt"))
     finally:
         dist.destroy_process_group()
 
 
-def spawn(fn: Callable, world_size: int, *args: Any) -> list[Any]:
-    """Run `fn(*args)` in `world_size` gloo processes and return what each rank returned, in rank order.
-
-    `fn` has to be a function of a module (it is pickled). An exception on any rank is raised here.
-    """
-    import torch
-
-    with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(
-            _spawned, args=(fn, world_size, folder, args), nprocs=world_size, join=True, start_method="spawn"
-        )
-        return [torch.load(f"{folder}/result{rank}.pt", weights_only=False) for rank in range(world_size)]
+if __name__ == "__main__":
+    _spawned(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
