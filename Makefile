@@ -35,7 +35,7 @@ demo: $(VENV)/.installed
 		--k_rerank 32 --output_dir demo/output/evaluation --contact_sheet demo/output/contact_sheet.png
 
 test: $(VENV)/.installed
-	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 style: $(VENV)/.installed
 	@$(BIN)/ruff check .

@@ -3,8 +3,6 @@
 import os
 import tempfile
 
-import pytest
-
 # Before torch and the Hub libraries read them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -13,9 +11,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 _modules = tempfile.TemporaryDirectory(prefix="aliblip-modules-")
 os.environ["HF_MODULES_CACHE"] = _modules.name
 
+# A worker of pytest-xdist takes whole files, in this order: those that take long must not be left to the end.
+_LONGEST = ("test_survival", "test_launch", "test_train", "test_evaluation")
 
-def pytest_itemcollected(item):
-    """Side by side, the tests of a file share a process, as they share fixtures; not those marked `alone`."""
-    if item.config.pluginmanager.hasplugin("xdist"):
-        group = item.nodeid if item.get_closest_marker("alone") else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST))

@@ -91,7 +91,6 @@ CASES = [
 ]
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("config, workers, accumulation, recompute, interruptions", CASES)
 def test_an_interrupted_run_repeats_the_uninterrupted_one(
     flags, tmp_path, config, workers, accumulation, recompute, interruptions
@@ -142,7 +141,6 @@ def test_an_interrupted_run_repeats_the_uninterrupted_one(
         assert len(rows) == len(planned) and len(set(rows)) == len(rows) - holes
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("config", ["cpu.yaml", "cpu_2_processes.yaml", "deepspeed_zero2_cpu.yaml"])
 def test_a_step_that_is_not_finite_changes_nothing_and_many_end_the_run(flags, tmp_path, config):
     # Two batches a step, of which the second breaks: what the first one put into the queues has to go again.
@@ -188,7 +186,6 @@ def test_a_step_that_is_not_finite_changes_nothing_and_many_end_the_run(flags, t
     assert steps_of(tmp_path / "resumed") == expected and len(expected) == 3
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("config", ["cpu.yaml", "cpu_2_processes.yaml"])
 def test_an_error_on_one_rank_ends_the_job_with_that_error(flags, tmp_path, config):
     # With readers: Python waits for them at its end, and they must not wait for Python.
@@ -202,7 +199,6 @@ def test_an_error_on_one_rank_ends_the_job_with_that_error(flags, tmp_path, conf
     assert Path(status["checkpoint"]).name == "checkpoint-2"
 
 
-@pytest.mark.alone
 def test_the_second_ctrl_c_ends_at_once(flags, tmp_path):
     going = BackgroundRun("cpu_2_processes.yaml", tmp_path / "run", flags, ALIBLIP_PAUSE="30")
     going.wait_until(lambda: (tmp_path / "run" / "status.json").exists() and len(going.ranks()) == 2)
@@ -214,7 +210,6 @@ def test_the_second_ctrl_c_ends_at_once(flags, tmp_path):
     assert going.wait(10) != 0
 
 
-@pytest.mark.alone
 def test_a_launcher_that_is_killed_takes_a_checkpoint_with_it(flags, tmp_path):
     going = BackgroundRun("cpu_2_processes.yaml", tmp_path / "run", [*flags, "--num_train_epochs", 1000])
     going.wait_until(lambda: going.step() >= 2)
@@ -228,7 +223,6 @@ def test_a_launcher_that_is_killed_takes_a_checkpoint_with_it(flags, tmp_path):
     assert Path(status["checkpoint"]).name == f"checkpoint-{status['step']}"
 
 
-@pytest.mark.alone
 def test_a_full_disk_keeps_the_run_and_the_old_checkpoint(flags, tmp_path):
     folder = tmp_path / "run"
     flags = [*flags, "--num_train_epochs", 1, "--evaluate_every", 0, "--output_dir", folder]
