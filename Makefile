@@ -37,7 +37,7 @@ demo: $(VENV)/.installed
 		--contact_sheet demo/output/contact_sheet.png --report demo/output/report.html
 
 test: $(VENV)/.installed
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 style: $(VENV)/.installed
 	@$(BIN)/ruff check .

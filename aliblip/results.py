@@ -18,7 +18,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import numpy as np
 import torch
 from torch import Tensor
@@ -138,6 +137,8 @@ def _measure_direction(retrieval: Retrieval, direction, queries: Side, gallery: 
 
 @functools.cache
 def _metric():
+    import evaluate  # a tenth of the time that the training script needs to start, with pandas and datasets
+
     # In memory: evaluations that run at the same time on one machine would share the metric's cache file otherwise.
     return evaluate.load(str(_METRIC), keep_in_memory=True)
 

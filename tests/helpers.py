@@ -1,21 +1,26 @@
-"""Real processes for the tests: `launch` for scripts, `spawn` for functions."""
+"""Real processes for the tests: `run`, `launch` and `run_ranks` for scripts, `spawn` for functions."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import os
+import pickle
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import forks
 import psutil
+import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "accelerate_configs"
@@ -48,7 +53,7 @@ def environment(**extra: str) -> dict[str, str]:
     return kept | extra
 
 
-def _kill(process: subprocess.Popen) -> None:
+def _kill(process: subprocess.Popen | forks.Forked) -> None:
     """End a process and everything it started, each by its id: torchrun's workers are not in the group of torchrun."""
     try:
         started = psutil.Process(process.pid).children(recursive=True)
@@ -94,6 +99,69 @@ def run(
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
+def _run_forked(
+    commands: Sequence[Sequence[str | os.PathLike]],
+    envs: Sequence[dict[str, str]],
+    cwd: str | os.PathLike = ROOT,
+    timeout: float = 300,
+) -> subprocess.CompletedProcess:
+    """Run commands side by side, by fork, until all have ended or one has failed: then the others have 30 s to end.
+
+    Returns:
+        the output of all of them together, and the first exit code that is not 0.
+
+    Raises:
+        subprocess.TimeoutExpired: as `run`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ("stdout", "stderr")]
+        processes = [start_forked(command, env, *files, cwd=cwd) for command, env in zip(commands, envs, strict=True)]
+        end, failed = time.monotonic() + timeout, False
+        try:
+            while any(process.poll() is None for process in processes):
+                if time.monotonic() > end:
+                    raise subprocess.TimeoutExpired(processes[0].args, timeout)
+                if not failed and any(process.poll() for process in processes):
+                    failed, end = True, min(end, time.monotonic() + 30)
+                time.sleep(0.01)
+        except BaseException as error:
+            for process in processes:
+                _kill(process)
+            if isinstance(error, subprocess.TimeoutExpired):
+                error.stdout, error.stderr = (file.read_text(errors="replace") for file in files)
+            raise
+        code = next((process.returncode for process in processes if process.returncode), 0)
+        return subprocess.CompletedProcess(
+            processes[0].args, code, *(file.read_text(errors="replace") for file in files)
+        )
+
+
+def start_forked(
+    command: Sequence[str | os.PathLike],
+    env: dict[str, str],
+    stdout: Path,
+    stderr: Path,
+    cwd: str | os.PathLike = ROOT,
+) -> forks.Forked:
+    """`forks.start` in the environment of the tests."""
+    return forks.start(command, env=env, base=environment(), cwd=cwd, stdout=stdout, stderr=stderr)
+
+
+def run_forked(command: Sequence[str | os.PathLike], **options: Any) -> subprocess.CompletedProcess:
+    """`run` for `[sys.executable, SCRIPT, ...]` without the time that its imports take, see `forks`."""
+    env = environment(**(options.pop("env", None) or {}))
+    return _run_forked([command], [env], **options)
+
+
+def launch_command(config_yaml: str | os.PathLike, launcher_args: Sequence[str] = ()) -> list[str | os.PathLike]:
+    """`accelerate launch` on a free port; a script and its arguments follow."""
+    return [
+        *(sys.executable, "-m", "accelerate.commands.launch"),
+        *("--config_file", CONFIGS / config_yaml, "--main_process_port", str(free_port())),
+        *launcher_args,
+    ]
+
+
 def launch(
     config_yaml: str | os.PathLike,
     script: str | os.PathLike,
@@ -104,6 +172,8 @@ def launch(
 ) -> subprocess.CompletedProcess:
     """Run `accelerate launch --config_file CONFIG SCRIPT ARGS` from the repository root.
 
+    The launcher begins as a fork, as it would import torch for nothing; the processes that it starts begin as always.
+
     Args:
         config_yaml: a path, or the name of a file in `accelerate_configs/`.
         script: the script to start.
@@ -112,14 +182,44 @@ def launch(
         timeout: seconds.
         launcher_args: flags for the launcher itself.
     """
-    command = [
-        *(sys.executable, "-m", "accelerate.commands.launch"),
-        *("--config_file", CONFIGS / config_yaml, "--main_process_port", str(free_port())),
-        *launcher_args,
-        script,
-        *args,
-    ]
-    return run(command, env=env, timeout=timeout)
+    command = [*launch_command(config_yaml, launcher_args), script, *args]
+    return run_forked(command, env=env, timeout=timeout)
+
+
+_WRITE_ENVIRONMENT = """import json, os, sys
+json.dump(dict(os.environ), open(f"{sys.argv[1]}/{os.environ.get('RANK', '0')}.json", "w"))
+"""
+
+
+@functools.cache
+def _told_by_the_launcher(config_yaml: str) -> list[dict[str, str]]:
+    """The environment in which `accelerate launch` starts a script, rank by rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "script.py")
+        script.write_text(_WRITE_ENVIRONMENT)
+        assert_succeeded(launch(config_yaml, script, [folder]))
+        files = sorted(Path(folder).glob("*.json"), key=lambda file: int(file.stem))
+        return [json.loads(file.read_text()) for file in files]
+
+
+def environments_of_ranks(config_yaml: str, **extra: str) -> list[dict[str, str]]:
+    """The environments of the processes of a run that no launcher watches over: as the launcher would set them, but on
+    a port of their own, where rank 0 opens the store that otherwise is the launcher's."""
+    own = {"MASTER_PORT": str(free_port()), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    return [env | (own if "MASTER_PORT" in env else {}) | extra for env in _told_by_the_launcher(config_yaml)]
+
+
+def run_ranks(
+    config_yaml: str,
+    script: str | os.PathLike,
+    args: Sequence[str | os.PathLike] = (),
+    env: dict[str, str] | None = None,
+    timeout: float = 300,
+) -> subprocess.CompletedProcess:
+    """The processes that `launch` would start, without a launcher and by fork: for what runs compute, not for how they
+    start and end."""
+    envs = environments_of_ranks(config_yaml, **(env or {}))
+    return _run_forked([[sys.executable, script, *args]] * len(envs), envs, timeout=timeout)
 
 
 def assert_succeeded(result: subprocess.CompletedProcess) -> None:
@@ -127,26 +227,27 @@ def assert_succeeded(result: subprocess.CompletedProcess) -> None:
     assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout[-6000:]}\n{result.stderr[-6000:]}"
 
 
-def _spawned(rank: int, fn: Callable, world_size: int, folder: str, args: tuple) -> None:
-    import torch
+def spawn(fn: Callable, world_size: int, *args: Any) -> list[Any]:
+    """Run `fn(*args)` in `world_size` gloo processes, by fork, and return what each rank returned, in rank order.
 
-    torch.set_num_threads(1)
+    `fn` has to be a function of a module (it is pickled). An exception on any rank fails the test with its traceback.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "call.pickle").write_bytes(pickle.dumps((fn, args)))
+        commands = [[sys.executable, __file__, folder, world_size, rank] for rank in range(world_size)]
+        assert_succeeded(_run_forked(commands, [environment()] * world_size, cwd=Path.cwd()))
+        return [torch.load(Path(folder, f"result{rank}.pt"), weights_only=False) for rank in range(world_size)]
+
+
+def _spawned(folder: str, world_size: int, rank: int) -> None:
+    """What each process of `spawn` does."""
+    fn, args = pickle.loads(Path(folder, "call.pickle").read_bytes())
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     try:
-        torch.save(fn(*args), f"{folder}/result{rank}.pt")
+        torch.save(fn(*args), Path(folder, f"result{rank}.pt"))
     finally:
         dist.destroy_process_group()
 
 
-def spawn(fn: Callable, world_size: int, *args: Any) -> list[Any]:
-    """Run `fn(*args)` in `world_size` gloo processes and return what each rank returned, in rank order.
-
-    `fn` has to be a function of a module (it is pickled). An exception on any rank is raised here.
-    """
-    import torch
-
-    with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(
-            _spawned, args=(fn, world_size, folder, args), nprocs=world_size, join=True, start_method="spawn"
-        )
-        return [torch.load(f"{folder}/result{rank}.pt", weights_only=False) for rank in range(world_size)]
+if __name__ == "__main__":
+    _spawned(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

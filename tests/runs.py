@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +15,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tiny
-from helpers import CONFIGS, ROOT, environment, free_port
+from helpers import ROOT, environment, environments_of_ranks, launch_command, start_forked
 from PIL import Image
 
 TINY = [
@@ -78,42 +75,26 @@ def rows_of(folder: Path) -> dict[tuple[int, int, int], list[int]]:
     return seen
 
 
-def _hear_signals() -> None:
-    """Undo what a `nohup` or a background job around the tests has told their processes to ignore."""
-    for number in (signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
-
-
 class BackgroundRun:
-    """`accelerate launch` of a recorded training run that a test can signal or kill."""
+    """A recorded training run that a test can signal or kill: under `accelerate launch`, or, for less time, its
+    processes alone (`launched=False`, see `helpers.run_ranks`)."""
 
-    def __init__(self, config: str, folder: Path, args: Sequence, **env: str):
+    def __init__(self, config: str, folder: Path, args: Sequence, launched: bool = True, **env: str):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.output = (folder / "printed.txt").open("a+")
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / config]
-        command += [
-            "--main_process_port",
-            free_port(),
-            ROOT / "tests" / "recorded_train.py",
-            *args,
-            "--output_dir",
-            folder,
-        ]
-        self.process = subprocess.Popen(
-            [str(part) for part in command],
-            cwd=ROOT,
-            env=environment(ALIBLIP_ROWS=str(folder), **env),
-            stdout=self.output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=_hear_signals,
-        )
-        self.launcher = psutil.Process(self.process.pid)
+        script = [ROOT / "tests" / "recorded_train.py", *args, "--output_dir", folder]
+        env["ALIBLIP_ROWS"] = str(folder)
+        if launched:
+            starts = [([*launch_command(config), *script], environment(**env))]
+        else:
+            starts = [([sys.executable, *script], ranks_env) for ranks_env in environments_of_ranks(config, **env)]
+        file = folder / "printed.txt"
+        self.processes = [start_forked(command, env, file, file) for command, env in starts]
+        if launched:
+            self.launcher = psutil.Process(self.processes[0].pid)
 
     @property
     def printed(self) -> str:
-        self.output.flush()
         return (self.folder / "printed.txt").read_text(errors="replace")
 
     def step(self) -> int:
@@ -125,7 +106,7 @@ class BackgroundRun:
     def wait_until(self, condition: Callable[[], bool], timeout: float = 120) -> None:
         end = time.monotonic() + timeout
         while not condition():
-            assert self.process.poll() is None, f"the run is over\n{self.printed[-4000:]}"
+            assert all(process.poll() is None for process in self.processes), f"the run is over\n{self.printed[-4000:]}"
             assert time.monotonic() < end, f"nothing happened in {timeout} s\n{self.printed[-4000:]}"
             time.sleep(0.005)
 
@@ -142,27 +123,36 @@ class BackgroundRun:
                 found[int(values.get("RANK", "0"))] = child
         return [found[rank] for rank in sorted(found)]
 
+    def _started(self) -> list[psutil.Process]:
+        """All processes of the run that are still there, those we started last."""
+        found = []
+        for process in self.processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                own = psutil.Process(process.pid)
+                found = [*own.children(recursive=True), *found, own]
+        return found
+
     def kill(self) -> None:
         """kill -9 of the launcher and of everything it started, at once."""
-        for process in [*self.launcher.children(recursive=True), self.launcher]:
+        for process in self._started():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        self.process.wait()
+        for process in self.processes:
+            process.wait()
 
     def wait(self, timeout: float = 120) -> int:
-        """The launcher's exit code, once it and all that it started are gone."""
-        children = self.launcher.children(recursive=True) if self.process.poll() is None else []
+        """The exit code, once all that was started is gone."""
+        started = self._started()
         try:
-            self.process.wait(timeout)
-            _, alive = psutil.wait_procs(children, timeout=timeout)
+            codes = [process.wait(timeout) for process in self.processes]
+            _, alive = psutil.wait_procs(started, timeout=timeout)
             assert not alive, f"still there: {alive}\n{self.printed[-4000:]}"
         except BaseException:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            for child in children:
-                if child.is_running():
-                    child.kill()
+            for process in started:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             raise
-        return self.process.returncode
+        return next((code for code in codes if code), 0)
 
     def status(self) -> dict:
         return json.loads((self.folder / "status.json").read_text())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
-from helpers import run
+from helpers import run_forked
 
 from aliblip.arguments import (
     ModelArguments,
@@ -91,6 +91,7 @@ arguments.main_with_usage_errors("script", main)
 """
 
 
-def test_a_mistake_ends_a_script_with_exit_code_2_and_one_line():
-    result = run([sys.executable, "-c", SCRIPT])
+def test_a_mistake_ends_a_script_with_exit_code_2_and_one_line(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    result = run_forked([sys.executable, tmp_path / "script.py"])
     assert (result.returncode, result.stdout, result.stderr) == (2, "", "script: error: wrong\n")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from helpers import ROOT, assert_succeeded, run
+from helpers import ROOT, assert_succeeded, run_forked
 from runs import TINY, log_of, write_split
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -615,10 +615,10 @@ def test_training_sets_up_from_two_towers(vit, bert, tokenizer, catalogue, tmp_p
 def test_the_command_converts_and_the_run_starts_where_the_original_left(
     original_file, original_state, blip, tokenizer, catalogue, tmp_path
 ):
-    """Two fresh processes: the command, then the script, which takes up momentum encoders and queues."""
+    """Two processes: the command, then the script, which takes up momentum encoders and queues."""
     command = [sys.executable, "-m", "aliblip.convert", "--model_name_or_path", original_file, "--momentum", "all"]
     command += ["--output_dir", tmp_path / "ours", "--tokenizer_name", tokenizer]
-    result = run([*command, "--vision_config", HEADS["vision_config"], "--text_config", HEADS["text_config"]])
+    result = run_forked([*command, "--vision_config", HEADS["vision_config"], "--text_config", HEADS["text_config"]])
     assert_succeeded(result)
     assert "0.0 M parameters: ViT 2 x 32 (4 heads), 32 px in patches of 8; BERT 2 x 24 (8 heads)" in result.stdout
     assert f"written: {tmp_path / 'ours'}" in result.stdout
@@ -626,7 +626,7 @@ def test_the_command_converts_and_the_run_starts_where_the_original_left(
 
     flags = ["--model_name_or_path", tmp_path / "ours", "--data_dir", catalogue, "--output_dir", tmp_path / "run"]
     flags += ["--queue_size", QUEUE, "--max_train_steps", "2", "--checkpointing_steps", "1", "--momentum", "1"]
-    result = run([sys.executable, "train.py", *RUN, *flags])
+    result = run_forked([sys.executable, "train.py", *RUN, *flags])
     assert_succeeded(result)
     assert "starting from the momentum encoders and queues in momentum.safetensors" in result.stdout + result.stderr
     # 8 rows of the first step are written from the first slot on: the last four are still the file's

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from helpers import ROOT, environment, spawn
+from helpers import ROOT, run_forked, spawn
 from PIL import Image
 
 import gallery_aliblip
@@ -383,9 +382,9 @@ Gallery.build(model, tiny.processor(), Killing(sys.argv[2:]), sys.argv[1],
 
 
 def test_after_kill_9_the_build_goes_on_and_is_equal(model, processor, paths, built, tmp_path):
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), *paths]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    ended = subprocess.run(command, env=environment(PYTHONPATH=path), capture_output=True, text=True, timeout=300)
+    (tmp_path / "script.py").write_text(KILLED)
+    command = [sys.executable, tmp_path / "script.py", tmp_path / "killed", *paths]
+    ended = run_forked(command, env={"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])})
     assert ended.returncode == -9, ended.stderr
     assert ended.stdout.strip() == fingerprint(model) == built.model  # equal in every process
     assert len(list((tmp_path / "killed" / "gallery.build").glob("unit-*"))) == 3

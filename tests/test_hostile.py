@@ -10,7 +10,7 @@ from typing import Any
 import hostile
 import pytest
 import tiny
-from helpers import ROOT, assert_succeeded, run
+from helpers import ROOT, assert_succeeded, run, run_forked
 from PIL import Image, features
 from runs import TINY
 
@@ -199,7 +199,7 @@ def training(layouts, tmp_path_factory):
     flags = ["--data_dir", folder, "--tokenizer_name", root / "tokenizer", "--output_dir", root / "run"]
     flags += ["--per_device_train_batch_size", str(BATCH), "--num_train_epochs", "1", "--evaluate_every", "0"]
     flags += ["--max_skipped_fraction", "0.9"]
-    return root / "run", run([sys.executable, "train.py", *TINY, *flags])
+    return root / "run", run_forked([sys.executable, "train.py", *TINY, *flags])
 
 
 def test_a_training_run_uses_or_lists_every_row(training, layouts):
@@ -218,7 +218,7 @@ def test_an_evaluation_uses_or_lists_every_row(training, layouts, tmp_path):
     flags = ["--model_name_or_path", model / "last", "--data_dir", folder, "--split_name", "train"]
     flags += ["--k_rerank", "4", "--per_device_eval_batch_size", "16", "--output_dir", tmp_path]
     flags += ["--contact_sheet", tmp_path / "sheet.png"]
-    assert_succeeded(run([sys.executable, "evaluate_retrieval.py", *flags]))
+    assert_succeeded(run_forked([sys.executable, "evaluate_retrieval.py", *flags]))
     assert_listed(tmp_path, cases)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["num_images"] == results["num_texts"] == len(cases) - len(expected_rows(cases))

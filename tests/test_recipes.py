@@ -9,7 +9,7 @@ import sys
 import pytest
 import tiny
 import yaml
-from helpers import ROOT, assert_succeeded, run
+from helpers import ROOT, assert_succeeded, run_forked
 from PIL import Image
 
 from aliblip.arguments import ModelArguments, TrainDataArguments, TrainingArguments, parse
@@ -62,7 +62,7 @@ def test_the_published_recipe_trains_at_reduced_depth(tmp_path):
         *("--gradient_checkpointing_vision_layers", "1", "--per_device_train_batch_size", "2", "--queue_size", "16"),
         *("--max_train_steps", "1", "--logging_steps", "1", "--dataloader_num_workers", "0"),
     ]
-    assert_succeeded(run(command))
+    assert_succeeded(run_forked(command))
     entry = json.loads((output / "log.jsonl").read_text().splitlines()[0])
     assert entry["learning_rate"] == 5e-6 and entry["queue_fill"] == 2 / 16
     resolved = json.loads((output / "arguments.json").read_text())

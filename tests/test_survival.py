@@ -14,7 +14,7 @@ import pytest
 import test_files
 import tiny
 import torch
-from helpers import ROOT, assert_succeeded, launch, run
+from helpers import ROOT, assert_succeeded, launch, run, run_forked, run_ranks
 from runs import TINY, BackgroundRun, rows_of, steps_of, write_split
 from safetensors.torch import load_file
 
@@ -49,7 +49,7 @@ def recorded(config: str, folder: Path, flags: list, **env: str) -> None:
     """One run from start to end."""
     folder.mkdir()
     env = {"ALIBLIP_ROWS": str(folder), **env}
-    assert_succeeded(launch(config, RECORDED, [*flags, "--output_dir", folder], env=env))
+    assert_succeeded(run_ranks(config, RECORDED, [*flags, "--output_dir", folder], env=env))
 
 
 def interrupt(how: str, going: BackgroundRun) -> None:
@@ -110,12 +110,12 @@ def test_an_interrupted_run_repeats_the_uninterrupted_one(
     folder, resume = tmp_path / "interrupted", []
     # In the middle of the first epoch, and of a later one.
     for how, after in zip(interruptions, (steps_per_epoch // 2, steps_per_epoch + steps_per_epoch // 2), strict=True):
-        going = BackgroundRun(config, folder, [*flags, *resume])
+        going = BackgroundRun(config, folder, [*flags, *resume], launched=not how.endswith(" all"))
         going.wait_until(lambda going=going, after=after: going.step() >= after and checkpoints(folder))
         interrupt(how, going)
         assert going.step() < total, "it was to be interrupted in its middle"
         resume = ["--resume_from_checkpoint", "last"]
-    assert BackgroundRun(config, folder, [*flags, *resume]).wait() == 0
+    assert BackgroundRun(config, folder, [*flags, *resume], launched=False).wait() == 0
 
     assert steps_of(folder) == expected  # losses, gradient norms, schedule and temperature, bit by bit
     whole, resumed = (
@@ -215,7 +215,7 @@ def test_a_launcher_that_is_killed_takes_a_checkpoint_with_it(flags, tmp_path):
     going.wait_until(lambda: going.step() >= 2)
     ranks = going.ranks()
     going.launcher.kill()
-    going.process.wait()
+    going.processes[0].wait()
     for rank in ranks:
         rank.wait(60)
     status = going.status()
@@ -227,7 +227,7 @@ def test_a_full_disk_keeps_the_run_and_the_old_checkpoint(flags, tmp_path):
     folder = tmp_path / "run"
     flags = [*flags, "--num_train_epochs", 1, "--evaluate_every", 0, "--output_dir", folder]
     python = [sys.executable, ROOT / "train.py"]
-    assert_succeeded(run([*python, *flags, "--max_train_steps", 4]))
+    assert_succeeded(run_forked([*python, *flags, "--max_train_steps", 4]))
     kept = {file.name: file.read_bytes() for file in (folder / "checkpoint-4").iterdir()}
     # A limit on the size of a file stands for a full disk: the system refuses the bytes in the same place.
     limited = ["bash", "-c", 'ulimit -f 100; exec "$@"', "bash", *python, *flags, "--resume_from_checkpoint", "last"]
@@ -242,7 +242,7 @@ def test_a_full_disk_keeps_the_run_and_the_old_checkpoint(flags, tmp_path):
     assert not list(folder.glob(".*"))
     assert max(steps_of(folder)) == 12
     # With room again it ends well, from the checkpoint that was kept.
-    assert_succeeded(run([*python, *flags, "--resume_from_checkpoint", "last", "--save_total_limit", 2]))
+    assert_succeeded(run_forked([*python, *flags, "--resume_from_checkpoint", "last", "--save_total_limit", 2]))
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-10", "checkpoint-12"]
 
 
@@ -253,7 +253,7 @@ def test_a_full_disk_keeps_the_run_and_the_old_checkpoint(flags, tmp_path):
 def checkpoint(flags, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint") / "run"
     command = [sys.executable, ROOT / "train.py", *flags, "--max_train_steps", 2, "--evaluate_every", 0]
-    assert_succeeded(run([*command, "--output_dir", folder]))
+    assert_succeeded(run_forked([*command, "--output_dir", folder]))
     return folder / "checkpoint-2"
 
 
