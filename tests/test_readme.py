@@ -1,9 +1,10 @@
-"""What README and CONTRIBUTING say exists, and the README's snippet runs."""
+"""What README and CONTRIBUTING say exists, and the README's snippets run."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 import tiny
@@ -18,6 +19,7 @@ from aliblip.arguments import (
     HubArguments,
     ModelArguments,
     PublishArguments,
+    ServeArguments,
     TrainDataArguments,
     TrainingArguments,
 )
@@ -29,7 +31,7 @@ PAGES = {
 GROUPS = (
     *(ModelArguments, TrainDataArguments, TrainingArguments),
     *(EvaluationArguments, EvaluationDataArguments, ConvertArguments),
-    *(HubArguments, PublishArguments),
+    *(HubArguments, PublishArguments, ServeArguments),
 )
 FLAGS = {field.name for group in GROUPS for field in dataclasses.fields(group)} | {
     "config",
@@ -54,14 +56,19 @@ def test_launcher_files_of_the_table_exist():
         assert (ROOT / "accelerate_configs" / name).is_file(), name
 
 
-def test_the_snippet_runs(tmp_path, monkeypatch, capsys):
+def test_the_snippets_run(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "outputs" / "mine" / "best"
     tiny.model(vocab_size=len(tiny.processor().tokenizer)).save_pretrained(folder)
     tiny.processor().save_pretrained(folder)
-    for name in ("mug", "lamp"):
-        Image.new("RGB", (40, 30), "red").save(tmp_path / f"{name}.jpg")
+    (tmp_path / "photos").mkdir()
+    for name in ("mug", "lamp", "photos/mug", "photos/lamp"):
+        Image.new("RGB", (40, 30), "red" if name.endswith("mug") else "blue").save(tmp_path / f"{name}.jpg")
     monkeypatch.chdir(tmp_path)
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    exec(snippet, {})
+    *snippets, client = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(snippets) == 3 and "gradio_client" in client, "the last one needs a server: see test_serve.py"
+    names: dict = {}
+    for snippet in snippets:
+        exec(snippet, names)
     printed = capsys.readouterr().out
-    assert printed.count("tensor(") == 2
+    assert printed.count("tensor(") == 2 and printed.count("itm_probability") == 2 + 2 + 2
+    assert [Path(path).name for path in names["gallery"].ids] == ["mug.jpg", "lamp.jpg"]
