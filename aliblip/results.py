@@ -263,7 +263,7 @@ def format_table(results: dict) -> str:
             ceiling = 100 * results[key]["itc_recall@k_rerank"]
             lines.append(f"{indent}ceiling of re-ranking, ITC recall@{results['k_rerank']}: {ceiling:.1f}")
         if missing := results[key]["num_queries_without_positive"]:
-            lines.append(f"{indent}{missing} queries have no right answer in the gallery and are left out")
+            lines.append(f"{indent}queries without a right answer in the gallery, left out: {missing}")
     if any(len(results[key].get("by_k", ())) > 1 for key in DIRECTION_NAMES if key in results):
         lines += ["", *_depth_lines(results)]
     for name, rows in results.get("slices", {}).items():

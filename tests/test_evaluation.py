@@ -527,6 +527,32 @@ def test_photos_and_titles_apart_give_the_rankings_of_the_table(
     assert code == 1 and "nowhere.png" in printed.out and "is not right" in printed.out
 
 
+def test_apart_with_product_ids_there_is_a_recall(catalogue, model_folder, tmp_path, run_script):
+    lines = [json.loads(line) for line in (catalogue / "validation" / "metadata.jsonl").read_text().splitlines()]
+    wanted = [{"caption": line["caption"], "product_id": line["product_id"]} for line in lines[:8]]
+    wanted[2]["product_id"] = 999
+    (tmp_path / "titles.json").write_text(json.dumps(wanted))
+    # one photo stands twice in the gallery: both are right answers, but an answer file can't tell them apart
+    photos = [{"product": line["file_name"], "product_id": line["product_id"]} for line in [*lines[:10], lines[0]]]
+    (tmp_path / "photos.json").write_text(json.dumps(photos))
+    out = tmp_path / "out"
+    code, printed = run_script(
+        *("--model_name_or_path", model_folder, "--gallery", tmp_path / "photos.json", "--output_dir", out),
+        *("--queries", tmp_path / "titles.json", "--image_dir", catalogue / "validation", "--k_rerank", 3),
+        *("--dataloader_num_workers", 0, "--submission", out / "submission.json"),
+    )
+    assert code == 1 and "00.png" in printed.err and not (out / "submission.json").exists()
+    results = json.loads((out / "results.json").read_text())
+    measured = results["text_to_image"]
+    assert (measured["num_queries"], measured["num_queries_without_positive"]) == (7, 1)
+    assert "without a right answer in the gallery, left out: 1" in printed.out and "image_to_text" not in results
+    table = pq.read_table(out / "rankings_text_to_image.parquet").to_pylist()
+    assert [row["rank"] for row in table].count(0) == 1 and table[2]["rank"] == 0
+    ranks = [row["rank"] for row in table if row["rank"]]
+    assert measured["itm"]["recall@5"] == pytest.approx(sum(rank <= 5 for rank in ranks) / 7)
+    assert results["mean_recall"] == pytest.approx(measured["itm"]["mean_recall"])
+
+
 # --- going on after a crash -------------------------------------------------------------------------------------------
 
 # A whole run of the script in a process that kills itself: after so many units of the second stage.
