@@ -191,6 +191,7 @@ def check(options: EvaluationArguments, data: EvaluationDataArguments) -> None:
         image_size=(options.image_size, 1, None),
         rerank_batch_tokens=(options.rerank_batch_tokens, 1, None),
         image_token_memory_gb=(options.image_token_memory_gb, 0, None),
+        fusion_weight=(options.fusion_weight, 0, None),
     )
     if (data.gallery is None) != (data.queries is None):
         missing, given = ("queries", "gallery") if data.queries is None else ("gallery", "queries")

@@ -8,7 +8,8 @@ Two stages: ITC finds the `rerank` best of the gallery, ITM looks at each of the
 
     {"id": ..., "score": ..., "itc": ..., "itm_logit": ..., "itm_probability": ..., and "path" or "text" if known}
 
-with score = itm_logit + itc; with `rerank=0` it is the ITC similarity alone, and the ITM fields are None.
+with score = itm_logit + fusion_weight x itc, weight 1 by default; with `rerank=0` it is the ITC similarity alone, and the
+ITM fields are None.
 """
 
 import os
@@ -23,12 +24,12 @@ from transformers import AutoModel, Pipeline
 
 try:
     from .gallery_aliblip import TOKEN_TYPE, Encoder, Gallery, UnusableItem, build_in_memory
-    from .retrieval_aliblip import RERANK_BATCH_TOKENS, embed_images, embed_texts
+    from .retrieval_aliblip import RERANK_BATCH_TOKENS, embed_images, embed_texts, fuse
 except ImportError:
     if __package__:  # inside a package (the Hub cache) a failure is real
         raise
     from gallery_aliblip import TOKEN_TYPE, Encoder, Gallery, UnusableItem, build_in_memory
-    from retrieval_aliblip import RERANK_BATCH_TOKENS, embed_images, embed_texts
+    from retrieval_aliblip import RERANK_BATCH_TOKENS, embed_images, embed_texts, fuse
 
 TASK = "image-text-retrieval"
 DIRECTIONS = ("text-to-image", "image-to-text", "text-to-text", "image-to-image")
@@ -74,6 +75,8 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
             direction: "text-to-image", "image-to-text", or by ITC alone "text-to-text", "image-to-image".
             top_k: results of a query, 5 by default, or as many as the gallery has.
             rerank: candidates that ITM looks at, 64 by default, and at least `top_k`; 0: ITC alone.
+            fusion_weight: of the ITC similarity in the score, 1 by default; `evaluate_retrieval.py --tune_fusion` finds
+                a good one.
             approximate: find the candidates with the gallery's FAISS index.
             query_column: the column to search for, if queries are rows.
             batch_size, num_workers: as in all pipelines.
@@ -107,6 +110,7 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
         direction: str | None = None,
         top_k: int | None = None,
         rerank: int | None = None,
+        fusion_weight: float | None = None,
         approximate: bool | None = None,
         query_column: str | None = None,
     ) -> tuple[dict, dict, dict]:
@@ -127,6 +131,10 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
             forward["top_k"] = postprocess["top_k"] = top_k
         if rerank is not None:
             preprocess["rerank"] = forward["rerank"] = rerank
+        if fusion_weight is not None:
+            if isinstance(fusion_weight, bool) or not isinstance(fusion_weight, (int, float)) or fusion_weight < 0:
+                raise ValueError(f"fusion_weight is {fusion_weight!r}: give a number of at least 0")
+            postprocess["fusion_weight"] = float(fusion_weight)
         if approximate is not None:
             forward["approximate"] = approximate
         if query_column is not None:
@@ -241,14 +249,18 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
         return tokens.to(self.device, TOKEN_TYPE).to(self.model.dtype)
 
     def postprocess(
-        self, model_outputs: dict[str, Tensor], gallery: Gallery | None = None, top_k: int = 5
+        self,
+        model_outputs: dict[str, Tensor],
+        gallery: Gallery | None = None,
+        top_k: int = 5,
+        fusion_weight: float = 1.0,
     ) -> list[dict[str, Any]]:
         positions, itc = (model_outputs[name][0] for name in ("positions", "itc"))
         logits = probabilities = [None] * len(positions)
         scores = itc
         if "itm" in model_outputs:
             itm = model_outputs["itm"][0]
-            scores = itm[:, 1] + itc
+            scores = fuse(itc, itm[:, 1], fusion_weight)
             logits, probabilities = itm[:, 1].tolist(), itm.softmax(dim=1)[:, 1].tolist()
         scores, positions, itc = scores.tolist(), positions.tolist(), itc.tolist()
         best = sorted(range(len(positions)), key=lambda i: (-scores[i], positions[i]))[:top_k]

@@ -296,6 +296,9 @@ class ServeArguments:
     photo_root: str | None = _option(None, "Folder of the photos that a gallery names by relative paths.")
     top_k: int = _option(12, "Results at first; the visitor may choose others.")
     rerank: int = _option(64, "Candidates that ITM re-ranks at first; 0: ITC alone.")
+    fusion_weight: float = _option(
+        1.0, "Weight of the ITC similarity beside the match logit; evaluate_retrieval.py --tune_fusion finds one."
+    )
     max_upload_mb: int = _option(20, "Largest photo that can be dropped, in MiB.")
     server_name: str | None = _option(
         None,

@@ -158,6 +158,7 @@ def check(options: ServeArguments) -> None:
     check_range(
         top_k=(options.top_k, 1, MAX_TOP_K),
         rerank=(options.rerank, 0, MAX_RERANK),
+        fusion_weight=(options.fusion_weight, 0, None),
         server_port=(options.server_port, 1, 65535),
         max_upload_mb=(options.max_upload_mb, 1, 512),
     )
@@ -192,7 +193,9 @@ def open_searcher(options: ServeArguments) -> Searcher:
             require_usable_row(source)
         model, processor, _ = load_pretrained(options.model_name_or_path, tokenizer_name=options.tokenizer_name)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        pipe = AliBlipImageTextRetrievalPipeline(model=model.to(device), processor=processor, device=device)
+        pipe = AliBlipImageTextRetrievalPipeline(
+            model=model.to(device), processor=processor, device=device, fusion_weight=options.fusion_weight
+        )
         if source is None:
             return Searcher(pipe, gallery)
         items = Items(source)

@@ -93,6 +93,18 @@ def by_the_engine(pipe, paths, titles, direction):
     ]
 
 
+def test_the_fusion_weight_orders_the_results(pipe, titles, gallery):
+    for weight in (0, 2.5, 300.0):
+        results = pipe(titles[:3], gallery=gallery, top_k=K, rerank=K, fusion_weight=weight)
+        for found in results:
+            scores = [result["score"] for result in found]
+            assert scores == sorted(scores, reverse=True)
+            assert scores == pytest.approx([r["itm_logit"] + weight * r["itc"] for r in found], rel=1e-4)
+    for wrong in (-1, "1"):
+        with pytest.raises(ValueError, match="fusion_weight is .*: give a number of at least 0"):
+            pipe(titles[0], gallery=gallery, fusion_weight=wrong)
+
+
 @pytest.mark.parametrize("direction", ["text-to-image", "image-to-text"])
 def test_both_directions_equal_the_engine(direction, pipe, paths, titles, gallery, text_gallery):
     expected = by_the_engine(pipe, paths, titles, direction)
