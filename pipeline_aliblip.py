@@ -8,8 +8,8 @@ Two stages: ITC finds the `rerank` best of the gallery, ITM looks at each of the
 
     {"id": ..., "score": ..., "itc": ..., "itm_logit": ..., "itm_probability": ..., and "path" or "text" if known}
 
-with score = itm_logit + fusion_weight x itc, weight 1 by default; with `rerank=0` it is the ITC similarity alone, and the
-ITM fields are None.
+with score = itm_logit + fusion_weight x itc, a weight of 1 by default; with `rerank=0` it is the ITC similarity alone,
+and the ITM fields are None.
 """
 
 import os
