@@ -13,7 +13,7 @@ print(__name__, sys.argv[1:], os.environ["GIVEN"], os.getcwd(), flush=True)
 if sys.argv[1] == "raise":
     raise ValueError("on purpose")
 if sys.argv[1] == "wait":
-    time.sleep(600)
+    time.sleep(60)
 sys.exit(int(sys.argv[1]))
 """
 
