@@ -140,12 +140,19 @@ def serve(line: socket.socket) -> list[str]:
             request = json.loads(text)
             if "poll" in request:
                 answer = codes.get(request["poll"])
-            elif (answer := os.fork()) == 0:
-                break
+            else:
+                ready, tell = os.pipe()
+                if (answer := os.fork()) == 0:
+                    break
+                os.close(tell)
+                os.read(ready, 1)  # until the child is what was asked for: its files exist, and signals find it
+                os.close(ready)
             line.sendall((json.dumps(answer) + "\n").encode())
         else:
             sys.exit()
     _become(request)
+    os.close(ready)
+    os.close(tell)
     return request["start"]
 
 
