@@ -44,7 +44,7 @@ from aliblip.arguments import (
     main_with_usage_errors,
     parse,
 )
-from aliblip.data.collate import Collator
+from aliblip.data.collate import Collator, printable
 from aliblip.data.loader import EvalLoader
 from aliblip.data.sources import Source, open_source, require_usable_row
 from aliblip.distributed import all_gather_objects
@@ -55,6 +55,8 @@ from aliblip.parts import Parts
 from aliblip.plan import expected_time, make_plan
 from aliblip.rankings import Retrieval, tune_fusion
 from aliblip.results import (
+    COMPARISON,
+    MATRIX,
     TITLE_SLICES,
     check_comparable,
     check_results_of_others,
@@ -88,15 +90,29 @@ def main() -> int:
         for source in {id(source): source for source in (photos, titles)}.values():
             require_usable_row(source)
         tuned_on = open_tuning_data(data, options) if options.tune_fusion else None
-        if options.compare:
-            check_comparable(Path(options.compare))
+        if tuned_on is not None and tuned_on.manifest()["files"] == photos.manifest()["files"]:
+            raise UsageError(f"--tune_fusion {options.tune_fusion} are the rows that are measured: name another split")
+        has_truth = titles is photos or None not in (photos.selected.product_id, titles.selected.product_id)
+        check_wishes(options, output_dir, photos, titles, has_truth)
         model, processor = load(options)
         names = {"model_name": options.model_name_or_path, "dataset_name": photos.name, "split": photos.split}
         if titles is not photos:
             names["dataset_name"] += f" for {titles.name}"
         if not options.overwrite_output_dir:
             check_results_of_others(output_dir, *names.values())
-        parts = parts_of(output_dir / "parts", model, processor, photos, titles, options)
+        depends_on = {
+            "model": fingerprint(model),
+            "type of the weights": str(model.dtype).removeprefix("torch."),
+            "photo size": processor.image_size,
+            "longest title": processor.max_length,
+            "processor": digest(processor.to_json_string() + processor.tokenizer.backend_tokenizer.to_str()),
+            "rows of a unit": options.per_device_eval_batch_size,
+            "mixed precision": precision_of(options),
+            "folder of the photos": data.image_dir and os.path.abspath(data.image_dir),
+        }
+        parts = Parts(output_dir / "parts", depends_on | {"photos": described(photos), "titles": described(titles)})
+        if not options.overwrite_output_dir:
+            parts.check()
         plan = tell_plan(model, processor, photos, titles, depths, options, output_dir)
         if options.dry_run:
             return 0
@@ -121,17 +137,33 @@ def main() -> int:
         )
 
     model.to(accelerator.device)
+    if options.overwrite_output_dir and accelerator.is_main_process:
+        try:
+            parts.check()
+        except ValueError:
+            parts.remove()
+    batch_tokens = options.rerank_batch_tokens
+    if batch_tokens is None:
+        # What is computed together has to be the same on all ranks, and in a second start with other free memory.
+        batch_tokens = parts.settle("rerank_batch_tokens", min(all_gather_objects(plan.rerank_batch_tokens)))
     common = {
         "score": options.score,
         "dtype": torch.bfloat16 if accelerator.mixed_precision == "bf16" else None,
-        # what is computed together has to be the same on all ranks
-        "rerank_batch_tokens": min(all_gather_objects(plan.rerank_batch_tokens)),
+        "rerank_batch_tokens": batch_tokens,
         "image_token_memory_gb": plan.images_kept * (plan.image_tokens / plan.num_images) / 1e9,
         "progress": sys.stderr.isatty(),
     }
     weight, recall_by_weight = 1.0 if options.fusion_weight is None else options.fusion_weight, None
     if tuned_on is not None:
-        weight, recall_by_weight = tune_fusion(retrieve(model, loader(tuned_on), k_rerank=depths, **common))
+        tuning = Parts(parts.folder / "tuning", depends_on | {"photos": described(tuned_on)})
+        if accelerator.is_main_process:
+            try:
+                tuning.check()
+            except ValueError:
+                tuning.remove()  # of an earlier start on another split
+        weight, recall_by_weight = tune_fusion(
+            retrieve(model, loader(tuned_on), k_rerank=depths, parts=tuning, **common)
+        )
         if accelerator.is_main_process:
             print(
                 f"fusion weight {weight:g}, chosen on {tuned_on.name}, {tuned_on.split}: mean recall "
@@ -142,7 +174,7 @@ def main() -> int:
         model,
         loader(photos),
         queries=loader(titles) if titles is not photos else None,
-        has_truth=titles is photos or None not in (photos.selected.product_id, titles.selected.product_id),
+        has_truth=has_truth,
         k_rerank=depths,
         fusion_weight=weight,
         list_at_least=SUBMITTED if options.submission else 0,
@@ -166,7 +198,8 @@ def main() -> int:
             }
         results["run"]["seconds"] = round(time.perf_counter() - start, 3)
         problems = finish(retrieval, results, photos, data, options, output_dir)
-        parts.remove()
+        if not problems:  # otherwise the next start has only to do what failed
+            parts.remove()
     end(accelerator)
     return problems
 
@@ -198,6 +231,11 @@ def check(options: EvaluationArguments, data: EvaluationDataArguments) -> None:
         raise UsageError(f"--{given} without --{missing}: give both, or a table of photos and titles instead")
     if data.gallery is not None and (data.dataset_name or data.data_dir or data.data_files):
         raise UsageError("--gallery and --queries take the place of --dataset_name, --data_dir and --data_files")
+    exhaustive = ALL in (parse_k_rerank(options.k_rerank) or ())
+    if options.score != "fused" and options.fusion_weight is not None:
+        raise UsageError(f"--fusion_weight has no part in --score {options.score}: leave one of them out")
+    if options.score == "itc" and exhaustive:
+        raise UsageError("--score itc re-ranks nothing: leave out --k_rerank all")
     if options.tune_fusion:
         if data.gallery is not None:
             raise UsageError("--tune_fusion needs right answers: tune on a table, then give its --fusion_weight here")
@@ -210,7 +248,7 @@ def check(options: EvaluationArguments, data: EvaluationDataArguments) -> None:
             raise UsageError(
                 "--tune_fusion chooses the weight of the fused score: leave --fusion_weight and --score out"
             )
-        if ALL in (parse_k_rerank(options.k_rerank) or ()):
+        if exhaustive:
             raise UsageError("--tune_fusion with --k_rerank all: tune with a number, then give its --fusion_weight")
     for flag, endings in (("contact_sheet", (".png", ".jpg", ".jpeg")), ("report", (".html", ".htm"))):
         given = getattr(options, flag)
@@ -253,6 +291,34 @@ def check_output(options: EvaluationArguments) -> Path:
     if not os.access(output_dir, os.W_OK):
         raise UsageError(f"can't write to the output folder {output_dir}: give another --output_dir")
     return output_dir
+
+
+def check_wishes(
+    options: EvaluationArguments, output_dir: Path, photos: Source, titles: Source, has_truth: bool
+) -> None:
+    """Check what is asked for beside the results, all of which is made after the work."""
+    if not has_truth and (options.compare or options.slices):
+        flag = "compare" if options.compare else "slices"
+        raise UsageError(f"--{flag} needs right answers: give photos and titles a --product_id_column, or leave it out")
+    if options.compare:
+        if Path(options.compare).resolve().parent == output_dir.resolve():
+            raise UsageError(f"--compare {options.compare} would be written over: give another --output_dir")
+        check_comparable(Path(options.compare))
+    missing = [row for row in rows_of(options) or () if row >= titles.num_rows]
+    if missing:
+        raise UsageError(f"--contact_sheet_rows has {missing[0]}: the rows are 0 to {titles.num_rows - 1}")
+    for flag in ("submission", "contact_sheet", "report"):
+        if path := getattr(options, flag):
+            folder = Path(path).parent
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UsageError(f"--{flag}: can't write to {folder}: {error.strerror}") from error
+            if not os.access(folder, os.W_OK) or os.path.isdir(path):
+                raise UsageError(f"--{flag}: can't write {path}: give another path")
+    if options.submission and photos.random_access:  # the names are all that is read there
+        names = [row.name for row in photos.read_range(0, photos.num_rows)]
+        submission_rows([], names, torch.empty(0))
 
 
 def open_data(data: EvaluationDataArguments, slices: tuple[str, ...] = ()) -> tuple[Source, Source]:
@@ -319,38 +385,19 @@ def load(options: EvaluationArguments) -> tuple[AliBlipForImageTextRetrieval, Al
     return model, processor
 
 
-def parts_of(folder: Path, model, processor, photos: Source, titles: Source, options: EvaluationArguments) -> Parts:
-    """Where finished units are kept. Those of other work are refused, or dropped if the user says so."""
-    parts = Parts(
-        folder,
-        {
-            "model": fingerprint(model),
-            "photos": described(photos),
-            "titles": described(titles),
-            "photo size": processor.image_size,
-            "longest title": processor.max_length,
-            "rows of a unit": options.per_device_eval_batch_size,
-            "mixed precision": precision_of(options),
-        },
-    )
-    if options.overwrite_output_dir and int(os.environ.get("RANK", "0")) == 0:
-        try:
-            parts.check()
-        except ValueError:
-            shutil.rmtree(folder, ignore_errors=True)
-    elif not options.overwrite_output_dir:
-        parts.check()
-    return parts
-
-
 def precision_of(options: EvaluationArguments) -> str:
     """What the flag asks for, or else the launcher, which the accelerator will be built with."""
     return options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
 
 
+def digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
 def described(source: Source) -> str:
-    digest = hashlib.blake2b(json.dumps(source.manifest(), sort_keys=True).encode(), digest_size=6).hexdigest()
-    return f"{source.name}, {source.split} ({source.num_rows} rows, {digest})"
+    """What the rows of a source are, columns for slices included: they are kept with the embeddings."""
+    content = json.dumps([source.manifest(), source.selected.others], sort_keys=True)
+    return f"{source.name}, {source.split} ({source.num_rows} rows, {digest(content)})"
 
 
 def tell_plan(
@@ -370,10 +417,12 @@ def tell_plan(
         rerank_batch_tokens=options.rerank_batch_tokens,
         image_token_memory_gb=options.image_token_memory_gb,
     )
-    size = photos.num_rows * titles.num_rows * 4 if ALL in asked and options.score != "itc" else 0
-    if (free := shutil.disk_usage(output_dir).free) < size:
+    size = photos.num_rows * titles.num_rows * 4 if ALL in asked else 0
+    there = output_dir / "parts" / MATRIX  # from an earlier start, its space is taken already
+    wanted = size - (there.stat().st_size if there.is_file() else 0)
+    if (free := shutil.disk_usage(output_dir).free) < wanted:
         raise UsageError(
-            f"--k_rerank all writes {size_text(size)}, {size_text(free)} are free in {output_dir}: "
+            f"--k_rerank all writes {size_text(wanted)}, {size_text(free)} are free in {output_dir}: "
             "give another --output_dir, or a number"
         )
     if int(os.environ.get("RANK", "0")) == 0:
@@ -413,20 +462,23 @@ def finish(
             lambda path: draw_contact_sheet(path, retrieval, photos, heading, rows_of(options), options.seed),
         ),
         ("report", lambda path: write_report(path, retrieval, photos, results, heading)),
+        ("compare", lambda path: write_comparison(written[0], path)),
     ):
         if path := getattr(options, flag):
             try:
                 print(f"written: {write(Path(path))}")
             except (OSError, ValueError) as error:
                 failed.append(f"--{flag} {path}: {error}")
-    if options.compare:
-        compared = compare(written[0], Path(options.compare))
-        write_json(output_dir / "comparison.json", compared)
-        print(format_comparison(compared))
-        print(f"written: {output_dir / 'comparison.json'}")
     for message in failed:
         print(f"evaluate_retrieval.py: error: {message}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def write_comparison(here: Path, other: Path) -> Path:
+    compared = compare(here, other)
+    print(format_comparison(compared))
+    write_json(here.with_name(COMPARISON), compared)
+    return here.with_name(COMPARISON)
 
 
 def captions_of(data: EvaluationDataArguments) -> list[str]:
@@ -441,12 +493,15 @@ def captions_of(data: EvaluationDataArguments) -> list[str]:
 def submit(path: Path, retrieval: Retrieval, data: EvaluationDataArguments, options: EvaluationArguments) -> Path:
     captions, titles = captions_of(data), retrieval.titles
     found = retrieval.text_to_image.rankings.ids[:, :SUBMITTED]
-    # A title without a visible character can't be searched for, but the file has an entry for every title.
+    # Some titles can't be searched for, but the file has an entry for every title.
     ids = torch.arange(found.shape[1]).repeat(len(captions), 1)
     ids[titles.rows] = found
     if len(titles) < len(captions):
         missing = len(captions) - len(titles)
-        print(f"{missing} titles could not be searched for: the first {found.shape[1]} photos stand for them")
+        print(
+            f"{missing} titles could not be searched for (they or, in a table, their photo can't be used): the first "
+            f"{found.shape[1]} photos stand for them"
+        )
     return write_submission(
         path, submission_rows(captions, retrieval.images.names, ids), options.submission_stringified
     )
@@ -455,7 +510,7 @@ def submit(path: Path, retrieval: Retrieval, data: EvaluationDataArguments, opti
 def verify(options: EvaluationArguments, data: EvaluationDataArguments) -> int:
     """Check an answer file against the data; exit code 1 if something is wrong."""
     photos, _ = open_data(data)
-    names = [row.name for row in photos.read_range(0, photos.num_rows)]
+    names = [printable(row.name) for row in photos.read_range(0, photos.num_rows)]
     captions = captions_of(data)
     problems = verify_submission(options.verify_submission, captions, names)
     if int(os.environ.get("RANK", "0")) == 0:

@@ -40,7 +40,7 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,27 +74,16 @@ from processing_aliblip import AliBlipProcessor
 
 ORIGINAL_FILE = "model.pth"
 
-# Original name -> ours, tried in this order; what no pattern touches has the same name in both.
-ORIGINAL_NAMES: list[tuple[str, str]] = [
-    (r"^visual_encoder\.cls_token$", "vision_model.embeddings.class_embedding"),
-    (r"^visual_encoder\.pos_embed$", "vision_model.embeddings.position_embedding"),
-    (r"^visual_encoder\.patch_embed\.proj\.", "vision_model.embeddings.patch_embedding."),
-    (r"^visual_encoder\.norm\.", "vision_model.post_layernorm."),
-    (r"^visual_encoder\.blocks\.(\d+)\.norm(\d)\.", r"vision_model.encoder.layers.\1.layer_norm\2."),
-    (r"^visual_encoder\.blocks\.(\d+)\.attn\.qkv\.", r"vision_model.encoder.layers.\1.self_attn.qkv."),
-    (r"^visual_encoder\.blocks\.(\d+)\.attn\.proj\.", r"vision_model.encoder.layers.\1.self_attn.projection."),
-    (r"^visual_encoder\.blocks\.(\d+)\.mlp\.", r"vision_model.encoder.layers.\1.mlp."),
-]
-# The way back, in the same order.
-OUR_NAMES: list[tuple[str, str]] = [
-    (r"^vision_model\.embeddings\.class_embedding$", "visual_encoder.cls_token"),
-    (r"^vision_model\.embeddings\.position_embedding$", "visual_encoder.pos_embed"),
-    (r"^vision_model\.embeddings\.patch_embedding\.", "visual_encoder.patch_embed.proj."),
-    (r"^vision_model\.post_layernorm\.", "visual_encoder.norm."),
-    (r"^vision_model\.encoder\.layers\.(\d+)\.layer_norm(\d)\.", r"visual_encoder.blocks.\1.norm\2."),
-    (r"^vision_model\.encoder\.layers\.(\d+)\.self_attn\.qkv\.", r"visual_encoder.blocks.\1.attn.qkv."),
-    (r"^vision_model\.encoder\.layers\.(\d+)\.self_attn\.projection\.", r"visual_encoder.blocks.\1.attn.proj."),
-    (r"^vision_model\.encoder\.layers\.(\d+)\.mlp\.", r"visual_encoder.blocks.\1.mlp."),
+# Beginnings of names, the original one and ours, # for a number; what no pair touches has the same name in both.
+NAMES: list[tuple[str, str]] = [
+    ("visual_encoder.cls_token", "vision_model.embeddings.class_embedding"),
+    ("visual_encoder.pos_embed", "vision_model.embeddings.position_embedding"),
+    ("visual_encoder.patch_embed.proj.", "vision_model.embeddings.patch_embedding."),
+    ("visual_encoder.norm.", "vision_model.post_layernorm."),
+    ("visual_encoder.blocks.#.norm#.", "vision_model.encoder.layers.#.layer_norm#."),
+    ("visual_encoder.blocks.#.attn.qkv.", "vision_model.encoder.layers.#.self_attn.qkv."),
+    ("visual_encoder.blocks.#.attn.proj.", "vision_model.encoder.layers.#.self_attn.projection."),
+    ("visual_encoder.blocks.#.mlp.", "vision_model.encoder.layers.#.mlp."),
 ]
 
 _MOMENTUM = re.compile(r"^(visual_encoder|text_encoder|vision_proj|text_proj)_m\.")
@@ -103,22 +92,22 @@ _QUEUE_NAMES = {"image_queue", "text_queue", "idx_queue", "ptr_queue"}
 _NOT_FILLED = -100  # in `idx_queue`
 
 
-def _rename(name: str, table: list[tuple[str, str]]) -> str:
-    for pattern, replacement in table:
-        renamed, count = re.subn(pattern, replacement, name)
-        if count:
-            return renamed
+def _rename(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+    for beginning, replacement in pairs:
+        if found := re.match(r"(\d+)".join(map(re.escape, beginning.split("#"))), name):
+            numbers = iter(found.groups())
+            return re.sub("#", lambda _, numbers=numbers: next(numbers), replacement) + name[found.end() :]
     return name
 
 
 def our_name(original: str) -> str:
     """The name of one weight of the original code in ours."""
-    return _rename(original, ORIGINAL_NAMES)
+    return _rename(original, NAMES)
 
 
 def original_name(ours: str) -> str:
     """The way back of `our_name`."""
-    return _rename(ours, OUR_NAMES)
+    return _rename(ours, ((mine, original) for original, mine in NAMES))
 
 
 def split_original(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
@@ -650,7 +639,7 @@ def main() -> int:
 
 
 __all__ = [
-    "ORIGINAL_NAMES",
+    "NAMES",
     "Original",
     "build_processor",
     "check_vocabulary",

@@ -10,7 +10,7 @@ Shapes: `W` processes, `N` rows of one rank.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ __all__ = [
     "rank",
     "reduce_max",
     "reduce_sum",
+    "together",
     "world_size",
 ]
 
@@ -124,6 +125,38 @@ def all_gather_objects(obj: Any) -> list[Any]:
     gathered: list[Any] = [None] * world_size()
     dist.all_gather_object(gathered, obj)
     return gathered
+
+
+def together(takes_part: bool, step: Callable[[], Any], what: str) -> Any:
+    """Do a step on the ranks that take part (collective). If it fails on any, all of them raise: otherwise the others
+    would wait for that rank in the next collective, for ever.
+
+    Args:
+        takes_part: whether this rank does the step.
+        step: what may fail.
+        what: the same in words, for the message: "write the file".
+
+    Returns:
+        What the step gave on the first rank that took part, on all ranks.
+
+    Raises:
+        RuntimeError: the step failed on another rank; the message says on which and why. On that rank itself its own
+            error is raised.
+    """
+    outcome, error = None, None
+    if takes_part:
+        try:
+            outcome = (step(),)
+        except Exception as raised:
+            error = raised
+    # As text, since not every exception can be sent.
+    outcomes = all_gather_objects((outcome, None if error is None else f"{type(error).__name__}: {error}"))
+    if error is not None:
+        raise error
+    for number, (_, message) in enumerate(outcomes):
+        if message is not None:
+            raise RuntimeError(f"rank {number} could not {what}: {message}")
+    return next((value[0] for value, _ in outcomes if value is not None), None)
 
 
 def reduce_sum(tensor: torch.Tensor) -> torch.Tensor:

@@ -31,11 +31,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import retrieval_aliblip as engine
-from aliblip.distributed import all_gather_objects, barrier, broadcast_object, is_main, rank, world_size
+from aliblip.distributed import all_gather_objects, is_main, rank, together, world_size
 from aliblip.metrics import best_positive_ranks
 from aliblip.parts import Parts, Stage
 from aliblip.rankings import Candidates, Direction, Rankings, Retrieval, Side, final_order, ranks_of, score_of
-from aliblip.results import measure
+from aliblip.results import MATRIX, measure
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,6 @@ ALL = "all"
 # Of an exhaustive retrieval this many of a query's items are listed; its logits are in a file, all of them.
 LISTED = 128
 
-MATRIX = "itm_logits.npy"
 MATRIX_STAGE = "all-pairs"
 
 Depth = int | str
@@ -94,11 +93,14 @@ def evaluate_retrieval(model, loader, *, model_name: str, dataset_name: str, spl
     """`retrieve`, measured: what results.json holds (see `aliblip.results.measure`), equal on all ranks."""
     start = time.perf_counter()
     retrieval = retrieve(model, loader, **options)
-    results = None
-    if is_main():  # the metric writes a copy of itself into a cache folder: one process is enough
+
+    def measured() -> dict:
         results = measure(retrieval, model_name=model_name, dataset_name=dataset_name, split=split)
         results["run"]["seconds"] = round(time.perf_counter() - start, 3)
-    return broadcast_object(results)  # collective
+        return results
+
+    # The metric writes a copy of itself into a cache folder: one process is enough.
+    return together(is_main(), measured, "measure the results")  # collective
 
 
 @torch.no_grad()
@@ -170,6 +172,11 @@ def retrieve(
             found = [_search(embeds[1], embeds[0], titles, images, listed, gallery_chunk, has_truth)]
             if queries is None:
                 found.append(_search(embeds[0], embeds[1], images, titles, listed, gallery_chunk, has_truth))
+        if has_truth and not found[0][1].any():
+            has_truth = False
+            if is_main():
+                logger.warning("no title has the product id of any photo: rankings, and no recall")
+            found = [(candidates, None) for candidates, _ in found]
         rankings: list[Rankings] = []
         if score != "itc":
             with _timed(seconds, "rerank"):
@@ -204,7 +211,6 @@ def retrieve(
         text_to_image=directions[0],
         image_to_text=directions[1] if queries is None else None,
         depths=depths,
-        exhaustive=exhaustive,
         score=score,
         fusion_weight=fusion_weight,
         seconds=seconds,
@@ -483,15 +489,12 @@ class _Reranking:
         only say which blocks are done.
         """
         num_images, num_titles = len(self.images), len(self.titles)
-        if is_main():
-            _make_matrix(parts, (num_images, num_titles))
-        barrier()  # collective
+        name = f"{MATRIX_STAGE}-{self.batch_tokens}"
+        together(is_main(), lambda: _make_matrix(parts, (num_images, num_titles), name), "make the file")  # collective
         matrix = np.load(parts.folder / MATRIX, mmap_mode="r+")
         every_title = torch.arange(num_titles)
         own = range(rank(), self.loader.num_units, world_size())
-        with parts.stage(
-            f"{MATRIX_STAGE}-{self.batch_tokens}", before_write=matrix.flush, needed=True
-        ) as stage:  # collective
+        with parts.stage(name, before_write=matrix.flush, needed=True) as stage:  # collective
             todo = [unit for unit in own if unit not in stage]
             for unit in _bar(todo, len(todo), "scoring all pairs", self.progress):
                 images = slice(self.images.first[unit], self.images.first[unit + 1])
@@ -559,17 +562,21 @@ def _stage(parts: Parts | None, name: str, **options) -> Stage | _NoParts:
     return _NoParts() if parts is None else parts.stage(name, **options)
 
 
-def _make_matrix(parts: Parts, shape: tuple[int, int]) -> None:
+def _make_matrix(parts: Parts, shape: tuple[int, int], stage: str) -> None:
     """The file for all match logits, all of its space taken at once; kept if it is there from an earlier start."""
     file = parts.folder / MATRIX
+    parts.folder.mkdir(parents=True, exist_ok=True)
+    parts.forget(MATRIX_STAGE, keep=stage)  # their blocks will be written over
     with contextlib.suppress(OSError, ValueError):
         if np.load(file, mmap_mode="r").shape == shape:
             return
-    parts.forget(MATRIX_STAGE)  # blocks of a file that is gone
-    np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape).flush()
+    parts.forget(MATRIX_STAGE, keep="")  # blocks of a file that is gone
+    partial = file.with_name(f".{file.name}.partial")
+    np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape).flush()
     if hasattr(os, "posix_fallocate"):  # writing to a hole of a mapped file on a full disk would end the process
-        with open(file, "r+b") as opened:
-            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+        with open(partial, "r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, partial.stat().st_size)
+    partial.replace(file)
 
 
 @contextlib.contextmanager

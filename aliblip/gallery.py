@@ -6,10 +6,10 @@ What is computed together never depends on the number of processes, and a build 
 number of them.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
-from aliblip.distributed import all_gather_objects, is_main, rank, world_size
+from aliblip.distributed import is_main, rank, together, world_size
 from gallery_aliblip import Gallery, begin_units, encode_units, join_units
 
 __all__ = ["build_gallery"]
@@ -37,27 +37,12 @@ def build_gallery(
         RuntimeError: another rank has failed; the message says which and why.
     """
     options.setdefault("progress", is_main())
-    _together(is_main(), lambda: begin_units(model, processor, items, folder, overwrite=overwrite, **options))
-    _together(
+    part = "build its part of the gallery"
+    together(is_main(), lambda: begin_units(model, processor, items, folder, overwrite=overwrite, **options), part)
+    together(
         True,
         lambda: encode_units(model, processor, items, folder, rank=rank(), world_size=world_size(), **options),
+        part,
     )
-    _together(is_main(), lambda: join_units(folder, measure_recall=measure_recall))
+    together(is_main(), lambda: join_units(folder, measure_recall=measure_recall), part)
     return Gallery.load(folder)
-
-
-def _together(takes_part: bool, step: Callable[[], None]) -> None:
-    """Do a step on the ranks that take part. If it fails on any, all of them raise, so that none waits for ever."""
-    error = None
-    if takes_part:
-        try:
-            step()
-        except Exception as raised:
-            error = raised
-    # As text, since not every exception can be sent.
-    messages = all_gather_objects(None if error is None else f"{type(error).__name__}: {error}")  # collective
-    if error is not None:
-        raise error
-    for number, message in enumerate(messages):
-        if message is not None:
-            raise RuntimeError(f"rank {number} could not build its part of the gallery: {message}")

@@ -87,7 +87,9 @@ def _sheet_row(retrieval: Retrieval, photos: Source, query: int, count: int, wit
         image = decode(next(iter(photos.read_range(row, row + 1))), "images").image
         right = found.ranks is not None and bool(images.product_id[photo] == product_id)
         name = images.names[photo] if images.names else f"row {row}"
-        hits.append(Hit(image, float(found.scores[query, place]), right, place + 1, name))
+        score = found.scores[query, place]
+        # a photo beyond those that were re-ranked has its ITC similarity alone
+        hits.append(Hit(image, float(found.itc[query, place] if score.isnan() else score), right, place + 1, name))
     return SheetRow(retrieval.titles.texts[query], hits, rank=rank)
 
 

@@ -12,6 +12,7 @@ A unit is done whole by one process, so the parts of a start with other processe
 written together every `SECONDS` seconds, each file whole or not at all; a crash loses what came after the last one.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from aliblip.distributed import broadcast_object, is_main, rank
+from aliblip.distributed import is_main, rank, together
 from aliblip.files import write_bytes, write_json
 
 logger = logging.getLogger(__name__)
@@ -57,8 +58,8 @@ class Parts:
         if not file.is_file():
             return
         try:
-            before = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            before = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{file} can't be read: remove the folder {self.folder} to start anew") from error
         changed = [name for name in self.made_from if before.get(name) != self.made_from[name]]
         if changed:
@@ -76,26 +77,53 @@ class Parts:
             before_write: called before finished units are written down.
             needed: whether failing to write is an error; otherwise it is told once, and the work goes on.
         """
+        files = together(is_main(), lambda: self._open(name, needed), "open the folder of parts")  # collective
+        return Stage(self.folder, name, files, before_write, needed)
+
+    def _open(self, name: str, needed: bool) -> dict[int, str] | None:
+        """Unit -> file of a stage; None if the folder can't be used, and need not be."""
         files: dict[int, str] = {}
-        if is_main():
+        try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (self.folder / _FINGERPRINT).exists():
                 write_json(self.folder / _FINGERPRINT, self.made_from)
-            for file in sorted(self.folder.glob(f"{name}.*.safetensors")):
-                try:
-                    with safe_open(file, "pt") as opened:
-                        units = json.loads(opened.metadata()["units"])
-                except (SafetensorError, KeyError, TypeError, ValueError):
-                    logger.warning("%s can't be read and is made again", file)
-                    continue
-                files |= {int(unit): file.name for unit in units}
-        return Stage(self.folder, name, broadcast_object(files), before_write, needed)  # collective
+        except OSError as error:
+            if needed:
+                raise
+            logger.warning(
+                "finished parts can't be kept in %s (%s): a second start would repeat them", self.folder, error
+            )
+            return None
+        for file in sorted(self.folder.glob(f"{name}.*.safetensors")):
+            try:
+                with safe_open(file, "pt") as opened:
+                    units = json.loads(opened.metadata()["units"])
+            except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+                logger.warning("%s can't be read and is made again", file)
+                continue
+            files |= {int(unit): file.name for unit in units}
+        return files
 
-    def forget(self, name: str) -> None:
-        """Remove the finished units of all stages whose names begin like this. Main process only, before one is
-        opened."""
+    def settle(self, name: str, value: int) -> int:
+        """A number that an earlier start chose, or else this one, which is kept for the next (collective)."""
+
+        def choose() -> int:
+            file = self.folder / f"{name}.json"
+            with contextlib.suppress(OSError, ValueError):
+                return int(json.loads(file.read_text(encoding="utf-8")))
+            with contextlib.suppress(OSError):  # told by the first stage
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_json(file, value)
+            return value
+
+        return together(is_main(), choose, "read the folder of parts")  # collective
+
+    def forget(self, name: str, keep: str) -> None:
+        """Remove the finished units of all stages whose names begin with `name`, but for the one called `keep`. Main
+        process only, before one is opened."""
         for file in self.folder.glob(f"{name}*.safetensors"):
-            file.unlink()
+            if not file.name.startswith(f"{keep}."):
+                file.unlink()
 
     def remove(self) -> None:
         """The work is done: remove the folder. Main process only."""
@@ -105,20 +133,17 @@ class Parts:
 class Stage:
     """Units of one stage: those that are `in` it are done. A context manager that writes the last ones at its end."""
 
-    def __init__(self, folder: Path, name: str, files: dict[int, str], before_write, needed: bool):
+    def __init__(self, folder: Path, name: str, files: dict[int, str] | None, before_write, needed: bool):
         self.folder, self.name, self.needed = folder, name, needed
-        self._files, self._before_write = files, before_write
+        self._files, self._before_write = files or {}, before_write
         self._tensors: dict[str, torch.Tensor] = {}
         self._units: dict[int, Any] = {}
         self._written = time.monotonic()
-        self._failed = False
+        self._failed = files is None
         self._opened: tuple[str, Any] | None = None
 
     def __contains__(self, unit: int) -> bool:
         return unit in self._files
-
-    def __len__(self) -> int:
-        return len(self._files)
 
     def load(self, unit: int) -> tuple[dict[str, torch.Tensor], Any]:
         """Tensors and information of a unit that an earlier start finished."""

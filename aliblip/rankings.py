@@ -19,9 +19,8 @@ from torch import Tensor
 
 import retrieval_aliblip as engine
 from aliblip.files import write_bytes
-from aliblip.metrics import RECALL_AT, ranks_after_reranking
+from aliblip.metrics import ranks_after_reranking, summarize_ranks
 
-SCORES = ("fused", "itm", "itc")
 # Of the ITC similarity, whose differences are small beside those of a logit: steps of the root of two.
 FUSION_WEIGHTS = (0.0, *(2.0 ** (step / 2) for step in range(-4, 19)))
 
@@ -88,9 +87,9 @@ class Direction:
 class Retrieval:
     """A finished retrieval.
 
-    `depths`: how many candidates of a query were re-ranked, rising; the last one gives `rankings`. `exhaustive`: the
-    last one is the whole gallery, and `matrix` is the .npy file of all match logits, (images, titles) fp32, rows and
-    columns in the order of the usable rows. `seconds` by stage, and `resumed_units` that an earlier start had finished.
+    `depths`: how many candidates of a query were re-ranked, rising; the last one gives `rankings`. `matrix`: where all
+    pairs were scored, the .npy file of their match logits, (images, titles) fp32, rows and columns in the order of the
+    usable rows. `seconds` by stage, and `resumed_units` that an earlier start had finished.
     """
 
     images: Side
@@ -98,7 +97,6 @@ class Retrieval:
     text_to_image: Direction
     image_to_text: Direction | None
     depths: list[int]
-    exhaustive: bool
     score: str
     fusion_weight: float
     seconds: dict[str, float] = field(default_factory=dict)
@@ -156,12 +154,6 @@ def ranks_of(rankings: Rankings, depth: int, itc_ranks: Tensor, query_product_id
     return ranks_after_reranking(rankings.ids[:, :depth], itc_ranks, query_product_id, product_id)
 
 
-def mean_recall(ranks: Tensor) -> float:
-    """Mean of recall@1, 5 and 10 over the queries with a positive; nan if there is none."""
-    ranks = ranks[ranks > 0]
-    return float(torch.stack([(ranks <= k).double().mean() for k in RECALL_AT]).mean())
-
-
 def tune_fusion(retrieval: Retrieval) -> tuple[float, dict[float, float]]:
     """The weight of ITC in the fused score with the highest mean recall over all directions.
 
@@ -180,7 +172,8 @@ def tune_fusion(retrieval: Retrieval) -> tuple[float, dict[float, float]]:
         for _, direction, queries, gallery in retrieval.directions():
             order = final_order(direction.candidates, depth, "fused", weight)
             itc_ranks = direction.rankings.itc_ranks
-            each.append(mean_recall(ranks_of(order, depth, itc_ranks, queries.product_id, gallery.product_id)))
+            ranks = ranks_of(order, depth, itc_ranks, queries.product_id, gallery.product_id)
+            each.append(summarize_ranks(ranks.numpy())["mean_recall"])
         recalls[weight] = float(np.mean(each))
     best = [weight for weight, recall in recalls.items() if recall == max(recalls.values())]
     return best[len(best) // 2], recalls
@@ -190,7 +183,8 @@ def write_rankings(path: Path, direction: Direction, queries: Side, gallery: Sid
     """One direction as Parquet, a row a query, its K items in their final order.
 
     Columns: `query` (source row), `query_name`, `query_text` (of a title), `product_id`, `rank` and `rank_itc` (null
-    without truth, 0 without a positive), and the lists `ids` (source rows), `names`, `itc`, `itm_logit`, `score`.
+    without truth, 0 without a positive), and the lists `ids` (source rows), `names`, `itc`, `itm_logit`, `score`
+    (null for items that are listed and were not re-ranked).
     """
     rankings = direction.rankings
     shape = rankings.ids.shape
@@ -232,20 +226,19 @@ def read_ranks(path: Path) -> dict[str, Sequence]:
     raise ValueError(f"{path} holds no ranks: rankings without truth can't be compared")
 
 
-def _lists(values, shape) -> pa.ListArray:
-    flat = values.reshape(-1) if isinstance(values, np.ndarray) else values
-    return pa.ListArray.from_arrays(np.arange(shape[0] + 1, dtype=np.int32) * shape[1], flat)
+def _lists(values, shape) -> pa.LargeListArray:
+    # nan: listed, but not re-ranked
+    flat = pa.array(values.reshape(-1), from_pandas=True) if isinstance(values, np.ndarray) else values
+    return pa.LargeListArray.from_arrays(np.arange(shape[0] + 1, dtype=np.int64) * shape[1], flat)
 
 
 __all__ = [
-    "SCORES",
     "Candidates",
     "Direction",
     "Rankings",
     "Retrieval",
     "Side",
     "final_order",
-    "mean_recall",
     "ranks_of",
     "read_ranks",
     "score_of",

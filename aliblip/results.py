@@ -12,7 +12,9 @@ products.
 import functools
 import importlib.metadata
 import json
+import os
 import platform
+import shutil
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -25,7 +27,7 @@ from torch import Tensor
 from aliblip.distributed import world_size
 from aliblip.files import write_json, write_json_lines
 from aliblip.metrics import RECALL_AT, RESAMPLES, bootstrap_means, hits, interval, summarize_ranks
-from aliblip.rankings import SCORES, Retrieval, Side, final_order, ranks_of, read_ranks, write_rankings
+from aliblip.rankings import Retrieval, Side, final_order, ranks_of, read_ranks, write_rankings
 
 _METRIC = Path(__file__).resolve().parent.parent / "metrics" / "retrieval_recall"
 _PACKAGES = ("torch", "transformers", "accelerate")
@@ -35,6 +37,8 @@ MOST_SLICES = 20
 DIRECTION_NAMES = {"text_to_image": "text to image", "image_to_text": "image to text"}
 
 RANKINGS = "rankings_{}.parquet"
+COMPARISON = "comparison.json"
+MATRIX = "itm_logits.npy"
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -341,17 +345,23 @@ def write_results(output_dir: Path, retrieval: Retrieval, results: dict) -> list
     output_dir.mkdir(parents=True, exist_ok=True)
     written = []
     skipped = output_dir / "skipped.jsonl"
+    # What an earlier run left in this folder would be read as this one's.
+    for name in (skipped.name, MATRIX, COMPARISON, *map(RANKINGS.format, DIRECTION_NAMES)):
+        (output_dir / name).unlink(missing_ok=True)
     if retrieval.skipped:
         write_json_lines(skipped, retrieval.skipped)
         written.append(skipped)
-    else:
-        skipped.unlink(missing_ok=True)  # the list of an earlier run in this folder would be read as this one's
     for name, direction, queries, gallery in retrieval.directions():
         path = output_dir / RANKINGS.format(name)
         write_rankings(path, direction, queries, gallery)
         written.append(path)
     if retrieval.matrix is not None:
-        written.append(retrieval.matrix.replace(output_dir / retrieval.matrix.name))
+        # A second name for the file: if this start ends before all is written, the next one finds it with the parts.
+        written.append(output_dir / MATRIX)
+        try:
+            os.link(retrieval.matrix, written[-1])
+        except OSError:  # a file system without links
+            shutil.copyfile(retrieval.matrix, written[-1])
     write_json(output_dir / "results.json", results)  # last: where it is, all is there
     return [output_dir / "results.json", *written]
 
@@ -462,7 +472,8 @@ def format_comparison(compared: dict) -> str:
 
 
 __all__ = [
-    "SCORES",
+    "COMPARISON",
+    "MATRIX",
     "TITLE_SLICES",
     "check_comparable",
     "check_results_of_others",

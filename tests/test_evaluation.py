@@ -231,11 +231,14 @@ def test_scores_by_itm_alone_and_by_itc_alone(model, loader):
     torch.testing.assert_close(weighed.scores, weighed.itm_logits + 3 * weighed.itc)
 
 
-def test_more_items_are_listed_than_are_reranked(model, loader):
+def test_more_items_are_listed_than_are_reranked(model, loader, tmp_path):
     found, usual = retrieve(model, loader, list_at_least=10), retrieve(model, loader)
     order, candidates = found.text_to_image.rankings, found.text_to_image.candidates
     assert torch.equal(order.ids[:, :K], usual.text_to_image.rankings.ids)
     assert torch.equal(order.ids[:, K:], candidates.ids[:, K:]) and order.ids.shape[1] == 10
+    numbers.write_results(tmp_path, found, numbers.measure(found, **NAMES))
+    row = pq.read_table(tmp_path / "rankings_text_to_image.parquet").to_pylist()[0]
+    assert row["score"][K:] == row["itm_logit"][K:] == [None] * 4 and None not in row["itc"] + row["score"][:K]
     assert order.itm_logits[:, K:].isnan().all() and not order.itm_logits[:, :K].isnan().any()
     assert torch.equal(order.ranks, usual.text_to_image.rankings.ranks)
 
@@ -384,6 +387,13 @@ def test_script_on_one_two_and_three_processes_gives_the_same_bytes(model_folder
         (("--contact_sheet", "s.png", "--contact_sheet_rows", "3,x"), "--contact_sheet_rows is 3,x: give row numbers"),
         (("--tune_fusion", "validation"), "makes the result too good; name another split"),
         (("--tune_fusion", "train"), "has no split 'train'"),
+        (("--score", "itm", "--fusion_weight", "2"), "--fusion_weight has no part in --score itm"),
+        (("--score", "itc", "--k_rerank", "all"), "--score itc re-ranks nothing"),
+        (
+            ("--contact_sheet", "s.png", "--contact_sheet_rows", "29"),
+            "--contact_sheet_rows has 29: the rows are 0 to 28",
+        ),
+        (("--submission", "/dev/null/x.json"), "--submission: can't write to /dev/null"),
         (("--compare", "nowhere/results.json"), "is no results.json of evaluate_retrieval.py"),
         (("--gallery", "photos"), "--gallery without --queries: give both"),
         (("--gallery", "photos", "--queries", "q.txt"), "take the place of --dataset_name, --data_dir"),
@@ -536,12 +546,15 @@ def test_apart_with_product_ids_there_is_a_recall(catalogue, model_folder, tmp_p
     photos = [{"product": line["file_name"], "product_id": line["product_id"]} for line in [*lines[:10], lines[0]]]
     (tmp_path / "photos.json").write_text(json.dumps(photos))
     out = tmp_path / "out"
-    code, printed = run_script(
+    arguments = (
         *("--model_name_or_path", model_folder, "--gallery", tmp_path / "photos.json", "--output_dir", out),
         *("--queries", tmp_path / "titles.json", "--image_dir", catalogue / "validation", "--k_rerank", 3),
-        *("--dataloader_num_workers", 0, "--submission", out / "submission.json"),
+        *("--dataloader_num_workers", 0),
     )
-    assert code == 1 and "00.png" in printed.err and not (out / "submission.json").exists()
+    with pytest.raises(UsageError, match=r"00\.png.*give every photo a name of its own"):
+        run_script(*arguments, "--submission", out / "submission.json")
+    code, printed = run_script(*arguments)
+    assert code == 0 and not (out / "submission.json").exists()
     results = json.loads((out / "results.json").read_text())
     measured = results["text_to_image"]
     assert (measured["num_queries"], measured["num_queries_without_positive"]) == (7, 1)
@@ -551,6 +564,13 @@ def test_apart_with_product_ids_there_is_a_recall(catalogue, model_folder, tmp_p
     ranks = [row["rank"] for row in table if row["rank"]]
     assert measured["itm"]["recall@5"] == pytest.approx(sum(rank <= 5 for rank in ranks) / 7)
     assert results["mean_recall"] == pytest.approx(measured["itm"]["mean_recall"])
+    # ids that never meet: no recall instead of one of nothing
+    (tmp_path / "titles.json").write_text(json.dumps([{"caption": "red cap", "product_id": None}] * 3))
+    code, printed = run_script(*arguments, "--overwrite_output_dir")
+    assert code == 0 and "mean_recall" not in json.loads((out / "results.json").read_text())
+    with pytest.raises(UsageError, match="--slices needs right answers"):
+        (tmp_path / "bare.txt").write_text("red cap\n")
+        run_script(*arguments, "--queries", tmp_path / "bare.txt", "--slices", "script")
 
 
 # --- going on after a crash -------------------------------------------------------------------------------------------
@@ -604,6 +624,66 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(depth, model_folder, cata
     for name in files:
         if name != "results.json":
             assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_what_fails_after_the_work_is_made_up_for_without_doing_it_again(
+    model_folder, catalogue, tmp_path, run_script, monkeypatch
+):
+    out = tmp_path / "out"
+    for depth in (str(K), "all"):
+        arguments = flags(model_folder, catalogue, out, "--k_rerank", depth, "--contact_sheet", out / "sheet.png")
+        code, printed = run_script(*arguments, "--contact_sheet_rows", BROKEN)
+        assert code == 1 and f"title {BROKEN} is not among the 27 usable ones" in printed.err
+        assert (out / "results.json").exists() and (out / "parts").is_dir()
+        with monkeypatch.context() as patched:
+            patched.setattr(evaluation.engine, "embed_texts", None)  # calling it would fail
+            patched.setattr(evaluation.engine, "rerank", None)
+            code, printed = run_script(*arguments, "--contact_sheet_rows", BROKEN + 1)
+        assert code == 0 and not (out / "parts").exists()
+        assert (out / "itm_logits.npy").exists() == (depth == "all")
+    # a run that scores fewer pairs leaves no file of all of them beside its results
+    assert run_script(*flags(model_folder, catalogue, out))[0] == 0
+    assert not (out / "itm_logits.npy").exists()
+
+
+def test_a_second_start_with_other_slices_is_refused(model_folder, catalogue, tmp_path, run_script):
+    sheet = ("--contact_sheet", tmp_path / "out" / "sheet.png", "--contact_sheet_rows", BROKEN)
+    assert run_script(*flags(model_folder, catalogue, tmp_path / "out", *sheet))[0] == 1  # leaves its parts
+    with pytest.raises(UsageError, match="unfinished work on something else .*photos was"):
+        run_script(*flags(model_folder, catalogue, tmp_path / "out", "--slices", "product_id"))
+    dry = flags(model_folder, catalogue, tmp_path / "out", "--overwrite_output_dir", "--dry_run")
+    assert run_script(*dry)[0] == 0 and (tmp_path / "out" / "parts" / "made_from.json").exists()
+    again = flags(model_folder, catalogue, tmp_path / "out", "--slices", "product_id", "--overwrite_output_dir")
+    assert run_script(*again)[0] == 0
+    values = json.loads((tmp_path / "out" / "results.json").read_text())["slices"]["product_id"]
+    assert sum(row["text_to_image"]["num_queries"] for row in values) == ROWS - 2
+    assert "None" not in [row["value"] for row in values]
+    with pytest.raises(UsageError, match=r"--compare .*results\.json would be written over"):
+        run_script(*again, "--compare", tmp_path / "out" / "results.json")
+
+
+def test_the_budget_of_the_first_start_is_kept(tmp_path):
+    parts = Parts(tmp_path / "parts", {"model": "m"})
+    assert [parts.settle("rerank_batch_tokens", value) for value in (4096, 8192)] == [4096, 4096]
+
+
+def test_a_half_made_file_of_all_pairs_is_made_again(model, loader, tmp_path, monkeypatch):
+    parts = Parts(tmp_path / "parts", {"model": "m"})
+    expected = retrieve(model, loader, k_rerank="all", parts=parts)
+    parts.remove()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation.os, "posix_fallocate", full)
+        with pytest.raises(OSError, match="No space left"):
+            retrieve(model, loader, k_rerank="all", parts=parts)
+    assert not (tmp_path / "parts" / "itm_logits.npy").exists()
+    # blocks of another budget are not taken for those of this one
+    found = [retrieve(model, loader, k_rerank="all", parts=parts, rerank_batch_tokens=n) for n in (8192, 12, 8192)]
+    assert found[-1].resumed_units == -(-ROWS // UNIT), "the embeddings, and no block"
+    assert torch.equal(found[-1].text_to_image.rankings.scores, expected.text_to_image.rankings.scores)
 
 
 def test_another_model_is_refused_until_it_may_replace_what_is_there(
@@ -662,11 +742,15 @@ def test_the_weight_is_tuned_on_another_split_and_used(model_folder, catalogue, 
     shutil.copytree(both / "validation", both / "tuning")
     arguments = flags(model_folder, both, tmp_path / "out", "--data_files", both / "validation" / "metadata.jsonl")
     arguments[arguments.index("--data_dir") : arguments.index("--data_dir") + 2] = ["--seed", "0"]
+    with pytest.raises(UsageError, match="are the rows that are measured"):  # a copy is no other split
+        run_script(*arguments, "--tune_fusion", both / "tuning" / "metadata.jsonl")
+    lines = (both / "tuning" / "metadata.jsonl").read_text().splitlines(keepends=True)
+    (both / "tuning" / "metadata.jsonl").write_text("".join(reversed(lines)))
     code, printed = run_script(*arguments, "--tune_fusion", both / "tuning" / "metadata.jsonl")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     tuned = results["fusion_weight_tuned_on"]["mean_recall"]
     assert code == 0 and f"fusion weight {results['fusion_weight']:g}, chosen on" in printed.out
-    # the tuning split is a copy: its best mean recall is that of the measured split with this weight
+    # the same pairs in another order: their best mean recall is that of the measured split with this weight
     assert results["mean_recall"] == pytest.approx(max(tuned.values()))
     again = [*arguments, "--fusion_weight", results["fusion_weight"], "--output_dir", tmp_path / "again"]
     assert run_script(*again)[0] == 0

@@ -37,7 +37,7 @@ def retrieval(itc, itm, product_id=None, depths=(2, 4), score="fused", weight=1.
             order.ranks = ranks_of(order, keep, itc_ranks, product_id, product_id)
             order.itc_ranks = itc_ranks
         directions.append(Direction(candidates, order))
-    return Retrieval(images, titles, *directions, list(depths), False, score, weight, {"total": 1.0})
+    return Retrieval(images, titles, *directions, list(depths), score, weight, {"total": 1.0})
 
 
 def random_retrieval(size=40, seed=0, signal=1.5, **options):

@@ -14,7 +14,7 @@ import torch
 
 from aliblip.data.sources import Example, Row, UnusableRow, decode
 
-__all__ = ["Collator", "NoUsableRow", "sample_rng"]
+__all__ = ["Collator", "NoUsableRow", "printable", "sample_rng"]
 
 
 class NoUsableRow(ValueError):
@@ -38,7 +38,7 @@ class Collator:
         max_length: longest title in tokens; None leaves it to the processor.
         sides: "both", or what alone is looked at of a row: "images" or "titles". The other side's tensors are absent.
         describe: whether batches that are not filled also hold what people read: `name`, `text` and `others`, lists of
-            B values of `Row`.
+            B values of `Row`, the others as text.
     """
 
     def __init__(
@@ -99,16 +99,18 @@ class Collator:
             batch = {key: value[index] for key, value in batch.items()}
         batch["skipped"] = skipped
         if self.describe and not fill:
-            batch["name"] = [_printable(rows[index].name) for index in usable]
+            batch["name"] = [printable(rows[index].name) for index in usable]
             batch["text"] = [example.text for example in examples]
-            batch["others"] = [rows[index].others for index in usable]
+            batch["others"] = [
+                {column: printable(str(value)) for column, value in rows[index].others.items()} for index in usable
+            ]
         return batch
 
     def _example(self, row: Row, epoch: int, skipped: list[dict[str, Any]]) -> Example | None:
         try:
             example = decode(row, self.sides)
         except UnusableRow as error:
-            skipped.append({"row": row.row, "name": _printable(row.name), "reason": str(error)})
+            skipped.append({"row": row.row, "name": printable(row.name), "reason": str(error)})
             return None
         if self.augment is not None:
             example.image = self.augment(example.image, sample_rng(self.seed, epoch, row.row))
@@ -144,8 +146,8 @@ class Collator:
         return batch
 
 
-def _printable(name: str) -> str:
-    # A name may hold half a surrogate pair, which neither a file nor a terminal takes.
+def printable(name: str) -> str:
+    """A name as a file and a terminal take it: it may hold half a surrogate pair."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

@@ -361,18 +361,19 @@ def _conversion(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Imag
 # ---------------------------------------------------------------------------------------------------- product ids
 
 
-def product_id_of(value: Any, row: int) -> int:
+def product_id_of(value: Any, row: int, sides: str = "both") -> int:
     """The int64 product id of a stored value.
 
     Integers (and floats of whole value, which tables with gaps make of integers) stay as they are; everything else, and
     integers beyond int64, becomes a 64-bit BLAKE2 hash. A null or blank (or a value that has no JSON form) is no
-    product: it becomes an id of its own, hashed from the row number, so that two rows without id never count as one
-    product.
+    product: it becomes an id of its own, hashed from the row number (and from the `sides` of its source), so that two
+    rows without id never count as one product.
     """
     if isinstance(value, str) and not value.strip():
         value = None
     if value is None or (isinstance(value, float) and math.isnan(value)):
-        return _hash64(f"null product id of row {row}".encode())
+        of = "" if sides == "both" else f" of {sides}"
+        return _hash64(f"null product id of row {row}{of}".encode())
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
@@ -384,7 +385,7 @@ def product_id_of(value: Any, row: int) -> int:
         try:
             value = json.dumps(value, sort_keys=True, default=str)
         except (TypeError, ValueError, RecursionError):  # keys of several types, or lists in lists in lists
-            return product_id_of(None, row)
+            return product_id_of(None, row, sides)
     return _hash64(value.encode("utf-8", "surrogatepass"))
 
 
@@ -511,7 +512,8 @@ class Source:
         self, number: int, image: Any, text: Any, fields: dict, name: str | None, problem: str | None = None
     ) -> Row:
         key = self.selected.product_id
-        product_id = number if key is None else product_id_of(fields.get(key), number)
+        # A photo and a title without id, of two sources, have the same row number and are not the same product.
+        product_id = number if key is None else product_id_of(fields.get(key), number, self.sides)
         others = {column: fields.get(column) for column in self.selected.others}
         return Row(number, image, text, product_id, name or f"row {number}", problem, others)
 
