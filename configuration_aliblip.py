@@ -201,6 +201,10 @@ class AliBlipConfig(PreTrainedConfig):
         ValueError: a value that no model can be built from, with what is accepted.
     """
 
+    # Set by the package `aliblip`, which registers the pipeline: transformers runs a task that the configuration names
+    # with the code of the model's folder, even where the task is registered. A saved configuration always names it.
+    has_registered_pipeline = False
+
     model_type = "aliblip"
     sub_configs = {"vision_config": AliBlipVisionConfig, "text_config": AliBlipTextConfig}
 
@@ -232,7 +236,10 @@ class AliBlipConfig(PreTrainedConfig):
         self.initializer_range = initializer_range
         # Nothing is tied here (BERT's word embedding has no output twin without a language-model head).
         kwargs["tie_word_embeddings"] = False
-        kwargs["custom_pipelines"] = _with_our_pipelines(kwargs.get("custom_pipelines"))
+        pipelines = _with_our_pipelines(kwargs.get("custom_pipelines"))
+        if self.has_registered_pipeline:
+            pipelines = {task: entry for task, entry in pipelines.items() if task not in CUSTOM_PIPELINES}
+        kwargs["custom_pipelines"] = pipelines
         super().__init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:

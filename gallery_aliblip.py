@@ -30,7 +30,6 @@ import re
 import secrets
 import shutil
 import threading
-import urllib.request
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -49,16 +48,13 @@ from torch import Tensor
 from transformers import logging
 
 try:
+    from .reading_aliblip import UnusableItem, clean_title, read_photo
     from .retrieval_aliblip import GALLERY_CHUNK, QUERY_BLOCK, embed_images, embed_texts, order_by_score, running_top_k
 except ImportError:
     if __package__:  # inside a package (the Hub cache) a failure is real
         raise
+    from reading_aliblip import UnusableItem, clean_title, read_photo
     from retrieval_aliblip import GALLERY_CHUNK, QUERY_BLOCK, embed_images, embed_texts, order_by_score, running_top_k
-
-try:
-    from PIL import Image, ImageOps, UnidentifiedImageError
-except ImportError:  # titles and stored vectors can be searched without it
-    Image = ImageOps = None
 
 KINDS = ("image", "text")
 VECTOR_TYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
@@ -73,15 +69,8 @@ _OWN_FILES = re.compile(
     r"(vectors|scales|items|offsets|skipped|tokens|faiss)-[0-9a-f]{12}\.(npy|jsonl|safetensors|index)"
 )
 _TOKEN_FILE_ITEMS = 256
-_MAX_PHOTO_BYTES = 512 * 2**20
-_MAX_TITLE_CHARACTERS = 10_000
-_TIMEOUT = 60  # seconds without an answer until a photo's address counts as unreachable
 
 logger = logging.get_logger(__name__)
-
-
-class UnusableItem(ValueError):
-    """A photo or title that can't be read; the message is a plain reason."""
 
 
 # --- the model as the gallery sees it ---------------------------------------------------------------------------------
@@ -108,8 +97,9 @@ class Encoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """`fingerprint(model)`, computed at the first use: the weights are expected to stay as they are."""
-        return fingerprint(self.model)
+        """`fingerprint` of both, computed at the first use: the weights are expected to stay as they are."""
+        with self._lock:
+            return fingerprint(self.model, self.processor)
 
     def pixels(self, photo: Any) -> Tensor:
         """Whatever `read_photo` takes to (3, H, H)."""
@@ -133,12 +123,18 @@ class Encoder:
         return _finite(embed_texts(self.model, *self.tokenize(titles), self.dtype).cpu(), "vectors")
 
 
-def fingerprint(model) -> str:
-    """32 hexadecimal digits that change with the model's weights and with the settings that its results depend on.
+# Its tokens change with lower-casing, accents, scripts and the treatment of marks.
+_PROBE_TITLE = "Caf\u00e9 T-Shirt 2x, \u7ea2\u8272 \u043a\u0440\u0443\u0436\u043a\u0430 XXL"
+
+
+def fingerprint(model, processor) -> str:
+    """32 hexadecimal digits that change with the model's weights, with the pixels and token ids that its processor
+    makes, and with the settings that its results depend on.
 
     Equal in every process and on every device. Types are not part of it as far as fp32 and bf16 go: weights are rounded
     to bf16 first, so that a gallery of a model can be searched by its bf16 copy and the other way round. (An fp16 copy
-    is rounded differently and counts as another model.) Takes a second or two for 200 million weights.
+    is rounded differently and counts as another model.) Nor is the longest title: longer queries do not change what a
+    photo is. Takes a second or two for 200 million weights.
     """
     digest = hashlib.blake2b(digest_size=16)
     config = model.config
@@ -152,78 +148,20 @@ def fingerprint(model) -> str:
             )
             for name in names
         },
+        "pixels": {
+            name: value
+            for name, value in processor.image_processor.to_dict().items()
+            if name in ("size", "resample", "rescale_factor", "image_mean", "image_std") or name.startswith("do_")
+        },
+        "vocabulary": processor.tokenizer.get_vocab(),
+        "probe": processor.tokenizer(_PROBE_TITLE)["input_ids"],
     }
-    digest.update(json.dumps(settings, sort_keys=True).encode())
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)} ".encode())
         value = value.detach().to(torch.bfloat16) if value.is_floating_point() else value.detach()
         digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def read_photo(photo: Any) -> Any:
-    """A PIL image, bytes, a path, an http(s) address, or {"bytes", "path"} as `datasets` stores photos, to PIL RGB.
-
-    EXIF orientation is applied, transparency lies over white.
-
-    Raises:
-        UnusableItem: with a plain reason.
-        ImportError: Pillow is not installed.
-    """
-    if Image is None:
-        raise ImportError("photos are read with Pillow: pip install pillow")
-    if isinstance(photo, dict):
-        photo = photo.get("bytes") or photo.get("path")
-    try:
-        if isinstance(photo, (str, os.PathLike)):
-            photo = _read_file(os.fspath(photo))
-        if isinstance(photo, (bytes, bytearray, memoryview)):
-            photo = Image.open(io.BytesIO(photo))
-        if not isinstance(photo, Image.Image):
-            raise UnusableItem(f"a photo is an image, bytes, a path or an address, not {type(photo).__name__}")
-        photo = ImageOps.exif_transpose(photo)
-        if photo.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in photo.info:
-            photo = photo.convert("RGBA")
-            white = Image.new("RGB", photo.size, (255, 255, 255))
-            white.paste(photo, mask=photo.getchannel("A"))
-            return white
-        return photo.convert("RGB")
-    except UnusableItem:
-        raise
-    except UnidentifiedImageError:
-        raise UnusableItem("the file is not an image of a known format") from None
-    except Exception as error:  # Pillow's plugins raise anything at all on damaged files
-        reason = " ".join(str(error).split())[:200]
-        raise UnusableItem(f"the photo can't be read ({type(error).__name__}: {reason})") from None
-
-
-def _read_file(path: str) -> bytes:
-    if path.startswith(("http://", "https://")):
-        with urllib.request.urlopen(path, timeout=_TIMEOUT) as answer:
-            data = answer.read(_MAX_PHOTO_BYTES + 1)
-    else:
-        if not os.path.isfile(path):  # a named pipe would be read for ever
-            raise UnusableItem(f"there is no file {path}")
-        with open(path, "rb") as file:
-            data = file.read(_MAX_PHOTO_BYTES + 1)
-    if len(data) > _MAX_PHOTO_BYTES:
-        raise UnusableItem(f"the photo is larger than {_MAX_PHOTO_BYTES // 2**20} MiB")
-    return data
-
-
-def clean_title(title: Any) -> str:
-    """The title as the tokenizer gets it.
-
-    Raises:
-        UnusableItem: not text, or empty.
-    """
-    if not isinstance(title, str):
-        raise UnusableItem(f"a title is text, not {type(title).__name__}")
-    # Lone surrogates (half an emoji) can't be encoded, and would make the tokenizer fail for the whole batch.
-    title = title.strip()[:_MAX_TITLE_CHARACTERS].encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
-    if not title:
-        raise UnusableItem("the title is empty")
-    return title
 
 
 def _finite(values: Tensor, name: str) -> Tensor:
@@ -406,7 +344,7 @@ class Gallery:
 
     Attributes:
         kind: "image" or "text", what the items are.
-        model: fingerprint of the model, None if it is not known (then every query is taken).
+        model: fingerprint of model and processor, None if it is not known (then every query is taken).
         dtype: how vectors are stored: "float32", "float16" or "int8" (one scale per vector).
         skipped: items that could not be read, as {"id", "reason"}.
         photo_root: folder that relative paths of photos are read from; None: the working directory.
@@ -483,8 +421,8 @@ class Gallery:
         """
         if self.model not in (None, model):
             raise ValueError(
-                f"the gallery was built with another model ({self.model[:8]}, not {model[:8]}), whose vectors can't be "
-                "compared: load that model, or build the gallery again with this one"
+                f"the gallery was built with another model or processor ({self.model[:8]}, not {model[:8]}), whose "
+                "vectors can't be compared: load that one, or build the gallery again with this one"
             )
 
     def to(self, device: torch.device | str) -> "Gallery":
@@ -668,8 +606,8 @@ class Gallery:
                 pixels.append(encoder.pixels(path))
             except UnusableItem as error:
                 raise ValueError(
-                    f"re-ranking needs the photo of item {item['id']!r}: {error}. Set the gallery's photo_root if the "
-                    "photos were moved, build it with store_tokens=True, or search with rerank=0"
+                    f"re-ranking needs the photo of item {item['id']!r}, {path}: {error}. Set the gallery's photo_root "
+                    "if the photos were moved, build it with store_tokens=True, or search with rerank=0"
                 ) from error
         return encoder.embed_pixels(torch.stack(pixels))[1]
 
@@ -1490,12 +1428,9 @@ def _check_ends(build: Path, number: int, first: Any, last: Any) -> None:
 __all__ = [
     "Encoder",
     "Gallery",
-    "UnusableItem",
     "begin_units",
     "build_in_memory",
-    "clean_title",
     "encode_units",
     "fingerprint",
     "join_units",
-    "read_photo",
 ]

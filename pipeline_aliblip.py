@@ -23,12 +23,14 @@ from torch.utils.data import Dataset
 from transformers import AutoModel, Pipeline
 
 try:
-    from .gallery_aliblip import TOKEN_TYPE, Encoder, Gallery, UnusableItem, build_in_memory
+    from .gallery_aliblip import TOKEN_TYPE, Encoder, Gallery, build_in_memory
+    from .reading_aliblip import UnusableItem
     from .retrieval_aliblip import RERANK_BATCH_TOKENS, embed_images, embed_texts, fuse
 except ImportError:
     if __package__:  # inside a package (the Hub cache) a failure is real
         raise
-    from gallery_aliblip import TOKEN_TYPE, Encoder, Gallery, UnusableItem, build_in_memory
+    from gallery_aliblip import TOKEN_TYPE, Encoder, Gallery, build_in_memory
+    from reading_aliblip import UnusableItem
     from retrieval_aliblip import RERANK_BATCH_TOKENS, embed_images, embed_texts, fuse
 
 TASK = "image-text-retrieval"
@@ -277,7 +279,9 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Model, processor and code in a folder that `pipeline(model=folder, trust_remote_code=True)` opens."""
+        pipelines = self.model.config.custom_pipelines
         super().save_pretrained(save_directory, **kwargs)
+        self.model.config.custom_pipelines = pipelines  # of which the base class makes what it has just saved
         self.processor.save_pretrained(save_directory, **kwargs)  # which the base class leaves out
 
 

@@ -1,8 +1,7 @@
 """The library behind `train.py` and `evaluate_retrieval.py`: training and evaluation of AliBLIP.
 
-Importing it registers the classes of the root files with transformers, so that AutoConfig, AutoModel and AutoProcessor
-take this code for AliBLIP folders, and not the copy that lies in them; and `pipeline("image-text-retrieval", ...)` for
-models whose configuration names no pipeline of its own.
+Importing it registers the classes of the root files with transformers, so that AutoConfig, AutoModel, AutoProcessor
+and `pipeline("image-text-retrieval", ...)` take this code for AliBLIP folders, and not the copy that lies in them.
 """
 
 from transformers import AutoConfig, AutoModel, AutoProcessor
@@ -20,6 +19,7 @@ AutoProcessor.register(AliBlipConfig, AliBlipProcessor, exist_ok=True)
 PIPELINE_REGISTRY.register_pipeline(
     TASK, pipeline_class=AliBlipImageTextRetrievalPipeline, pt_model=(AutoModel,), type="multimodal"
 )
+AliBlipConfig.has_registered_pipeline = True
 
 __all__ = [
     "AliBlipConfig",

@@ -15,17 +15,30 @@ OURS = {"aliblip", *(path.stem for path in Path(__file__).resolve().parent.paren
 TITLES = ["red cotton shirt", "small blue steel lamp", "green cup"]
 
 
-def scores(model, processor) -> dict:
-    """ITC and ITM scores of three fixed photos with three fixed titles."""
+def photos() -> list:
     import numpy as np
-    import torch
     from PIL import Image
 
     pixels = np.random.default_rng(0).integers(0, 256, (len(TITLES), 40, 30, 3), dtype=np.uint8)
-    batch = processor(images=[Image.fromarray(photo) for photo in pixels], text=TITLES, return_tensors="pt")
+    return [Image.fromarray(photo) for photo in pixels]
+
+
+def scores(model, processor) -> dict:
+    """ITC and ITM scores of three fixed photos with three fixed titles."""
+    import torch
+
+    batch = processor(images=photos(), text=TITLES, return_tensors="pt")
     with torch.no_grad():
         output = model.eval()(**batch)
     return {"itc": output.logits_per_image, "itm": output.itm_logits}
+
+
+def searched(pipe) -> dict:
+    """What the pipeline finds among the photos for each title."""
+    import torch
+
+    found = [result for results in pipe(TITLES, gallery=photos(), top_k=len(TITLES)) for result in results]
+    return {name: torch.tensor([result[name] for result in found]) for name in ("id", "score", "itc", "itm_logit")}
 
 
 class NotInstalled:
@@ -56,7 +69,7 @@ def error_of(call, *args, **kwargs) -> str:
 
 
 def main(plan: dict) -> dict:
-    from transformers import AutoConfig, AutoModel, AutoProcessor
+    from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
 
     def load(folder, **options) -> dict:
         common = {"trust_remote_code": True, "local_files_only": options.pop("local_files_only", False)}
@@ -73,9 +86,12 @@ def main(plan: dict) -> dict:
             "scores": scores(model, processor),
         }
 
-    found = {"loaded": {}, "refused": {}}
+    found = {"loaded": {}, "searched": {}, "refused": {}}
     for name, (folder, options) in plan["load"].items():
         found["loaded"][name] = load(folder, **options)
+    for name, folder in plan["search"].items():
+        pipe = pipeline("image-text-retrieval", model=folder, trust_remote_code=True, device="cpu")
+        found["searched"][name] = {"module": type(pipe).__module__, **searched(pipe)}
     for name, folder in plan["refuse"].items():
         found["refused"][name] = error_of(AutoModel.from_pretrained, folder, trust_remote_code=name != "not trusted")
 

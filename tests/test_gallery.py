@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import hostile
 import numpy as np
 import pytest
 import tiny
@@ -17,8 +18,11 @@ from PIL import Image
 
 import gallery_aliblip
 import retrieval_aliblip as engine
+from aliblip.data.sources import Row, decode
 from aliblip.gallery import build_gallery
 from gallery_aliblip import Encoder, Gallery, fingerprint
+from modeling_aliblip import AliBlipForImageTextRetrieval
+from processing_aliblip import AliBlipProcessor
 
 COUNT, BROKEN = 21, 5
 UNITS = {"unit_size": 4, "batch_size": 3, "progress": False}
@@ -187,9 +191,9 @@ def test_titles(model, processor, capsys):
         torch.testing.assert_close(gallery.vectors(), engine.embed_texts(model, **batch), atol=1e-5, rtol=0)
     assert gallery.ids == list(range(9)) and gallery.item(2) == {"id": 2, "text": titles[2]}
     assert [entry["reason"] for entry in gallery.skipped] == [
-        "the title is empty",
-        "a title is text, not NoneType",
-        "a title is text, not int",
+        "the title has no visible character",
+        "the title is null",
+        "the title is not text but int",
     ]
     with pytest.raises(ValueError, match="titles have no image tokens"):
         build(model, processor, titles, kind="text", store_tokens=True)
@@ -230,14 +234,23 @@ def test_every_source_gives_the_same(model, processor, paths):
         build(model, processor, table, image_column="photo")
 
 
-def test_photos_are_seen_upright_over_white(tmp_path):
-    upright = Image.effect_noise((30, 20), 60).convert("RGB")
-    exif = Image.Exif()
+def test_photos_are_seen_as_in_training(model, processor, tmp_path):
+    """Orientation, transparency, colour profiles and 16 bits: where the gallery saw others, its scores would lie."""
+    photos, exif = tmp_path / "photos", Image.Exif()
+    noise = Image.merge("RGB", [Image.effect_noise((30, 20), 60) for _ in range(3)])
+    photos.mkdir()
     exif[0x0112] = 6
-    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
-    assert gallery_aliblip.read_photo(tmp_path / "turned.png").tobytes() == upright.tobytes()
-    clear = Image.new("RGBA", (4, 4), (9, 9, 9, 0))
-    assert gallery_aliblip.read_photo(clear).getpixel((0, 0)) == (255, 255, 255)
+    noise.save(photos / "turned.png", exif=exif)
+    noise.save(photos / "wide.png", icc_profile=hostile.rgb_profile(hostile.DISPLAY_P3, None))
+    Image.new("RGBA", (4, 4), (9, 9, 9, 0)).save(photos / "clear.png")
+    Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100).save(photos / "deep.png")
+    paths = sorted(str(path) for path in photos.iterdir())
+    seen = [decode(Row(0, path, None, 0, path), "images").image for path in paths]
+    encoder = Encoder(model, processor)
+    for path, photo in zip(paths, seen, strict=True):
+        assert torch.equal(encoder.pixels(path), processor(images=[photo], return_tensors="pt")["pixel_values"][0])
+    assert seen[3].tobytes() != noise.tobytes() and seen[2].size == (20, 30)
+    assert torch.equal(build(model, processor, paths).vectors(), build(model, processor, seen).vectors())
 
 
 def test_mistakes_come_before_the_work(model, processor, paths, tmp_path):
@@ -375,7 +388,7 @@ class Killing(list):
         return super().__getitem__(position)
 
 model = tiny.spread_model()
-print(fingerprint(model), flush=True)
+print(fingerprint(model, tiny.processor()), flush=True)
 Gallery.build(model, tiny.processor(), Killing(sys.argv[2:]), sys.argv[1],
               store_tokens=True, unit_size=4, batch_size=3, progress=False)
 """
@@ -386,7 +399,7 @@ def test_after_kill_9_the_build_goes_on_and_is_equal(model, processor, paths, bu
     command = [sys.executable, tmp_path / "script.py", tmp_path / "killed", *paths]
     ended = run_forked(command, env={"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])})
     assert ended.returncode == -9, ended.stderr
-    assert ended.stdout.strip() == fingerprint(model) == built.model  # equal in every process
+    assert ended.stdout.strip() == fingerprint(model, processor) == built.model  # equal in every process
     assert len(list((tmp_path / "killed" / "gallery.build").glob("unit-*"))) == 3
     build(model, processor, paths, tmp_path / "killed", store_tokens=True)
     same_files(tmp_path / "killed", tmp_path / "built")
@@ -460,7 +473,7 @@ def test_damaged_galleries_are_refused(built, tmp_path):
 def test_changes_equal_a_new_gallery(model, processor, paths, built, tmp_path):
     more = tiny.photos(tmp_path / "more", 5, seed=1)
     assert built.add(model, processor, [*more, str(tmp_path / "gone.png")], batch_size=3) == [
-        {"id": str(tmp_path / "gone.png"), "reason": f"there is no file {tmp_path / 'gone.png'}"}
+        {"id": str(tmp_path / "gone.png"), "reason": "the image file is missing"}
     ]
     built.remove([paths[0], paths[7], more[1]])
     built.remove([more[4]])
@@ -481,7 +494,7 @@ def test_changes_equal_a_new_gallery(model, processor, paths, built, tmp_path):
 
 def test_changes_that_are_refused_change_nothing(model, processor, paths, built):
     with pytest.raises(ValueError, match="1 ids come twice"):
-        built.add(model, None, [paths[3]])  # before anything is embedded
+        built.add(model, processor, [paths[3]])  # before anything is embedded
     with pytest.raises(ValueError, match="1 ids come twice"):
         built.add(model, processor, iter([paths[3]]))
     with pytest.raises(KeyError, match="not in the gallery: 'nowhere'"):
@@ -566,19 +579,28 @@ def test_the_hub(built, tmp_path, monkeypatch):
 # --- models and threads -----------------------------------------------------------------------------------------------
 
 
-def test_fingerprints(model, built):
-    built.check_model(fingerprint(model))
+def test_fingerprints(model, processor, built, tmp_path):
+    built.check_model(fingerprint(model, processor))
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again = AliBlipForImageTextRetrieval.from_pretrained(tmp_path), AliBlipProcessor.from_pretrained(tmp_path)
+    built.check_model(fingerprint(*again))
+    again[1](text=["a red cup", "a cup"])  # leaves padding and truncation in the tokenizer's state
+    built.check_model(fingerprint(*again))
     # The temperature is fp32 in any copy, and rounded like the others.
-    assert fingerprint(tiny.spread_model().to(torch.bfloat16)) == fingerprint(model)
+    assert fingerprint(tiny.spread_model().to(torch.bfloat16), processor) == fingerprint(model, processor)
     stepped = tiny.spread_model()
     with torch.no_grad():
         for parameter in stepped.text_encoder.parameters():
             parameter.add_(torch.randn_like(parameter) * 1e-3)
     other_heads = tiny.spread_model(vision_config={"num_attention_heads": 8})
     assert torch.equal(other_heads.vision_proj.weight, model.vision_proj.weight)
-    for other in (stepped, other_heads):
-        with pytest.raises(ValueError, match=f"built with another model .{built.model[:8]}, not "):
-            built.check_model(fingerprint(other))
+    other_pixels, other_words = tiny.processor(), tiny.processor()
+    other_pixels.image_processor.image_mean = [0.5, 0.5, 0.5]
+    other_words.tokenizer.add_tokens(["mug"])
+    for other in ((stepped, processor), (other_heads, processor), (model, other_pixels), (model, other_words)):
+        with pytest.raises(ValueError, match=f"built with another model or processor .{built.model[:8]}, not "):
+            built.check_model(fingerprint(*other))
     Gallery.from_vectors(unit_vectors(3)).check_model("whatever")
 
 

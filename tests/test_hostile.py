@@ -14,8 +14,9 @@ from helpers import ROOT, assert_succeeded, run, run_forked
 from PIL import Image, features
 from runs import TINY
 
-from aliblip.data import sources
-from aliblip.data.sources import Row, UnusableRow, decode, open_source, product_id_of
+import reading_aliblip
+from aliblip.data.sources import Row, decode, open_source, product_id_of
+from reading_aliblip import UnusableItem
 
 BATCH = 8
 CASES = hostile.corpus(multiple_of=BATCH)
@@ -55,7 +56,7 @@ def test_the_corpus_is_the_same_every_time_and_large_enough():
 def test_a_row_is_used_as_a_person_sees_it_or_skipped_with_the_reason(rows, layout, name):
     case, row = rows[layout, name]
     if case.reason is not None:
-        with pytest.raises(UnusableRow) as raised:
+        with pytest.raises(UnusableItem) as raised:
             decode(row)
         assert case.reason in str(raised.value) and "\n" not in str(raised.value)
         return
@@ -78,11 +79,11 @@ def test_a_row_is_used_as_a_person_sees_it_or_skipped_with_the_reason(rows, layo
 def test_a_title_of_a_megabyte_is_cut_before_the_tokenizer(rows):
     long = [row for case, row in rows.values() if isinstance(case.caption, str) and len(case.caption) > 100_000]
     assert len(long) == 8
-    assert all(len(decode(row).text) <= sources.MAX_TITLE_CHARACTERS for row in long)
+    assert all(len(decode(row).text) <= reading_aliblip.MAX_TITLE_CHARACTERS for row in long)
 
 
 def test_what_no_file_can_hold():
-    with pytest.raises(UnusableRow, match="no pixels"):
+    with pytest.raises(UnusableItem, match="no pixels"):
         decode(Row(0, Image.new("RGB", (0, 5)), "red cup", 0, "row 0"))
     palette = Image.new("P", (2, 1))
     palette.putpalette([255, 0, 0, 0, 0, 0, 255, 255], "RGBA")
@@ -102,11 +103,12 @@ def test_an_id_without_a_json_form_is_an_id_of_its_own():
 @pytest.mark.skipif(not features.check("littlecms2"), reason="Pillow without LittleCMS")
 def test_a_profile_costs_nothing_where_it_changes_nothing():
     srgb = hostile.rgb_profile(hostile.SRGB, None)
-    assert sources._conversion(srgb, "RGB") is None
-    assert sources._conversion(hostile.grey_profile(1.0), "L") is not None
-    assert sources._conversion(hostile.grey_profile(1.0), "RGB") is None  # of other colours
+    assert reading_aliblip._conversion(srgb, "RGB") is None
+    assert reading_aliblip._conversion(hostile.grey_profile(1.0), "L") is not None
+    assert reading_aliblip._conversion(hostile.grey_profile(1.0), "RGB") is None  # of other colours
     wide = hostile.rgb_profile(hostile.DISPLAY_P3, None)
-    assert sources._conversion(wide, "RGB") is sources._conversion(bytes(bytearray(wide)), "RGB") is not None
+    convert = reading_aliblip._conversion(wide, "RGB")
+    assert convert is not None and convert is reading_aliblip._conversion(bytes(bytearray(wide)), "RGB")
 
 
 @pytest.mark.skipif(not features.check("littlecms2"), reason="Pillow without LittleCMS")
@@ -115,13 +117,13 @@ def test_without_littlecms_colours_are_as_stored(monkeypatch):
     wide = hostile.encoded(stored, "PNG", icc_profile=hostile.rgb_profile(hostile.DISPLAY_P3, None))
     row = Row(0, wide, "red cup", 0, "row 0")
     assert decode(row).image.getpixel((0, 0)) != (200, 60, 40)
-    sources._conversion.cache_clear()
+    reading_aliblip._conversion.cache_clear()
     monkeypatch.delattr("PIL.ImageCms")
     monkeypatch.setitem(sys.modules, "PIL.ImageCms", None)
     try:
         assert decode(row).image.getpixel((0, 0)) == (200, 60, 40)
     finally:
-        sources._conversion.cache_clear()
+        reading_aliblip._conversion.cache_clear()
 
 
 # --- bombs ------------------------------------------------------------------------------------------------------------
@@ -131,7 +133,8 @@ import io, resource, struct, sys
 import numpy as np
 from PIL import Image
 import hostile
-from aliblip.data.sources import Row, UnusableRow, decode
+from aliblip.data.sources import Row, decode
+from reading_aliblip import UnusableItem
 
 folder = sys.argv[1]
 cases = [case for case in hostile.corpus() if "bomb" in case.name or "huge" in case.name or "scans" in case.name]
@@ -147,7 +150,7 @@ resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]),) * 2)
 for name, image in cases:
     try:
         print(name, decode(Row(0, image, "red cup", 0, name)).image.size, sep=": ")
-    except UnusableRow as error:
+    except UnusableItem as error:
         print(name, error, sep=": ")
 """
 

@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
+import reading_aliblip
 import retrieval_aliblip as engine
 from aliblip import AliBlipImageTextRetrievalPipeline, Gallery
 
@@ -225,7 +226,7 @@ def test_relative_paths(pipe, paths, titles, gallery, tmp_path, monkeypatch):
     names = [Path(path).name for path in paths]
     Gallery.build(pipe.model, pipe.processor, names, tmp_path / "g", progress=False)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"there is no file 0\d\d.png. Set the gallery's photo_root"):
+    with pytest.raises(ValueError, match=r"item '0\d\d.png', 0\d\d.png: the image file is missing. Set the gal"):
         pipe(titles[0], gallery=tmp_path / "g")
     found = pipe(titles[0], gallery=Gallery.load(tmp_path / "g", photo_root=root))
     expected = pipe(titles[0], gallery=gallery)
@@ -242,14 +243,14 @@ def test_mistakes(pipe, paths, titles, gallery, text_gallery, tmp_path):
         ({"gallery": gallery, "approximate": True}, "no approximate index"),
         ({"gallery": tmp_path / "nowhere"}, "is not a gallery"),
         ({"gallery": 7}, "gallery is a int: give a Gallery, a folder"),
-        ({"gallery": text_gallery}, "there is no file .*a str is a path or an address here, because the gallery hol"),
+        ({"gallery": text_gallery}, "the image file is missing .a str is a path or an address here, because the"),
         ({"gallery": text_gallery, "direction": "text-to-text"}, "titles with titles can be compared by ITC only"),
     ):
         with pytest.raises(ValueError, match=message):
             pipe(titles[0], **call)
     with pytest.raises(ValueError, match="photos with photos can be compared by ITC only: search with rerank=0"):
         pipe(Path(paths[0]), gallery=gallery)
-    with pytest.raises(ValueError, match="the query can't be used: the title is empty"):
+    with pytest.raises(ValueError, match="the query can't be used: the title has no visible character"):
         pipe("  ", gallery=gallery)
     with pytest.raises(ValueError, match="needs a processor"):
         AliBlipImageTextRetrievalPipeline(pipe.model)
@@ -261,9 +262,7 @@ def test_mistakes(pipe, paths, titles, gallery, text_gallery, tmp_path):
 
 
 def test_a_title_is_never_opened_as_a_file(pipe, paths, gallery, monkeypatch):
-    import gallery_aliblip
-
-    monkeypatch.setattr(gallery_aliblip, "_read_file", None)
+    monkeypatch.setattr(reading_aliblip, "_open_image", None)
     for title in (paths[0], "http://127.0.0.1/cup.png", "/etc/hostname"):
         assert pipe(title, gallery=gallery)
 

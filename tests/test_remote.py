@@ -14,11 +14,13 @@ from http_stub import FileServer
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
 
+import reading_aliblip
 from aliblip.data import remote, sources
 from aliblip.data.collate import Collator
 from aliblip.data.loader import EvalLoader, TrainLoader
 from aliblip.data.remote import RemoteReadError, read_file, resumed
-from aliblip.data.sources import Row, UnusableRow, decode, open_source
+from aliblip.data.sources import Row, decode, open_source
+from reading_aliblip import UnusableItem
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -198,23 +200,23 @@ def test_a_photo_is_missing_or_the_server_is_in_trouble(folder):
             assert decode(photo_row(address)).image.tobytes() == wanted.tobytes()
             assert server.failed[fault] == 7
         server.requests.clear()
-        with pytest.raises(UnusableRow, match="^the image file is missing$"):
+        with pytest.raises(UnusableItem, match="^the image file is missing$"):
             decode(photo_row(f"{server.url}/list/images/gone.png"))
         assert len(server.requests) == 1
         server.always = "403"
-        with pytest.raises(UnusableRow, match=r"can't be fetched \(http://.* can't be read: 403 Forbidden\)$"):
+        with pytest.raises(UnusableItem, match=r"can't be fetched \(http://.* can't be read: 403 Forbidden\)$"):
             decode(photo_row(address))
         assert len(server.requests) == 2
         server.always = "503"
-        with pytest.raises(UnusableRow, match=r"503 Service Unavailable \(tried 8 times in 0 seconds\)"):
+        with pytest.raises(UnusableItem, match=r"503 Service Unavailable \(tried 8 times in 0 seconds\)"):
             decode(photo_row(address))
         assert len(server.requests) == 10
 
 
 def test_a_photo_larger_than_the_limit_is_not_read_whole(folder, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 100)
+    monkeypatch.setattr(reading_aliblip, "MAX_FILE_BYTES", 100)
     with FileServer(folder) as server:
-        with pytest.raises(UnusableRow, match="larger than"):
+        with pytest.raises(UnusableItem, match="larger than"):
             decode(photo_row(f"{server.url}/list/images/p003.png"))
         assert server.requests == [("GET", "/list/images/p003.png", "bytes=0-100")]
 

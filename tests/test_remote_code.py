@@ -14,8 +14,8 @@ import pytest
 import tiny
 import torch
 from helpers import ROOT, assert_succeeded, run
-from remote_code_probe import scores
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from remote_code_probe import scores, searched
+from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
 from transformers.pipelines import clean_custom_task
 
 import aliblip
@@ -24,6 +24,8 @@ from configuration_aliblip import CUSTOM_PIPELINES, AliBlipConfig
 
 HUB_FILES = sorted(path.name for path in ROOT.glob("*_aliblip.py"))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+KINDS = ("saved", "pipeline", "copied")  # by save_pretrained, by the pipeline's, and with root files copied by hand
+TASK = "image-text-retrieval"
 
 
 def tiny_pair(dtype: torch.dtype = torch.float32):
@@ -38,6 +40,10 @@ def save(folder, dtype: torch.dtype = torch.float32, **options):
     model.save_pretrained(folder, **options)
     processor.save_pretrained(folder)
     return folder
+
+
+def pipeline_of(model, processor):
+    return pipeline(TASK, model=model, processor=processor, device="cpu")
 
 
 def copied_by_hand(folder, saved, without: str = ""):
@@ -56,6 +62,8 @@ def folders(tmp_path_factory):
     for name, dtype in DTYPES.items():
         folders[f"saved {name}"] = save(root / f"saved-{name}", dtype)
         folders[f"copied {name}"] = copied_by_hand(root / f"copied.{name}", folders[f"saved {name}"])
+        folders[f"pipeline {name}"] = root / f"pipeline-{name}"
+        pipeline_of(*tiny_pair(dtype)).save_pretrained(folders[f"pipeline {name}"])
     folders["sharded"] = save(root / "sharded", max_shard_size="30KB")
     folders["trained"] = root / "best"
     assert save_model(*tiny_pair(), folders["trained"]) is None
@@ -70,7 +78,10 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected():
-    return {name: scores(*tiny_pair(dtype)) for name, dtype in DTYPES.items()}
+    """Scores of the model, and what the pipeline finds with it."""
+    return {name: scores(*tiny_pair(dtype)) for name, dtype in DTYPES.items()} | {
+        f"searched {name}": searched(pipeline_of(*tiny_pair(dtype))) for name, dtype in DTYPES.items()
+    }
 
 
 def into_hub_cache(home, name: str, saved) -> None:
@@ -85,8 +96,8 @@ def into_hub_cache(home, name: str, saved) -> None:
 def child(folders, tmp_path_factory):
     """What a process without the package found, and the folders it saved again."""
     work = tmp_path_factory.mktemp("child")
-    plain = ("saved fp32", "saved bf16", "copied fp32", "copied bf16", "sharded", "trained")
-    load = {name: (str(folders[name]), {}) for name in plain}
+    matrix = [f"{kind} {dtype}" for kind in KINDS for dtype in DTYPES]
+    load = {name: (str(folders[name]), {}) for name in (*matrix, "sharded", "trained")}
     fp32 = str(folders["saved fp32"])
     load |= {
         "eager": (fp32, {"attn_implementation": "eager"}),
@@ -102,6 +113,7 @@ def child(folders, tmp_path_factory):
     into_hub_cache(work / "cache", "aliblip/tiny", folders["saved fp32"])
     plan = {
         "load": load,
+        "search": {name: str(folders[name]) for name in matrix},
         "refuse": {"not trusted": fp32, "incomplete": str(folders["incomplete"])},
         "save_again": [
             (fp32, str(work / "again"), {}),
@@ -144,25 +156,28 @@ def assert_complete(folder):
 
 
 def test_a_saved_folder_is_complete(folders):
-    for name in ("saved fp32", "sharded", "trained"):
+    for name in ("saved fp32", "pipeline fp32", "sharded", "trained"):
         assert_complete(folders[name])
     assert (folders["saved fp32"] / "model.safetensors").is_file()
     assert len(list(folders["sharded"].glob("*.safetensors"))) > 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["saved", "copied"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_without_the_package_the_code_of_the_folder_gives_equal_scores(child, expected, kind, dtype):
     loaded = child["loaded"][f"{kind} {dtype}"]
     assert all(module.startswith("transformers_modules.") for module in loaded["modules"])
     assert loaded["dtype"] == str(DTYPES[dtype]).removeprefix("torch.")
     assert loaded["temperature_dtype"] == "float32"
     assert_equal_scores(loaded["scores"], expected[dtype])
+    found = child["searched"][f"{kind} {dtype}"]
+    assert found.pop("module").startswith("transformers_modules.")
+    assert_equal_scores(found, expected[f"searched {dtype}"])
 
 
 @pytest.mark.parametrize("trust", [None, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["saved", "copied"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_with_the_package_its_classes_win_and_give_equal_scores(folders, expected, kind, dtype, trust):
     folder = folders[f"{kind} {dtype}"]
     model = AutoModel.from_pretrained(folder, trust_remote_code=trust)
@@ -171,6 +186,9 @@ def test_with_the_package_its_classes_win_and_give_equal_scores(folders, expecte
     assert type(processor) is aliblip.AliBlipProcessor
     assert type(AutoConfig.from_pretrained(folder, trust_remote_code=trust)) is aliblip.AliBlipConfig
     assert_equal_scores(scores(model, processor), expected[dtype])
+    pipe = pipeline(TASK, model=str(folder), trust_remote_code=trust, device="cpu")
+    assert type(pipe) is aliblip.AliBlipImageTextRetrievalPipeline
+    assert_equal_scores(searched(pipe), expected[f"searched {dtype}"])
 
 
 @pytest.mark.parametrize(
@@ -228,16 +246,24 @@ def test_nothing_asked_for_the_network(child):
     assert child["attempts"] == []
 
 
-def test_a_configuration_that_a_pipeline_has_read_can_be_saved(tmp_path):
+def saved_pipelines(folder) -> dict:
+    return json.loads((folder / "config.json").read_text())["custom_pipelines"]
+
+
+def test_a_configuration_that_a_pipeline_has_read_can_be_saved(tmp_path, monkeypatch):
+    """As where the package is not there, and `pipeline` reads the entry of the configuration."""
+    monkeypatch.setattr(AliBlipConfig, "has_registered_pipeline", False)
     config = tiny.config()
-    clean_custom_task(config.custom_pipelines["image-text-retrieval"])
+    clean_custom_task(config.custom_pipelines[TASK])
     config.save_pretrained(tmp_path)
     files = {path.name for path in tmp_path.glob("*.py")}
-    assert {"configuration_aliblip.py", "pipeline_aliblip.py", "retrieval_aliblip.py"} <= files
+    assert {"configuration_aliblip.py", "pipeline_aliblip.py", "retrieval_aliblip.py", "reading_aliblip.py"} <= files
+    assert saved_pipelines(tmp_path) == CUSTOM_PIPELINES
     assert AliBlipConfig.from_pretrained(tmp_path).custom_pipelines == CUSTOM_PIPELINES
 
 
 def test_pipelines_of_others_stay_in_the_configuration(tmp_path):
     other = {"other-task": {"impl": "other.OtherPipeline", "pt": ["AutoModel"]}}
     tiny.config(custom_pipelines=other).save_pretrained(tmp_path)
-    assert AliBlipConfig.from_pretrained(tmp_path).custom_pipelines == {**other, **CUSTOM_PIPELINES}
+    assert saved_pipelines(tmp_path) == {**other, **CUSTOM_PIPELINES}
+    assert AliBlipConfig.from_pretrained(tmp_path).custom_pipelines == other  # ours is registered

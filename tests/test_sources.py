@@ -27,7 +27,8 @@ from data_stub import (
 from PIL import Image
 
 from aliblip.data import sources
-from aliblip.data.sources import Row, UnusableRow, decode, open_source, product_id_of, require_usable_row
+from aliblip.data.sources import Row, decode, open_source, product_id_of, require_usable_row
+from reading_aliblip import MAX_TITLE_CHARACTERS, UnusableItem
 
 COUNT = 11
 
@@ -37,7 +38,7 @@ def rows_of(source):
 
 
 def reason(image=None, text="a title", problem=None):
-    with pytest.raises(UnusableRow) as caught:
+    with pytest.raises(UnusableItem) as caught:
         decode(Row(0, image, text, 0, "row 0", problem))
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -265,7 +266,7 @@ def test_every_truncation_and_many_flipped_bytes_end_in_a_reason_or_a_photo():
 def _decodes_or_refuses(data):
     try:
         example = decode(Row(0, data, "a title", 0, "row 0"))
-    except UnusableRow as error:
+    except UnusableItem as error:
         assert str(error)
     else:
         assert example.image.mode == "RGB"
@@ -358,7 +359,7 @@ def test_titles_without_text_are_refused(title, why):
 )
 def test_unusual_titles_are_used(title):
     text = decode(Row(0, encoded(photo(0)), title, 0, "row 0")).text
-    assert text.encode("utf-8") and len(text) <= sources.MAX_TITLE_CHARACTERS
+    assert text.encode("utf-8") and len(text) <= MAX_TITLE_CHARACTERS
     assert text[:2] == title[:2]
 
 
@@ -397,7 +398,7 @@ def test_bad_records_are_holes_with_a_name(tmp_path):
     for row in rows_of(source):
         try:
             decode(row)
-        except UnusableRow as error:
+        except UnusableItem as error:
             reasons[row.row] = str(error)
     assert sorted(reasons) == list(range(1, 19))
     for number, why in {
@@ -435,7 +436,7 @@ def test_bad_samples_of_a_tar_are_holes(tmp_path):
     for row in rows_of(source):
         try:
             outcomes.append((row.name, decode(row).text))
-        except UnusableRow as error:
+        except UnusableItem as error:
             outcomes.append((row.name, str(error)))
     assert outcomes == [
         ("a", "good"),
@@ -457,10 +458,10 @@ def test_bad_cells_of_a_parquet_file_are_holes(tmp_path):
     assert decode(rows[0]).text == "a"
     assert [row.row for row in rows] == [0, 1, 2, 3]
     for row, why in zip(rows[1:], ("'caption' can't be read", "the image is null", "not an image"), strict=True):
-        with pytest.raises(UnusableRow, match=re.escape(why)):
+        with pytest.raises(UnusableItem, match=re.escape(why)):
             decode(row)
     pq.write_table(pa.table({"image": ["x.png"], "caption": ["t"]}), tmp_path / "train.parquet")
-    with pytest.raises(UnusableRow, match="--image_dir"):
+    with pytest.raises(UnusableItem, match="--image_dir"):
         decode(rows_of(open_source(data_dir=str(tmp_path), split="train"))[0])
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from aliblip.data.sources import Example, Row, UnusableRow, decode
+from aliblip.data.sources import Example, Row, decode
+from reading_aliblip import UnusableItem
 
 __all__ = ["Collator", "NoUsableRow", "printable", "sample_rng"]
 
@@ -109,7 +110,7 @@ class Collator:
     def _example(self, row: Row, epoch: int, skipped: list[dict[str, Any]]) -> Example | None:
         try:
             example = decode(row, self.sides)
-        except UnusableRow as error:
+        except UnusableItem as error:
             skipped.append({"row": row.row, "name": printable(row.name), "reason": str(error)})
             return None
         if self.augment is not None:

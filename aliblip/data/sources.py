@@ -6,7 +6,7 @@
 
 A source is a list of shards whose row counts are known without decoding (or even reading) a single photo, so that an
 epoch can be planned from it. `read` skips inside a shard and yields rows as they are stored; `decode` turns one of them
-into an RGB photo and a title, or raises `UnusableRow` with a plain reason.
+into an RGB photo and a title, or raises `UnusableItem` with a plain reason.
 
 Which files belong to which split is always decided by `datasets`. Parquet is read by `datasets` streaming as well. Tars
 and folders are read here, because a single bad record (a metadata line without its file, JSON that does not parse, a
@@ -25,10 +25,7 @@ import math
 import os
 import posixpath
 import re
-import stat
-import unicodedata
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -36,7 +33,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from aliblip.data.manifest import DataFile, file_names
 from aliblip.data.remote import (
@@ -50,27 +47,19 @@ from aliblip.data.remote import (
     take_over_retries,
 )
 from aliblip.data.tar_index import TarIndex, indexed_tar
+from reading_aliblip import IMAGE_FORMATS, UnusableItem, clean_title, read_photo
 
 __all__ = [
     "Example",
     "Row",
     "Shard",
     "Source",
-    "UnusableRow",
     "decode",
     "open_source",
     "product_id_of",
     "require_usable_row",
 ]
 
-# Pillow warns above this size and refuses only twice of it; a product photo of 90 megapixels is an attack or a mistake.
-MAX_PIXELS = 89_478_485
-# More than any photo of that many pixels takes, and little enough to be read by every worker at once.
-MAX_FILE_BYTES = 512 * 2**20
-# Usual encoders write about ten. Every scan goes over the whole photo, so that a few kilobytes of them take minutes.
-MAX_JPEG_SCANS = 100
-# A title keeps about 35 tokens: what follows this many characters can't matter, but would take the tokenizer seconds.
-MAX_TITLE_CHARACTERS = 10_000
 # Parquet row groups are joined to shards of at least this many rows: small enough to mix well, few enough to open.
 PARQUET_SHARD_ROWS = 1024
 # Read from the end of a Parquet file at once: nearly always the whole footer.
@@ -79,16 +68,9 @@ PARQUET_TAIL_BYTES = 2**16
 PARQUET_BATCH_ROWS = 64
 # Rows of a folder can be read in any order at no cost: small shards mix them well.
 FOLDER_SHARD_ROWS = 64
-# Formats a shop would use. Others stay out: Pillow starts a PostScript interpreter for EPS, for instance.
-IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
-EXIF_ORIENTATION = 0x0112
 TAR_IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2")
 TAR_TEXT_FIELDS = ("txt", "text", "transcript", "caption", "title")
 COLUMN_PROBE_ROWS = 1000
-
-
-class UnusableRow(ValueError):
-    """A row that can't be trained on; the message is a plain reason for the report."""
 
 
 @dataclass(frozen=True)
@@ -146,216 +128,21 @@ def decode(row: Row, sides: str = "both") -> Example:
         sides: "both", or only the "images" or the "titles".
 
     Raises:
-        UnusableRow: with a plain reason; no other exception leaves this function, whatever the bytes are.
+        UnusableItem: with a plain reason; no other exception leaves this function, whatever the bytes are.
     """
     if row.problem is not None:
-        raise UnusableRow(row.problem)
-    text = _clean_title(row.text) if sides != "images" else None  # first, since it costs nothing
-    image = _decode_image(row.image) if sides != "titles" else None
+        raise UnusableItem(row.problem)
+    text = clean_title(row.text) if sides != "images" else None  # first, since it costs nothing
+    image = read_photo(row.image, _fetch) if sides != "titles" else None
     return Example(image, text, row.product_id, row.row)
 
 
-def _clean_title(value: Any) -> str:
-    if value is None:
-        raise UnusableRow("the title is null")
-    if not isinstance(value, str):
-        raise UnusableRow(f"the title is not text but {type(value).__name__}")
-    # Lone surrogates (half an emoji) can't be encoded, and would make the tokenizer fail for the whole batch.
-    # Stripped before it is cut, lest a title that begins with many blanks seem to have no others.
-    text = value.strip()[:MAX_TITLE_CHARACTERS].encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
-    if not any(_is_visible(character) for character in text):
-        raise UnusableRow("the title is empty" if not value else "the title has no visible character")
-    return text
-
-
-def _is_visible(character: str) -> bool:
-    # Separators, controls, format characters, unassigned ones, and combining marks with nothing below them.
-    return unicodedata.category(character)[0] not in "ZCM"
-
-
-def _decode_image(value: Any) -> Image.Image:
-    if value is None:
-        raise UnusableRow("the image is null")
+def _fetch(address: str, most_bytes: int) -> bytes:
+    """A photo's address of any kind, read again where the network fails."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks on odd EXIF or palettes: the photo decides, not they
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if isinstance(value, Image.Image):
-                return _to_rgb(value)
-            data = _open_image(value)
-            with Image.open(data, formats=_formats()) as image:
-                _refuse_hidden_bombs(image, data)
-                return _to_rgb(image)
-    except UnusableRow:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UnusableRow(f"the image has more than {MAX_PIXELS:,} pixels") from None
-    except Image.UnidentifiedImageError:
-        raise UnusableRow("the file is not an image of a known format") from None
-    except FileNotFoundError:
-        raise UnusableRow("the image file is missing") from None
-    except Exception as error:  # Pillow's plugins raise anything at all on damaged files
-        reason = " ".join(str(error).split())[:200]
-        raise UnusableRow(f"the image can't be decoded ({type(error).__name__}: {reason})") from None
-
-
-def _formats() -> list[str]:
-    Image.init()
-    return [name for name in IMAGE_FORMATS if name in Image.OPEN]
-
-
-def _open_image(value: Any) -> io.BytesIO:
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        data = bytes(value)
-    elif isinstance(value, (str, os.PathLike)):
-        path = os.fspath(value)
-        if "://" in path:
-            try:
-                data = read_file(path, MAX_FILE_BYTES + 1)
-            except RemoteReadError as error:
-                raise UnusableRow(f"the image can't be fetched ({error})") from None
-            if len(data) > MAX_FILE_BYTES:
-                raise UnusableRow(f"the image file is larger than {MAX_FILE_BYTES // 2**20} MiB")
-        else:
-            status = os.stat(path)
-            if not stat.S_ISREG(status.st_mode):  # a named pipe would be read for ever
-                raise UnusableRow("the image is a folder or a device, not a file")
-            if status.st_size > MAX_FILE_BYTES:
-                raise UnusableRow(f"the image file is larger than {MAX_FILE_BYTES // 2**20} MiB")
-            with open(path, "rb") as file:
-                data = file.read()
-    else:
-        raise UnusableRow(f"the image is neither bytes nor a path but {type(value).__name__}")
-    if not data:
-        raise UnusableRow("the image file is empty")
-    return io.BytesIO(data)
-
-
-def _refuse_hidden_bombs(image: Image.Image, data: io.BytesIO) -> None:
-    """Refuse files that take very much more time or memory than the size of their picture says."""
-    # A marker never occurs inside compressed data, where 0xFF is always followed by a zero.
-    if image.info.get("progressive") and data.getvalue().count(b"\xff\xda") > MAX_JPEG_SCANS:
-        raise UnusableRow(f"the JPEG has more than {MAX_JPEG_SCANS} scans")
-    if image.format == "TIFF":
-        width, height = (image.tag_v2.get(tag, 0) for tag in (322, 323))  # TileWidth, TileLength
-        if width * height > MAX_PIXELS:
-            raise UnusableRow(f"a tile of the TIFF has more than {MAX_PIXELS:,} pixels")
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if not image.width or not image.height:
-        raise UnusableRow("the image has no pixels")
-    if image.width * image.height > MAX_PIXELS:
-        raise UnusableRow(f"the image has more than {MAX_PIXELS:,} pixels")
-    is_turned = image.format == "TIFF"  # when it is loaded, after which some versions of Pillow keep the tag
-    image = loaded = _load(image)
-    if not is_turned:
-        with contextlib.suppress(Exception):  # damaged EXIF: every viewer then shows the photo as it is stored
-            if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
-                image = ImageOps.exif_transpose(image)
-    profile = image.info.get("icc_profile")
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = _to_eight_bits(image)
-    alpha = None
-    if _has_transparency(image):
-        image = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
-        alpha = image.getchannel("A")
-        image = image.convert("L" if image.mode == "LA" else "RGB")
-    image = _to_srgb(image, profile)
-    if alpha is not None:
-        white = Image.new("RGB", image.size, (255, 255, 255))
-        white.paste(image, mask=alpha)
-        image = white
-    if image is loaded:
-        image = image.copy()  # so that no file handle travels on
-    image.info = {}  # a profile that is applied already would be written into every copy that is saved
-    return image
-
-
-def _load(image: Image.Image) -> Image.Image:
-    """The decoded picture, mended where Pillow understands transparency otherwise than viewers do."""
-    tile = image.tile[0] if getattr(image, "tile", None) else None  # which loading forgets
-    image.load()
-    key = image.info.get("transparency")
-    if tile is None:
-        return image
-    _, box, _, stored = tile
-    if image.format == "PNG" and key is not None:
-        # The transparent shade is given in the depth of the file, and Pillow looks for it among values of 8 bits.
-        if stored in ("L;2", "L;4"):
-            image.info["transparency"] = key * (85 if stored == "L;2" else 17)
-        elif stored == "RGB;16B":
-            image.info["transparency"] = tuple(value >> 8 for value in key)
-    if image.format == "GIF" and key is None and box != (0, 0, *image.size):
-        # The first picture of a GIF need not cover it all: the rest is empty, not of the palette's first colour.
-        white = Image.new("RGB", image.size, (255, 255, 255))
-        white.paste(image.crop(box), box)
-        return white
-    return image
-
-
-def _has_transparency(image: Image.Image) -> bool:
-    # Not Image.has_transparency_data, which older Pillow lacks.
-    return (
-        image.mode in ("RGBA", "RGBa", "LA", "La", "PA")
-        or "transparency" in image.info
-        or (image.mode == "P" and image.palette.mode == "RGBA")
-    )
-
-
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Greyscale of 16 or 32 bits, or floats, to 8 bits by its range (Pillow's own conversion cuts at 255)."""
-    # In bands, since intermediate results of a whole large picture would take gigabytes.
-    rows = max(2**20 // image.width, 1)
-    edges = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
-
-    def bands() -> Iterator[np.ndarray]:
-        for edge in edges:
-            values = np.asarray(image.crop(edge))
-            yield np.nan_to_num(values, nan=0.0, posinf=255.0, neginf=0.0) if image.mode == "F" else values
-
-    largest = max(band.max() for band in bands())
-    if image.mode == "F":
-        scale = 255.0 if largest <= 1.0 else 1.0
-    elif image.mode.startswith("I;16") or 255 < largest <= 65535:
-        scale = 1 / 257
-    else:
-        scale = 1.0 if largest <= 255 else 1 / 16_843_009
-    grey = np.concatenate([np.rint(np.clip(band * scale, 0, 255)).astype(np.uint8) for band in bands()])
-    picture = Image.fromarray(grey)
-    key = image.info.get("transparency")
-    if key is not None:
-        alpha = np.concatenate([np.where(band == key, 0, 255).astype(np.uint8) for band in bands()])
-        picture = Image.merge("LA", (picture, Image.fromarray(alpha)))
-    return picture
-
-
-def _to_srgb(image: Image.Image, profile: Any) -> Image.Image:
-    """RGB of the colours that the profile, if there is one, gives to the stored values."""
-    if image.mode not in ("RGB", "L", "CMYK"):
-        image = image.convert("RGB")
-    convert = _conversion(profile, image.mode) if isinstance(profile, bytes) else None
-    if convert is not None:
-        return convert(image)
-    return image.convert("RGB") if image.mode != "RGB" else image
-
-
-@functools.lru_cache(maxsize=16)  # a catalogue has few different profiles, and building a conversion takes milliseconds
-def _conversion(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Image] | None:
-    """The conversion from a colour profile to sRGB, or None if there is nothing to convert."""
-    try:
-        from PIL import ImageCms
-
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        convert = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB").apply
-        if mode == "CMYK":
-            return convert
-        steps = np.indices((6, 6, 6)).reshape(3, -1).T * 51
-        probe = Image.fromarray(steps.astype(np.uint8)[None]).convert(mode)
-        difference = np.asarray(convert(probe)).astype(int) - np.asarray(probe.convert("RGB"))
-    except Exception:  # a broken profile or one of other colours, which viewers ignore; or Pillow without LittleCMS
-        return None
-    return convert if np.abs(difference).max() > 2 else None  # sRGB itself, whose many versions differ in rounding
+        return read_file(address, most_bytes)
+    except RemoteReadError as error:
+        raise UnusableItem(f"the image can't be fetched ({error})") from None
 
 
 # ---------------------------------------------------------------------------------------------------- product ids
@@ -961,7 +748,7 @@ def require_usable_row(source: Source, tries: int = 1000) -> None:
         try:
             decode(row, source.sides)
             return
-        except UnusableRow as error:
+        except UnusableItem as error:
             tried += 1
             if len(reasons) < 3:
                 reasons.append(f"{row.name}: {error}")

@@ -1,0 +1,283 @@
+"""Photos and titles as they come, to what the model's processor takes: PIL RGB and clean text.
+
+    photo = read_photo("mug.jpg")          # or bytes, an http(s) address, a PIL image, {"bytes", "path"} of `datasets`
+    title = clean_title("  striped blue mug ")
+
+The one reading of training, evaluation, galleries and pipeline, so that all of them see the same pixels. What can't be
+used raises `UnusableItem` with a plain reason, whatever the bytes are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import os
+import stat
+import unicodedata
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+try:
+    from PIL import Image, ImageOps
+except ImportError:  # titles can be read without it
+    Image = ImageOps = None
+
+# Pillow warns above this size and refuses only twice of it; a product photo of 90 megapixels is an attack or a mistake.
+MAX_PIXELS = 89_478_485
+# More than any photo of that many pixels takes, and little enough to be read by every worker at once.
+MAX_FILE_BYTES = 512 * 2**20
+# Usual encoders write about ten. Every scan goes over the whole photo, so that a few kilobytes of them take minutes.
+MAX_JPEG_SCANS = 100
+# A title keeps about 35 tokens: what follows this many characters can't matter, but would take the tokenizer seconds.
+MAX_TITLE_CHARACTERS = 10_000
+# Formats a shop would use. Others stay out: Pillow starts a PostScript interpreter for EPS, for instance.
+IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
+EXIF_ORIENTATION = 0x0112
+# Without an answer until a photo's address counts as unreachable.
+TIMEOUT_SECONDS = 60
+
+
+class UnusableItem(ValueError):
+    """A photo or title that can't be used; the message is a plain reason for the report."""
+
+
+def clean_title(value: Any) -> str:
+    """The title as the tokenizer gets it: stripped, cut at `MAX_TITLE_CHARACTERS`, without half characters.
+
+    Raises:
+        UnusableItem: not text, or nothing that a reader would see.
+    """
+    if value is None:
+        raise UnusableItem("the title is null")
+    if not isinstance(value, str):
+        raise UnusableItem(f"the title is not text but {type(value).__name__}")
+    # Lone surrogates (half an emoji) can't be encoded, and would make the tokenizer fail for the whole batch.
+    # Stripped before it is cut, lest a title that begins with many blanks seem to have no others.
+    text = value.strip()[:MAX_TITLE_CHARACTERS].encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
+    if not any(_is_visible(character) for character in text):
+        raise UnusableItem("the title is empty" if not value else "the title has no visible character")
+    return text
+
+
+def _is_visible(character: str) -> bool:
+    # Separators, controls, format characters, unassigned ones, and combining marks with nothing below them.
+    return unicodedata.category(character)[0] not in "ZCM"
+
+
+def fetch(address: str, most_bytes: int) -> bytes:
+    """The beginning, at most `most_bytes`, of what an http(s) address gives.
+
+    Raises:
+        UnusableItem: it gives nothing.
+    """
+    if not address.startswith(("http://", "https://")):
+        raise UnusableItem(f"the address {address} is neither http:// nor https://")
+    try:
+        with urllib.request.urlopen(address, timeout=TIMEOUT_SECONDS) as answer:
+            return answer.read(most_bytes)
+    except (OSError, ValueError) as error:
+        raise UnusableItem(f"the image can't be fetched ({address}: {' '.join(str(error).split())[:200]})") from None
+
+
+def read_photo(value: Any, fetch: Callable[[str, int], bytes] = fetch) -> Image.Image:
+    """A PIL image, bytes, a path, an address, or {"bytes", "path"} as `datasets` stores photos, to PIL RGB as a person
+    sees it: EXIF orientation and colour profile applied, transparency over white, of an animation the first picture.
+
+    Args:
+        fetch: reads an address, at most so many bytes of it, or raises `UnusableItem`.
+
+    Raises:
+        UnusableItem: with a plain reason; no other exception leaves this function, whatever the bytes are.
+        ImportError: Pillow is not installed.
+    """
+    if Image is None:
+        raise ImportError("photos are read with Pillow: pip install pillow")
+    if isinstance(value, dict) and set(value) <= {"bytes", "path"}:
+        value = value.get("bytes") or value.get("path")
+    if value is None:
+        raise UnusableItem("the image is null")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on odd EXIF or palettes: the photo decides, not they
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if isinstance(value, Image.Image):
+                return _to_rgb(value)
+            data = _open_image(value, fetch)
+            with Image.open(data, formats=_formats()) as image:
+                _refuse_hidden_bombs(image, data)
+                return _to_rgb(image)
+    except UnusableItem:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UnusableItem(f"the image has more than {MAX_PIXELS:,} pixels") from None
+    except Image.UnidentifiedImageError:
+        raise UnusableItem("the file is not an image of a known format") from None
+    except FileNotFoundError:
+        raise UnusableItem("the image file is missing") from None
+    except Exception as error:  # Pillow's plugins raise anything at all on damaged files
+        reason = " ".join(str(error).split())[:200]
+        raise UnusableItem(f"the image can't be decoded ({type(error).__name__}: {reason})") from None
+
+
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in IMAGE_FORMATS if name in Image.OPEN]
+
+
+def _open_image(value: Any, fetch: Callable[[str, int], bytes]) -> io.BytesIO:
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        data = bytes(value)
+    elif isinstance(value, (str, os.PathLike)):
+        path = os.fspath(value)
+        if "://" in path:
+            data = fetch(path, MAX_FILE_BYTES + 1)
+            if len(data) > MAX_FILE_BYTES:
+                raise UnusableItem(f"the image file is larger than {MAX_FILE_BYTES // 2**20} MiB")
+        else:
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):  # a named pipe would be read for ever
+                raise UnusableItem("the image is a folder or a device, not a file")
+            if status.st_size > MAX_FILE_BYTES:
+                raise UnusableItem(f"the image file is larger than {MAX_FILE_BYTES // 2**20} MiB")
+            with open(path, "rb") as file:
+                data = file.read()
+    else:
+        raise UnusableItem(f"the image is neither bytes nor a path but {type(value).__name__}")
+    if not data:
+        raise UnusableItem("the image file is empty")
+    return io.BytesIO(data)
+
+
+def _refuse_hidden_bombs(image: Image.Image, data: io.BytesIO) -> None:
+    """Refuse files that take very much more time or memory than the size of their picture says."""
+    # A marker never occurs inside compressed data, where 0xFF is always followed by a zero.
+    if image.info.get("progressive") and data.getvalue().count(b"\xff\xda") > MAX_JPEG_SCANS:
+        raise UnusableItem(f"the JPEG has more than {MAX_JPEG_SCANS} scans")
+    if image.format == "TIFF":
+        width, height = (image.tag_v2.get(tag, 0) for tag in (322, 323))  # TileWidth, TileLength
+        if width * height > MAX_PIXELS:
+            raise UnusableItem(f"a tile of the TIFF has more than {MAX_PIXELS:,} pixels")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if not image.width or not image.height:
+        raise UnusableItem("the image has no pixels")
+    if image.width * image.height > MAX_PIXELS:
+        raise UnusableItem(f"the image has more than {MAX_PIXELS:,} pixels")
+    is_turned = image.format == "TIFF"  # when it is loaded, after which some versions of Pillow keep the tag
+    image = loaded = _load(image)
+    if not is_turned:
+        with contextlib.suppress(Exception):  # damaged EXIF: every viewer then shows the photo as it is stored
+            if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+                image = ImageOps.exif_transpose(image)
+    profile = image.info.get("icc_profile")
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _to_eight_bits(image)
+    alpha = None
+    if _has_transparency(image):
+        image = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
+        alpha = image.getchannel("A")
+        image = image.convert("L" if image.mode == "LA" else "RGB")
+    image = _to_srgb(image, profile)
+    if alpha is not None:
+        white = Image.new("RGB", image.size, (255, 255, 255))
+        white.paste(image, mask=alpha)
+        image = white
+    if image is loaded:
+        image = image.copy()  # so that no file handle travels on
+    image.info = {}  # a profile that is applied already would be written into every copy that is saved
+    return image
+
+
+def _load(image: Image.Image) -> Image.Image:
+    """The decoded picture, mended where Pillow understands transparency otherwise than viewers do."""
+    tile = image.tile[0] if getattr(image, "tile", None) else None  # which loading forgets
+    image.load()
+    key = image.info.get("transparency")
+    if tile is None:
+        return image
+    _, box, _, stored = tile
+    if image.format == "PNG" and key is not None:
+        # The transparent shade is given in the depth of the file, and Pillow looks for it among values of 8 bits.
+        if stored in ("L;2", "L;4"):
+            image.info["transparency"] = key * (85 if stored == "L;2" else 17)
+        elif stored == "RGB;16B":
+            image.info["transparency"] = tuple(value >> 8 for value in key)
+    if image.format == "GIF" and key is None and box != (0, 0, *image.size):
+        # The first picture of a GIF need not cover it all: the rest is empty, not of the palette's first colour.
+        white = Image.new("RGB", image.size, (255, 255, 255))
+        white.paste(image.crop(box), box)
+        return white
+    return image
+
+
+def _has_transparency(image: Image.Image) -> bool:
+    # Not Image.has_transparency_data, which older Pillow lacks.
+    return (
+        image.mode in ("RGBA", "RGBa", "LA", "La", "PA")
+        or "transparency" in image.info
+        or (image.mode == "P" and image.palette.mode == "RGBA")
+    )
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Greyscale of 16 or 32 bits, or floats, to 8 bits by its range (Pillow's own conversion cuts at 255)."""
+    # In bands, since intermediate results of a whole large picture would take gigabytes.
+    rows = max(2**20 // image.width, 1)
+    edges = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
+
+    def bands() -> Iterator[np.ndarray]:
+        for edge in edges:
+            values = np.asarray(image.crop(edge))
+            yield np.nan_to_num(values, nan=0.0, posinf=255.0, neginf=0.0) if image.mode == "F" else values
+
+    largest = max(band.max() for band in bands())
+    if image.mode == "F":
+        scale = 255.0 if largest <= 1.0 else 1.0
+    elif image.mode.startswith("I;16") or 255 < largest <= 65535:
+        scale = 1 / 257
+    else:
+        scale = 1.0 if largest <= 255 else 1 / 16_843_009
+    grey = np.concatenate([np.rint(np.clip(band * scale, 0, 255)).astype(np.uint8) for band in bands()])
+    picture = Image.fromarray(grey)
+    key = image.info.get("transparency")
+    if key is not None:
+        alpha = np.concatenate([np.where(band == key, 0, 255).astype(np.uint8) for band in bands()])
+        picture = Image.merge("LA", (picture, Image.fromarray(alpha)))
+    return picture
+
+
+def _to_srgb(image: Image.Image, profile: Any) -> Image.Image:
+    """RGB of the colours that the profile, if there is one, gives to the stored values."""
+    if image.mode not in ("RGB", "L", "CMYK"):
+        image = image.convert("RGB")
+    convert = _conversion(profile, image.mode) if isinstance(profile, bytes) else None
+    if convert is not None:
+        return convert(image)
+    return image.convert("RGB") if image.mode != "RGB" else image
+
+
+@functools.lru_cache(maxsize=16)  # a catalogue has few different profiles, and building a conversion takes milliseconds
+def _conversion(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Image] | None:
+    """The conversion from a colour profile to sRGB, or None if there is nothing to convert."""
+    try:
+        from PIL import ImageCms
+
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        convert = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB").apply
+        if mode == "CMYK":
+            return convert
+        steps = np.indices((6, 6, 6)).reshape(3, -1).T * 51
+        probe = Image.fromarray(steps.astype(np.uint8)[None]).convert(mode)
+        difference = np.asarray(convert(probe)).astype(int) - np.asarray(probe.convert("RGB"))
+    except Exception:  # a broken profile or one of other colours, which viewers ignore; or Pillow without LittleCMS
+        return None
+    return convert if np.abs(difference).max() > 2 else None  # sRGB itself, whose many versions differ in rounding
+
+
+__all__ = ["IMAGE_FORMATS", "MAX_FILE_BYTES", "MAX_TITLE_CHARACTERS", "UnusableItem", "clean_title", "read_photo"]
