@@ -30,12 +30,13 @@ import os
 import shutil
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from aliblip.accelerator import build_accelerator, end
+from aliblip.accelerator import build_accelerator, end, launched_precision
 from aliblip.arguments import (
     EvaluationArguments,
     EvaluationDataArguments,
@@ -100,14 +101,14 @@ def main() -> int:
             names["dataset_name"] += f" for {titles.name}"
         if not options.overwrite_output_dir:
             check_results_of_others(output_dir, *names.values())
+        precision = launched_precision(options.mixed_precision)
         depends_on = {
-            "model": fingerprint(model),
+            "model": fingerprint(model, processor),
             "type of the weights": str(model.dtype).removeprefix("torch."),
             "photo size": processor.image_size,
             "longest title": processor.max_length,
-            "processor": digest(processor.to_json_string() + processor.tokenizer.backend_tokenizer.to_str()),
             "rows of a unit": options.per_device_eval_batch_size,
-            "mixed precision": precision_of(options),
+            "mixed precision": precision,
             "folder of the photos": data.image_dir and os.path.abspath(data.image_dir),
         }
         parts = Parts(output_dir / "parts", depends_on | {"photos": described(photos), "titles": described(titles)})
@@ -120,6 +121,7 @@ def main() -> int:
             mixed_precision=options.mixed_precision,
             max_grad_norm=0.0,  # nothing is trained here
             per_device_train_batch_size=options.per_device_eval_batch_size,
+            timeout=timedelta(days=1),  # after a resume one process may have all the work that was left
         )
     except UsageError:
         raise
@@ -385,11 +387,6 @@ def load(options: EvaluationArguments) -> tuple[AliBlipForImageTextRetrieval, Al
     return model, processor
 
 
-def precision_of(options: EvaluationArguments) -> str:
-    """What the flag asks for, or else the launcher, which the accelerator will be built with."""
-    return options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-
-
 def digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
@@ -413,7 +410,7 @@ def tell_plan(
         titles,
         0 if options.score == "itc" else depth,
         both_directions=titles is photos,
-        dtype=torch.bfloat16 if precision_of(options) == "bf16" else None,
+        dtype=torch.bfloat16 if launched_precision(options.mixed_precision) == "bf16" else None,
         rerank_batch_tokens=options.rerank_batch_tokens,
         image_token_memory_gb=options.image_token_memory_gb,
     )

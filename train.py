@@ -349,7 +349,7 @@ def set_up(
         image_size = model_args.image_size or config.vision_config.image_size
     else:
         # from_pretrained makes every parameter trainable; nothing is frozen here.
-        model, processor, _ = load_pretrained(
+        model, processor, original = load_pretrained(
             model_args.model_name_or_path,
             tokenizer_name=model_args.tokenizer_name,
             max_length=model_args.max_length,
@@ -363,6 +363,11 @@ def set_up(
             momentum_start = read_momentum(model_args.model_name_or_path)
             if momentum_start is not None:
                 check_momentum(momentum_start, model, args.queue_size)
+            elif original is not None and original.momentum and int(os.environ.get("RANK", "0")) == 0:
+                print(
+                    f"{model_args.model_name_or_path} also holds momentum encoders, which are not taken over: convert "
+                    "it first, python -m aliblip.convert --momentum encoders"
+                )
     processor.image_processor.size = {"height": image_size, "width": image_size}
 
     train_source, validation_source = open_sources(data_args, args)

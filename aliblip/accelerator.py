@@ -21,6 +21,7 @@ import os
 import platform
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ __all__ = [
     "end",
     "fp32_state_dict",
     "fp32_value",
+    "launched_precision",
     "load_fp32_state_dict",
     "load_optimizer_state",
     "optimizer_state",
@@ -70,6 +72,7 @@ def build_accelerator(
     project_dir: str | os.PathLike | None = None,
     max_grad_norm: float,
     per_device_train_batch_size: int,
+    timeout: timedelta | None = None,
 ) -> AliBlipAccelerator:
     """Build the Accelerator of this process as the launcher and the arguments say.
 
@@ -83,13 +86,15 @@ def build_accelerator(
         project_dir: where the trackers write.
         max_grad_norm: gradients are clipped to this global norm; 0 means no clipping.
         per_device_train_batch_size: rows of one micro-batch of one process.
+        timeout: how long a process waits for the others; None: torch's own limit, 10 minutes on GPUs. (A process that
+            dies ends the others at once, through the launcher.)
 
     Raises:
         ValueError: in one line, before any process is contacted, for values that contradict each other or the
             launcher's configuration; afterwards, when the launcher started something else than it says.
     """
     requested = _requested_precision(mixed_precision)
-    launched_as_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    launched_as_deepspeed = _launched_as_deepspeed()
     accumulation_of_launcher = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto")
     if accumulation_of_launcher not in ("auto", str(gradient_accumulation_steps)):
         raise ValueError(
@@ -102,9 +107,10 @@ def build_accelerator(
     warnings.filterwarnings("ignore", message="`torch.distributed.all_gather_into_tensor` is deprecated")
     without_gpu = not torch.cuda.is_available()
     kwargs_handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
-    if without_gpu and "LOCAL_RANK" in os.environ:
+    if "LOCAL_RANK" in os.environ:
         # Without a named backend, DeepSpeed on CPU leaves every rank believing that it is rank 0 of 1.
-        kwargs_handlers.append(InitProcessGroupKwargs(backend="gloo"))
+        backend = {"backend": "gloo"} if without_gpu else {}
+        kwargs_handlers.append(InitProcessGroupKwargs(**backend, timeout=timeout))
     plugin = None
     if launched_as_deepspeed:
         if without_gpu:
@@ -132,6 +138,19 @@ def build_accelerator(
     )
     _check_launch(accelerator, launched_as_deepspeed)
     return accelerator
+
+
+def launched_precision(mixed_precision: str | None) -> str:
+    """`"no"` or `"bf16"`, what `build_accelerator` will run in, without building anything.
+
+    Raises:
+        ValueError: as `build_accelerator` does.
+    """
+    requested = _requested_precision(mixed_precision)
+    if _launched_as_deepspeed():
+        config, path = _deepspeed_config()
+        requested = _agreed_precision(requested, config, path)
+    return requested or "no"
 
 
 def describe_machine(accelerator: Accelerator) -> dict[str, Any]:
@@ -180,25 +199,27 @@ def _requested_precision(mixed_precision: str | None) -> str | None:
     return given
 
 
-def _deepspeed_plugin(requested: str | None, **settings: float | int) -> DeepSpeedPlugin:
-    """The plugin for the DeepSpeed JSON of the launcher, with our settings in it."""
+def _launched_as_deepspeed() -> bool:
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def _deepspeed_config() -> tuple[dict[str, Any], str]:
+    """The launcher's DeepSpeed configuration, and what it is called in messages."""
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if path == "none":  # configured by the fields of the accelerate YAML
-        config = DeepSpeedPlugin().deepspeed_config
-        path = "the launcher's deepspeed_config"
-    else:
-        try:
-            with open(path, encoding="utf-8") as file:
-                config = json.load(file)
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"cannot read the DeepSpeed configuration {path} ({error}): the path is taken from the folder in "
-                "which the launcher was started"
-            ) from error
+        return DeepSpeedPlugin().deepspeed_config, "the launcher's deepspeed_config"
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file), path
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"cannot read the DeepSpeed configuration {path} ({error}): the path is taken from the folder in "
+            "which the launcher was started"
+        ) from error
 
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (1, 2):
-        raise ValueError(f"{path} asks for ZeRO stage {stage}; accepted are 1 and 2: set zero_optimization.stage to 2")
+
+def _agreed_precision(requested: str | None, config: dict[str, Any], path: str) -> str | None:
+    """What flag, launcher and DeepSpeed configuration say together; None where none says anything."""
     precision = _precision_of(config)
     if precision == "fp16":
         raise ValueError(f"{path} enables fp16; accepted are {', '.join(MIXED_PRECISIONS)}: enable bf16 instead")
@@ -208,6 +229,16 @@ def _deepspeed_plugin(requested: str | None, **settings: float | int) -> DeepSpe
             f"mixed precision {requested} contradicts {path}, which says {precision}: leave out --mixed_precision or "
             "take another DeepSpeed configuration"
         )
+    return precision or requested
+
+
+def _deepspeed_plugin(requested: str | None, **settings: float | int) -> DeepSpeedPlugin:
+    """The plugin for the DeepSpeed configuration of the launcher, with our settings in it."""
+    config, path = _deepspeed_config()
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (1, 2):
+        raise ValueError(f"{path} asks for ZeRO stage {stage}; accepted are 1 and 2: set zero_optimization.stage to 2")
+    precision = _agreed_precision(requested, config, path)
 
     for key, value in settings.items():
         in_file = config.get(key, "auto")
@@ -218,7 +249,7 @@ def _deepspeed_plugin(requested: str | None, **settings: float | int) -> DeepSpe
             )
         config[key] = value
     config.pop("train_batch_size", None)  # the product of the above and the number of processes
-    if precision == "bf16" or (precision is None and requested == "bf16"):
+    if precision == "bf16":
         # A step with a non-finite gradient is left out, as without DeepSpeed.
         config["bf16"] = {**config.get("bf16", {}), "enabled": True, "check_grad_overflow": True}
     return DeepSpeedPlugin(

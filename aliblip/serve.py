@@ -39,9 +39,10 @@ from PIL import Image
 
 from aliblip.arguments import ServeArguments, UsageError, check_range, first_line, main_with_usage_errors, parse
 from aliblip.convert import load_pretrained
-from aliblip.data.sources import Row, Source, UnusableRow, decode, open_source, require_usable_row
+from aliblip.data.sources import Row, Source, decode, open_source, require_usable_row
 from gallery_aliblip import Gallery
 from pipeline_aliblip import AliBlipImageTextRetrievalPipeline
+from reading_aliblip import UnusableItem, read_photo
 
 MAX_TOP_K = 100
 MAX_RERANK = 512
@@ -109,8 +110,8 @@ class Searcher:
             raise ValueError("Drop a photo first")
         top_k = _whole("the number of results", top_k, 1, MAX_TOP_K)
         try:
-            photo = decode(Row(0, file, None, 0, "the photo"), "images").image
-        except UnusableRow as error:
+            photo = read_photo(file)
+        except UnusableItem as error:
             raise ValueError(f"This photo can't be used: {error}") from error
         return self.pipe(photo, gallery=self.gallery, direction="image-to-image", top_k=top_k, rerank=0)
 
@@ -122,7 +123,7 @@ class Searcher:
         try:
             photo = self._photo_of({"id": key, "path": path})
             image = decode(Row(0, photo, None, 0, str(key)), "images").image
-        except (UnusableRow, OSError):
+        except (UnusableItem, OSError):
             return Image.new("RGB", (THUMBNAIL_SIDE, THUMBNAIL_SIDE), (200, 200, 200))
         image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
         return image
@@ -416,36 +417,49 @@ def example_titles(gallery: Gallery) -> list[str]:
 
 class NamelessUploads:
     """ASGI middleware: an upload is called photo.jpg (or as it ends), whatever its sender calls it, before Gradio gives
-    its temporary file that name."""
+    its temporary file that name. Every file of a request, and without holding any of them in memory."""
 
     def __init__(self, app: Callable):
         self._app = app
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-        is_upload = scope["type"] == "http" and scope["path"].rstrip("/").endswith("/upload")
-        await self._app(scope, self._renamed(receive) if is_upload else receive, send)
+        if scope["type"] == "http" and scope["path"].rstrip("/").endswith("/upload"):
+            kind = dict(scope["headers"]).get(b"content-type", b"")
+            if (boundary := re.search(rb'(?i)boundary="?([^";]+)', kind)) is not None:
+                receive = self._renamed(receive, b"--" + boundary[1].strip())
+        await self._app(scope, receive, send)
 
     @staticmethod
-    def _renamed(receive: Callable) -> Callable:
-        head, is_past = b"", False
+    def _renamed(receive: Callable, boundary: bytes) -> Callable:
+        held, is_head = b"", False  # what can't be judged yet, and whether it belongs to the headers of a part
 
         async def wrapped() -> dict:
-            nonlocal head, is_past
+            nonlocal held, is_head
             message = await receive()
-            while not is_past and message["type"] == "http.request":
-                head += message.get("body", b"")
-                end = head.find(b"\r\n\r\n")  # of the headers of the part
-                if end < 0 and len(head) < 2**16 and message.get("more_body"):
-                    message = await receive()
-                    continue
-                is_past = True
-                end = len(head) if end < 0 else end
-                message = {**message, "body": _FILE_NAME.sub(_nameless, head[:end]) + head[end:]}
-            return message
+            if message["type"] != "http.request":
+                return message
+            held, ready = held + message.get("body", b""), []
+            while True:
+                mark = b"\r\n\r\n" if is_head else boundary
+                end = held.find(mark)
+                size = end + len(mark) if end >= 0 else len(held)
+                if end < 0 and message.get("more_body"):
+                    # Nothing of a head passes before its end, and of a file not what may be a boundary's beginning.
+                    size = 0 if is_head else max(0, len(held) - len(mark) + 1)
+                piece, held = held[:size], held[size:]
+                ready.append(_FILE_NAME.sub(_nameless, piece) if is_head else piece)
+                if end < 0:
+                    break
+                is_head = not is_head
+            if len(held) > MAX_HEAD_BYTES:
+                held = b""  # no head of a browser or client: what is left of it is refused by the parser
+            return {**message, "body": b"".join(ready)}
 
         return wrapped
 
 
+# More than the headers of any file of a form.
+MAX_HEAD_BYTES = 2**16
 _FILE_NAME = re.compile(rb'filename\*?=("(?:[^"\\]|\\.)*"?|[^;\r\n]*)')
 
 

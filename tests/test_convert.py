@@ -553,7 +553,7 @@ def assert_everything_trains(setup: train.Setup) -> None:
     assert not untouched, untouched
 
 
-def test_training_sets_up_from_every_form(blip, blip_folder, original_file, tokenizer, catalogue, tmp_path):
+def test_training_sets_up_from_every_form(blip, blip_folder, original_file, tokenizer, catalogue, tmp_path, capsys):
     data = ["--data_dir", catalogue, "--output_dir", tmp_path / "run"]
     setup = set_up("--model_name_or_path", blip_folder, *data)
     assert_same_numbers(setup.model.eval(), blip)
@@ -562,6 +562,7 @@ def test_training_sets_up_from_every_form(blip, blip_folder, original_file, toke
     of_file = ["--model_name_or_path", original_file, "--tokenizer_name", tokenizer]
     of_file += ["--vision_config", HEADS["vision_config"], "--text_config", HEADS["text_config"]]
     setup = set_up(*of_file, *data)
+    assert f"{original_file} also holds momentum encoders, which are not taken over" in capsys.readouterr().out
     assert_same_numbers(setup.model.eval(), blip)
     assert setup.model.temp.item() == pytest.approx(0.05)
     setup = set_up(*of_file, *data, "--image_size", "48")

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import subprocess
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -165,6 +166,48 @@ def test_a_count_of_processes_that_differs_from_the_launcher_is_an_error(monkeyp
     lonely = SimpleNamespace(num_processes=1)
     with pytest.raises(ValueError, match="started 2 processes, the process group has 1 and accelerate counts 1"):
         ours._check_launch(lonely, False)
+
+
+def test_the_time_that_a_process_waits_for_the_others_is_given_on(monkeypatch):
+    seen = []
+
+    class Stop(Exception):
+        pass
+
+    def accelerator(**options):
+        seen.extend(handler for handler in options["kwargs_handlers"] if hasattr(handler, "timeout"))
+        raise Stop
+
+    monkeypatch.setattr(ours, "AliBlipAccelerator", accelerator)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for gpu, backend in ((False, "gloo"), (True, "nccl")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        with pytest.raises(Stop):
+            build(timeout=timedelta(days=1))
+        assert (seen[-1].backend, seen[-1].timeout) == (backend, timedelta(days=1))
+
+
+@pytest.mark.parametrize(
+    "config, environment, argument, expected",
+    [
+        (None, {}, None, "no"),
+        (None, {"MIXED_PRECISION": "bf16"}, None, "bf16"),
+        (None, {"MIXED_PRECISION": "bf16"}, "no", "no"),
+        ({"bf16": {"enabled": True}}, {"MIXED_PRECISION": "no"}, None, "bf16"),
+        ({"bf16": {"enabled": False}}, {}, None, "no"),
+        ({"bf16": {"enabled": "auto"}}, {}, "bf16", "bf16"),
+    ],
+)
+def test_the_precision_is_known_beforehand(monkeypatch, tmp_path, config, environment, argument, expected):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if config is not None:
+        file = tmp_path / "ds.json"
+        file.write_text(json.dumps({"zero_optimization": {"stage": 2}} | config))
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+    for key, value in environment.items():
+        monkeypatch.setenv(f"ACCELERATE_{key}", value)
+    assert ours.launched_precision(argument) == expected
 
 
 def build(**arguments):

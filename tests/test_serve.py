@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import importlib.util
 import re
@@ -158,7 +159,44 @@ def test_only_uploads_and_thumbnails_can_be_reached(server):
         (stored,) = httpx.post(address, files={"files": (name, name.encode())}).json()
         assert Path(stored).name == kept and Path(stored).read_bytes() == name.encode()
         assert Path(stored).is_relative_to(server.folder / "uploads")
+    two = [("files", (f"secret {number}.png", f"{number}".encode() * 10**5)) for number in (1, 2)]
+    stored = [Path(file) for file in httpx.post(address, files=two).json()]
+    assert [(file.name, file.read_bytes()) for file in stored] == [("photo.png", body) for _, (_, body) in two]
     assert not [file for file in server.folder.rglob("*") if "secret" in file.name]
+
+
+@pytest.mark.parametrize("size", [1, 100, 10**4, 10**6])
+def test_uploads_are_nameless_however_they_arrive(size):
+    def form(*names: bytes) -> bytes:
+        parts = [
+            b'--frontier\r\nContent-Disposition: form-data; name="files"; filename=' + name + b"\r\n"
+            b"Content-Type: image/png\r\n\r\n" + body + b"\r\n"
+            for name, body in zip(names, (b"one \r\n\r\n --front" * 5000, b'filename="kept.txt"'), strict=True)
+        ]
+        return b"".join(parts) + b"--frontier--\r\n"
+
+    sent = form(b'"my.png"', b"plain.sh")
+    pieces = [sent[start : start + size] for start in range(0, len(sent), size)]
+    messages = [
+        {"type": "http.request", "body": piece, "more_body": number < len(pieces)}
+        for number, piece in enumerate(pieces, 1)
+    ]
+    got = []
+
+    async def app(scope, receive, send):
+        more = True
+        while more:
+            message = await receive()
+            got.append(message["body"])
+            more = message["more_body"]
+
+    async def receive():
+        return messages.pop(0)
+
+    scope = {"type": "http", "path": "/gradio_api/upload"}
+    scope["headers"] = [(b"content-type", b"multipart/form-data; boundary=frontier")]
+    asyncio.run(serve.NamelessUploads(app)(scope, receive, None))
+    assert b"".join(got) == form(b'"photo.png"', b'"photo"')
 
 
 def browser_path() -> str | None:
