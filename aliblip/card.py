@@ -260,7 +260,10 @@ def _table(results: dict) -> str:
             lines.append(f"| {direction}, {name} | {' | '.join(cells)} | {row['median_rank']:g} |")
     mean = _cell(results["mean_recall"], results.get("mean_recall_interval"), digits=2)
     stage = "ITC" if results["score"] == "itc" else "ITM"
-    return "\n".join([*lines, "", f"Mean of all {stage} recalls: {mean}."])
+    order = f" Re-ranked by match logit + {results['fusion_weight']:g} x ITC (the pipeline's `fusion_weight`)."
+    return "\n".join(
+        [*lines, "", f"Mean of all {stage} recalls: {mean}.{order if results['score'] == 'fused' else ''}"]
+    )
 
 
 _RECALLS = tuple(f"recall@{k}" for k in RECALL_AT)

@@ -440,14 +440,19 @@ def test_the_evaluation_goes_before_the_trainings_own_if_it_is_of_these_weights(
     for path in (trained[0] / "best").iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     own = json.loads((folder / "results.json").read_text())
-    evaluated = json.loads(json.dumps(own)) | {"mean_recall": 0.5, "mean_recall_interval": [0.4, 0.6]}
+    evaluated = json.loads(json.dumps(own)) | {
+        "mean_recall": 0.5,
+        "mean_recall_interval": [0.4, 0.6],
+        "fusion_weight": 32.0,
+    }
     evaluated["text_to_image"]["itm"]["intervals"] = {"recall@1": [0.1, 0.3], "mean_recall": [0.2, 0.4]}
     evaluation = folder / "evaluation" / "results.json"
     evaluation.parent.mkdir()
     evaluation.write_text(json.dumps(evaluated))
     assert all_results(folder) == [evaluated]
     text = model_card(folder, "me/name")
-    assert "(10.0 to 30.0)" in text and "Mean of all ITM recalls: 50.00 (40.00 to 60.00)." in text
+    assert "(10.0 to 30.0)" in text
+    assert "Mean of all ITM recalls: 50.00 (40.00 to 60.00). Re-ranked by match logit + 32 x ITC" in text
     # of other data: both
     evaluation.write_text(json.dumps(evaluated | {"dataset": "someone/photos", "split": "test"}))
     assert [results["split"] for results in all_results(folder)] == ["test", "validation"]
