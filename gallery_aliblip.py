@@ -31,7 +31,9 @@ import secrets
 import shutil
 import threading
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import chain, islice
@@ -765,6 +767,7 @@ class Gallery:
         measure_recall: int = 0,
         overwrite: bool = False,
         progress: bool = True,
+        num_workers: int = 0,
     ) -> "Gallery":
         """Embed items and, with a `folder`, keep them there. A build that was killed goes on when called again.
 
@@ -792,6 +795,7 @@ class Gallery:
                 is printed. 0: none.
             overwrite: replace a gallery, or the beginning of another one, that is in `folder`.
             progress: show a bar.
+            num_workers: threads that read and decode photos ahead; 0: one after another.
 
         Raises:
             ValueError: no usable item, an id that comes twice, a model in training mode, columns that are not there, a
@@ -809,6 +813,7 @@ class Gallery:
             "autocast": autocast,
             "duplicates": duplicates,
             "progress": progress,
+            "num_workers": num_workers,
         }
         if folder is not None:
             begin_units(model, processor, items, folder, overwrite=overwrite, **options)
@@ -875,11 +880,12 @@ class _Unit:
 
 def build_in_memory(encoder: Encoder, items: Iterable, *, measure_recall: int = 0, progress: bool = True, **options):
     """`Gallery.build` without a folder, for who has an `Encoder`: the model's fingerprint is not computed again."""
+    workers = options.pop("num_workers", 0)
     plan = _plan(**options)
     items = _open(items, plan)
     bar = _bar(items, plan, progress)
     units = []
-    for _, unit in _encode(encoder, items, plan, lambda number: True):
+    for _, unit in _encode(encoder, items, plan, lambda number: True, workers):
         units.append(unit)
         bar.update(len(unit.items) + len(unit.skipped))
     bar.close()
@@ -918,6 +924,7 @@ def encode_units(
     rank: int = 0,
     world_size: int = 1,
     progress: bool = True,
+    num_workers: int = 0,
     **options,
 ) -> None:
     """The share of process `rank` in a build by `world_size` processes: every `world_size`-th unit that is not in the
@@ -938,7 +945,7 @@ def encode_units(
     def wanted(number: int) -> bool:
         return number % world_size == rank and not (build / _unit_name(number)).exists()
 
-    for number, unit in _encode(encoder, items, plan, wanted, check=lambda *ends: _check_ends(build, *ends)):
+    for number, unit in _encode(encoder, items, plan, wanted, num_workers, lambda *ends: _check_ends(build, *ends)):
         if isinstance(unit, int):
             seen += unit
         else:
@@ -971,7 +978,7 @@ def join_units(folder: str | os.PathLike, *, measure_recall: int = 0) -> None:
     _remove_build(folder)
 
 
-def _plan(*, autocast: torch.dtype | None = None, progress: bool = True, **options) -> _Plan:
+def _plan(*, autocast: torch.dtype | None = None, progress: bool = True, num_workers: int = 0, **options) -> _Plan:
     return _Plan(autocast=None if autocast is None else str(autocast).removeprefix("torch."), **options)
 
 
@@ -1045,14 +1052,19 @@ def _bar(items: Any, plan: _Plan, progress: bool):
 
 
 def _encode(
-    encoder: Encoder, items: Any, plan: _Plan, wanted: Callable[[int], bool], check: Callable = lambda *_: None
+    encoder: Encoder,
+    items: Any,
+    plan: _Plan,
+    wanted: Callable[[int], bool],
+    workers: int = 0,
+    check: Callable = lambda *_: None,
 ) -> Iterator[tuple[int, "_Unit | int"]]:
     """All units in order: embedded where they are wanted, else (`check`ed and) only the number of their items."""
     if _is_sequence(items):
         for number, first in enumerate(range(0, len(items), plan.unit_size)):
             positions = range(first, min(first + plan.unit_size, len(items)))
             if wanted(number):
-                yield number, _encode_unit(encoder, first, (items[position] for position in positions), plan)
+                yield number, _encode_unit(encoder, first, (items[position] for position in positions), plan, workers)
             else:
                 check(number, *(_id_of(items[position], position, plan) for position in (first, positions[-1])))
                 yield number, len(positions)
@@ -1061,7 +1073,7 @@ def _encode(
         for number, row in enumerate(rows):  # the first of each unit; the others are taken below, one by one
             first, unit = number * plan.unit_size, chain([row], islice(rows, plan.unit_size - 1))
             if wanted(number):
-                yield number, _encode_unit(encoder, first, unit, plan)
+                yield number, _encode_unit(encoder, first, unit, plan, workers)
             else:
                 begin = _id_of(row, first, plan)
                 for last, row in enumerate(unit, first):  # noqa: B007
@@ -1070,8 +1082,24 @@ def _encode(
                 yield number, last - first + 1
 
 
-def _encode_unit(encoder: Encoder, first: int, rows: Iterable, plan: _Plan) -> _Unit:
+def _encode_unit(encoder: Encoder, first: int, rows: Iterable, plan: _Plan, workers: int) -> _Unit:
     items, skipped, ends, pending, vectors, tokens = [], [], [], [], [], []
+
+    def prepare(numbered: tuple[int, Any]) -> tuple[Any, dict, Any]:
+        """The id, the item and what is embedded of it; of an item that can't be used the reason and None."""
+        position, row = numbered
+        value = _id_of(row, position, plan)
+        try:
+            content = _content(row, plan)
+            if value is None:
+                raise UnusableItem("the id is null")
+            if plan.kind == "text":
+                title = clean_title(content)
+                return value, {"id": value, "text": title}, title
+            path = _path_of(content)
+            return value, {"id": value} if path is None else {"id": value, "path": path}, encoder.pixels(content)
+        except UnusableItem as error:
+            return value, {"id": value, "reason": str(error)}, None
 
     def flush() -> None:
         if not pending:
@@ -1084,28 +1112,34 @@ def _encode_unit(encoder: Encoder, first: int, rows: Iterable, plan: _Plan) -> _
             tokens.extend(its_tokens if plan.store_tokens else ())
         pending.clear()
 
-    for position, row in enumerate(rows, first):
-        value = _id_of(row, position, plan)
+    for value, item, content in _ahead(prepare, enumerate(rows, first), workers, plan.batch_size):
         ends = [*ends[:1], value]
-        try:
-            content = _content(row, plan)
-            if value is None:
-                raise UnusableItem("the id is null")
-            if plan.kind == "text":
-                pending.append(clean_title(content))
-                items.append({"id": value, "text": pending[-1]})
-            else:
-                pending.append(encoder.pixels(content))
-                path = _path_of(content)
-                items.append({"id": value} if path is None else {"id": value, "path": path})
-        except UnusableItem as error:
-            skipped.append({"id": value, "reason": str(error)})
+        if content is None:
+            skipped.append(item)
+            continue
+        items.append(item)
+        pending.append(content)
         if len(pending) == plan.batch_size:
             flush()
     flush()
     vectors = torch.cat(vectors) if vectors else torch.empty(0, 0)
     tokens = torch.stack(tokens) if tokens else None
     return _Unit(vectors, tokens, items, skipped, [ends[0], ends[-1]])
+
+
+def _ahead(function: Callable, items: Iterable, workers: int, ahead: int) -> Iterator:
+    """`map`, by threads that are so many items ahead of what is taken. Pillow works without the interpreter's lock."""
+    if not workers:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Future] = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _is_row(item: Any) -> bool:
@@ -1120,6 +1154,8 @@ def _content(item: Any, plan: _Plan) -> Any:
         raise ValueError(f"a row has no column {column!r}, but {', '.join(map(repr, item))}")
     if item[column] is None:
         raise UnusableItem(f"the {'photo' if plan.kind == 'image' else 'title'} is null")
+    if isinstance(item[column], Exception):  # whoever made the row knows why there is none
+        raise item[column]
     return item[column]
 
 

@@ -272,6 +272,48 @@ class ConvertArguments:
 
 
 @dataclass
+class GalleryDataArguments(DataArguments):
+    split_name: str = _option("train", "Split to embed; if there is only one, that one.")
+    data_files: str | None = _option(None, "Instead of a data set: a file or glob, a JSON list too.")
+    id_column: str | None = _option(
+        None,
+        "Column of the ids, text or whole numbers (default: the names of the files of a folder, else numbers of rows).",
+    )
+    dataloader_num_workers: int = _option(2, "Threads of each process that read and decode photos ahead.")
+
+
+@dataclass
+class GalleryArguments:
+    """How to build a gallery."""
+
+    model_name_or_path: str | None = _option(None, "Folder or Hub name of the model, or an original file (required).")
+    tokenizer_name: str | None = _option(
+        None, "Folder, vocab.txt or Hub name (default: the model's own; for original files bert-base-uncased)."
+    )
+    output_dir: str | None = _option(None, "Folder for the gallery (required).")
+    overwrite_output_dir: bool = _option(False, "Replace a gallery, or the beginning of another one, that is there.")
+    kind: str = _option("image", "What to embed: photos (image) or titles (text).", choices=["image", "text"])
+    dtype: str = _option(
+        "float32",
+        "How vectors are stored: float32, float16 (half the space) or int8 (a quarter).",
+        choices=["float32", "float16", "int8"],
+    )
+    store_tokens: bool = _option(
+        False, "Keep image tokens, so that re-ranking needs no photo: 0.9 MB a photo with base at 384 px."
+    )
+    duplicates: str = _option(
+        "error", "Where an id comes twice: error, or first (the others are skipped).", choices=["error", "first"]
+    )
+    faiss: bool = _option(False, "Add an approximate index (FAISS), for millions of photos.")
+    measure_recall: int = _option(
+        1000, "Search so many of the items to tell what smaller types and FAISS lose against exact fp32; 0: don't."
+    )
+    per_device_eval_batch_size: int = _option(32, "Photos or titles embedded at a time.")
+    unit_size: int = _option(256, "Items that one process embeds together, and that a kill loses at most.")
+    mixed_precision: str | None = _option(None, "no or bf16 (default: as the launcher says).", choices=["no", "bf16"])
+
+
+@dataclass
 class ServeArguments:
     """What the search page searches, and where it listens. Each can also be given as a variable of the environment,
     such as ALIBLIP_GALLERY; flags win."""
@@ -430,6 +472,8 @@ __all__ = [
     "DataArguments",
     "EvaluationArguments",
     "EvaluationDataArguments",
+    "GalleryArguments",
+    "GalleryDataArguments",
     "HubArguments",
     "ModelArguments",
     "PublishArguments",

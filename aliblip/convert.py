@@ -493,9 +493,12 @@ def load_pretrained(
     if not is_original(name):
         if vision_config or text_config:
             raise UsageError("--vision_config and --text_config: the model brings its own, leave them out")
-        model = AliBlipForImageTextRetrieval.from_pretrained(
-            name, dtype=torch.float32, attn_implementation=attn_implementation
-        )
+        try:
+            model = AliBlipForImageTextRetrieval.from_pretrained(
+                name, dtype=torch.float32, attn_implementation=attn_implementation
+            )
+        except OSError as error:  # whose first line need not name it
+            raise OSError(f"can't load the model {name}: {first_line(error)}") from error
         if tokenizer_name is None:
             processor = AliBlipProcessor.from_pretrained(name)
         else:

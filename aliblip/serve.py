@@ -30,7 +30,7 @@ import functools
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ from PIL import Image
 
 from aliblip.arguments import ServeArguments, UsageError, check_range, first_line, main_with_usage_errors, parse
 from aliblip.convert import load_pretrained
-from aliblip.data.sources import Row, Source, decode, open_source, require_usable_row
+from aliblip.data.sources import Row, decode, open_source, require_usable_row
+from aliblip.gallery import SourceItems
 from gallery_aliblip import Gallery
 from pipeline_aliblip import AliBlipImageTextRetrievalPipeline
 from reading_aliblip import UnusableItem, read_photo
@@ -199,7 +200,7 @@ def open_searcher(options: ServeArguments) -> Searcher:
         )
         if source is None:
             return Searcher(pipe, gallery)
-        items = Items(source)
+        items = SourceItems(source)
         return Searcher(pipe, load_or_build(pipe, items, options), items.photo_of)
     except UsageError:
         raise
@@ -207,34 +208,7 @@ def open_searcher(options: ServeArguments) -> Searcher:
         raise UsageError(first_line(error)) from error
 
 
-class Items:
-    """The photos of a source as the rows of a gallery.
-
-    The id is the file's name within a folder of photos, else the number of the row, by which it is found again.
-    """
-
-    def __init__(self, source: Source):
-        self._source = source
-        self._files = None
-        if source.random_access:  # a folder: its rows are names
-            self._files = {row.name: row.image for row in source.read_range(0, source.num_rows) if row.problem is None}
-
-    def rows(self) -> list[dict] | Iterator[dict]:
-        if self._files is not None:
-            return [{"id": name, "image": file} for name, file in self._files.items()]
-        return ({"id": row.row, "image": row.image} for row in self._source.read_range(0, self._source.num_rows))
-
-    def photo_of(self, item: dict) -> Any:
-        """What `decode` takes as the image of a gallery's item."""
-        if self._files is not None:
-            return self._files.get(item["id"])
-        return next(self._source.read_range(item["id"], item["id"] + 1)).image
-
-    def ids(self) -> set:
-        return set(self._files) if self._files is not None else set(range(self._source.num_rows))
-
-
-def load_or_build(pipe: AliBlipImageTextRetrievalPipeline, items: Items, options: ServeArguments) -> Gallery:
+def load_or_build(pipe: AliBlipImageTextRetrievalPipeline, items: SourceItems, options: ServeArguments) -> Gallery:
     """The gallery in --gallery_dir, or one of the items, which is then kept there. A killed start goes on.
 
     Raises:
@@ -243,13 +217,13 @@ def load_or_build(pipe: AliBlipImageTextRetrievalPipeline, items: Items, options
     folder = options.gallery_dir
     if folder is not None and (Path(folder) / "gallery.json").exists():
         gallery = Gallery.load(folder)
-        if {*gallery.ids, *(entry["id"] for entry in gallery.skipped)} != items.ids():
+        if {*gallery.ids, *(entry["id"] for entry in gallery.skipped)} != set(items.positions):
             raise UsageError(
                 f"--gallery_dir: {folder} was built of other photos than {options.gallery} holds now: remove it, or "
                 "give a new folder"
             )
         return gallery
-    return Gallery.build(pipe.model, pipe.processor, items.rows(), folder, store_tokens=options.store_tokens)
+    return Gallery.build(pipe.model, pipe.processor, items, folder, store_tokens=options.store_tokens)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

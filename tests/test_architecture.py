@@ -61,7 +61,10 @@ ALLOWED = {
     "aliblip.distributed": set(),
     "aliblip.evaluation": {"distributed", "metrics", "parts", "rankings", "results", "retrieval_aliblip"},
     "aliblip.files": set(),
-    "aliblip.gallery": {"distributed", "gallery_aliblip"},
+    "aliblip.gallery": {
+        *("accelerator", "arguments", "convert", "data.sources", "distributed"),
+        *("gallery_aliblip", "reading_aliblip", "retrieval_aliblip"),
+    },
     "aliblip.interrupts": {"distributed"},
     "aliblip.metrics": set(),
     "aliblip.momentum": {"distributed"},
@@ -76,7 +79,8 @@ ALLOWED = {
     "aliblip.report": {"files"},
     "aliblip.results": {"distributed", "files", "metrics", "rankings"},
     "aliblip.serve": {
-        *("arguments", "convert", "data.sources", "gallery_aliblip", "pipeline_aliblip", "reading_aliblip"),
+        *("arguments", "convert", "data.sources", "gallery"),
+        *("gallery_aliblip", "pipeline_aliblip", "reading_aliblip"),
     },
     "aliblip.submission": {"files"},
     "aliblip.data.__init__": set(),

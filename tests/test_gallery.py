@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from helpers import ROOT, run_forked, spawn
+from datasets import Dataset
+from helpers import ROOT, assert_succeeded, launch, run_forked, spawn
 from PIL import Image
 
 import gallery_aliblip
 import retrieval_aliblip as engine
+from aliblip.arguments import UsageError
 from aliblip.data.sources import Row, decode
-from aliblip.gallery import build_gallery
+from aliblip.gallery import build_gallery, main
 from gallery_aliblip import Encoder, Gallery, fingerprint
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
@@ -646,3 +648,87 @@ def test_searches_while_the_gallery_changes():
     for thread in threads:
         thread.join()
     assert not failures and len(gallery) == 350
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved_model():
+    return tiny.spread_model(vocab_size=20)  # as many as the tokenizer has
+
+
+@pytest.fixture(scope="module")
+def saved(saved_model, processor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    saved_model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def command(*arguments) -> list[str]:
+    return [*map(str, arguments), "--unit_size", "4", "--per_device_eval_batch_size", "3"]
+
+
+def test_the_command_gives_the_same_gallery_with_any_number_of_processes(
+    saved, saved_model, processor, paths, tmp_path
+):
+    photos = Path(paths[0]).parent
+    given = ["--model_name_or_path", saved, "--data_dir", photos, "--store_tokens"]
+    one = run_forked([sys.executable, "-m", "aliblip.gallery", *command(*given, "--output_dir", tmp_path / "one")])
+    assert_succeeded(one)
+    assert f"{COUNT} photos; vectors: 1.34 kB in float32; image tokens: 22.8 kB" in one.stdout
+    assert "recall@10 of int8 vectors: " in one.stdout
+    assert f"skipped '{Path(paths[BROKEN]).name}': the file is not an image of a known format" in one.stdout
+    assert (
+        f"Gallery of {COUNT - 1} image items, 16 wide in float32, with image tokens; 1 could not be read" in one.stdout
+    )
+    two = launch("cpu_2_processes.yaml", "-m", ["aliblip.gallery", *command(*given, "--output_dir", tmp_path / "two")])
+    assert_succeeded(two)
+    assert "2 processes" in two.stdout and two.stdout.count("written: ") == 1
+    same_files(tmp_path / "one", tmp_path / "two")
+    gallery = Gallery.load(tmp_path / "one")
+    built = build(saved_model, processor, paths)
+    assert torch.equal(gallery.vectors(), built.vectors()) and gallery.model == built.model
+    assert gallery.ids == [Path(path).name for path in built.ids]
+    again = run_forked([sys.executable, "-m", "aliblip.gallery", *command(*given, "--output_dir", tmp_path / "one")])
+    assert again.returncode == 2 and "holds a gallery: give a new folder, or --overwrite_output_dir" in again.stderr
+
+
+def test_rows_of_a_data_set_keep_their_ids(saved, saved_model, processor, tmp_path):
+    table = tmp_path / "rows.parquet"
+    rows = {"image": [], "caption": tiny.titles(9), "sku": [f"sku {number}" for number in range(9)]}
+    for path in tiny.photos(tmp_path / "photos", 9):
+        rows["image"].append({"bytes": Path(path).read_bytes(), "path": None})
+    Dataset.from_dict(rows).to_parquet(table)
+    given = ["--model_name_or_path", saved, "--data_files", table, "--id_column", "sku", "--dtype", "float16"]
+    for kind in ("image", "text"):
+        arguments = ["aliblip.gallery", *command(*given, "--kind", kind, "--output_dir", tmp_path / kind)]
+        assert_succeeded(run_forked([sys.executable, "-m", *arguments]))
+        gallery = Gallery.load(tmp_path / kind)
+        assert gallery.ids == rows["sku"] and gallery.kind == kind and gallery.dtype == "float16"
+    assert gallery.item(3) == {"id": "sku 3", "text": rows["caption"][3]}
+    expected = build(saved_model, processor, rows["caption"], kind="text")
+    torch.testing.assert_close(gallery.vectors(), expected.vectors(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"output_dir": None}, "--output_dir is missing"),
+        ({"model_name_or_path": "nowhere"}, "nowhere"),
+        ({"data_dir": "nowhere"}, "nowhere"),
+        ({"product_id_column": "sku"}, "the ids of a gallery are --id_column"),
+        ({"id_column": "sku"}, "sku"),
+        ({"unit_size": 0}, "--unit_size is 0"),
+        ({"kind": "text", "store_tokens": True}, "titles have no image tokens"),
+        ({"dtype": "int4"}, "invalid choice: 'int4'"),
+    ],
+)
+def test_mistakes_of_the_command_are_one_line(given, message, saved, paths, tmp_path, capsys):
+    fine = {"model_name_or_path": saved, "data_dir": Path(paths[0]).parent, "output_dir": tmp_path / "gallery"}
+    arguments = [f"--{name}={value}" for name, value in (fine | given).items() if value is not None]
+    with pytest.raises(UsageError, match=message) as raised:
+        main(arguments)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "gallery").exists()

@@ -22,6 +22,8 @@ from aliblip.arguments import (
     ConvertArguments,
     EvaluationArguments,
     EvaluationDataArguments,
+    GalleryArguments,
+    GalleryDataArguments,
     HubArguments,
     ModelArguments,
     PublishArguments,
@@ -37,7 +39,7 @@ PAGES = {
 GROUPS = (
     *(ModelArguments, TrainDataArguments, TrainingArguments),
     *(EvaluationArguments, EvaluationDataArguments, ConvertArguments),
-    *(HubArguments, PublishArguments, ServeArguments),
+    *(HubArguments, PublishArguments, ServeArguments, GalleryArguments, GalleryDataArguments),
 )
 FLAGS = {field.name for group in GROUPS for field in dataclasses.fields(group)} | {
     "config",
