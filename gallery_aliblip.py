@@ -34,6 +34,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import chain, islice
@@ -58,6 +59,21 @@ except ImportError:
     from reading_aliblip import UnusableItem, clean_title, read_photo
     from retrieval_aliblip import GALLERY_CHUNK, QUERY_BLOCK, embed_images, embed_texts, order_by_score, running_top_k
 
+try:
+    from accelerate.utils.modeling import get_state_dict_offloaded_model
+except ImportError:  # no model can be offloaded then
+    get_state_dict_offloaded_model = None
+
+try:
+    from PIL import Image
+except ImportError:  # titles and stored vectors can be searched without it
+    Image = None
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two processes must not save into one folder at the same time
+    fcntl = None
+
 KINDS = ("image", "text")
 VECTOR_TYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 # Image tokens are rounded to it wherever they come from, so that a logit does not depend on whether they were stored.
@@ -70,6 +86,7 @@ _GO_ON = "give the same settings to go on, or build with overwrite=True"
 _OWN_FILES = re.compile(
     r"(vectors|scales|items|offsets|skipped|tokens|faiss)-[0-9a-f]{12}\.(npy|jsonl|safetensors|index)"
 )
+_ROLES = {"vectors", "items", "offsets", "skipped"}  # of the files that every gallery has
 _TOKEN_FILE_ITEMS = 256
 
 logger = logging.get_logger(__name__)
@@ -159,11 +176,21 @@ def fingerprint(model, processor) -> str:
         "probe": processor.tokenizer(_PROBE_TITLE)["input_ids"],
     }
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(_weights(model).items()):
         digest.update(f"{name} {tuple(value.shape)} ".encode())
         value = value.detach().to(torch.bfloat16) if value.is_floating_point() else value.detach()
         digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _weights(model) -> dict[str, Tensor]:
+    """The state dict, also of a model whose weights `device_map` has put on disk."""
+    state = model.state_dict()
+    if not any(value.is_meta for value in state.values()):
+        return state
+    if get_state_dict_offloaded_model is None:
+        raise ImportError("weights that lie on disk are read with accelerate: pip install accelerate")
+    return state | get_state_dict_offloaded_model(model)  # which leaves out what belongs to no submodule
 
 
 def _finite(values: Tensor, name: str) -> Tensor:
@@ -204,8 +231,14 @@ class _TokenFiles(Sequence):
 
     def __getitem__(self, row: int) -> Tensor:
         index = bisect_right(self.starts, row) - 1
-        with safe_open(self.folder / self.files[index]["name"], framework="pt") as file:
-            return file.get_slice("tokens")[row - int(self.starts[index])]
+        try:
+            with safe_open(self.folder / self.files[index]["name"], framework="pt") as file:
+                return file.get_slice("tokens")[row - int(self.starts[index])]
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"the image tokens of the gallery {self.folder} can't be read ({error}): it was saved again or damaged "
+                "since it was loaded; load it again"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -216,6 +249,11 @@ class _Segment:
     scales: Tensor | None
     items: Sequence[dict]
     tokens: Sequence[Tensor] | None = None
+
+    def to(self, device: torch.device | str) -> "_Segment":
+        """Vectors and scales on another device; items and tokens stay."""
+        scales = None if self.scales is None else self.scales.to(device)
+        return replace(self, vectors=self.vectors.to(device), scales=scales)
 
 
 @dataclass(frozen=True)
@@ -335,7 +373,7 @@ class _Rows:
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         start, stop, _ = rows.indices(len(self))
-        return self._gallery.vectors(start, stop).numpy()
+        return self._gallery.vectors(start, stop).cpu().numpy()
 
 
 # --- the gallery ------------------------------------------------------------------------------------------------------
@@ -350,12 +388,15 @@ class Gallery:
         dtype: how vectors are stored: "float32", "float16" or "int8" (one scale per vector).
         skipped: items that could not be read, as {"id", "reason"}.
         photo_root: folder that relative paths of photos are read from; None: the working directory.
+        is_foreign: whether it came from the Hub. Of such a gallery only photos within `photo_root` are read: its paths
+            were written by somebody else, who could name any file or address that this machine can reach.
     """
 
     def __init__(self, state: _State, kind: str, model: str | None, dtype: str, skipped: Sequence[dict] = ()):
         self._state, self._lock = state, threading.Lock()
         self.kind, self.model, self.dtype, self.skipped = kind, model, dtype, list(skipped)
         self.photo_root: str | os.PathLike | None = None
+        self.is_foreign = False
 
     @classmethod
     def from_vectors(
@@ -379,6 +420,8 @@ class Gallery:
         ids = range(len(vectors)) if ids is None else [_checked_id(value) for value in ids]
         if len(ids) != len(vectors):
             raise ValueError(f"{len(vectors)} vectors and {len(ids)} ids given: as many of both are needed")
+        if None in ids:
+            raise ValueError(f"the id of vector {list(ids).index(None)} is null: every item needs one")
         _refuse_duplicates(ids)
         items = [{"id": value} for value in ids]
         segment = _Segment(_finite(vectors.detach().cpu().float(), "vectors"), None, items)
@@ -430,11 +473,7 @@ class Gallery:
     def to(self, device: torch.device | str) -> "Gallery":
         """The same gallery with its vectors, as they are stored, on `device`, where searches then run."""
         state = self._state
-        segments = tuple(
-            replace(s, vectors=s.vectors.to(device), scales=None if s.scales is None else s.scales.to(device))
-            for s in state.segments
-        )
-        return self._like(replace(state, segments=segments))
+        return self._like(replace(state, segments=tuple(segment.to(device) for segment in state.segments)))
 
     def astype(self, dtype: str) -> "Gallery":
         """The same gallery with vectors of another type, in memory. Searched as "float16" it needs half of the memory
@@ -457,7 +496,7 @@ class Gallery:
 
     def _like(self, state: _State) -> "Gallery":
         made = Gallery(state, self.kind, self.model, self.dtype, self.skipped)
-        made.photo_root = self.photo_root
+        made.photo_root, made.is_foreign = self.photo_root, self.is_foreign
         return made
 
     @staticmethod
@@ -512,7 +551,7 @@ class Gallery:
         string_factory: str | None = None,
         *,
         nprobe: int = 32,
-        train_size: int = 65_536,
+        train_size: int | None = None,
         measure_recall: int = 0,
         seed: int = 0,
     ) -> float | None:
@@ -524,7 +563,7 @@ class Gallery:
             string_factory: FAISS's description of the index; None: an inverted file of about sqrt(N) lists, or a flat
                 one below 10,000 items.
             nprobe: lists of an inverted file that are searched per query.
-            train_size: vectors, randomly chosen, from which the lists are learned.
+            train_size: vectors, randomly chosen, from which the lists are learned; None: 65,536, or 40 for each list.
             measure_recall: so many items are searched for in both ways; 0: none.
 
         Returns:
@@ -545,6 +584,7 @@ class Gallery:
             string_factory = codes if count < 10_000 else f"IVF{int(count**0.5)},{codes}"
         index = faiss.index_factory(self.width, string_factory, faiss.METRIC_INNER_PRODUCT)
         if not index.is_trained:
+            train_size = train_size or max(65_536, 40 * getattr(index, "nlist", 0))
             index.train(self._sample(train_size, seed).numpy())
         if hasattr(index, "nprobe"):
             index.nprobe = min(nprobe, index.nlist)
@@ -581,6 +621,24 @@ class Gallery:
         state, generator = self._state, torch.Generator().manual_seed(seed)
         return _plain(*state.take(torch.randperm(len(state), generator=generator)[:count].sort().values)).cpu()
 
+    def photo_path(self, item: dict) -> str | None:
+        """Where the photo of an item can be read: a path or an http(s) address; None if it was not built of paths.
+
+        Raises:
+            UnusableItem: a path that leads out of `photo_root`, or one of a gallery from the Hub that leads anywhere.
+        """
+        path, root = item.get("path"), self.photo_root
+        if path is None:
+            return None
+        is_relative = "://" not in path and not os.path.isabs(path)
+        if root is None or not is_relative:
+            if self.is_foreign:
+                raise UnusableItem("a gallery from the Hub reads photos only from its photo_root")
+            return path
+        if os.path.normpath(path).split(os.sep)[0] == os.pardir:
+            raise UnusableItem("its path leads out of the photo_root")
+        return os.path.join(root, path)
+
     # tokens for the second stage
 
     def image_tokens(self, positions: Sequence[int], encoder: Encoder) -> Tensor:
@@ -601,15 +659,12 @@ class Gallery:
                     f"re-ranking needs the photo of item {item['id']!r}, and the gallery has neither its path nor "
                     "image tokens: build it with store_tokens=True, or search with rerank=0"
                 )
-            path = item["path"]
-            if self.photo_root is not None and "://" not in path:
-                path = os.path.join(self.photo_root, path)
             try:
-                pixels.append(encoder.pixels(path))
+                pixels.append(encoder.pixels(self.photo_path(item)))
             except UnusableItem as error:
                 raise ValueError(
-                    f"re-ranking needs the photo of item {item['id']!r}, {path}: {error}. Set the gallery's photo_root "
-                    "if the photos were moved, build it with store_tokens=True, or search with rerank=0"
+                    f"re-ranking needs the photo of item {item['id']!r}, {item['path']}: {error}. Set the gallery's "
+                    "photo_root if the photos were moved, build it with store_tokens=True, or search with rerank=0"
                 ) from error
         return encoder.embed_pixels(torch.stack(pixels))[1]
 
@@ -634,7 +689,8 @@ class Gallery:
         items = _open(items, plan, self.ids)
         units = [unit for _, unit in _encode(encoder, items, plan, lambda number: True)]
         skipped = [entry for unit in units for entry in unit.skipped]
-        added = [_segment(unit, self.dtype) for unit in units if unit.items]
+        device = self._state.segments[0].vectors.device
+        added = [_segment(unit, self.dtype).to(device) for unit in units if unit.items]
         with self._lock:
             state = self._state
             new = [item["id"] for segment in added for item in segment.items]
@@ -674,8 +730,13 @@ class Gallery:
     def save(self, folder: str | os.PathLike) -> None:
         """Write the gallery to a folder, over the one that is there if it is a gallery's. Whole or not at all."""
         folder, state = Path(folder), self._state
-        _refuse_foreign(folder)
         _write_gallery(folder, self, state)
+        if any(isinstance(s.tokens, _TokenFiles) and s.tokens.folder.samefile(folder) for s in state.segments):
+            # Files that held removed items have been written anew, and are gone.
+            saved = Gallery.load(folder).to(state.segments[0].vectors.device)._state
+            with self._lock:
+                if self._state is state:
+                    self._state = replace(saved, index=state.index)
 
     @classmethod
     def load(
@@ -698,12 +759,12 @@ class Gallery:
         Raises:
             ValueError: no gallery, an unfinished build, or files that were cut off or changed.
         """
-        folder = Path(folder)
+        folder, is_foreign = Path(folder), False
         if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
             patterns = [_MANIFEST, "*.npy", "*.jsonl", "tokens-*.safetensors", "faiss-*.index"]
             options = {"repo_type": "dataset", "revision": revision, "token": token, "allow_patterns": patterns}
             try:
-                folder = Path(snapshot_download(str(folder), **options))
+                folder, is_foreign = Path(snapshot_download(str(folder), **options)), True
             except Exception as error:  # of many kinds, from the connection to the name
                 reason = " ".join(str(error).split())[:300]
                 raise ValueError(
@@ -723,7 +784,7 @@ class Gallery:
         index = _FaissIndex(path=files["faiss"]) if "faiss" in files else None
         state = _State((_Segment(vectors, scales, lines, tokens),), index=index)
         gallery = cls(state, manifest["kind"], manifest["model"], manifest["dtype"], skipped)
-        gallery.photo_root = photo_root
+        gallery.photo_root, gallery.is_foreign = photo_root, is_foreign
         return gallery
 
     def push_to_hub(
@@ -868,8 +929,8 @@ class _Plan:
 
 @dataclass
 class _Unit:
-    """The embedded items of one unit: `vectors` (n, E) fp32, `tokens` n times (P, D) or None; `ends`: ids of its first
-    and last item, readable or not."""
+    """The embedded items of one unit: `vectors` (n, E) fp32, `tokens` n times (P, D) or None; `ends`: the marks of its
+    first and last item, readable or not."""
 
     vectors: Tensor
     tokens: Sequence[Tensor] | None
@@ -906,13 +967,14 @@ def begin_units(
     settings = _settings(Encoder(model, processor), _open(items, plan), plan)
     build = folder / _BUILD
     found = _read_json(build / "build.json") if (build / "build.json").exists() else None
-    if found == settings:
-        return
-    if found is not None and not overwrite:
-        raise ValueError(f"{folder} holds the beginning of another gallery ({_differences(found, settings)}): {_GO_ON}")
-    _remove_build(folder)
-    build.mkdir(parents=True)
-    _write_json(build / "build.json", settings)
+    if found is not None and (differences := _differences(found, settings)):
+        if not overwrite:
+            raise ValueError(f"{folder} holds the beginning of another gallery ({differences}): {_GO_ON}")
+        found = None
+    if found is None:
+        _remove_build(folder)
+        build.mkdir(parents=True)
+    _write_json(build / "build.json", settings)  # of which some may be others than before: see _AT_THE_END
 
 
 def encode_units(
@@ -936,9 +998,8 @@ def encode_units(
     build = folder / _BUILD
     encoder = Encoder(model, processor, None if plan.autocast is None else getattr(torch, plan.autocast))
     items = _open(items, plan)
-    settings, found = _settings(encoder, items, plan), _read_json(build / "build.json")
-    if found != settings:
-        raise ValueError(f"the build in {folder} was begun otherwise ({_differences(found, settings)}): {_GO_ON}")
+    if differences := _differences(_read_json(build / "build.json"), _settings(encoder, items, plan)):
+        raise ValueError(f"the build in {folder} was begun otherwise ({differences}): {_GO_ON}")
     bar = _bar(items, plan, progress and rank == 0)
     seen = 0
 
@@ -972,8 +1033,7 @@ def join_units(folder: str | os.PathLike, *, measure_recall: int = 0) -> None:
     missing = [number for number in numbers if not (build / _unit_name(number)).exists()]
     if missing:
         raise ValueError(f"the build of {folder} lacks the units {_some(missing)} of {len(numbers)}: call it again")
-    units = [_read_unit(folder, number) for number in numbers]
-    gallery = _join(units, plan, settings["model"], measure_recall)
+    gallery = _join([_gathered(folder, numbers)], plan, settings["model"], measure_recall)
     _write_gallery(folder, gallery, gallery._state)
     _remove_build(folder)
 
@@ -1025,12 +1085,18 @@ def _open(items: Any, plan: _Plan, others: Sequence[str | int] = ()) -> Any:
         raise ValueError(f"one {type(items).__name__} given: items are a list, a data set or a generator")
     column = plan.image_column if plan.kind == "image" else plan.text_column
     features = getattr(items, "features", None)
+    if features is not None and not isinstance(features, dict):  # a column of a data set
+        source, name, features = items.source, items.column_name, None
+        if getattr(source.features[name], "decode", False):
+            items = source.cast_column(name, replace(source.features[name], decode=False))[name]
     if features is not None:  # of `datasets`
         for name in (column, *([] if plan.id_column is None else [plan.id_column])):
             if name not in features:
                 raise ValueError(f"the data set has no column {name!r}, but {', '.join(map(repr, features))}")
+        # Only what is needed, and undecoded, since one damaged photo would end the iteration.
+        id_column = plan.id_column or "id"
+        items = items.select_columns([column, *([id_column] if id_column in features and id_column != column else [])])
         if getattr(features[column], "decode", False):
-            # Undecoded, since one damaged photo would end the iteration.
             items = items.cast_column(column, replace(features[column], decode=False))
     if not _is_sequence(items):
         return items
@@ -1066,7 +1132,7 @@ def _encode(
             if wanted(number):
                 yield number, _encode_unit(encoder, first, (items[position] for position in positions), plan, workers)
             else:
-                check(number, *(_id_of(items[position], position, plan) for position in (first, positions[-1])))
+                check(number, *(_mark(items[position], position, plan) for position in (first, positions[-1])))
                 yield number, len(positions)
     else:
         rows = iter(items)
@@ -1075,18 +1141,18 @@ def _encode(
             if wanted(number):
                 yield number, _encode_unit(encoder, first, unit, plan, workers)
             else:
-                begin = _id_of(row, first, plan)
+                begin = _mark(row, first, plan)
                 for last, row in enumerate(unit, first):  # noqa: B007
                     pass
-                check(number, begin, _id_of(row, last, plan))
+                check(number, begin, _mark(row, last, plan))
                 yield number, last - first + 1
 
 
 def _encode_unit(encoder: Encoder, first: int, rows: Iterable, plan: _Plan, workers: int) -> _Unit:
     items, skipped, ends, pending, vectors, tokens = [], [], [], [], [], []
 
-    def prepare(numbered: tuple[int, Any]) -> tuple[Any, dict, Any]:
-        """The id, the item and what is embedded of it; of an item that can't be used the reason and None."""
+    def prepare(numbered: tuple[int, Any]) -> tuple[tuple[int, Any], dict, Any]:
+        """What was given, the item and what is embedded of it; of an item that can't be used the reason and None."""
         position, row = numbered
         value = _id_of(row, position, plan)
         try:
@@ -1095,11 +1161,11 @@ def _encode_unit(encoder: Encoder, first: int, rows: Iterable, plan: _Plan, work
                 raise UnusableItem("the id is null")
             if plan.kind == "text":
                 title = clean_title(content)
-                return value, {"id": value, "text": title}, title
+                return numbered, {"id": value, "text": title}, title
             path = _path_of(content)
-            return value, {"id": value} if path is None else {"id": value, "path": path}, encoder.pixels(content)
+            return numbered, {"id": value} if path is None else {"id": value, "path": path}, encoder.pixels(content)
         except UnusableItem as error:
-            return value, {"id": value, "reason": str(error)}, None
+            return numbered, {"id": value, "reason": str(error)}, None
 
     def flush() -> None:
         if not pending:
@@ -1112,8 +1178,8 @@ def _encode_unit(encoder: Encoder, first: int, rows: Iterable, plan: _Plan, work
             tokens.extend(its_tokens if plan.store_tokens else ())
         pending.clear()
 
-    for value, item, content in _ahead(prepare, enumerate(rows, first), workers, plan.batch_size):
-        ends = [*ends[:1], value]
+    for numbered, item, content in _ahead(prepare, enumerate(rows, first), workers, plan.batch_size):
+        ends = [*ends[:1], numbered]
         if content is None:
             skipped.append(item)
             continue
@@ -1124,7 +1190,7 @@ def _encode_unit(encoder: Encoder, first: int, rows: Iterable, plan: _Plan, work
     flush()
     vectors = torch.cat(vectors) if vectors else torch.empty(0, 0)
     tokens = torch.stack(tokens) if tokens else None
-    return _Unit(vectors, tokens, items, skipped, [ends[0], ends[-1]])
+    return _Unit(vectors, tokens, items, skipped, [_mark(row, at, plan) for at, row in (ends[0], ends[-1])])
 
 
 def _ahead(function: Callable, items: Iterable, workers: int, ahead: int) -> Iterator:
@@ -1140,6 +1206,28 @@ def _ahead(function: Callable, items: Iterable, workers: int, ahead: int) -> Ite
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def _mark(item: Any, position: int, plan: _Plan) -> list:
+    """What tells an item from another at the same place, in JSON: its id and a digest of what it holds."""
+    value = _id_of(item, position, plan)
+    content = _content_or_none(item, plan)
+    if isinstance(content, dict):
+        content = content.get("bytes") or content.get("path")
+    if Image is not None and isinstance(content, Image.Image):
+        content = b"%d %d %s " % (*content.size, content.mode.encode()) + content.tobytes()
+    if isinstance(content, (str, os.PathLike)):
+        content = os.fspath(content).encode("utf-8", "surrogatepass")
+    if not isinstance(content, (bytes, bytearray, memoryview)):
+        content = b""
+    return [value, hashlib.blake2b(content, digest_size=8).hexdigest()]
+
+
+def _content_or_none(item: Any, plan: _Plan) -> Any:
+    try:
+        return _content(item, plan)
+    except UnusableItem:
+        return None
 
 
 def _is_row(item: Any) -> bool:
@@ -1193,6 +1281,28 @@ def _refuse_duplicates(ids: Sequence) -> None:
         raise ValueError(
             f"{len(twice)} ids come twice, such as {_some(twice)}: make them unique (or build with duplicates='first')"
         )
+
+
+def _gathered(folder: Path, numbers: Iterable[int]) -> _Unit:
+    """All units as one. The vectors are copied into one file, which is mapped: in memory are only ids and paths, about
+    half a kilobyte an item. (A map for each unit would be more than Linux gives to a process.)"""
+    path, count, width, whole = folder / _BUILD / "vectors", 0, 0, _Unit(torch.empty(0, 0), None)
+    token_files = []
+    with open(path, "wb") as file:
+        for number in numbers:
+            unit = _read_unit(folder, number)
+            whole.items += unit.items
+            whole.skipped += unit.skipped
+            if unit.items:
+                file.write(unit.vectors.numpy().data.cast("B"))
+                count, width = count + len(unit.vectors), unit.vectors.shape[1]
+            if unit.tokens is not None:
+                token_files += unit.tokens.files
+    if count:
+        whole.vectors = torch.from_numpy(np.memmap(path, dtype=np.float32, mode="c", shape=(count, width)))
+    if token_files:
+        whole.tokens = _TokenFiles(folder / _BUILD, token_files)
+    return whole
 
 
 def _check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
@@ -1262,7 +1372,28 @@ def _json_line(value: dict) -> bytes:
 
 
 def _write_gallery(folder: Path, gallery: Gallery, state: _State) -> None:
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: give a folder")
     folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        _refuse_foreign(folder)
+        _write_gallery_alone(folder, gallery, state)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One writer after another: the last thing that one does is to remove all files that are not its own."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _write_gallery_alone(folder: Path, gallery: Gallery, state: _State) -> None:
     count, width = len(state), state.segments[0].vectors.shape[1]
     starts = range(0, count, GALLERY_CHUNK)
 
@@ -1339,7 +1470,9 @@ def _write_tokens(folder: Path, state: _State) -> list[dict]:
 
 def _link(source: Path, place: Path) -> None:
     if place.exists():
-        return
+        if place.stat().st_size == source.stat().st_size:
+            return
+        place.unlink()  # torn; the right one has its name
     try:
         os.link(source, place)
     except OSError:  # another file system, or one without links
@@ -1374,6 +1507,7 @@ def _read_manifest(folder: Path, verify: bool) -> dict:
         version = manifest["format"]
         entries = [*manifest["files"].values(), *(manifest["tokens"] or [])]
         files = [(str(entry["name"]), entry["size"], entry["blake2b"]) for entry in entries]
+        missing = {"kind", "items", "dtype", "model"} - set(manifest) | _ROLES - set(manifest["files"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}): build or save the gallery again") from error
     if version != _FORMAT:
@@ -1388,6 +1522,9 @@ def _read_manifest(folder: Path, verify: bool) -> dict:
             raise ValueError(f"the gallery {folder} is damaged: {name} {problem}. Copy, build or save it again")
         if verify and _digest(file) != checksum:
             raise ValueError(f"the gallery {folder} is damaged: {name} was changed. Copy, build or save it again")
+    if missing or manifest["dtype"] not in VECTOR_TYPES:
+        problem = f"it lacks {_some(missing)}" if missing else f"dtype is {manifest['dtype']!r}"
+        raise ValueError(f"{path} is damaged ({problem}): build or save the gallery again")
     return manifest
 
 
@@ -1409,11 +1546,18 @@ def _unit_name(number: int) -> str:
 def _settings(encoder: Encoder, items: Any, plan: _Plan) -> dict:
     """What has to be equal for a build to go on."""
     count = len(items) if _is_sequence(items) else None
-    return {"format": _FORMAT, "model": encoder.fingerprint, "count": count, **asdict(plan)}
+    settings = {"format": _FORMAT, "model": encoder.fingerprint, "count": count, **asdict(plan)}
+    if plan.kind == "text":
+        settings["max_length"] = encoder.processor.max_length
+    return settings
+
+
+# No unit depends on them: a build may go on with others.
+_AT_THE_END = ("dtype", "duplicates")
 
 
 def _differences(found: dict, settings: dict) -> str:
-    names = [name for name in settings if found.get(name) != settings[name]]
+    names = [name for name in settings if found.get(name) != settings[name] and name not in _AT_THE_END]
     return ", ".join(f"{name} was {found.get(name)!r}, is {settings[name]!r}" for name in names)
 
 
@@ -1455,9 +1599,11 @@ def _check_ends(build: Path, number: int, first: Any, last: Any) -> None:
         return  # another process's
     ends = _read_unit(build.parent, number).ends
     if ends != [first, last]:
+        (first_id, _), (last_id, _), before = first, last, [mark[0] for mark in ends]
+        now = "the same with other contents" if before == [first_id, last_id] else f"{first_id!r} to {last_id!r}"
         raise ValueError(
-            f"the items have changed since the build began: unit {number} went from {ends[0]!r} to {ends[1]!r}, now it "
-            f"goes from {first!r} to {last!r}. Give the same items, or build with overwrite=True"
+            f"the items have changed since the build began: unit {number} went from {before[0]!r} to {before[1]!r}, "
+            f"now it is {now}. Give the same items, or build with overwrite=True"
         )
 
 

@@ -573,8 +573,10 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
         image = self.get_image_features(pixel_values, interpolate_pos_encoding)
         text = self.get_text_features(input_ids, attention_mask)
         image_embeds, text_embeds = image.pooler_output, text.pooler_output
-        with torch.autocast(image_embeds.device.type, enabled=False):
-            logits_per_image = image_embeds @ text_embeds.t() / self.temp.float()  # (images, titles)
+        device = image_embeds.device  # a `device_map` may have put projections, temperature and inputs elsewhere
+        with torch.autocast(device.type, enabled=False):
+            similarity = image_embeds @ text_embeds.t().to(device)  # (images, titles)
+            logits_per_image = similarity / self.temp.float().to(device)
         paired = image_embeds.shape[0] == text_embeds.shape[0]
         if return_loss and not paired:
             raise ValueError(
@@ -582,10 +584,10 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
             )
         itm_logits = loss = None
         if paired:
-            own = torch.arange(len(image_embeds), device=image_embeds.device)
+            own = torch.arange(len(image_embeds), device=device)
             image_index, text_index, is_match = own, own, None
             if return_loss:
-                product_id = own if product_id is None else product_id
+                product_id = own if product_id is None else product_id.to(device)
                 if product_id.shape != own.shape:
                     raise ValueError(
                         f"product_id has the shape {tuple(product_id.shape)}: the loss of {len(own)} pairs needs "
@@ -597,12 +599,13 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
                 image_index, text_index, is_match = itm_pairs(
                     *hard_negatives(logits_per_image.t(), positive), *hard_negatives(logits_per_image, positive)
                 )
+            text_index = text_index.to(input_ids.device)
             mask = None if attention_mask is None else attention_mask[text_index]
             image_kv = self.project_image_kv(image.last_hidden_state)
             pair_logits = self.match(input_ids[text_index], mask, image_kv, image_index)
             itm_logits = pair_logits[: len(own)]
             if return_loss:
-                loss = itc + itm_loss(pair_logits, is_match)
+                loss = itc + itm_loss(pair_logits.to(device), is_match)
         return AliBlipRetrievalOutput(
             loss=loss,
             logits_per_image=logits_per_image,

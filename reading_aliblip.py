@@ -27,6 +27,10 @@ try:
 except ImportError:  # titles can be read without it
     Image = ImageOps = None
 
+# Pillow's remarks on odd EXIF, palettes and sizes: the photo decides, and the limits below. Once and for all, since
+# `catch_warnings` in several threads can leave a process without any warnings.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 # Pillow warns above this size and refuses only twice of it; a product photo of 90 megapixels is an attack or a mistake.
 MAX_PIXELS = 89_478_485
 # More than any photo of that many pixels takes, and little enough to be read by every worker at once.
@@ -102,18 +106,15 @@ def read_photo(value: Any, fetch: Callable[[str, int], bytes] = fetch) -> Image.
     if value is None:
         raise UnusableItem("the image is null")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks on odd EXIF or palettes: the photo decides, not they
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if isinstance(value, Image.Image):
-                return _to_rgb(value)
-            data = _open_image(value, fetch)
-            with Image.open(data, formats=_formats()) as image:
-                _refuse_hidden_bombs(image, data)
-                return _to_rgb(image)
+        if isinstance(value, Image.Image):
+            return _to_rgb(value)
+        data = _open_image(value, fetch)
+        with Image.open(data, formats=_formats()) as image:
+            _refuse_hidden_bombs(image, data)
+            return _to_rgb(image)
     except UnusableItem:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except Image.DecompressionBombError:
         raise UnusableItem(f"the image has more than {MAX_PIXELS:,} pixels") from None
     except Image.UnidentifiedImageError:
         raise UnusableItem("the file is not an image of a known format") from None

@@ -195,7 +195,7 @@ def read_original(path: str | os.PathLike) -> Original:
             "a file can run code when it is loaded. If you trust it, write one of its weights: "
             f'torch.save({{"model": torch.load("{path}", weights_only=False)["model"]}}, "weights.pth")'
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # of any kind, as the bytes will have it
         raise UsageError(
             f"{path} can't be read, is damaged or no checkpoint ({' '.join(str(error).split())[:200]})"
         ) from error

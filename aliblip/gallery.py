@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from aliblip.accelerator import build_accelerator, end, launched_precision
 from aliblip.arguments import (
@@ -35,7 +36,7 @@ from aliblip.arguments import (
     parse,
 )
 from aliblip.convert import load_pretrained
-from aliblip.data.sources import Row, Source, open_source, require_usable_row
+from aliblip.data.sources import Row, Source, decode, open_source, require_usable_row
 from aliblip.distributed import is_main, rank, together, world_size
 from gallery_aliblip import Gallery, begin_units, encode_units, join_units
 from reading_aliblip import UnusableItem
@@ -88,12 +89,16 @@ class SourceItems(Sequence):
             return range(len(self))
         return {row.name: row.row for row in self._source.read_range(0, len(self))}
 
-    def photo_of(self, item: dict) -> Any:
-        """The stored photo of a gallery's item, by its id, or None. May be called by several threads."""
+    def photo_of(self, item: dict) -> Image.Image:
+        """The decoded photo of a gallery's item, by its id. May be called by several threads.
+
+        Raises:
+            UnusableItem: there is none, or it can't be read.
+        """
         if item["id"] not in self.positions:
-            return None
+            raise UnusableItem("no row has this id")
         position = self.positions[item["id"]]
-        return next(self._source.read_range(position, position + 1)).image
+        return decode(next(self._source.read_range(position, position + 1)), "images").image
 
     def _id_of(self, row: Row) -> Any:
         if self._id_column is not None:

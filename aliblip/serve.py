@@ -39,7 +39,7 @@ from PIL import Image
 
 from aliblip.arguments import ServeArguments, UsageError, check_range, first_line, main_with_usage_errors, parse
 from aliblip.convert import load_pretrained
-from aliblip.data.sources import Row, decode, open_source, require_usable_row
+from aliblip.data.sources import open_source, require_usable_row
 from aliblip.gallery import SourceItems
 from gallery_aliblip import Gallery
 from pipeline_aliblip import AliBlipImageTextRetrievalPipeline
@@ -65,8 +65,7 @@ class Searcher:
     Args:
         pipe: the pipeline.
         gallery: of photos.
-        photo_of: a gallery's item to what `aliblip.data.sources.decode` takes as image, or None where there is no photo
-            to show.
+        photo_of: gives an item's decoded photo, or raises UnusableItem; by default it reads the item's own path.
 
     Raises:
         UsageError: a gallery of titles or of another model.
@@ -82,7 +81,7 @@ class Searcher:
         except ValueError as error:
             raise UsageError(str(error)) from error
         self.pipe, self.gallery = pipe, gallery
-        self._photo_of = photo_of or self._path_of
+        self._photo_of = photo_of or (lambda item: read_photo(gallery.photo_path(item)))
         self.thumbnail = functools.lru_cache(maxsize=1000)(self._thumbnail)
 
     def by_title(self, title: str, top_k: int, rerank: int) -> list[dict]:
@@ -122,16 +121,11 @@ class Searcher:
 
     def _thumbnail(self, key: str | int, path: str | None) -> Image.Image:
         try:
-            photo = self._photo_of({"id": key, "path": path})
-            image = decode(Row(0, photo, None, 0, str(key)), "images").image
+            image = self._photo_of({"id": key, "path": path})
         except (UnusableItem, OSError):
             return Image.new("RGB", (THUMBNAIL_SIDE, THUMBNAIL_SIDE), (200, 200, 200))
         image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
         return image
-
-    def _path_of(self, item: dict) -> str | None:
-        path, root = item["path"], self.gallery.photo_root
-        return path if path is None or root is None or "://" in path else os.path.join(root, path)
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> int:

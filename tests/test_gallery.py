@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from datasets import Image as ImageFeature
 from helpers import ROOT, assert_succeeded, launch, run_forked, spawn
 from PIL import Image
 
@@ -25,6 +26,7 @@ from aliblip.gallery import build_gallery, main
 from gallery_aliblip import Encoder, Gallery, fingerprint
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
+from reading_aliblip import UnusableItem
 
 COUNT, BROKEN = 21, 5
 UNITS = {"unit_size": 4, "batch_size": 3, "progress": False}
@@ -298,6 +300,45 @@ def test_duplicates(model, processor, paths, tmp_path):
     assert torch.equal(again, build(model, processor, paths, store_tokens=True).image_tokens([11], None))
 
 
+def test_a_finished_build_goes_on_with_another_rule_for_duplicates(model, processor, paths, tmp_path):
+    twice = [*paths[:9], paths[2]]
+    with pytest.raises(ValueError, match="1 ids come twice.*build with duplicates='first'"):
+        build(model, processor, iter(twice), tmp_path / "g")  # a generator: found out when all is embedded
+    monkeyed = Encoder.embed_pixels
+    try:
+        Encoder.embed_pixels = None  # nothing is embedded again
+        gallery = build(model, processor, iter(twice), tmp_path / "g", duplicates="first", dtype="int8")
+    finally:
+        Encoder.embed_pixels = monkeyed
+    assert (
+        gallery.dtype == "int8"
+        and len(gallery) == 8
+        and {"id": paths[2], "reason": "the id comes twice"} in (gallery.skipped)
+    )
+
+
+def test_other_contents_under_the_same_ids_are_noticed(model, processor, tmp_path):
+    titles = Dying(tiny.titles(12))
+    titles.fatal = 9
+    with pytest.raises(KeyboardInterrupt):
+        build(model, processor, titles, tmp_path / "g", kind="text")
+    with pytest.raises(ValueError, match="unit 0 went from 0 to 3, now it is the same with other contents"):
+        build(model, processor, tiny.titles(12, seed=1), tmp_path / "g", kind="text")
+    short = tiny.processor()
+    short.max_length = 4
+    with pytest.raises(ValueError, match="max_length was 35, is 4"):
+        build(model, short, list(titles), tmp_path / "g", kind="text")
+
+
+def test_columns_of_a_data_set_and_damaged_photos(model, processor, paths):
+    rows = {"image": paths[:7], "caption": tiny.titles(7)}
+    table = Dataset.from_dict(rows).cast_column("image", ImageFeature())
+    photos = build(model, processor, table["image"])
+    assert len(photos) == 6 and photos.skipped[0]["reason"] == "the file is not an image of a known format"
+    for titles in (build(model, processor, table, kind="text"), build(model, processor, table["caption"], kind="text")):
+        assert [titles.item(position)["text"] for position in range(7)] == rows["caption"]
+
+
 def test_null_ids_are_skipped(model, processor, paths):
     gallery = build(model, processor, [{"image": paths[0], "id": None}, {"image": paths[1], "id": "a"}])
     assert gallery.ids == ["a"] and gallery.skipped == [{"id": None, "reason": "the id is null"}]
@@ -369,7 +410,9 @@ def test_a_build_refuses_to_go_on_with_something_else(model, processor, paths, t
         build(model, processor, paths, folder, batch_size=2)
     with pytest.raises(ValueError, match="model was '.*', is '.*'"):
         build(tiny.spread_model(seed=1), processor, paths, folder)
-    with pytest.raises(ValueError, match="items have changed.*unit 0 went from '.*000.png' to '.*003.png', now it"):
+    with pytest.raises(
+        ValueError, match="items have changed.*unit 0 went from '.*000.png' to '.*003.png', now it is '.*001.png' to"
+    ):
         build(model, processor, paths[1:] + paths[:1], folder)
     gallery = build(model, processor, paths, folder, batch_size=2, overwrite=True)
     assert len(gallery) == COUNT - 1
@@ -481,17 +524,83 @@ def test_changes_equal_a_new_gallery(model, processor, paths, built, tmp_path):
     built.remove([more[4]])
     kept = [path for path in [*paths, *more] if path not in (paths[0], paths[7], paths[BROKEN], more[1], more[4])]
     expected = build(model, processor, kept, store_tokens=True)
-    for save_first in (False, True):
-        if save_first:
+    for stage in ("changed", "saved", "loaded"):
+        if stage == "saved":
             built.save(tmp_path / "built")  # over the folder that it reads from
-            assert Gallery.load(tmp_path / "built", verify=True).skipped == built.skipped
-            built = Gallery.load(tmp_path / "built")
+        elif stage == "loaded":
+            skipped, built = built.skipped, Gallery.load(tmp_path / "built", verify=True)
+            assert built.skipped == skipped
         assert built.ids == kept and len(built) == len(kept)
         torch.testing.assert_close(built.vectors(), expected.vectors(), atol=1e-5, rtol=0)
         torch.testing.assert_close(tokens_of(built), tokens_of(expected), atol=0.05, rtol=0.01)
     named = json.loads((tmp_path / "built" / "gallery.json").read_text())
     files = {entry["name"] for entry in [*named["files"].values(), *named["tokens"]]}
     assert {path.name for path in (tmp_path / "built").iterdir()} == files | {"gallery.json"}
+
+
+def test_a_gallery_that_was_saved_again_elsewhere_says_so(built, paths, tmp_path):
+    other = Gallery.load(tmp_path / "built")
+    other.remove([paths[0]])
+    other.save(tmp_path / "built")
+    with pytest.raises(ValueError, match="image tokens of the gallery .* can't be read .* load it again"):
+        tokens_of(built)
+
+
+def test_saves_at_the_same_time_leave_one_of_them(tmp_path):
+    galleries = [Gallery.from_vectors(unit_vectors(30 + n), [f"{n} {i}" for i in range(30 + n)]) for n in range(3)]
+
+    def save(gallery):
+        for _ in range(10):
+            gallery.save(tmp_path / "shared")
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(save, galleries))
+    loaded = Gallery.load(tmp_path / "shared", verify=True)
+    assert loaded.ids in [gallery.ids for gallery in galleries]
+    assert len(list((tmp_path / "shared").iterdir())) == 5
+
+
+def test_a_torn_file_is_written_again(built, tmp_path):
+    file = next((tmp_path / "built").glob("tokens-*"))
+    built.save(tmp_path / "copy")
+    (tmp_path / "copy" / file.name).unlink()
+    (tmp_path / "copy" / file.name).write_bytes(b"torn")
+    with pytest.raises(ValueError, match="is damaged"):
+        Gallery.load(tmp_path / "copy")
+    built.save(tmp_path / "copy")
+    assert torch.equal(tokens_of(Gallery.load(tmp_path / "copy", verify=True)), tokens_of(built))
+
+
+def test_photos_are_read_from_where_they_may_be(model, processor, paths, tmp_path, monkeypatch):
+    """A gallery from the Hub names what its maker likes: no file or address of this machine is opened for it."""
+    folder = Path(paths[0]).parent
+    (folder / "sub").mkdir(exist_ok=True)
+    gallery = Gallery.from_vectors(unit_vectors(1))
+    for foreign, root, path, wanted in (
+        (False, None, "a.png", "a.png"),
+        (False, None, "/x/a.png", "/x/a.png"),
+        (False, "root", "sub/a.png", "root/sub/a.png"),
+        (False, "root", "http://x/a.png", "http://x/a.png"),
+        (False, "root", "../a.png", None),
+        (False, "root", "sub/../../a.png", None),
+        (True, "root", "sub/../a.png", "root/sub/../a.png"),
+        (True, "root", "../a.png", None),
+        (True, "root", "/x/a.png", None),
+        (True, "root", "http://x/a.png", None),
+        (True, None, "a.png", None),
+    ):
+        gallery.is_foreign, gallery.photo_root = foreign, root
+        for one in (gallery, gallery.snapshot()):
+            if wanted is None:
+                with pytest.raises(UnusableItem, match="photo_root"):
+                    one.photo_path({"path": path})
+            else:
+                assert one.photo_path({"path": path}) == wanted
+    assert gallery.photo_path({"id": 3}) is None
+    build(model, processor, paths[:3], tmp_path / "hub")
+    monkeypatch.setattr(gallery_aliblip, "snapshot_download", lambda name, **options: str(tmp_path / "hub"))
+    with pytest.raises(ValueError, match="000.png: a gallery from the Hub reads photos only from its photo_root"):
+        Gallery.load("me/mine").image_tokens([0], Encoder(model, processor))
 
 
 def test_changes_that_are_refused_change_nothing(model, processor, paths, built):
@@ -604,6 +713,15 @@ def test_fingerprints(model, processor, built, tmp_path):
         with pytest.raises(ValueError, match=f"built with another model or processor .{built.model[:8]}, not "):
             built.check_model(fingerprint(*other))
     Gallery.from_vectors(unit_vectors(3)).check_model("whatever")
+
+
+def test_a_model_whose_weights_lie_on_disk(saved_model, saved, processor, paths, tmp_path):
+    options = {"device_map": "auto", "max_memory": {"cpu": 60_000}, "offload_folder": tmp_path / "offload"}
+    model = AliBlipForImageTextRetrieval.from_pretrained(saved, **options).eval()
+    assert any(parameter.is_meta for parameter in model.parameters())
+    gallery, expected = build(model, processor, paths[:4]), build(saved_model, processor, paths[:4])
+    assert gallery.model == expected.model
+    torch.testing.assert_close(gallery.vectors(), expected.vectors(), rtol=0, atol=1e-5)
 
 
 def test_the_tokenizer_is_asked_by_one_thread_at_a_time(model):
