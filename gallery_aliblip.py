@@ -30,6 +30,7 @@ import re
 import secrets
 import shutil
 import threading
+import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -88,6 +89,7 @@ _OWN_FILES = re.compile(
 )
 _ROLES = {"vectors", "items", "offsets", "skipped"}  # of the files that every gallery has
 _TOKEN_FILE_ITEMS = 256
+_UPLOAD_WAITS = (1.0, 5.0, 20.0)  # seconds before the second, third ... try
 
 logger = logging.get_logger(__name__)
 
@@ -791,19 +793,29 @@ class Gallery:
         self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, commit_message: str = ""
     ) -> str:
         """Upload the gallery as a data set of the Hub and return the commit's address. Paths and titles of the items
-        go with it."""
+        go with it. Tried again where the Hub or the connection fails."""
         api = HfApi(token=token)
         api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
         with TemporaryDirectory() as folder:
             self.save(folder)
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                repo_type="dataset",
-                folder_path=folder,
-                commit_message=commit_message or f"{self!r}",
-                delete_patterns=["*.npy", "*.jsonl", "tokens-*.safetensors", "faiss-*.index"],
-            )
-        return str(commit)
+            for wait in (*_UPLOAD_WAITS, None):
+                try:
+                    commit = api.upload_folder(
+                        repo_id=repo_id,
+                        repo_type="dataset",
+                        folder_path=folder,
+                        commit_message=commit_message or f"{self!r}",
+                        delete_patterns=["*.npy", "*.jsonl", "tokens-*.safetensors", "faiss-*.index"],
+                    )
+                    return str(commit)
+                except Exception as error:  # of each version's HTTP client
+                    status = getattr(getattr(error, "response", None), "status_code", None)
+                    may_pass = isinstance(error, OSError) if status is None else status in (408, 429) or status >= 500
+                    if wait is None or not may_pass:
+                        raise
+                    logger.warning(f"the upload has failed ({str(error).splitlines()[0]}); again in {wait:g} seconds")
+                    time.sleep(wait)
+        raise AssertionError("the last try returns or raises")
 
     # building
 

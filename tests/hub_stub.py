@@ -1,4 +1,5 @@
-"""A Hub on loopback: enough of its API for huggingface_hub to create, fill and read repositories of models."""
+"""A Hub on loopback: enough of its API for huggingface_hub to create, fill and read repositories of models and of data
+sets."""
 
 from __future__ import annotations
 
@@ -180,7 +181,7 @@ class _Handler(BaseHTTPRequestHandler):
             files = [
                 {
                     "path": file["path"],
-                    "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                    "uploadMode": "lfs" if file["path"].endswith((".safetensors", ".npy")) else "regular",
                     "shouldIgnore": False,
                     **({"oid": blob_id(found[1][file["path"]])} if file["path"] in found[1] else {}),
                 }
@@ -255,16 +256,18 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 _NAME = r"([\w.-]+/[\w.-]+)"
+_API = rf"/api/(?:models|datasets)/{_NAME}"
+_REPOSITORY = rf"/(?:datasets/)?{_NAME}"
 _ROUTES = (
     ("GET", r"/api/whoami-v2", _Handler.whoami),
     ("POST", r"/api/repos/create", _Handler.create),
     ("POST", r"/api/validate-yaml", _Handler.validate),
-    ("GET", rf"/api/models/{_NAME}/auth-check/write", _Handler.may_write),
-    ("POST", rf"/api/models/{_NAME}/preupload/(\w+)", _Handler.preupload),
-    ("POST", rf"/{_NAME}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
+    ("GET", rf"{_API}/auth-check/write", _Handler.may_write),
+    ("POST", rf"{_API}/preupload/(\w+)", _Handler.preupload),
+    ("POST", rf"{_REPOSITORY}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
     ("PUT", r"/large/(\w+)", _Handler.lfs_put),
-    ("POST", rf"/api/models/{_NAME}/commit/(\w+)", _Handler.commit),
-    ("GET", rf"/api/models/{_NAME}(?:/revision/(\w+))?", lambda self, name, rev: self.info(name, rev or "main")),
-    ("GET", rf"/api/models/{_NAME}/tree/(\w+)", _Handler.tree),
-    (("GET", "HEAD"), rf"/{_NAME}/resolve/(\w+)/(.+)", _Handler.resolve),
+    ("POST", rf"{_API}/commit/(\w+)", _Handler.commit),
+    ("GET", rf"{_API}(?:/revision/(\w+))?", lambda self, name, rev: self.info(name, rev or "main")),
+    ("GET", rf"{_API}/tree/(\w+)", _Handler.tree),
+    (("GET", "HEAD"), rf"{_REPOSITORY}/resolve/(\w+)/(.+)", _Handler.resolve),
 )
