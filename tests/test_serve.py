@@ -10,7 +10,9 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit
@@ -37,6 +39,22 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
+@contextmanager
+def started(command: list, log: Path, **env: str) -> Iterator[None]:
+    """A process that serves a page, from when it answers until the end of the block."""
+    with open(log, "w") as output:
+        process = subprocess.Popen([*map(str, command)], cwd=ROOT, env=environment(**env), stdout=output, stderr=output)
+    try:
+        until = time.monotonic() + 180
+        while "Running on" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < until, log.read_text()
+            time.sleep(0.1)
+        yield
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
 @pytest.fixture(scope="module")
 def server(model):
     """A started page over twelve photos, with the pipeline and the gallery that its answers have to be those of."""
@@ -46,14 +64,7 @@ def server(model):
     port, log = free_port(), folder / "server.log"
     command = [sys.executable, "-m", "aliblip.serve", "--model_name_or_path", model, "--gallery", folder / "photos"]
     command += ["--gallery_dir", folder / "gallery", "--server_port", port, "--max_upload_mb", 1]
-    with open(log, "w") as output:
-        env = environment(GRADIO_TEMP_DIR=str(folder / "uploads"), HF_HUB_OFFLINE="1")
-        process = subprocess.Popen([*map(str, command)], cwd=ROOT, env=env, stdout=output, stderr=output)
-    try:
-        until = time.monotonic() + 180
-        while "Running on" not in log.read_text():
-            assert process.poll() is None and time.monotonic() < until, log.read_text()
-            time.sleep(0.1)
+    with started(command, log, GRADIO_TEMP_DIR=str(folder / "uploads"), HF_HUB_OFFLINE="1"):
         loaded, processor, _ = serve.load_pretrained(str(model))
         pipe = AliBlipImageTextRetrievalPipeline(model=loaded, processor=processor)
         yield SimpleNamespace(
@@ -64,9 +75,6 @@ def server(model):
             gallery=Gallery.load(folder / "gallery"),
             log=log,
         )
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +105,25 @@ def test_titles_and_photos_are_answered_as_by_the_pipeline(server, client):
         assert found[0]["id"] == Path(photo).name and found[0]["itc"] == pytest.approx(1, abs=1e-5)
         wanted = server.pipe(Image.open(photo), gallery=server.gallery, direction="image-to-image", top_k=4, rerank=0)
         assert_same(found, wanted)
+
+
+@needs_gradio
+def test_a_space_is_two_lines_and_variables(server, model, tmp_path):
+    """`app.py` as the README gives it, over a gallery that is there already; a Space says where to listen."""
+    lines = re.search(r"`app\.py` is `(.*?)` and `(.*?)`", (ROOT / "README.md").read_text()).groups()
+    (tmp_path / "app.py").write_text("\n".join(lines))
+    port = free_port()
+    variables = {
+        "MODEL_NAME_OR_PATH": model,
+        "GALLERY": server.folder / "gallery",
+        "PHOTO_ROOT": server.folder / "photos",
+    }
+    env = {f"ALIBLIP_{name}": str(value) for name, value in variables.items()}
+    env |= {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
+    with started([sys.executable, tmp_path / "app.py"], tmp_path / "log", **env):
+        client = importlib.import_module("gradio_client").Client(f"http://127.0.0.1:{port}", verbose=False)
+        found = client.predict(TITLES[0], 3, 12, api_name="/search_by_title")
+        assert_same(found, server.pipe(TITLES[0], gallery=server.gallery, top_k=3, rerank=12))
 
 
 @needs_gradio
