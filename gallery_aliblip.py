@@ -1076,7 +1076,10 @@ def _join(units: Sequence[_Unit], plan: _Plan, model: str, measure_recall: int) 
             state = replace(state, rows=torch.tensor(rows))
     plain = Gallery(state, plan.kind, model, "float32", skipped)
     if skipped:
-        logger.warning(f"{len(skipped)} of {len(skipped) + len(plain)} items can't be used; see Gallery.skipped")
+        logger.warning(
+            f"{len(skipped)} of {len(skipped) + len(plain)} items can't be used, the first {skipped[0]['id']!r}: "
+            f"{skipped[0]['reason']}; see Gallery.skipped"
+        )
     if measure_recall:
         for dtype in ("float16", "int8"):
             print(f"recall@10 of {dtype} vectors: {plain.astype(dtype).recall(plain, measure_recall):.4f} of float32's")

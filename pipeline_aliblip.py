@@ -192,7 +192,8 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
             hint = ""
             if isinstance(query, str) and not is_title and direction is None:
                 hint = " (a str is a path or an address here, because the gallery holds titles)"
-            raise ValueError(f"the query can't be used: {error}{hint}") from error
+            told = f" {os.fspath(query)!r}" if isinstance(query, (str, os.PathLike)) else ""
+            raise ValueError(f"the query{told} can't be used: {error}{hint}") from error
 
     def _forward(
         self,

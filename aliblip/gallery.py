@@ -123,6 +123,9 @@ def build_gallery(
         items: as in `Gallery.build`; a generator is read by every rank, of a sequence each rank reads its part.
         folder: one that all processes see.
 
+    The ranks wait for each other, and after a resume one of them may have all the work that was left: give the process
+    group a timeout as long as that.
+
     Raises:
         ValueError, OSError: as in `Gallery.build`.
         RuntimeError: another rank has failed; the message says which and why.
