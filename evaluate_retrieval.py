@@ -68,7 +68,7 @@ from aliblip.results import (
     write_results,
 )
 from aliblip.submission import submission_rows, verify_submission, write_submission
-from gallery_aliblip import fingerprint
+from encoder_aliblip import fingerprint
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
 from retrieval_aliblip import MemoryPlan, size_text

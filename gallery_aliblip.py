@@ -5,13 +5,7 @@
     scores, positions = gallery.search(query_vectors, k=10)                             # exact, ITC
     gallery.add(model, processor, more_paths); gallery.remove(["old.jpg"]); gallery.save("my_gallery")
 
-A folder holds `gallery.json`, which names all its other files with sizes and checksums, and is replaced last and in one
-step: whenever a process is killed, the folder holds the gallery from before or the one from after.
-
-    vectors-*.npy           (N, E) fp32, fp16 or int8        scales-*.npy   (N,) fp32, with int8
-    items-*.jsonl           {"id", "path" or "text"} a line  offsets-*.npy  (N + 1,) where each line begins
-    tokens-*.safetensors    image tokens (n, P, D) bf16, if they were asked for
-    skipped-*.jsonl         what could not be read: {"id", "reason"}        faiss-*.index   an approximate index, if any
+What its folder holds: `storage_aliblip`.
 
 Single process. Several processes build one gallery through `encode_units` (each its own units) and then `join_units`
 (one process); a unit is computed whole by one process, so that the result does not depend on their number.
@@ -22,7 +16,6 @@ Legend: N items, Q queries, k results, E embedding, P image tokens, D width.
 """
 
 import hashlib
-import io
 import json
 import operator
 import os
@@ -31,13 +24,10 @@ import secrets
 import shutil
 import threading
 import time
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -52,313 +42,68 @@ from torch import Tensor
 from transformers import logging
 
 try:
-    from .reading_aliblip import UnusableItem, clean_title, read_photo
-    from .retrieval_aliblip import GALLERY_CHUNK, QUERY_BLOCK, embed_images, embed_texts, order_by_score, running_top_k
+    from .encoder_aliblip import Encoder, finite
+    from .reading_aliblip import UnusableItem, clean_title
+    from .retrieval_aliblip import GALLERY_CHUNK, QUERY_BLOCK, order_by_score, running_top_k
+    from .storage_aliblip import (
+        BUILD,
+        FORMAT,
+        MANIFEST,
+        VECTOR_TYPES,
+        FaissIndex,
+        Lines,
+        Segment,
+        State,
+        TokenFiles,
+        plain,
+        quantise,
+        read_json,
+        read_manifest,
+        refuse_foreign,
+        some,
+        write,
+        write_gallery,
+        write_json,
+        write_named,
+    )
 except ImportError:
     if __package__:  # inside a package (the Hub cache) a failure is real
         raise
-    from reading_aliblip import UnusableItem, clean_title, read_photo
-    from retrieval_aliblip import GALLERY_CHUNK, QUERY_BLOCK, embed_images, embed_texts, order_by_score, running_top_k
-
-try:
-    from accelerate.utils.modeling import get_state_dict_offloaded_model
-except ImportError:  # no model can be offloaded then
-    get_state_dict_offloaded_model = None
+    from encoder_aliblip import Encoder, finite
+    from reading_aliblip import UnusableItem, clean_title
+    from retrieval_aliblip import GALLERY_CHUNK, QUERY_BLOCK, order_by_score, running_top_k
+    from storage_aliblip import (
+        BUILD,
+        FORMAT,
+        MANIFEST,
+        VECTOR_TYPES,
+        FaissIndex,
+        Lines,
+        Segment,
+        State,
+        TokenFiles,
+        plain,
+        quantise,
+        read_json,
+        read_manifest,
+        refuse_foreign,
+        some,
+        write,
+        write_gallery,
+        write_json,
+        write_named,
+    )
 
 try:
     from PIL import Image
 except ImportError:  # titles and stored vectors can be searched without it
     Image = None
 
-try:
-    import fcntl
-except ImportError:  # not on Windows, where two processes must not save into one folder at the same time
-    fcntl = None
-
 KINDS = ("image", "text")
-VECTOR_TYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
-# Image tokens are rounded to it wherever they come from, so that a logit does not depend on whether they were stored.
-TOKEN_TYPE = torch.bfloat16
-
-_FORMAT = 1
-_MANIFEST = "gallery.json"
-_BUILD = "gallery.build"
 _GO_ON = "give the same settings to go on, or build with overwrite=True"
-_OWN_FILES = re.compile(
-    r"(vectors|scales|items|offsets|skipped|tokens|faiss)-[0-9a-f]{12}\.(npy|jsonl|safetensors|index)"
-)
-_ROLES = {"vectors", "items", "offsets", "skipped"}  # of the files that every gallery has
-_TOKEN_FILE_ITEMS = 256
 _UPLOAD_WAITS = (1.0, 5.0, 20.0)  # seconds before the second, third ... try
 
 logger = logging.get_logger(__name__)
-
-
-# --- the model as the gallery sees it ---------------------------------------------------------------------------------
-
-
-class Encoder:
-    """A model and its processor, usable from many threads.
-
-    Args:
-        model: in evaluation mode.
-        processor: an `AliBlipProcessor`.
-        dtype: type of the autocast of the passes; None: the type of the weights.
-
-    Raises:
-        ValueError: the model is in training mode.
-    """
-
-    def __init__(self, model, processor, dtype: torch.dtype | None = None):
-        if model.training:
-            raise ValueError("the model is in training mode, where dropout changes what it sees: call model.eval()")
-        self.model, self.processor, self.dtype = model, processor, dtype
-        # A fast tokenizer keeps padding and truncation as state, and refuses two threads at once.
-        self._lock = threading.Lock()
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """`fingerprint` of both, computed at the first use: the weights are expected to stay as they are."""
-        with self._lock:
-            return fingerprint(self.model, self.processor)
-
-    def pixels(self, photo: Any) -> Tensor:
-        """Whatever `read_photo` takes to (3, H, H)."""
-        return self.processor(images=[read_photo(photo)], return_tensors="pt")["pixel_values"][0]
-
-    def tokenize(self, titles: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """`input_ids` and `attention_mask` (N, L)."""
-        with self._lock:
-            batch = self.processor(text=[clean_title(title) for title in titles], return_tensors="pt")
-        return batch["input_ids"], batch["attention_mask"]
-
-    @torch.no_grad()
-    def embed_pixels(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, 3, H, H) to unit vectors (N, E) fp32 and image tokens (N, P, D) bf16, both on the CPU."""
-        vectors, tokens = embed_images(self.model, pixel_values, self.dtype)
-        return _finite(vectors.cpu(), "vectors"), tokens.to(TOKEN_TYPE).cpu()
-
-    @torch.no_grad()
-    def embed_titles(self, titles: Sequence[str]) -> Tensor:
-        """Unit vectors (N, E) fp32 on the CPU."""
-        return _finite(embed_texts(self.model, *self.tokenize(titles), self.dtype).cpu(), "vectors")
-
-
-# Its tokens change with lower-casing, accents, scripts and the treatment of marks.
-_PROBE_TITLE = "Caf\u00e9 T-Shirt 2x, \u7ea2\u8272 \u043a\u0440\u0443\u0436\u043a\u0430 XXL"
-
-
-def fingerprint(model, processor) -> str:
-    """32 hexadecimal digits that change with the model's weights, with the pixels and token ids that its processor
-    makes, and with the settings that its results depend on.
-
-    Equal in every process and on every device. Types are not part of it as far as fp32 and bf16 go: weights are rounded
-    to bf16 first, so that a gallery of a model can be searched by its bf16 copy and the other way round. (An fp16 copy
-    is rounded differently and counts as another model.) Nor is the longest title: longer queries do not change what a
-    photo is. Takes a second or two for 200 million weights.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    config = model.config
-    settings = {
-        "enc_token_id": getattr(config, "enc_token_id", None),
-        **{
-            f"{tower}.{name}": getattr(getattr(config, tower, None), name, None)
-            for tower, names in (
-                ("vision_config", ("image_size", "patch_size", "num_attention_heads", "hidden_act", "layer_norm_eps")),
-                ("text_config", ("num_attention_heads", "hidden_act", "layer_norm_eps")),
-            )
-            for name in names
-        },
-        "pixels": {
-            name: value
-            for name, value in processor.image_processor.to_dict().items()
-            if name in ("size", "resample", "rescale_factor", "image_mean", "image_std") or name.startswith("do_")
-        },
-        "vocabulary": processor.tokenizer.get_vocab(),
-        "probe": processor.tokenizer(_PROBE_TITLE)["input_ids"],
-    }
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, value in sorted(_weights(model).items()):
-        digest.update(f"{name} {tuple(value.shape)} ".encode())
-        value = value.detach().to(torch.bfloat16) if value.is_floating_point() else value.detach()
-        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _weights(model) -> dict[str, Tensor]:
-    """The state dict, also of a model whose weights `device_map` has put on disk."""
-    state = model.state_dict()
-    if not any(value.is_meta for value in state.values()):
-        return state
-    if get_state_dict_offloaded_model is None:
-        raise ImportError("weights that lie on disk are read with accelerate: pip install accelerate")
-    return state | get_state_dict_offloaded_model(model)  # which leaves out what belongs to no submodule
-
-
-def _finite(values: Tensor, name: str) -> Tensor:
-    # By the extremes, through which NaN comes too: isfinite of everything would make a copy of it.
-    if values.numel() and not torch.stack(values.aminmax()).isfinite().all():
-        raise ValueError(f"the {name} are not all finite: the model's weights or its precision are broken")
-    return values
-
-
-# --- what a gallery is made of ----------------------------------------------------------------------------------------
-
-
-class _Lines(Sequence):
-    """The JSON objects of a memory-mapped file of lines."""
-
-    def __init__(self, data: np.ndarray, offsets: np.ndarray):
-        self._data, self._offsets = data, offsets
-
-    def __len__(self) -> int:
-        return len(self._offsets) - 1
-
-    def __getitem__(self, row: int) -> dict:
-        return json.loads(self._data[self._offsets[row] : self._offsets[row + 1]].tobytes())
-
-    def __iter__(self) -> Iterator[dict]:
-        return map(json.loads, bytes(self._data).splitlines())
-
-
-class _TokenFiles(Sequence):
-    """Image tokens (P, D) by row, in files of their own; `files` are the manifest's entries."""
-
-    def __init__(self, folder: Path, files: Sequence[dict]):
-        self.folder, self.files = folder, list(files)
-        self.starts = np.cumsum([0, *(file["items"] for file in self.files)])
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def __getitem__(self, row: int) -> Tensor:
-        index = bisect_right(self.starts, row) - 1
-        try:
-            with safe_open(self.folder / self.files[index]["name"], framework="pt") as file:
-                return file.get_slice("tokens")[row - int(self.starts[index])]
-        except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"the image tokens of the gallery {self.folder} can't be read ({error}): it was saved again or damaged "
-                "since it was loaded; load it again"
-            ) from error
-
-
-@dataclass(frozen=True)
-class _Segment:
-    """Items that were embedded together; `vectors` (n, E), `scales` (n,) with int8, `tokens` n times (P, D) or None."""
-
-    vectors: Tensor
-    scales: Tensor | None
-    items: Sequence[dict]
-    tokens: Sequence[Tensor] | None = None
-
-    def to(self, device: torch.device | str) -> "_Segment":
-        """Vectors and scales on another device; items and tokens stay."""
-        scales = None if self.scales is None else self.scales.to(device)
-        return replace(self, vectors=self.vectors.to(device), scales=scales)
-
-
-@dataclass(frozen=True)
-class _State:
-    """All segments, and which of their rows are in the gallery: `rows` int64, rising, or None for all.
-
-    Never changed, only replaced as a whole, so that no search sees half of a change.
-    """
-
-    segments: tuple[_Segment, ...]
-    rows: Tensor | None = None
-    index: "_FaissIndex | None" = None
-
-    @cached_property
-    def starts(self) -> list[int]:
-        return np.cumsum([0, *(len(segment.vectors) for segment in self.segments)]).tolist()
-
-    def __len__(self) -> int:
-        return self.starts[-1] if self.rows is None else len(self.rows)
-
-    def find(self, position: int) -> tuple[_Segment, int]:
-        if not 0 <= position < len(self):
-            raise IndexError(f"position {position} given, the gallery has {len(self)} items")
-        row = position if self.rows is None else int(self.rows[position])
-        index = bisect_right(self.starts, row) - 1
-        return self.segments[index], row - self.starts[index]
-
-    def pieces(self, start: int, stop: int) -> Iterator[tuple[_Segment, slice | Tensor]]:
-        """The segments of positions [start, stop) and the rows of each."""
-        if self.rows is not None:
-            yield from self._pieces_of(self.rows[start:stop])
-            return
-        for first, segment in zip(self.starts, self.segments, strict=False):
-            low, high = max(start - first, 0), min(stop - first, len(segment.vectors))
-            if low < high:
-                yield segment, slice(low, high)
-
-    def _pieces_of(self, rows: Tensor) -> Iterator[tuple[_Segment, Tensor]]:
-        bounds = np.searchsorted(rows.numpy(), self.starts)
-        for index, segment in enumerate(self.segments):
-            low, high = bounds[index : index + 2]
-            if low < high:
-                yield segment, rows[low:high] - self.starts[index]
-
-    def read(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """Vectors and scales of positions [start, stop) as they are stored, without a copy where they lie together."""
-        return _joined(self.pieces(start, stop))
-
-    def take(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The same of single positions, which rise."""
-        return _joined(self._pieces_of(positions if self.rows is None else self.rows[positions]))
-
-
-def _joined(pieces: Iterable[tuple[_Segment, slice | Tensor]]) -> tuple[Tensor, Tensor | None]:
-    found = [
-        (segment.vectors[rows], None if segment.scales is None else segment.scales[rows]) for segment, rows in pieces
-    ]
-    if len(found) == 1:
-        return found[0]
-    vectors, scales = zip(*found, strict=True)
-    return torch.cat(vectors), None if scales[0] is None else torch.cat(scales)
-
-
-def _quantise(vectors: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
-    """fp32 (n, E) in another type, and with int8 the scale (n,) of each vector: value = scale x stored number."""
-    if dtype != "int8":
-        return vectors.to(VECTOR_TYPES[dtype]), None
-    scales = vectors.abs().amax(dim=1) / 127
-    return (vectors / scales.clamp(min=1e-30)[:, None]).round().to(torch.int8), scales
-
-
-def _plain(vectors: Tensor, scales: Tensor | None) -> Tensor:
-    return vectors.float() if scales is None else vectors.float().mul_(scales[:, None])
-
-
-class _FaissIndex:
-    """An index of FAISS, made just now or in a file that is read at its first use."""
-
-    def __init__(self, index: Any = None, path: Path | None = None):
-        self._made, self._path = index, path
-
-    @cached_property
-    def _index(self) -> Any:
-        if self._made is not None:
-            return self._made
-        try:
-            import faiss
-        except ImportError as error:
-            raise ImportError(f"the approximate index needs FAISS: pip install faiss-cpu ({error})") from error
-        return faiss.read_index(str(self._path))
-
-    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        scores, positions = self._index.search(np.ascontiguousarray(queries.cpu().numpy()), k)
-        return torch.from_numpy(scores), torch.from_numpy(positions)
-
-    def data(self) -> bytes | np.ndarray:
-        if self._path is not None:
-            return self._path.read_bytes()
-        try:
-            import faiss
-        except ImportError as error:  # it was there when the index was made
-            raise ImportError(f"saving the approximate index needs FAISS ({error})") from error
-        return faiss.serialize_index(self._made)
 
 
 class _Rows:
@@ -394,7 +139,7 @@ class Gallery:
             were written by somebody else, who could name any file or address that this machine can reach.
     """
 
-    def __init__(self, state: _State, kind: str, model: str | None, dtype: str, skipped: Sequence[dict] = ()):
+    def __init__(self, state: State, kind: str, model: str | None, dtype: str, skipped: Sequence[dict] = ()):
         self._state, self._lock = state, threading.Lock()
         self.kind, self.model, self.dtype, self.skipped = kind, model, dtype, list(skipped)
         self.photo_root: str | os.PathLike | None = None
@@ -426,8 +171,8 @@ class Gallery:
             raise ValueError(f"the id of vector {list(ids).index(None)} is null: every item needs one")
         _refuse_duplicates(ids)
         items = [{"id": value} for value in ids]
-        segment = _Segment(_finite(vectors.detach().cpu().float(), "vectors"), None, items)
-        return cls(_State((segment,)), kind, model, "float32").astype(dtype)
+        segment = Segment(finite(vectors.detach().cpu().float(), "vectors"), None, items)
+        return cls(State((segment,)), kind, model, "float32").astype(dtype)
 
     def __len__(self) -> int:
         return len(self._state)
@@ -448,7 +193,7 @@ class Gallery:
     @property
     def ids(self) -> list[str | int]:
         """All ids by position; reads them all."""
-        return [item["id"] for item in self._items(self._state)]
+        return [item["id"] for item in self._state.items()]
 
     def item(self, position: int) -> dict:
         """{"id", "path" or "text"} of one item; `path` only where the photo was given as one."""
@@ -458,7 +203,7 @@ class Gallery:
     def vectors(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Vectors of positions [start, stop) as fp32 (n, E)."""
         state = self._state
-        return _plain(*state.read(start, len(state) if stop is None else min(stop, len(state))))
+        return plain(*state.read(start, len(state) if stop is None else min(stop, len(state))))
 
     def check_model(self, model: str) -> None:
         """Refuse the queries of another model.
@@ -486,7 +231,7 @@ class Gallery:
         segments = []
         for segment in self._state.segments:
             parts = [
-                _quantise(_plain(segment.vectors[i : i + GALLERY_CHUNK], _cut(segment.scales, i)), dtype)
+                quantise(plain(segment.vectors[i : i + GALLERY_CHUNK], _cut(segment.scales, i)), dtype)
                 for i in range(0, len(segment.vectors), GALLERY_CHUNK)
             ]
             vectors, scales = zip(*parts, strict=True)
@@ -496,18 +241,10 @@ class Gallery:
         changed.dtype = dtype
         return changed
 
-    def _like(self, state: _State) -> "Gallery":
+    def _like(self, state: State) -> "Gallery":
         made = Gallery(state, self.kind, self.model, self.dtype, self.skipped)
         made.photo_root, made.is_foreign = self.photo_root, self.is_foreign
         return made
-
-    @staticmethod
-    def _items(state: _State) -> Iterator[dict]:
-        for segment, rows in state.pieces(0, len(state)):
-            if state.rows is None:
-                yield from segment.items
-            else:
-                yield from (segment.items[row] for row in rows.tolist())
 
     def snapshot(self) -> "Gallery":
         """The gallery as it is now, at no cost: `add` and `remove` no longer move its positions."""
@@ -537,7 +274,7 @@ class Gallery:
             raise ValueError(f"queries of shape {tuple(queries.shape)} given, the gallery takes (Q, {self.width})")
         if not 1 <= k <= len(state):
             raise ValueError(f"k is {k}, but the gallery has {len(state)} items: give a k from 1 to {len(state)}")
-        queries = _finite(queries.detach().float(), "queries")
+        queries = finite(queries.detach().float(), "queries")
         if approximate:
             if state.index is None:
                 raise ValueError("the gallery has no approximate index: call add_faiss_index() first")
@@ -595,7 +332,7 @@ class Gallery:
         with self._lock:
             if self._state is not state:
                 raise RuntimeError("the gallery was changed while its index was made: make it again")
-            self._state = replace(state, index=_FaissIndex(holder.get_index("itc").faiss_index))
+            self._state = replace(state, index=FaissIndex(holder.get_index("itc").faiss_index))
         if measure_recall:
             return self.recall(self, measure_recall, approximate=True)
         return None
@@ -621,7 +358,7 @@ class Gallery:
     def _sample(self, count: int, seed: int) -> Tensor:
         """fp32 vectors of `count` items, randomly chosen, or of all where there are fewer."""
         state, generator = self._state, torch.Generator().manual_seed(seed)
-        return _plain(*state.take(torch.randperm(len(state), generator=generator)[:count].sort().values)).cpu()
+        return plain(*state.take(torch.randperm(len(state), generator=generator)[:count].sort().values)).cpu()
 
     def photo_path(self, item: dict) -> str | None:
         """Where the photo of an item can be read: a path or an http(s) address; None if it was not built of paths.
@@ -696,11 +433,11 @@ class Gallery:
         with self._lock:
             state = self._state
             new = [item["id"] for segment in added for item in segment.items]
-            _refuse_duplicates([*(item["id"] for item in self._items(state)), *new])
+            _refuse_duplicates([*(item["id"] for item in state.items()), *new])
             rows = state.rows
             if rows is not None:
                 rows = torch.cat([rows, torch.arange(state.starts[-1], state.starts[-1] + len(new))])
-            self._state = _State((*state.segments, *added), rows)
+            self._state = State((*state.segments, *added), rows)
             self.skipped = [*self.skipped, *skipped]
         return skipped
 
@@ -715,13 +452,13 @@ class Gallery:
         with self._lock:
             state = self._state
             kept, missing = [], set(ids)
-            for position, item in enumerate(self._items(state)):
+            for position, item in enumerate(state.items()):
                 if item["id"] in ids:
                     missing.discard(item["id"])
                 else:
                     kept.append(position)
             if missing:
-                raise KeyError(f"not in the gallery: {_some(missing)}")
+                raise KeyError(f"not in the gallery: {some(missing)}")
             if not kept:
                 raise ValueError("all items would be removed: a gallery has at least one")
             kept = torch.tensor(kept)
@@ -732,13 +469,16 @@ class Gallery:
     def save(self, folder: str | os.PathLike) -> None:
         """Write the gallery to a folder, over the one that is there if it is a gallery's. Whole or not at all."""
         folder, state = Path(folder), self._state
-        _write_gallery(folder, self, state)
-        if any(isinstance(s.tokens, _TokenFiles) and s.tokens.folder.samefile(folder) for s in state.segments):
+        self._write(folder, state)
+        if state.reads_tokens_from(folder):
             # Files that held removed items have been written anew, and are gone.
             saved = Gallery.load(folder).to(state.segments[0].vectors.device)._state
             with self._lock:
                 if self._state is state:
                     self._state = replace(saved, index=state.index)
+
+    def _write(self, folder: Path, state: State) -> None:
+        write_gallery(folder, state, kind=self.kind, model=self.model, dtype=self.dtype, skipped=self.skipped)
 
     @classmethod
     def load(
@@ -763,7 +503,7 @@ class Gallery:
         """
         folder, is_foreign = Path(folder), False
         if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
-            patterns = [_MANIFEST, "*.npy", "*.jsonl", "tokens-*.safetensors", "faiss-*.index"]
+            patterns = [MANIFEST, "*.npy", "*.jsonl", "tokens-*.safetensors", "faiss-*.index"]
             options = {"repo_type": "dataset", "revision": revision, "token": token, "allow_patterns": patterns}
             try:
                 folder, is_foreign = Path(snapshot_download(str(folder), **options)), True
@@ -772,19 +512,19 @@ class Gallery:
                 raise ValueError(
                     f"{folder} is neither a folder nor a data set that the Hub gives ({reason})"
                 ) from error
-        manifest = _read_manifest(folder, verify)
+        manifest = read_manifest(folder, verify)
         files = {role: folder / entry["name"] for role, entry in manifest["files"].items()}
         # Copy on write, since torch wants memory that may be written; nobody does.
         vectors = torch.from_numpy(np.load(files["vectors"], mmap_mode="c"))
         scales = torch.from_numpy(np.load(files["scales"], mmap_mode="c")) if "scales" in files else None
-        lines = _Lines(np.memmap(files["items"], mode="r"), np.load(files["offsets"], mmap_mode="r"))
-        tokens = _TokenFiles(folder, manifest["tokens"]) if manifest["tokens"] is not None else None
+        lines = Lines(np.memmap(files["items"], mode="r"), np.load(files["offsets"], mmap_mode="r"))
+        tokens = TokenFiles(folder, manifest["tokens"]) if manifest["tokens"] is not None else None
         counts = {len(vectors), len(lines), manifest["items"], *([] if tokens is None else [len(tokens)])}
         if len(counts) > 1 or vectors.dtype != VECTOR_TYPES[manifest["dtype"]]:
             raise ValueError(f"the files of the gallery {folder} do not belong together: build or save it again")
         skipped = [json.loads(line) for line in files["skipped"].read_text("utf-8").splitlines()]
-        index = _FaissIndex(path=files["faiss"]) if "faiss" in files else None
-        state = _State((_Segment(vectors, scales, lines, tokens),), index=index)
+        index = FaissIndex(path=files["faiss"]) if "faiss" in files else None
+        state = State((Segment(vectors, scales, lines, tokens),), index=index)
         gallery = cls(state, manifest["kind"], manifest["model"], manifest["dtype"], skipped)
         gallery.photo_root, gallery.is_foreign = photo_root, is_foreign
         return gallery
@@ -896,13 +636,13 @@ class Gallery:
         return build_in_memory(Encoder(model, processor, autocast), items, measure_recall=measure_recall, **options)
 
 
-def _search_exactly(state: _State, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _search_exactly(state: State, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     queries = queries.to(state.segments[0].vectors.device)
     blocks = [running_top_k(_score_chunks(state, block), k) for block in queries.split(QUERY_BLOCK)]
     return torch.cat([scores for scores, _ in blocks]).cpu(), torch.cat([ids for _, ids in blocks]).cpu()
 
 
-def _score_chunks(state: _State, queries: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _score_chunks(state: State, queries: Tensor) -> Iterator[tuple[int, Tensor]]:
     for start in range(0, len(state), GALLERY_CHUNK):
         vectors, scales = state.read(start, min(start + GALLERY_CHUNK, len(state)))
         scores = queries @ vectors.float().t()
@@ -973,12 +713,12 @@ def begin_units(
     Arguments and errors are those of `Gallery.build`.
     """
     folder, plan = Path(folder), _plan(**options)
-    _refuse_foreign(folder)
-    if (folder / _MANIFEST).exists() and not overwrite:
+    refuse_foreign(folder)
+    if (folder / MANIFEST).exists() and not overwrite:
         raise ValueError(f"{folder} holds a gallery: open it with Gallery.load(), or build with overwrite=True")
     settings = _settings(Encoder(model, processor), _open(items, plan), plan)
-    build = folder / _BUILD
-    found = _read_json(build / "build.json") if (build / "build.json").exists() else None
+    build = folder / BUILD
+    found = read_json(build / "build.json") if (build / "build.json").exists() else None
     if found is not None and (differences := _differences(found, settings)):
         if not overwrite:
             raise ValueError(f"{folder} holds the beginning of another gallery ({differences}): {_GO_ON}")
@@ -986,7 +726,7 @@ def begin_units(
     if found is None:
         _remove_build(folder)
         build.mkdir(parents=True)
-    _write_json(build / "build.json", settings)  # of which some may be others than before: see _AT_THE_END
+    write_json(build / "build.json", settings)  # of which some may be others than before: see _AT_THE_END
 
 
 def encode_units(
@@ -1007,10 +747,10 @@ def encode_units(
     Arguments and errors are those of `Gallery.build`. A generator is read by every process as a whole.
     """
     folder, plan = Path(folder), _plan(**options)
-    build = folder / _BUILD
+    build = folder / BUILD
     encoder = Encoder(model, processor, None if plan.autocast is None else getattr(torch, plan.autocast))
     items = _open(items, plan)
-    if differences := _differences(_read_json(build / "build.json"), _settings(encoder, items, plan)):
+    if differences := _differences(read_json(build / "build.json"), _settings(encoder, items, plan)):
         raise ValueError(f"the build in {folder} was begun otherwise ({differences}): {_GO_ON}")
     bar = _bar(items, plan, progress and rank == 0)
     seen = 0
@@ -1026,7 +766,7 @@ def encode_units(
             _write_unit(build, number, unit)
         bar.update(seen - bar.n)
     bar.close()
-    _write_json(build / "end.json", {"count": seen})
+    write_json(build / "end.json", {"count": seen})
 
 
 def join_units(folder: str | os.PathLike, *, measure_recall: int = 0) -> None:
@@ -1036,17 +776,17 @@ def join_units(folder: str | os.PathLike, *, measure_recall: int = 0) -> None:
         ValueError: units are missing, an id comes twice, or no item is usable.
     """
     folder = Path(folder)
-    build = folder / _BUILD
+    build = folder / BUILD
     if not (build / "end.json").exists():
         raise ValueError(f"the build of {folder} has not come to its end: call it again, it goes on where it was")
-    settings, count = _read_json(build / "build.json"), _read_json(build / "end.json")["count"]
+    settings, count = read_json(build / "build.json"), read_json(build / "end.json")["count"]
     plan = _Plan(**{name: settings[name] for name in _Plan.__dataclass_fields__})
     numbers = range(-(-count // plan.unit_size))
     missing = [number for number in numbers if not (build / _unit_name(number)).exists()]
     if missing:
-        raise ValueError(f"the build of {folder} lacks the units {_some(missing)} of {len(numbers)}: call it again")
+        raise ValueError(f"the build of {folder} lacks the units {some(missing)} of {len(numbers)}: call it again")
     gallery = _join([_gathered(folder, numbers)], plan, settings["model"], measure_recall)
-    _write_gallery(folder, gallery, gallery._state)
+    gallery.save(folder)
     _remove_build(folder)
 
 
@@ -1060,7 +800,7 @@ def _join(units: Sequence[_Unit], plan: _Plan, model: str, measure_recall: int) 
     if not segments:
         reasons = f", the first because {skipped[0]['reason']}" if skipped else ""
         raise ValueError(f"none of {len(skipped)} items can be used{reasons}")
-    state = _State(tuple(segments))
+    state = State(tuple(segments))
     ids = [item["id"] for segment in segments for item in segment.items]
     if plan.duplicates == "error":
         _refuse_duplicates(ids)
@@ -1086,8 +826,8 @@ def _join(units: Sequence[_Unit], plan: _Plan, model: str, measure_recall: int) 
     return plain.astype(plan.dtype)
 
 
-def _segment(unit: _Unit, dtype: str) -> _Segment:
-    return _Segment(*_quantise(unit.vectors, dtype), unit.items, unit.tokens)
+def _segment(unit: _Unit, dtype: str) -> Segment:
+    return Segment(*quantise(unit.vectors, dtype), unit.items, unit.tokens)
 
 
 def _is_sequence(items: Any) -> bool:
@@ -1294,14 +1034,14 @@ def _refuse_duplicates(ids: Sequence) -> None:
         seen: set = set()
         twice = {value for value in ids if value in seen or seen.add(value)}
         raise ValueError(
-            f"{len(twice)} ids come twice, such as {_some(twice)}: make them unique (or build with duplicates='first')"
+            f"{len(twice)} ids come twice, such as {some(twice)}: make them unique (or build with duplicates='first')"
         )
 
 
 def _gathered(folder: Path, numbers: Iterable[int]) -> _Unit:
     """All units as one. The vectors are copied into one file, which is mapped: in memory are only ids and paths, about
     half a kilobyte an item. (A map for each unit would be more than Linux gives to a process.)"""
-    path, count, width, whole = folder / _BUILD / "vectors", 0, 0, _Unit(torch.empty(0, 0), None)
+    path, count, width, whole = folder / BUILD / "vectors", 0, 0, _Unit(torch.empty(0, 0), None)
     token_files = []
     with open(path, "wb") as file:
         for number in numbers:
@@ -1316,242 +1056,17 @@ def _gathered(folder: Path, numbers: Iterable[int]) -> _Unit:
     if count:
         whole.vectors = torch.from_numpy(np.memmap(path, dtype=np.float32, mode="c", shape=(count, width)))
     if token_files:
-        whole.tokens = _TokenFiles(folder / _BUILD, token_files)
+        whole.tokens = TokenFiles(folder / BUILD, token_files)
     return whole
-
-
-def _check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
-
-
-def _some(values: Iterable) -> str:
-    values = sorted(values, key=str)
-    return ", ".join(map(repr, values[:5])) + (f" and {len(values) - 5} more" if len(values) > 5 else "")
 
 
 def _cut(scales: Tensor | None, start: int) -> Tensor | None:
     return None if scales is None else scales[start : start + GALLERY_CHUNK]
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def _write(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:
-    """Write a file beside its place, synced, and put it there; size and checksum."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    digest, size = hashlib.blake2b(digest_size=16), 0
-    try:
-        with open(partial, "wb") as file:
-            for part in parts:
-                file.write(part)
-                digest.update(part)
-                size += memoryview(part).nbytes
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return size, digest.hexdigest()
-
-
-def _write_named(folder: Path, role: str, suffix: str, parts: Iterable[bytes | memoryview]) -> dict:
-    """`_write` under a name that says the content, so that no file of the gallery before is touched."""
-    place = folder / f".{role}.{secrets.token_hex(4)}.partial"
-    size, digest = _write(place, parts)
-    name = f"{role}-{digest[:12]}{suffix}"
-    os.replace(place, folder / name)
-    return {"name": name, "size": size, "blake2b": digest}
-
-
-def _write_json(path: Path, value: Any) -> None:
-    _write(path, [json.dumps(value, indent=2, ensure_ascii=False).encode("utf-8", "surrogatepass"), b"\n"])
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text("utf-8"))
-
-
-def _npy(dtype: np.dtype, shape: tuple[int, ...], parts: Iterable[np.ndarray]) -> Iterator[bytes | memoryview]:
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        header, {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
-    )
-    yield header.getvalue()
-    for part in parts:
-        yield np.ascontiguousarray(part).data.cast("B")
-
-
-def _json_line(value: dict) -> bytes:
-    return json.dumps(value).encode() + b"\n"
-
-
-def _write_gallery(folder: Path, gallery: Gallery, state: _State) -> None:
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file: give a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
-        _refuse_foreign(folder)
-        _write_gallery_alone(folder, gallery, state)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One writer after another: the last thing that one does is to remove all files that are not its own."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        if fcntl is not None:
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _write_gallery_alone(folder: Path, gallery: Gallery, state: _State) -> None:
-    count, width = len(state), state.segments[0].vectors.shape[1]
-    starts = range(0, count, GALLERY_CHUNK)
-
-    def stored(index: int) -> Iterator[np.ndarray]:
-        return (state.read(start, min(start + GALLERY_CHUNK, count))[index].cpu().numpy() for start in starts)
-
-    offsets = np.zeros(count + 1, dtype=np.int64)
-
-    def lines() -> Iterator[bytes]:
-        for position, item in enumerate(Gallery._items(state)):
-            line = _json_line(item)
-            offsets[position + 1] = offsets[position] + len(line)
-            yield line
-
-    files = {"vectors": _write_named(folder, "vectors", ".npy", _npy(gallery.dtype, (count, width), stored(0)))}
-    if state.segments[0].scales is not None:
-        files["scales"] = _write_named(folder, "scales", ".npy", _npy("float32", (count,), stored(1)))
-    files["items"] = _write_named(folder, "items", ".jsonl", lines())
-    files["offsets"] = _write_named(folder, "offsets", ".npy", _npy("int64", (count + 1,), [offsets]))
-    files["skipped"] = _write_named(folder, "skipped", ".jsonl", map(_json_line, gallery.skipped))
-    if state.index is not None:
-        files["faiss"] = _write_named(folder, "faiss", ".index", [state.index.data()])
-    tokens = _write_tokens(folder, state) if state.segments[0].tokens is not None else None
-    manifest = {
-        "format": _FORMAT,
-        "kind": gallery.kind,
-        "items": count,
-        "width": width,
-        "dtype": gallery.dtype,
-        "model": gallery.model,
-        "files": files,
-        "tokens": tokens,
-    }
-    _write_json(folder / _MANIFEST, manifest)
-    _sync(folder)
-    named = {entry["name"] for entry in (*files.values(), *(tokens or []))}
-    for path in folder.iterdir():
-        if path.name not in named and (_OWN_FILES.fullmatch(path.name) or path.match(".*.partial")):
-            path.unlink(missing_ok=True)
-
-
-def _write_tokens(folder: Path, state: _State) -> list[dict]:
-    """Files whose rows are all kept are linked, or copied to another disk; the rows of others are written again."""
-    entries, pending = [], []
-
-    def flush() -> None:
-        if pending:
-            data = to_safetensors({"tokens": torch.stack(pending)})
-            entries.append({**_write_named(folder, "tokens", ".safetensors", [data]), "items": len(pending)})
-            pending.clear()
-
-    for segment, rows in state.pieces(0, len(state)):
-        rows = range(len(segment.vectors))[rows] if isinstance(rows, slice) else rows.tolist()
-        place = 0
-        while place < len(rows):
-            if isinstance(segment.tokens, _TokenFiles):
-                source, row = segment.tokens, rows[place]
-                index = bisect_right(source.starts, row) - 1
-                size = source.files[index]["items"]
-                if row == source.starts[index] and rows[place : place + size][-1] == row + size - 1:
-                    flush()
-                    name = source.files[index]["name"]
-                    _link(source.folder / name, folder / name)
-                    entries.append(source.files[index])
-                    place += size
-                    continue
-            pending.append(segment.tokens[rows[place]])
-            place += 1
-            if len(pending) == _TOKEN_FILE_ITEMS:
-                flush()
-    flush()
-    return entries
-
-
-def _link(source: Path, place: Path) -> None:
-    if place.exists():
-        if place.stat().st_size == source.stat().st_size:
-            return
-        place.unlink()  # torn; the right one has its name
-    try:
-        os.link(source, place)
-    except OSError:  # another file system, or one without links
-        with open(source, "rb") as file:
-            _write(place, iter(lambda: file.read(2**24), b""))
-
-
-def _refuse_foreign(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: give a folder")
-    ours = (_MANIFEST, _BUILD)
-    if folder.exists() and any(folder.iterdir()) and not any((folder / name).exists() for name in ours):
-        raise ValueError(f"{folder} holds something else than a gallery: give a new or an empty folder")
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)  # the names of files are data of their folder
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _read_manifest(folder: Path, verify: bool) -> dict:
-    path = folder / _MANIFEST
-    if not path.exists():
-        if (folder / _BUILD).exists():
-            raise ValueError(f"the gallery {folder} was not built to its end: call the build again, it goes on")
-        raise ValueError(f"{folder} is not a gallery: give a folder made by Gallery.build() or save(), or a Hub name")
-    try:
-        manifest = _read_json(path)
-        version = manifest["format"]
-        entries = [*manifest["files"].values(), *(manifest["tokens"] or [])]
-        files = [(str(entry["name"]), entry["size"], entry["blake2b"]) for entry in entries]
-        missing = {"kind", "items", "dtype", "model"} - set(manifest) | _ROLES - set(manifest["files"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): build or save the gallery again") from error
-    if version != _FORMAT:
-        raise ValueError(f"{folder} has the format {version}, this code reads {_FORMAT}")
-    for name, expected, checksum in files:
-        if not _OWN_FILES.fullmatch(name):
-            raise ValueError(f"{path} names a file {name!r}, which no gallery has")
-        file = folder / name
-        size = file.stat().st_size if file.exists() else None
-        if size != expected:
-            problem = "is missing" if size is None else f"has {size} bytes instead of {expected}"
-            raise ValueError(f"the gallery {folder} is damaged: {name} {problem}. Copy, build or save it again")
-        if verify and _digest(file) != checksum:
-            raise ValueError(f"the gallery {folder} is damaged: {name} was changed. Copy, build or save it again")
-    if missing or manifest["dtype"] not in VECTOR_TYPES:
-        problem = f"it lacks {_some(missing)}" if missing else f"dtype is {manifest['dtype']!r}"
-        raise ValueError(f"{path} is damaged ({problem}): build or save the gallery again")
-    return manifest
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while block := file.read(2**24):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-# of a build that is going on
+def _check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
 
 
 def _unit_name(number: int) -> str:
@@ -1561,7 +1076,7 @@ def _unit_name(number: int) -> str:
 def _settings(encoder: Encoder, items: Any, plan: _Plan) -> dict:
     """What has to be equal for a build to go on."""
     count = len(items) if _is_sequence(items) else None
-    settings = {"format": _FORMAT, "model": encoder.fingerprint, "count": count, **asdict(plan)}
+    settings = {"format": FORMAT, "model": encoder.fingerprint, "count": count, **asdict(plan)}
     if plan.kind == "text":
         settings["max_length"] = encoder.processor.max_length
     return settings
@@ -1578,11 +1093,11 @@ def _differences(found: dict, settings: dict) -> str:
 
 def _remove_build(folder: Path) -> None:
     """In one step, so that a kill leaves no units without their settings."""
-    for left in folder.glob(f".{_BUILD}-*"):
+    for left in folder.glob(f".{BUILD}-*"):
         shutil.rmtree(left, ignore_errors=True)
-    if (folder / _BUILD).exists():
-        aside = folder / f".{_BUILD}-{secrets.token_hex(4)}"
-        (folder / _BUILD).rename(aside)
+    if (folder / BUILD).exists():
+        aside = folder / f".{BUILD}-{secrets.token_hex(4)}"
+        (folder / BUILD).rename(aside)
         shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -1590,21 +1105,21 @@ def _write_unit(build: Path, number: int, unit: _Unit) -> None:
     entry = None
     if unit.tokens is not None:
         data = to_safetensors({"tokens": unit.tokens})
-        entry = {**_write_named(build, "tokens", ".safetensors", [data]), "items": len(unit.items)}
+        entry = {**write_named(build, "tokens", ".safetensors", [data]), "items": len(unit.items)}
     header = {"items": unit.items, "skipped": unit.skipped, "ends": unit.ends, "tokens": entry}
     data = to_safetensors({"vectors": unit.vectors}, metadata={"unit": json.dumps(header)})
-    _write(build / _unit_name(number), [data])
+    write(build / _unit_name(number), [data])
 
 
 def _read_unit(folder: Path, number: int) -> _Unit:
-    path = folder / _BUILD / _unit_name(number)
+    path = folder / BUILD / _unit_name(number)
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["unit"])
             vectors = file.get_tensor("vectors")
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it and call the build again") from error
-    tokens = None if header["tokens"] is None else _TokenFiles(folder / _BUILD, [header["tokens"]])
+    tokens = None if header["tokens"] is None else TokenFiles(folder / BUILD, [header["tokens"]])
     return _Unit(vectors, tokens, header["items"], header["skipped"], header["ends"])
 
 
@@ -1623,11 +1138,9 @@ def _check_ends(build: Path, number: int, first: Any, last: Any) -> None:
 
 
 __all__ = [
-    "Encoder",
     "Gallery",
     "begin_units",
     "build_in_memory",
     "encode_units",
-    "fingerprint",
     "join_units",
 ]

@@ -23,13 +23,15 @@ from torch.utils.data import Dataset
 from transformers import AutoModel, Pipeline
 
 try:
-    from .gallery_aliblip import TOKEN_TYPE, Encoder, Gallery, build_in_memory
+    from .encoder_aliblip import TOKEN_TYPE, Encoder
+    from .gallery_aliblip import Gallery, build_in_memory
     from .reading_aliblip import UnusableItem
     from .retrieval_aliblip import RERANK_BATCH_TOKENS, embed_images, embed_texts, fuse
 except ImportError:
     if __package__:  # inside a package (the Hub cache) a failure is real
         raise
-    from gallery_aliblip import TOKEN_TYPE, Encoder, Gallery, build_in_memory
+    from encoder_aliblip import TOKEN_TYPE, Encoder
+    from gallery_aliblip import Gallery, build_in_memory
     from reading_aliblip import UnusableItem
     from retrieval_aliblip import RERANK_BATCH_TOKENS, embed_images, embed_texts, fuse
 

@@ -32,7 +32,8 @@ from torch import Tensor
 import retrieval_aliblip as engine
 from benchmarks.bench_search import unit_vectors
 from benchmarks.common import finish, parser
-from gallery_aliblip import VECTOR_TYPES, Gallery
+from gallery_aliblip import Gallery
+from storage_aliblip import VECTOR_TYPES
 
 ROOT = Path(__file__).resolve().parent.parent
 K = 10

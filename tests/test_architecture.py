@@ -42,7 +42,7 @@ ALLOWED = {
     "evaluate_retrieval": {
         *("accelerator", "arguments", "distributed", "evaluation", "files", "pages", "parts", "plan", "rankings"),
         *("results", "submission", "data.collate", "data.loader", "data.sources"),
-        *("gallery_aliblip", "modeling_aliblip", "processing_aliblip", "retrieval_aliblip"),
+        *("encoder_aliblip", "modeling_aliblip", "processing_aliblip", "retrieval_aliblip"),
     },
     "aliblip.__init__": {
         *("configuration_aliblip", "gallery_aliblip", "modeling_aliblip", "pipeline_aliblip", "processing_aliblip"),
@@ -92,13 +92,15 @@ ALLOWED = {
     "aliblip.data.sources": {"data.manifest", "data.remote", "data.tar_index", "reading_aliblip"},
     "aliblip.data.tar_index": {"data.remote", "files"},
     "configuration_aliblip": {"pipeline_aliblip"},  # under TYPE_CHECKING, so that it is saved along
-    "gallery_aliblip": {"reading_aliblip", "retrieval_aliblip"},
+    "encoder_aliblip": {"reading_aliblip", "retrieval_aliblip"},
+    "gallery_aliblip": {"encoder_aliblip", "reading_aliblip", "retrieval_aliblip", "storage_aliblip"},
     "losses_aliblip": set(),
     "modeling_aliblip": {"configuration_aliblip", "losses_aliblip"},
-    "pipeline_aliblip": {"gallery_aliblip", "reading_aliblip", "retrieval_aliblip"},
+    "pipeline_aliblip": {"encoder_aliblip", "gallery_aliblip", "reading_aliblip", "retrieval_aliblip"},
     "processing_aliblip": set(),
     "reading_aliblip": set(),
     "retrieval_aliblip": set(),
+    "storage_aliblip": {"retrieval_aliblip"},
 }
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path

@@ -20,10 +20,12 @@ from PIL import Image
 
 import gallery_aliblip
 import retrieval_aliblip as engine
+import storage_aliblip
 from aliblip.arguments import UsageError
 from aliblip.data.sources import Row, decode
 from aliblip.gallery import build_gallery, main
-from gallery_aliblip import Encoder, Gallery, fingerprint
+from encoder_aliblip import Encoder, fingerprint
+from gallery_aliblip import Gallery
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
 from reading_aliblip import UnusableItem
@@ -95,9 +97,9 @@ def test_int8_search_equals_the_engine_on_the_stored_values_without_a_copy_of_al
     queries = unit_vectors(40, seed=1)
     scores, positions = engine.search(queries, gallery.vectors(), 10)
     monkeypatch.setattr(gallery_aliblip, "GALLERY_CHUNK", 64)
-    read, sizes = gallery_aliblip._State.read, []
+    read, sizes = storage_aliblip.State.read, []
     monkeypatch.setattr(
-        gallery_aliblip._State,
+        storage_aliblip.State,
         "read",
         lambda state, start, stop: sizes.append(stop - start) or read(state, start, stop),
     )
@@ -385,14 +387,14 @@ def test_a_stopped_build_goes_on_and_is_equal(fatal, model, processor, paths, bu
 
 
 def test_a_join_that_was_stopped_goes_on(model, processor, paths, built, tmp_path, monkeypatch):
-    folder, real = tmp_path / "stopped", gallery_aliblip._write_json
+    folder, real = tmp_path / "stopped", storage_aliblip.write_json
 
     def write_json(path, value):
         if path.name == "gallery.json":
             raise KeyboardInterrupt
         real(path, value)
 
-    monkeypatch.setattr(gallery_aliblip, "_write_json", write_json)
+    monkeypatch.setattr(storage_aliblip, "write_json", write_json)
     with pytest.raises(KeyboardInterrupt):
         build(model, processor, paths, folder, store_tokens=True)
     monkeypatch.undo()
@@ -424,7 +426,8 @@ def test_a_build_refuses_to_go_on_with_something_else(model, processor, paths, t
 
 KILLED = """
 import os, signal, sys, tiny
-from gallery_aliblip import Gallery, fingerprint
+from encoder_aliblip import fingerprint
+from gallery_aliblip import Gallery
 
 class Killing(list):
     def __getitem__(self, position):

@@ -1,0 +1,143 @@
+"""The model and its processor as galleries and pipeline use them, from many threads; and what tells it from another.
+
+    encoder = Encoder(model, processor)
+    vectors, tokens = encoder.embed_pixels(pixel_values)
+    gallery.check_model(encoder.fingerprint)
+
+Legend: N items, E embedding, P image tokens, D width, L text tokens, H side of the photos.
+"""
+
+import hashlib
+import json
+import threading
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from .reading_aliblip import clean_title, read_photo
+    from .retrieval_aliblip import embed_images, embed_texts
+except ImportError:
+    if __package__:  # inside a package (the Hub cache) a failure is real
+        raise
+    from reading_aliblip import clean_title, read_photo
+    from retrieval_aliblip import embed_images, embed_texts
+
+try:
+    from accelerate.utils.modeling import get_state_dict_offloaded_model
+except ImportError:  # no model can be offloaded then
+    get_state_dict_offloaded_model = None
+
+# Image tokens are rounded to it wherever they come from, so that a logit does not depend on whether they were stored.
+TOKEN_TYPE = torch.bfloat16
+
+
+class Encoder:
+    """A model and its processor, usable from many threads.
+
+    Args:
+        model: in evaluation mode.
+        processor: an `AliBlipProcessor`.
+        dtype: type of the autocast of the passes; None: the type of the weights.
+
+    Raises:
+        ValueError: the model is in training mode.
+    """
+
+    def __init__(self, model, processor, dtype: torch.dtype | None = None):
+        if model.training:
+            raise ValueError("the model is in training mode, where dropout changes what it sees: call model.eval()")
+        self.model, self.processor, self.dtype = model, processor, dtype
+        # A fast tokenizer keeps padding and truncation as state, and refuses two threads at once.
+        self._lock = threading.Lock()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """`fingerprint` of both, computed at the first use: the weights are expected to stay as they are."""
+        with self._lock:
+            return fingerprint(self.model, self.processor)
+
+    def pixels(self, photo: Any) -> Tensor:
+        """Whatever `read_photo` takes to (3, H, H)."""
+        return self.processor(images=[read_photo(photo)], return_tensors="pt")["pixel_values"][0]
+
+    def tokenize(self, titles: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """`input_ids` and `attention_mask` (N, L)."""
+        with self._lock:
+            batch = self.processor(text=[clean_title(title) for title in titles], return_tensors="pt")
+        return batch["input_ids"], batch["attention_mask"]
+
+    @torch.no_grad()
+    def embed_pixels(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, 3, H, H) to unit vectors (N, E) fp32 and image tokens (N, P, D) bf16, both on the CPU."""
+        vectors, tokens = embed_images(self.model, pixel_values, self.dtype)
+        return finite(vectors.cpu(), "vectors"), tokens.to(TOKEN_TYPE).cpu()
+
+    @torch.no_grad()
+    def embed_titles(self, titles: Sequence[str]) -> Tensor:
+        """Unit vectors (N, E) fp32 on the CPU."""
+        return finite(embed_texts(self.model, *self.tokenize(titles), self.dtype).cpu(), "vectors")
+
+
+# Its tokens change with lower-casing, accents, scripts and the treatment of marks.
+_PROBE_TITLE = "Caf\u00e9 T-Shirt 2x, \u7ea2\u8272 \u043a\u0440\u0443\u0436\u043a\u0430 XXL"
+
+
+def fingerprint(model, processor) -> str:
+    """32 hexadecimal digits that change with the model's weights, with the pixels and token ids that its processor
+    makes, and with the settings that its results depend on.
+
+    Equal in every process and on every device. Types are not part of it as far as fp32 and bf16 go: weights are rounded
+    to bf16 first, so that a gallery of a model can be searched by its bf16 copy and the other way round. (An fp16 copy
+    is rounded differently and counts as another model.) Nor is the longest title: longer queries do not change what a
+    photo is. Takes a second or two for 200 million weights.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    config = model.config
+    settings = {
+        "enc_token_id": getattr(config, "enc_token_id", None),
+        **{
+            f"{tower}.{name}": getattr(getattr(config, tower, None), name, None)
+            for tower, names in (
+                ("vision_config", ("image_size", "patch_size", "num_attention_heads", "hidden_act", "layer_norm_eps")),
+                ("text_config", ("num_attention_heads", "hidden_act", "layer_norm_eps")),
+            )
+            for name in names
+        },
+        "pixels": {
+            name: value
+            for name, value in processor.image_processor.to_dict().items()
+            if name in ("size", "resample", "rescale_factor", "image_mean", "image_std") or name.startswith("do_")
+        },
+        "vocabulary": processor.tokenizer.get_vocab(),
+        "probe": processor.tokenizer(_PROBE_TITLE)["input_ids"],
+    }
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, value in sorted(_weights(model).items()):
+        digest.update(f"{name} {tuple(value.shape)} ".encode())
+        value = value.detach().to(torch.bfloat16) if value.is_floating_point() else value.detach()
+        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _weights(model) -> dict[str, Tensor]:
+    """The state dict, also of a model whose weights `device_map` has put on disk."""
+    state = model.state_dict()
+    if not any(value.is_meta for value in state.values()):
+        return state
+    if get_state_dict_offloaded_model is None:
+        raise ImportError("weights that lie on disk are read with accelerate: pip install accelerate")
+    return state | get_state_dict_offloaded_model(model)  # which leaves out what belongs to no submodule
+
+
+def finite(values: Tensor, name: str) -> Tensor:
+    # By the extremes, through which NaN comes too: isfinite of everything would make a copy of it.
+    if values.numel() and not torch.stack(values.aminmax()).isfinite().all():
+        raise ValueError(f"the {name} are not all finite: the model's weights or its precision are broken")
+    return values
+
+
+__all__ = ["TOKEN_TYPE", "Encoder", "finite", "fingerprint"]
