@@ -837,7 +837,10 @@ def _is_sequence(items: Any) -> bool:
 def _open(items: Any, plan: _Plan, others: Sequence[str | int] = ()) -> Any:
     """Look at the items before long work starts: columns and, where they cost nothing, ids, beside `others`."""
     if isinstance(items, (str, bytes, dict)):
-        raise ValueError(f"one {type(items).__name__} given: items are a list, a data set or a generator")
+        raise ValueError(
+            f"one {type(items).__name__} given: items are a list, a data set or a generator; of a folder, "
+            "sorted(Path(folder).rglob('*.jpg'))"
+        )
     column = plan.image_column if plan.kind == "image" else plan.text_column
     features = getattr(items, "features", None)
     if features is not None and not isinstance(features, dict):  # a column of a data set

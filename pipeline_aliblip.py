@@ -179,6 +179,8 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
             raise ValueError(f"direction is {direction!r}, but the gallery holds {kind} items")
         if query_column is not None:
             query = query[query_column]
+        if query is None or isinstance(query, (bool, int, float)):
+            raise ValueError(f"the query is {query!r}: give a title or a photo")
         is_title = isinstance(query, str) and kind == "image"
         if direction is not None:
             is_title = direction.startswith("text")
@@ -193,7 +195,10 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
         except UnusableItem as error:
             hint = ""
             if isinstance(query, str) and not is_title and direction is None:
-                hint = " (a str is a path or an address here, because the gallery holds titles)"
+                hint = (
+                    " (a str is a path or an address here, because the gallery holds titles; if they are paths of "
+                    "photos, say direction='text-to-image')"
+                )
             told = f" {os.fspath(query)!r}" if isinstance(query, (str, os.PathLike)) else ""
             raise ValueError(f"the query{told} can't be used: {error}{hint}") from error
 

@@ -328,6 +328,8 @@ def _write_alone(folder: Path, state: State, facts: dict, skipped: Sequence[dict
     if state.index is not None:
         files["faiss"] = write_named(folder, "faiss", ".index", [state.index.data()])
     tokens = _write_tokens(folder, state) if state.segments[0].tokens is not None else None
+    if tokens is not None and (written := sum(entry["items"] for entry in tokens)) != count:
+        raise RuntimeError(f"image tokens of {written} instead of {count} items were written: please report this")
     manifest = {
         "format": FORMAT,
         "items": count,
@@ -362,7 +364,8 @@ def _write_tokens(folder: Path, state: State) -> list[dict]:
                 source, row = segment.tokens, rows[place]
                 index = bisect_right(source.starts, row) - 1
                 size = source.files[index]["items"]
-                if row == source.starts[index] and rows[place : place + size][-1] == row + size - 1:
+                here = rows[place : place + size]
+                if row == source.starts[index] and len(here) == size and here[-1] == row + size - 1:
                     flush()
                     name = source.files[index]["name"]
                     _link(source.folder / name, folder / name)

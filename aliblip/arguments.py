@@ -331,6 +331,9 @@ class ServeArguments:
     gallery_dir: str | None = _option(
         None, "Folder to keep the embedded photos in, for the next start (default: embedded at each start)."
     )
+    update_gallery: bool = _option(
+        False, "Embed the photos that are new since --gallery_dir was built, and drop those that are gone."
+    )
     store_tokens: bool = _option(
         True,
         "Keep image tokens of the embedded photos, so that re-ranking is fast: 0.9 MB a photo with base at 384 px.",

@@ -297,7 +297,8 @@ def _training(folder: Path, arguments: dict, manifest: dict, machine: dict) -> s
     if (saved := _saved_at(folder)) is not None:
         lines.append(f"These are the weights after step {saved['step']:,} (epoch {saved['epoch']}).")
     if machine:
-        lines.append(f"Hardware: {machine['hardware']}; {machine['launcher']}, {machine['precision']}.")
+        launcher = {"NO": "one process", "MULTI_GPU": "DDP", "MULTI_CPU": "DDP"}.get(machine["launcher"], "DeepSpeed")
+        lines.append(f"Hardware: {machine['hardware']}; {launcher}, {machine['precision']}.")
         lines.append(
             "Versions: " + ", ".join(f"{package} {version}" for package, version in machine["versions"].items()) + "."
         )

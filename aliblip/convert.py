@@ -36,6 +36,7 @@ and the ids as they were for ITC, `use_itm_head=False`.
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import pickle
@@ -479,7 +480,8 @@ def load_pretrained(
 
     Args:
         name: the folder, Hub name or file.
-        tokenizer_name: instead of the folder's tokenizer; for an original file the default is bert-base-uncased.
+        tokenizer_name: instead of the folder's tokenizer; for an original file the default is the tokenizer.json beside
+            it, as `--to original` writes it, or else bert-base-uncased.
         max_length: longest title in tokens; None: as in the folder, or 35.
         vision_config, text_config: of an original file, see `original_config`.
         attn_implementation: as in transformers.
@@ -508,7 +510,9 @@ def load_pretrained(
         check_vocabulary(name, processor, model.config.text_config.vocab_size, model.config.enc_token_id)
         return model, processor, None
     original = read_original(name)
-    processor = build_processor(tokenizer_name or "bert-base-uncased", max_length)
+    beside = Path(name).parent
+    own = str(beside) if (beside / "tokenizer.json").is_file() else "bert-base-uncased"
+    processor = build_processor(tokenizer_name or own, max_length)
     text_config = {"pad_token_id": processor.tokenizer.pad_token_id, **(text_config or {})}
     words = original.weights.get("text_encoder.embeddings.word_embeddings.weight")
     if words is not None:  # else `original_config` tells it
@@ -601,15 +605,21 @@ def convert(args: ConvertArguments) -> list[str]:
 
 
 def _not_in_original(config: AliBlipConfig) -> list[str]:
-    """What the original code takes for granted, and this model does otherwise: its numbers are not the same there."""
-    vision, text = config.vision_config, config.text_config
-    told = []
-    for tower, part, epsilon in (("ViT", vision, 1e-6), ("BERT", text, 1e-12)):
+    """What the original code takes for granted, and this model does otherwise: its numbers are not the same there; and
+    the flags without which such a file would come back as another model, since no tensor tells them."""
+    told, flags = [], []
+    towers = (("vision", "ViT", config.vision_config, 1e-6), ("text", "BERT", config.text_config, 1e-12))
+    for tower, name, part, epsilon in towers:
+        untold = {}
         if part.layer_norm_eps != epsilon:
-            told.append(f"differs there: the {tower}'s LayerNorm epsilon is {epsilon}, here {part.layer_norm_eps}")
+            untold["layer_norm_eps"] = part.layer_norm_eps
+            told.append(f"differs there: the {name}'s LayerNorm epsilon is {epsilon}, here {part.layer_norm_eps}")
         if part.num_attention_heads * 64 != part.hidden_size:
-            told.append(f"differs there: the {tower}'s heads are 64 wide, here there are {part.num_attention_heads}")
-    return told
+            untold["num_attention_heads"] = part.num_attention_heads
+            told.append(f"differs there: the {name}'s heads are 64 wide, here there are {part.num_attention_heads}")
+        if untold:
+            flags.append(f"--{tower}_config '{json.dumps(untold)}'")
+    return [*told, f"whoever reads it here has to add {' '.join(flags)}"] if flags else []
 
 
 def _queues_told(momentum: dict[str, Tensor]) -> str:

@@ -149,7 +149,8 @@ def check(options: ServeArguments) -> None:
         given = getattr(options, name)
         if not given:
             raise UsageError(f"--{name} is missing (or the variable {_variable(name)}); see --help")
-        if not os.path.exists(given) and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", given):
+        is_name = r"[\w-][\w.-]*/[\w.-]+" if name == "gallery" else r"[\w-][\w.-]*(/[\w.-]+)?"
+        if not os.path.exists(given) and not re.fullmatch(is_name, given):
             raise UsageError(f"--{name}: {given} does not exist: give a folder or a Hub name")
     check_range(
         top_k=(options.top_k, 1, MAX_TOP_K),
@@ -209,15 +210,27 @@ def load_or_build(pipe: AliBlipImageTextRetrievalPipeline, items: SourceItems, o
         ValueError: the folder holds something else, or a gallery of other photos.
     """
     folder = options.gallery_dir
-    if folder is not None and (Path(folder) / "gallery.json").exists():
-        gallery = Gallery.load(folder)
-        if {*gallery.ids, *(entry["id"] for entry in gallery.skipped)} != set(items.positions):
-            raise UsageError(
-                f"--gallery_dir: {folder} was built of other photos than {options.gallery} holds now: remove it, or "
-                "give a new folder"
-            )
+    if folder is None or not (Path(folder) / "gallery.json").exists():
+        return Gallery.build(pipe.model, pipe.processor, items, folder, store_tokens=options.store_tokens)
+    gallery = Gallery.load(folder)
+    kept, here = {*gallery.ids, *(entry["id"] for entry in gallery.skipped)}, set(items.positions)
+    if kept == here:
         return gallery
-    return Gallery.build(pipe.model, pipe.processor, items, folder, store_tokens=options.store_tokens)
+    new, gone = sorted(here - kept), sorted(kept - here)
+    change = f"{len(new)} photos are new, {len(gone)} are gone"
+    if not options.update_gallery:
+        raise UsageError(
+            f"--gallery_dir: {folder} was built of other photos than {options.gallery} holds now ({change}): "
+            "--update_gallery embeds the new ones and drops the others; or remove it, or give a new folder"
+        )
+    print(f"updating {folder}: {change}", flush=True)
+    if new:
+        gallery.add(pipe.model, pipe.processor, [items[items.positions[value]] for value in new])
+    gallery.skipped = [entry for entry in gallery.skipped if entry["id"] in here]
+    if gone := set(gone) & set(gallery.ids):
+        gallery.remove(gone)
+    gallery.save(folder)
+    return gallery
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

@@ -541,6 +541,21 @@ def test_changes_equal_a_new_gallery(model, processor, paths, built, tmp_path):
     assert {path.name for path in (tmp_path / "built").iterdir()} == files | {"gallery.json"}
 
 
+@pytest.mark.parametrize("unit_size", [4, 100])
+def test_holes_in_files_of_tokens(unit_size, model, processor, paths, tmp_path):
+    """Items that are dropped from the middle of a file, of the last one too: by id twice, and by hand."""
+    kept = [path for number, path in enumerate(paths[:11]) if number not in (3, BROKEN, 9)]
+    twice = [*paths[:6], paths[1], *paths[6:10], paths[0], paths[10]]
+    options = {"store_tokens": True, "unit_size": unit_size, "batch_size": 3, "progress": False}
+    gallery = Gallery.build(model, processor, twice, tmp_path / "g", duplicates="first", **options)
+    gallery.remove([paths[3], paths[9]])
+    gallery.save(tmp_path / "again")
+    expected = Gallery.build(model, processor, kept, **options)
+    for loaded in (gallery, Gallery.load(tmp_path / "again", verify=True)):
+        assert loaded.ids == kept
+        torch.testing.assert_close(tokens_of(loaded), tokens_of(expected), atol=0.05, rtol=0.01)
+
+
 def test_a_gallery_that_was_saved_again_elsewhere_says_so(built, paths, tmp_path):
     other = Gallery.load(tmp_path / "built")
     other.remove([paths[0]])

@@ -292,8 +292,31 @@ def test_a_second_start_takes_the_kept_gallery_and_notices_other_photos(server, 
     assert grey.getcolors() == [(grey.width * grey.height, (200, 200, 200))]
     other = server.folder / "others"
     tiny.photos(other, 3)
-    with pytest.raises(UsageError, match="built of other photos"):
+    with pytest.raises(UsageError, match="other photos than .*(0 photos are new, 10 are gone).*--update_gallery"):
         serve.open_searcher(dataclasses.replace(options, gallery=str(other)))
+
+
+@needs_gradio
+def test_a_kept_gallery_is_brought_up_to_date(model, tmp_path, capsys):
+    photos = [Path(path) for path in tiny.photos(tmp_path / "photos", 9)]
+    aside = [path.rename(tmp_path / path.name) for path in photos[6:]]
+    options = ServeArguments(
+        model_name_or_path=str(model), gallery=str(tmp_path / "photos"), gallery_dir=str(tmp_path / "kept")
+    )
+    assert len(serve.open_searcher(options).gallery) == 6
+    for path in aside[:2]:
+        path.rename(tmp_path / "photos" / path.name)
+    (tmp_path / "photos" / "torn.jpg").write_bytes(b"torn")
+    photos[1].unlink()
+    options.update_gallery = True
+    for told in (["updating", "3 photos are new, 1 are gone"], []):  # the second time there is nothing to do
+        searcher = serve.open_searcher(options)
+        printed = capsys.readouterr().out
+        assert all(part in printed for part in told) and ("updating" in printed) == bool(told)
+        assert searcher.gallery.ids == [f"00{number}.png" for number in (0, 2, 3, 4, 5, 6, 7)]
+        assert [entry["id"] for entry in searcher.gallery.skipped] == ["torn.jpg"]
+    assert len(searcher.by_title(TITLES[0], 7, 7)) == 7
+    assert searcher.picture(searcher.gallery.item(5)).tobytes() == Image.open(photos[6].parent / "006.png").tobytes()
 
 
 @needs_gradio
