@@ -412,6 +412,8 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
 
     # A temperature near 0.07 has a spacing of 0.0005 in bf16: it could not be trained or compared.
     _keep_in_fp32_modules_strict = ["temp"]
+    # transformers' BLIP has none; it starts at the configuration's `temperature_init`.
+    _keys_to_ignore_on_load_missing = [r"^temp$"]
     # Older BLIP checkpoints keep the numbers 0, 1, 2, ... as a buffer.
     _keys_to_ignore_on_load_unexpected = [r"^text_encoder\.embeddings\.position_ids$"]
 
@@ -438,7 +440,7 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
         )
         misshaped = [] if shapes_may_differ else info["mismatched_keys"]
         wrong = {
-            "missing": sorted(set(info["missing_keys"]) - {"temp"}),
+            "missing": sorted(info["missing_keys"]),
             "unexpected": sorted(info["unexpected_keys"]),
             "of another shape": sorted(f"{name} {tuple(given)} for {tuple(own)}" for name, given, own in misshaped),
         }
