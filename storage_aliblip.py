@@ -68,7 +68,9 @@ class Lines(Sequence):
         return json.loads(self._data[self._offsets[row] : self._offsets[row + 1]].tobytes())
 
     def __iter__(self) -> Iterator[dict]:
-        return map(json.loads, bytes(self._data).splitlines())
+        for start in range(0, len(self), 4096):
+            stop = min(start + 4096, len(self))
+            yield from map(json.loads, self._data[self._offsets[start] : self._offsets[stop]].tobytes().splitlines())
 
 
 class TokenFiles(Sequence):

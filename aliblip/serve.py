@@ -460,7 +460,9 @@ def main() -> int:
     try:
         page(searcher, options).launch(server_name=options.server_name, server_port=options.server_port)
     except OSError as error:  # a port that is taken, a name that is not ours
-        raise UsageError(f"can't start the server: {first_line(error)}") from error
+        raise UsageError(
+            f"can't start the server ({first_line(error).split('. ')[0]}): give another --server_port or --server_name"
+        ) from error
     return 0
 
 
