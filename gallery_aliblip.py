@@ -27,6 +27,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -51,14 +52,13 @@ try:
         MANIFEST,
         VECTOR_TYPES,
         FaissIndex,
-        Lines,
         Segment,
         State,
         TokenFiles,
         plain,
         quantise,
+        read_gallery,
         read_json,
-        read_manifest,
         refuse_foreign,
         some,
         write,
@@ -78,14 +78,13 @@ except ImportError:
         MANIFEST,
         VECTOR_TYPES,
         FaissIndex,
-        Lines,
         Segment,
         State,
         TokenFiles,
         plain,
         quantise,
+        read_gallery,
         read_json,
-        read_manifest,
         refuse_foreign,
         some,
         write,
@@ -469,16 +468,13 @@ class Gallery:
     def save(self, folder: str | os.PathLike) -> None:
         """Write the gallery to a folder, over the one that is there if it is a gallery's. Whole or not at all."""
         folder, state = Path(folder), self._state
-        self._write(folder, state)
+        write_gallery(folder, state, kind=self.kind, model=self.model, dtype=self.dtype, skipped=self.skipped)
         if state.reads_tokens_from(folder):
             # Files that held removed items have been written anew, and are gone.
             saved = Gallery.load(folder).to(state.segments[0].vectors.device)._state
             with self._lock:
                 if self._state is state:
                     self._state = replace(saved, index=state.index)
-
-    def _write(self, folder: Path, state: State) -> None:
-        write_gallery(folder, state, kind=self.kind, model=self.model, dtype=self.dtype, skipped=self.skipped)
 
     @classmethod
     def load(
@@ -512,20 +508,7 @@ class Gallery:
                 raise ValueError(
                     f"{folder} is neither a folder nor a data set that the Hub gives ({reason})"
                 ) from error
-        manifest = read_manifest(folder, verify)
-        files = {role: folder / entry["name"] for role, entry in manifest["files"].items()}
-        # Copy on write, since torch wants memory that may be written; nobody does.
-        vectors = torch.from_numpy(np.load(files["vectors"], mmap_mode="c"))
-        scales = torch.from_numpy(np.load(files["scales"], mmap_mode="c")) if "scales" in files else None
-        lines = Lines(np.memmap(files["items"], mode="r"), np.load(files["offsets"], mmap_mode="r"))
-        tokens = TokenFiles(folder, manifest["tokens"]) if manifest["tokens"] is not None else None
-        counts = {len(vectors), len(lines), manifest["items"], *([] if tokens is None else [len(tokens)])}
-        if len(counts) > 1 or vectors.dtype != VECTOR_TYPES[manifest["dtype"]]:
-            raise ValueError(f"the files of the gallery {folder} do not belong together: build or save it again")
-        skipped = [json.loads(line) for line in files["skipped"].read_text("utf-8").splitlines()]
-        index = FaissIndex(path=files["faiss"]) if "faiss" in files else None
-        state = State((Segment(vectors, scales, lines, tokens),), index=index)
-        gallery = cls(state, manifest["kind"], manifest["model"], manifest["dtype"], skipped)
+        gallery = cls(*read_gallery(folder, verify))
         gallery.photo_root, gallery.is_foreign = photo_root, is_foreign
         return gallery
 
@@ -691,14 +674,21 @@ class _Unit:
     ends: list = field(default_factory=list)
 
 
-def build_in_memory(encoder: Encoder, items: Iterable, *, measure_recall: int = 0, progress: bool = True, **options):
+def build_in_memory(
+    encoder: Encoder,
+    items: Iterable,
+    *,
+    measure_recall: int = 0,
+    progress: bool = True,
+    num_workers: int = 0,
+    **options,
+) -> Gallery:
     """`Gallery.build` without a folder, for who has an `Encoder`: the model's fingerprint is not computed again."""
-    workers = options.pop("num_workers", 0)
     plan = _plan(**options)
     items = _open(items, plan)
     bar = _bar(items, plan, progress)
     units = []
-    for _, unit in _encode(encoder, items, plan, lambda number: True, workers):
+    for _, unit in _encode(encoder, items, plan, lambda number: True, num_workers):
         units.append(unit)
         bar.update(len(unit.items) + len(unit.skipped))
     bar.close()
@@ -969,7 +959,9 @@ def _ahead(function: Callable, items: Iterable, workers: int, ahead: int) -> Ite
 def _mark(item: Any, position: int, plan: _Plan) -> list:
     """What tells an item from another at the same place, in JSON: its id and a digest of what it holds."""
     value = _id_of(item, position, plan)
-    content = _content_or_none(item, plan)
+    content = None
+    with suppress(UnusableItem):
+        content = _content(item, plan)
     if isinstance(content, dict):
         content = content.get("bytes") or content.get("path")
     if Image is not None and isinstance(content, Image.Image):
@@ -979,13 +971,6 @@ def _mark(item: Any, position: int, plan: _Plan) -> list:
     if not isinstance(content, (bytes, bytearray, memoryview)):
         content = b""
     return [value, hashlib.blake2b(content, digest_size=8).hexdigest()]
-
-
-def _content_or_none(item: Any, plan: _Plan) -> Any:
-    try:
-        return _content(item, plan)
-    except UnusableItem:
-        return None
 
 
 def _is_row(item: Any) -> bool:

@@ -153,16 +153,17 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
         if not isinstance(gallery, Iterable):
             raise ValueError(f"gallery is a {type(gallery).__name__}: give a Gallery, a folder, or a list of items")
         # A data set or a column of one is read by the build, undecoded: there a damaged photo is one item less.
-        items = gallery if hasattr(gallery, "features") else list(gallery)
+        is_of_datasets = hasattr(gallery, "features")
+        items = gallery if is_of_datasets else list(gallery)
         if direction is not None:
             kind = direction.split("-")[-1]
-        elif hasattr(gallery, "features"):
+        elif is_of_datasets:
             kind = "text" if getattr(gallery.features, "dtype", None) == "string" else "image"
         else:
             kind = "text" if all(isinstance(item, str) for item in items) else "image"
         # Only files and addresses can be read again. An item that comes twice in a list is no mistake.
-        is_kept = kind == "image" and not all(isinstance(item, (str, os.PathLike)) for item in items)
-        options = {"store_tokens": is_kept, "duplicates": "first", "progress": False}
+        is_kept = is_of_datasets or not all(isinstance(item, (str, os.PathLike)) for item in items)
+        options = {"store_tokens": kind == "image" and is_kept, "duplicates": "first", "progress": False}
         return build_in_memory(self.encoder, items, kind=kind, **options)
 
     def preprocess(

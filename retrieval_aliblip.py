@@ -316,7 +316,7 @@ def image_flops(config) -> int:
     """Floating-point operations of the matrix products of one photo's pass through the image tower, projection
     included."""
     vision = config.vision_config
-    P, D, F = _image_tokens(config), vision.hidden_size, vision.intermediate_size
+    P, D, F = tokens_per_image(config), vision.hidden_size, vision.intermediate_size
     patches = 2 * (P - 1) * 3 * vision.patch_size**2 * D
     layer = 2 * P * D * (4 * D + 2 * F) + 4 * P**2 * D  # query, key, value, output, MLP; attention
     return patches + vision.num_hidden_layers * layer + 2 * D * config.image_text_hidden_size
@@ -333,13 +333,13 @@ def text_flops(config, length: int) -> int:
 def image_kv_flops(config) -> int:
     """The same for `project_image_kv` of one image."""
     text = config.text_config
-    return text.num_hidden_layers * 2 * _image_tokens(config) * text.encoder_hidden_size * 2 * text.hidden_size
+    return text.num_hidden_layers * 2 * tokens_per_image(config) * text.encoder_hidden_size * 2 * text.hidden_size
 
 
 def match_flops(config, length: int) -> int:
     """The same for `match` of one title of `length` tokens with an image whose keys and values are there."""
     text = config.text_config
-    P, L, D, F = _image_tokens(config), length, text.hidden_size, text.intermediate_size
+    P, L, D, F = tokens_per_image(config), length, text.hidden_size, text.intermediate_size
     layer = 2 * L * D * (6 * D + 2 * F) + 4 * L**2 * D + 4 * L * P * D
     # Of the last layer only the first token is computed, from keys and values of all.
     last = 2 * L * D * 2 * D + 2 * D * (4 * D + 2 * F) + 4 * L * D + 4 * P * D
@@ -440,7 +440,7 @@ def memory_plan(
             f"{num_images} images, {num_texts} titles and k = {k} given: at least 1 image and 1 title, k of at least 0"
         )
     vision, text = config.vision_config, config.text_config
-    element, P, E = token_dtype.itemsize, _image_tokens(config), config.image_text_hidden_size
+    element, P, E = token_dtype.itemsize, tokens_per_image(config), config.image_text_hidden_size
     one_image = P * vision.hidden_size * element
     image_kv = text.num_hidden_layers * 2 * P * text.hidden_size * element
     # Alive at the widest point of a layer: both sides of the activation function, and in D-wide states up to eight
@@ -481,7 +481,7 @@ def memory_plan(
     )
 
 
-def _image_tokens(config) -> int:
+def tokens_per_image(config) -> int:
     return (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
 
 

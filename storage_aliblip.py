@@ -410,7 +410,32 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def read_manifest(folder: Path, verify: bool) -> dict:
+def read_gallery(folder: Path, verify: bool) -> tuple[State, str, str | None, str, list[dict]]:
+    """What `write_gallery` has written: state (mapped), kind, model, dtype and skipped items.
+
+    Args:
+        verify: compare all checksums, not only the sizes.
+
+    Raises:
+        ValueError: no gallery, or one that is damaged or unfinished.
+    """
+    manifest = _read_manifest(folder, verify)
+    files = {role: folder / entry["name"] for role, entry in manifest["files"].items()}
+    # Copy on write, since torch wants memory that may be written; nobody does.
+    vectors = torch.from_numpy(np.load(files["vectors"], mmap_mode="c"))
+    scales = torch.from_numpy(np.load(files["scales"], mmap_mode="c")) if "scales" in files else None
+    lines = Lines(np.memmap(files["items"], mode="r"), np.load(files["offsets"], mmap_mode="r"))
+    tokens = TokenFiles(folder, manifest["tokens"]) if manifest["tokens"] is not None else None
+    counts = {len(vectors), len(lines), manifest["items"], *([] if tokens is None else [len(tokens)])}
+    if len(counts) > 1 or vectors.dtype != VECTOR_TYPES[manifest["dtype"]]:
+        raise ValueError(f"the files of the gallery {folder} do not belong together: build or save it again")
+    skipped = [json.loads(line) for line in files["skipped"].read_text("utf-8").splitlines()]
+    index = FaissIndex(path=files["faiss"]) if "faiss" in files else None
+    state = State((Segment(vectors, scales, lines, tokens),), index=index)
+    return state, manifest["kind"], manifest["model"], manifest["dtype"], skipped
+
+
+def _read_manifest(folder: Path, verify: bool) -> dict:
     path = folder / MANIFEST
     if not path.exists():
         if (folder / BUILD).exists():
@@ -464,14 +489,13 @@ __all__ = [
     "MANIFEST",
     "VECTOR_TYPES",
     "FaissIndex",
-    "Lines",
     "Segment",
     "State",
     "TokenFiles",
     "plain",
     "quantise",
+    "read_gallery",
     "read_json",
-    "read_manifest",
     "refuse_foreign",
     "some",
     "write",

@@ -284,6 +284,9 @@ def _cell(value: float, bounds: list[float] | None, digits: int = 1) -> str:
     return shown
 
 
+_LAUNCHERS = {"NO": "one process", "MULTI_GPU": "DDP", "MULTI_CPU": "DDP", "DEEPSPEED": "DeepSpeed"}
+
+
 def _training(folder: Path, arguments: dict, manifest: dict, machine: dict) -> str:
     if not arguments:
         return "Not known: the folder that this model came from holds no record of a run."
@@ -297,7 +300,7 @@ def _training(folder: Path, arguments: dict, manifest: dict, machine: dict) -> s
     if (saved := _saved_at(folder)) is not None:
         lines.append(f"These are the weights after step {saved['step']:,} (epoch {saved['epoch']}).")
     if machine:
-        launcher = {"NO": "one process", "MULTI_GPU": "DDP", "MULTI_CPU": "DDP"}.get(machine["launcher"], "DeepSpeed")
+        launcher = _LAUNCHERS.get(machine["launcher"], machine["launcher"])
         lines.append(f"Hardware: {machine['hardware']}; {launcher}, {machine['precision']}.")
         lines.append(
             "Versions: " + ", ".join(f"{package} {version}" for package, version in machine["versions"].items()) + "."

@@ -14,6 +14,8 @@ command is typed again, with another number of them too.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,9 +40,11 @@ from aliblip.arguments import (
 from aliblip.convert import load_pretrained
 from aliblip.data.sources import Row, Source, decode, open_source, require_usable_row
 from aliblip.distributed import is_main, rank, together, world_size
+from encoder_aliblip import TOKEN_TYPE
 from gallery_aliblip import Gallery, begin_units, encode_units, join_units
 from reading_aliblip import UnusableItem
-from retrieval_aliblip import size_text
+from retrieval_aliblip import size_text, tokens_per_image
+from storage_aliblip import VECTOR_TYPES
 
 __all__ = ["SourceItems", "build_gallery"]
 
@@ -131,10 +135,9 @@ def build_gallery(
         RuntimeError: another rank has failed; the message says which and why.
     """
     options.setdefault("progress", is_main())
-    workers = options.pop("num_workers", 0)
     part = "build its part of the gallery"
     together(is_main(), lambda: begin_units(model, processor, items, folder, overwrite=overwrite, **options), part)
-    share = {"rank": rank(), "world_size": world_size(), "num_workers": workers}
+    share = {"rank": rank(), "world_size": world_size()}
     together(True, lambda: encode_units(model, processor, items, folder, **share, **options), part)
     together(is_main(), lambda: join_units(folder, measure_recall=measure_recall), part)
     return Gallery.load(folder)
@@ -158,11 +161,8 @@ def check(data: GalleryDataArguments, options: GalleryArguments) -> None:
     )
     if options.store_tokens and options.kind == "text":
         raise UsageError("--store_tokens: titles have no image tokens, leave it out")
-    if options.faiss:
-        try:
-            import faiss  # noqa: F401
-        except ImportError as error:
-            raise UsageError("--faiss needs FAISS: pip install aliblip[faiss]") from error
+    if options.faiss and importlib.util.find_spec("faiss") is None:
+        raise UsageError("--faiss needs FAISS: pip install aliblip[faiss]")
     folder = Path(options.output_dir)
     if (folder / "gallery.json").exists() and not options.overwrite_output_dir:
         raise UsageError(
@@ -192,21 +192,20 @@ def open_items(data: GalleryDataArguments, kind: str) -> SourceItems:
 def needed_bytes(model, count: int, options: GalleryArguments) -> tuple[int, int]:
     """Bytes of the vectors, and of the image tokens, of so many items."""
     config = model.config
-    width = {"float32": 4, "float16": 2, "int8": 1}[options.dtype]
-    vectors = count * (config.image_text_hidden_size * width + (4 if options.dtype == "int8" else 0))
+    vectors = count * config.image_text_hidden_size * VECTOR_TYPES[options.dtype].itemsize
+    if options.dtype == "int8":
+        vectors += count * torch.float32.itemsize  # scales
     if not options.store_tokens:
         return vectors, 0
-    vision = config.vision_config
-    tokens = (vision.image_size // vision.patch_size) ** 2 + 1
-    return vectors, count * tokens * vision.hidden_size * 2
+    return vectors, count * tokens_per_image(config) * config.vision_config.hidden_size * TOKEN_TYPE.itemsize
 
 
 def tell_plan(model, items: SourceItems, options: GalleryArguments) -> None:
-    """Say what is coming, and refuse what the disk can't hold."""
+    """Say what is coming, in the first process (there is no group yet), and refuse what the disk can't hold."""
     what = "photos" if options.kind == "image" else "titles"
     vectors, tokens = needed_bytes(model, len(items), options)
     # While it is built, vectors lie there in fp32 too.
-    wanted = vectors + tokens + len(items) * model.config.image_text_hidden_size * 4
+    wanted = vectors + tokens + len(items) * model.config.image_text_hidden_size * torch.float32.itemsize
     folder = Path(options.output_dir).absolute()
     existing = next(place for place in (folder, *folder.parents) if place.exists())
     free = shutil.disk_usage(existing).free
@@ -215,8 +214,9 @@ def tell_plan(model, items: SourceItems, options: GalleryArguments) -> None:
             f"the gallery takes {size_text(wanted)} while it is built, {size_text(free)} are free in {existing}: give "
             "another --output_dir, or leave out --store_tokens"
         )
-    told = f"{len(items):,} {what}; vectors: {size_text(vectors)} in {options.dtype}"
-    print(f"{told}; image tokens: {size_text(tokens) if tokens else 'not kept'}", flush=True)
+    if int(os.environ.get("RANK", "0")) == 0:
+        told = f"{len(items):,} {what}; vectors: {size_text(vectors)} in {options.dtype}"
+        print(f"{told}; image tokens: {size_text(tokens) if tokens else 'not kept'}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -226,6 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         items = open_items(data, options.kind)
         model, processor, _ = load_pretrained(options.model_name_or_path, tokenizer_name=options.tokenizer_name)
         precision = launched_precision(options.mixed_precision)
+        tell_plan(model, items, options)
         accelerator = build_accelerator(
             mixed_precision=options.mixed_precision,
             max_grad_norm=0.0,  # nothing is trained here
@@ -233,8 +234,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             timeout=timedelta(days=1),  # after a resume one process may have all the work that was left
         )
         start = time.perf_counter()
-        if is_main():
-            tell_plan(model, items, options)
         gallery = build_gallery(
             model.eval().to(accelerator.device),
             processor,

@@ -216,7 +216,7 @@ def load_or_build(pipe: AliBlipImageTextRetrievalPipeline, items: SourceItems, o
     kept, here = {*gallery.ids, *(entry["id"] for entry in gallery.skipped)}, set(items.positions)
     if kept == here:
         return gallery
-    new, gone = sorted(here - kept), sorted(kept - here)
+    new, gone = sorted(here - kept, key=str), sorted(kept - here, key=str)
     change = f"{len(new)} photos are new, {len(gone)} are gone"
     if not options.update_gallery:
         raise UsageError(

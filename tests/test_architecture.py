@@ -63,7 +63,7 @@ ALLOWED = {
     "aliblip.files": set(),
     "aliblip.gallery": {
         *("accelerator", "arguments", "convert", "data.sources", "distributed"),
-        *("gallery_aliblip", "reading_aliblip", "retrieval_aliblip"),
+        *("encoder_aliblip", "gallery_aliblip", "reading_aliblip", "retrieval_aliblip", "storage_aliblip"),
     },
     "aliblip.interrupts": {"distributed"},
     "aliblip.metrics": set(),

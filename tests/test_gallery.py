@@ -302,16 +302,12 @@ def test_duplicates(model, processor, paths, tmp_path):
     assert torch.equal(again, build(model, processor, paths, store_tokens=True).image_tokens([11], None))
 
 
-def test_a_finished_build_goes_on_with_another_rule_for_duplicates(model, processor, paths, tmp_path):
+def test_a_finished_build_goes_on_with_another_rule_for_duplicates(model, processor, paths, tmp_path, monkeypatch):
     twice = [*paths[:9], paths[2]]
     with pytest.raises(ValueError, match="1 ids come twice.*build with duplicates='first'"):
         build(model, processor, iter(twice), tmp_path / "g")  # a generator: found out when all is embedded
-    monkeyed = Encoder.embed_pixels
-    try:
-        Encoder.embed_pixels = None  # nothing is embedded again
-        gallery = build(model, processor, iter(twice), tmp_path / "g", duplicates="first", dtype="int8")
-    finally:
-        Encoder.embed_pixels = monkeyed
+    monkeypatch.setattr(Encoder, "embed_pixels", None)  # nothing is embedded again
+    gallery = build(model, processor, iter(twice), tmp_path / "g", duplicates="first", dtype="int8")
     assert (
         gallery.dtype == "int8"
         and len(gallery) == 8
@@ -591,8 +587,6 @@ def test_a_torn_file_is_written_again(built, tmp_path):
 
 def test_photos_are_read_from_where_they_may_be(model, processor, paths, tmp_path, monkeypatch):
     """A gallery from the Hub names what its maker likes: no file or address of this machine is opened for it."""
-    folder = Path(paths[0]).parent
-    (folder / "sub").mkdir(exist_ok=True)
     gallery = Gallery.from_vectors(unit_vectors(1))
     for foreign, root, path, wanted in (
         (False, None, "a.png", "a.png"),

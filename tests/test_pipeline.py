@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from datasets import Dataset
+from datasets import Image as ImageFeature
 from helpers import environment
 from http_stub import FileServer
 from PIL import Image
@@ -134,9 +136,6 @@ def test_the_probability_is_that_of_the_model(pipe, paths, titles):
 
 
 def test_every_form_of_queries(pipe, paths, titles, gallery, text_gallery):
-    from datasets import Dataset
-    from datasets import Image as ImageFeature
-
     options = {"gallery": gallery, "top_k": 3, "rerank": 5}
     expected = [pipe(title, **options) for title in titles]
     assert all(set(entry) == {*FIELDS, "path"} for entry in expected[0]) and len(expected[0]) == 3
@@ -174,6 +173,15 @@ def test_every_form_of_gallery(pipe, paths, titles, folder, gallery, text_galler
     images = pipe(titles[0], gallery=[Image.open(path) for path in paths])
     assert [paths[entry["id"]] for entry in images] == [entry["id"] for entry in expected]
     assert_close(pipe(paths[0], gallery=titles), pipe(paths[0], gallery=text_gallery))
+    # Of `datasets`, with one damaged photo, the first.
+    with open(paths[0], "rb") as file:
+        torn = file.read()[:60]
+    rows = [{"bytes": torn, "path": None}, *({"bytes": Path(path).read_bytes(), "path": None} for path in paths[1:])]
+    table = Dataset.from_dict({"image": rows}).cast_column("image", ImageFeature())
+    expected_rows = [paths.index(entry["id"]) for entry in pipe(titles[0], gallery=gallery, top_k=COUNT)]
+    for source in (table, table["image"]):
+        found = pipe(titles[0], gallery=source, top_k=COUNT)
+        assert [entry["id"] for entry in found] == [row for row in expected_rows if row]
     preset = AliBlipImageTextRetrievalPipeline(pipe.model, pipe.processor, device="cpu", gallery=folder, top_k=2)
     assert_close(preset(titles[0]), expected[:2])
     assert_close(preset(titles[0], top_k=4), expected[:4])
