@@ -36,26 +36,22 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from aliblip.accelerator import build_accelerator, end, launched_precision
-from aliblip.arguments import (
-    EvaluationArguments,
-    EvaluationDataArguments,
-    UsageError,
-    check_range,
-    main_with_usage_errors,
-    parse,
-)
 from aliblip.data.collate import Collator, printable
 from aliblip.data.loader import EvalLoader
 from aliblip.data.sources import Source, open_source, require_usable_row
-from aliblip.distributed import all_gather_objects
-from aliblip.evaluation import ALL, DEFAULT_K_RERANK, check_k_rerank, parse_k_rerank, retrieve, seconds_by_depth
-from aliblip.files import write_json
-from aliblip.pages import draw_contact_sheet, write_report
-from aliblip.parts import Parts
-from aliblip.plan import expected_time, make_plan
-from aliblip.rankings import Retrieval, tune_fusion
-from aliblip.results import (
+from aliblip.retrieval.arguments import EvaluationArguments, EvaluationDataArguments
+from aliblip.retrieval.evaluation import (
+    ALL,
+    DEFAULT_K_RERANK,
+    check_k_rerank,
+    parse_k_rerank,
+    retrieve,
+    seconds_by_depth,
+)
+from aliblip.retrieval.pages import draw_contact_sheet, write_report
+from aliblip.retrieval.plan import expected_time, make_plan
+from aliblip.retrieval.rankings import Retrieval, tune_fusion
+from aliblip.retrieval.results import (
     COMPARISON,
     MATRIX,
     TITLE_SLICES,
@@ -67,7 +63,13 @@ from aliblip.results import (
     measure,
     write_results,
 )
-from aliblip.submission import submission_rows, verify_submission, write_submission
+from aliblip.retrieval.submission import submission_rows, verify_submission, write_submission
+from aliblip.runtime.accelerator import build_accelerator, end, launched_precision
+from aliblip.runtime.arguments import check_range, parse
+from aliblip.runtime.distributed import all_gather_objects, launched_rank
+from aliblip.runtime.files import write_json
+from aliblip.runtime.mistakes import UsageError, main_with_usage_errors
+from aliblip.runtime.parts import Parts
 from encoder_aliblip import fingerprint
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
@@ -208,7 +210,7 @@ def main() -> int:
 
 def set_up_logging() -> None:
     # by the launcher's variable: the processes are not joined yet
-    is_first = int(os.environ.get("RANK", "0")) == 0
+    is_first = launched_rank() == 0
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("aliblip").setLevel(logging.INFO if is_first else logging.ERROR)
     if not is_first:
@@ -422,7 +424,7 @@ def tell_plan(
             f"--k_rerank all writes {size_text(wanted)}, {size_text(free)} are free in {output_dir}: "
             "give another --output_dir, or a number"
         )
-    if int(os.environ.get("RANK", "0")) == 0:
+    if launched_rank() == 0:
         print(plan)
         if size:
             print(f"  match logits of all pairs: {size_text(size)} on disk")
@@ -510,7 +512,7 @@ def verify(options: EvaluationArguments, data: EvaluationDataArguments) -> int:
     names = [printable(row.name) for row in photos.read_range(0, photos.num_rows)]
     captions = captions_of(data)
     problems = verify_submission(options.verify_submission, captions, names)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if launched_rank() == 0:
         for problem in problems:
             print(problem)
         verdict = "is not right" if problems else f"is right: {len(captions)} titles, {len(names)} photos"

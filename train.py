@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import shutil
 import sys
 import time
@@ -34,27 +33,12 @@ import torch
 from accelerate.utils import set_seed
 
 import aliblip  # noqa: F401  (registers the classes, so that from_pretrained takes this code for AliBLIP folders)
-from aliblip.accelerator import (
-    AliBlipAccelerator,
-    backward_and_step,
-    build_accelerator,
-    clamp_parameter,
-    describe_machine,
-    end,
-)
-from aliblip.arguments import (
-    HubArguments,
-    ModelArguments,
-    TrainDataArguments,
-    TrainingArguments,
-    UsageError,
-    check_range,
-    first_line,
-    json_mapping,
-    main_with_usage_errors,
-    parse,
-)
-from aliblip.backbones import (
+from aliblip.data.augment import TrainAugmentation
+from aliblip.data.collate import Collator
+from aliblip.data.loader import EvalLoader, TrainLoader
+from aliblip.data.manifest import manifest_changes
+from aliblip.data.sources import open_source, require_usable_row
+from aliblip.models.backbones import (
     Backbone,
     check_backbone_vocabulary,
     read_text_backbone,
@@ -62,7 +46,26 @@ from aliblip.backbones import (
     start_from_backbone,
     starting_report,
 )
-from aliblip.checkpoint import (
+from aliblip.models.loading import build_processor, load_pretrained
+from aliblip.models.original import is_original
+from aliblip.models.upload import (
+    SECONDS_AFTER_A_STOP,
+    SECONDS_AT_THE_END,
+    HubArguments,
+    Publisher,
+    check_hub_arguments,
+    connect,
+)
+from aliblip.retrieval.evaluation import check_k_rerank, evaluate_retrieval
+from aliblip.runtime.accelerator import AliBlipAccelerator, build_accelerator, describe_machine, end
+from aliblip.runtime.arguments import check_range, json_mapping, parse
+from aliblip.runtime.distributed import all_gather_objects, assert_equal_on_ranks, launched_rank, launched_world_size
+from aliblip.runtime.files import repair, write_json
+from aliblip.runtime.interrupts import StopSignals
+from aliblip.runtime.mistakes import UsageError, first_line, main_with_usage_errors
+from aliblip.training.arguments import ModelArguments, TrainDataArguments, TrainingArguments
+from aliblip.training.carried import MOMENTUM_FILE, check_momentum, read_momentum
+from aliblip.training.checkpoint import (
     Training,
     checkpoints,
     find_checkpoint,
@@ -73,27 +76,17 @@ from aliblip.checkpoint import (
     save_checkpoint,
     save_model,
 )
-from aliblip.convert import build_processor, is_original, load_pretrained
-from aliblip.data.augment import TrainAugmentation
-from aliblip.data.collate import Collator
-from aliblip.data.loader import EvalLoader, TrainLoader
-from aliblip.data.manifest import manifest_changes
-from aliblip.data.sources import open_source, require_usable_row
-from aliblip.distributed import all_gather_objects, assert_equal_on_ranks
-from aliblip.evaluation import check_k_rerank, evaluate_retrieval
-from aliblip.files import repair, write_json
-from aliblip.interrupts import StopSignals
-from aliblip.momentum import MOMENTUM_FILE, MomentumState, check_momentum, read_momentum
-from aliblip.objective import RetrievalObjective
-from aliblip.optim import (
+from aliblip.training.momentum import MomentumState
+from aliblip.training.objective import RetrievalObjective
+from aliblip.training.optim import (
     alpha_schedule,
     learning_rate_schedule,
     parameter_groups,
     set_learning_rate,
     total_optimizer_steps,
 )
-from aliblip.progress import Log, RunStatus, SkippedRows, Unfailing
-from aliblip.publish import SECONDS_AFTER_A_STOP, SECONDS_AT_THE_END, Publisher, check_hub_arguments, connect
+from aliblip.training.progress import Log, RunStatus, SkippedRows, Unfailing
+from aliblip.training.step import backward_and_step, clamp_parameter
 from configuration_aliblip import SIZES, AliBlipConfig
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
@@ -169,7 +162,7 @@ def build_model(args: ModelArguments, config: AliBlipConfig, backbones: list[Bac
     copied = [name for backbone in backbones for name in start_from_backbone(model, backbone)]
     if args.image_size is not None:
         model.resize_image(args.image_size)
-    if backbones and int(os.environ.get("RANK", "0")) == 0:
+    if backbones and launched_rank() == 0:
         print(starting_report(model, backbones, copied))
     return model
 
@@ -363,7 +356,7 @@ def set_up(
             momentum_start = read_momentum(model_args.model_name_or_path)
             if momentum_start is not None:
                 check_momentum(momentum_start, model, args.queue_size)
-            elif original is not None and original.momentum and int(os.environ.get("RANK", "0")) == 0:
+            elif original is not None and original.momentum and launched_rank() == 0:
                 print(
                     f"{model_args.model_name_or_path} also holds momentum encoders, which are not taken over: convert "
                     "it first, python -m aliblip.convert --momentum encoders"
@@ -373,8 +366,8 @@ def set_up(
     train_source, validation_source = open_sources(data_args, args)
     # By the launcher's word: there is no process group yet. The accelerator compares both when it is built.
     shared = {
-        "rank": int(os.environ.get("RANK", "0")),
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "rank": launched_rank(),
+        "world_size": launched_world_size(),
         "num_workers": data_args.dataloader_num_workers,
     }
     require_usable_row(train_source)

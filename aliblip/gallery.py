@@ -15,132 +15,71 @@ command is typed again, with another number of them too.
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from PIL import Image
 
-from aliblip.accelerator import build_accelerator, end, launched_precision
-from aliblip.arguments import (
-    GalleryArguments,
-    GalleryDataArguments,
-    UsageError,
-    check_range,
-    first_line,
-    main_with_usage_errors,
-    parse,
-)
-from aliblip.convert import load_pretrained
-from aliblip.data.sources import Row, Source, decode, open_source, require_usable_row
-from aliblip.distributed import is_main, rank, together, world_size
+from aliblip.data.arguments import DataArguments
+from aliblip.data.sources import open_source, require_usable_row
+from aliblip.models.loading import load_pretrained
+from aliblip.retrieval.galleries import SourceItems, build_gallery
+from aliblip.runtime.accelerator import build_accelerator, end, launched_precision
+from aliblip.runtime.arguments import check_range, option, parse
+from aliblip.runtime.distributed import is_main, launched_rank
+from aliblip.runtime.mistakes import UsageError, first_line, main_with_usage_errors
 from encoder_aliblip import TOKEN_TYPE
-from gallery_aliblip import Gallery, begin_units, encode_units, join_units
-from reading_aliblip import UnusableItem
+from gallery_aliblip import Gallery
 from retrieval_aliblip import size_text, tokens_per_image
 from storage_aliblip import VECTOR_TYPES
-
-__all__ = ["SourceItems", "build_gallery"]
 
 SHOWN_SKIPPED = 5
 
 
-class SourceItems(Sequence):
-    """The rows of a source as the items of a gallery, {"id", "image" or "text"}; undecoded, and read where they are
-    asked for, fastest in order.
-
-    The id is that of `id_column`; without one the file's name in a folder of photos, else the number of the row.
-
-    Args:
-        source: opened with `sides` "images" or "titles", and with the column of the ids as `other_columns`.
-        id_column: its name.
-    """
-
-    def __init__(self, source: Source, id_column: str | None = None):
-        self._source, self._id_column = source, id_column
-        self._rows: Iterator[Row] = iter(())
-        self._next = -1
-
-    def __len__(self) -> int:
-        return self._source.num_rows
-
-    def __getitem__(self, position: int) -> dict:
-        if not 0 <= position < len(self):
-            raise IndexError(position)
-        row = self.row(position)
-        content = row.image if self._source.sides == "images" else row.text
-        if row.problem is not None:
-            content = UnusableItem(row.problem)
-        return {"id": self._id_of(row), "image" if self._source.sides == "images" else "text": content}
-
-    def row(self, position: int) -> Row:
-        """The source's own row."""
-        if position != self._next:
-            self._rows = self._source.read_range(position, len(self))
-        self._next = position + 1
-        return next(self._rows)
-
-    @cached_property
-    def positions(self) -> dict | range:
-        """Positions by id; without an `id_column`, whose values only reading all rows would tell."""
-        if not self._source.random_access:
-            return range(len(self))
-        return {row.name: row.row for row in self._source.read_range(0, len(self))}
-
-    def photo_of(self, item: dict) -> Image.Image:
-        """The decoded photo of a gallery's item, by its id. May be called by several threads.
-
-        Raises:
-            UnusableItem: there is none, or it can't be read.
-        """
-        if item["id"] not in self.positions:
-            raise UnusableItem("no row has this id")
-        position = self.positions[item["id"]]
-        return decode(next(self._source.read_range(position, position + 1)), "images").image
-
-    def _id_of(self, row: Row) -> Any:
-        if self._id_column is not None:
-            return row.others.get(self._id_column)
-        return row.name if self._source.random_access else row.row
+@dataclass
+class GalleryDataArguments(DataArguments):
+    split_name: str = option("train", "Split to embed; if there is only one, that one.")
+    data_files: str | None = option(None, "Instead of a data set: a file or glob, a JSON list too.")
+    id_column: str | None = option(
+        None,
+        "Column of the ids, text or whole numbers (default: the names of the files of a folder, else numbers of rows).",
+    )
+    dataloader_num_workers: int = option(2, "Threads of each process that read and decode photos ahead.")
 
 
-def build_gallery(
-    model,
-    processor,
-    items: Iterable,
-    folder: str | Path,
-    *,
-    measure_recall: int = 0,
-    overwrite: bool = False,
-    **options,
-) -> Gallery:
-    """`Gallery.build` as a collective: every rank calls it with the same arguments, and gets the gallery.
+@dataclass
+class GalleryArguments:
+    """How to build a gallery."""
 
-    Args:
-        model: the plain model (unwrapped), with the weights of every rank equal.
-        items: as in `Gallery.build`; a generator is read by every rank, of a sequence each rank reads its part.
-        folder: one that all processes see.
-
-    The ranks wait for each other, and after a resume one of them may have all the work that was left: give the process
-    group a timeout as long as that.
-
-    Raises:
-        ValueError, OSError: as in `Gallery.build`.
-        RuntimeError: another rank has failed; the message says which and why.
-    """
-    options.setdefault("progress", is_main())
-    part = "build its part of the gallery"
-    together(is_main(), lambda: begin_units(model, processor, items, folder, overwrite=overwrite, **options), part)
-    share = {"rank": rank(), "world_size": world_size()}
-    together(True, lambda: encode_units(model, processor, items, folder, **share, **options), part)
-    together(is_main(), lambda: join_units(folder, measure_recall=measure_recall), part)
-    return Gallery.load(folder)
+    model_name_or_path: str | None = option(None, "Folder or Hub name of the model, or an original file (required).")
+    tokenizer_name: str | None = option(
+        None, "Folder, vocab.txt or Hub name (default: the model's own; for original files bert-base-uncased)."
+    )
+    output_dir: str | None = option(None, "Folder for the gallery (required).")
+    overwrite_output_dir: bool = option(False, "Replace a gallery, or the beginning of another one, that is there.")
+    kind: str = option("image", "What to embed: photos (image) or titles (text).", choices=["image", "text"])
+    dtype: str = option(
+        "float32",
+        "How vectors are stored: float32, float16 (half the space) or int8 (a quarter).",
+        choices=["float32", "float16", "int8"],
+    )
+    store_tokens: bool = option(
+        False, "Keep image tokens, so that re-ranking needs no photo: 0.9 MB a photo with base at 384 px."
+    )
+    duplicates: str = option(
+        "error", "Where an id comes twice: error, or first (the others are skipped).", choices=["error", "first"]
+    )
+    faiss: bool = option(False, "Add an approximate index (FAISS), for millions of photos.")
+    measure_recall: int = option(
+        1000, "Search so many of the items to tell what smaller types and FAISS lose against exact fp32; 0: don't."
+    )
+    per_device_eval_batch_size: int = option(32, "Photos or titles embedded at a time.")
+    unit_size: int = option(256, "Items that one process embeds together, and that a kill loses at most.")
+    mixed_precision: str | None = option(None, "no or bf16 (default: as the launcher says).", choices=["no", "bf16"])
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -214,7 +153,7 @@ def tell_plan(model, items: SourceItems, options: GalleryArguments) -> None:
             f"the gallery takes {size_text(wanted)} while it is built, {size_text(free)} are free in {existing}: give "
             "another --output_dir, or leave out --store_tokens"
         )
-    if int(os.environ.get("RANK", "0")) == 0:
+    if launched_rank() == 0:
         told = f"{len(items):,} {what}; vectors: {size_text(vectors)} in {options.dtype}"
         print(f"{told}; image tokens: {size_text(tokens) if tokens else 'not kept'}", flush=True)
 

@@ -31,16 +31,18 @@ import importlib.util
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from aliblip.arguments import ServeArguments, UsageError, check_range, first_line, main_with_usage_errors, parse
-from aliblip.convert import load_pretrained
 from aliblip.data.sources import open_source, require_usable_row
-from aliblip.gallery import SourceItems
+from aliblip.models.loading import load_pretrained
+from aliblip.retrieval.galleries import SourceItems
+from aliblip.runtime.arguments import check_range, option, parse
+from aliblip.runtime.mistakes import UsageError, first_line, main_with_usage_errors
 from gallery_aliblip import Gallery
 from pipeline_aliblip import AliBlipImageTextRetrievalPipeline
 from reading_aliblip import UnusableItem, read_photo
@@ -57,6 +59,45 @@ EMPTY_TITLE = "Type what you are looking for, such as: striped blue mug"
 
 _UPLOAD_SUFFIXES = ("avif", "bmp", "gif", "jp2", "jpeg", "jpg", "png", "tif", "tiff", "webp")
 _COLUMNS = ("id", "score", "itc", "itm_logit", "itm_probability")
+
+
+@dataclass
+class ServeArguments:
+    """What the search page searches, and where it listens. Each can also be given as a variable of the environment,
+    such as ALIBLIP_GALLERY; flags win."""
+
+    model_name_or_path: str | None = option(None, "Folder or Hub name of the model, or an original file (required).")
+    tokenizer_name: str | None = option(
+        None, "Folder, vocab.txt or Hub name (default: the model's own; for original files bert-base-uncased)."
+    )
+    gallery: str | None = option(
+        None,
+        "What to search (required): a folder of photos, of Parquet files or tars, embedded at the start; or the folder "
+        "or Hub name of a gallery.",
+    )
+    split_name: str = option("train", "Split to search, where the photos' folder has several.")
+    gallery_dir: str | None = option(
+        None, "Folder to keep the embedded photos in, for the next start (default: embedded at each start)."
+    )
+    update_gallery: bool = option(
+        False, "Embed the photos that are new since --gallery_dir was built, and drop those that are gone."
+    )
+    store_tokens: bool = option(
+        True,
+        "Keep image tokens of the embedded photos, so that re-ranking is fast: 0.9 MB a photo with base at 384 px.",
+    )
+    photo_root: str | None = option(None, "Folder of the photos that a gallery names by relative paths.")
+    top_k: int = option(12, "Results at first; the visitor may choose others.")
+    rerank: int = option(64, "Candidates that ITM re-ranks at first; 0: ITC alone.")
+    fusion_weight: float = option(
+        1.0, "Weight of the ITC similarity beside the match logit; evaluate_retrieval.py --tune_fusion finds one."
+    )
+    max_upload_mb: int = option(20, "Largest photo that can be dropped, in MiB.")
+    server_name: str | None = option(
+        None,
+        "Address to listen on; 0.0.0.0: everywhere (default: GRADIO_SERVER_NAME, or 127.0.0.1: this machine only).",
+    )
+    server_port: int | None = option(None, "Port (default: GRADIO_SERVER_PORT, or the first free one from 7860 on).")
 
 
 class Searcher:
@@ -257,10 +298,10 @@ def _variable(name: str) -> str:
 def from_environment(options: ServeArguments) -> ServeArguments:
     """The options, and from the environment's variables those that have no other value than the default."""
     found = {}
-    for option in dataclasses.fields(options):
-        value = os.environ.get(_variable(option.name))
-        if value and getattr(options, option.name) == option.default:
-            found[option.name] = value
+    for field in dataclasses.fields(options):
+        value = os.environ.get(_variable(field.name))
+        if value and getattr(options, field.name) == field.default:
+            found[field.name] = value
     (parsed,) = parse([ServeArguments], [f"--{name}={value}" for name, value in found.items()])
     return dataclasses.replace(options, **{name: getattr(parsed, name) for name in found})
 

@@ -6,9 +6,9 @@
 
 Random weights of ViT-L/16 at 384 px in bf16 on a GPU (fp32 on a CPU), random photos and titles of 6 to 20 tokens; the
 photos are made on the device, so that the image tower is measured and no disk. The stages are those of
-`aliblip.evaluation` on one process: embed, search both ways, re-rank photo by photo. The other side is the goal, 5
-minutes for the full size, in proportion to the floating-point operations for another one: the last line is the goal
-over the time taken, and more than 1 means that it is met.
+`aliblip.retrieval.evaluation` on one process: embed, search both ways, re-rank photo by photo. The other side is the
+goal, 5 minutes for the full size, in proportion to the floating-point operations for another one: the last line is the
+goal over the time taken, and more than 1 means that it is met.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import retrieval_aliblip as engine
-from aliblip.plan import available_memory, expected_time
+from aliblip.retrieval.plan import available_memory, expected_time
 from benchmarks.common import finish, parser
 from configuration_aliblip import AliBlipConfig
 from modeling_aliblip import AliBlipForImageTextRetrieval

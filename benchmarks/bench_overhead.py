@@ -25,12 +25,13 @@ import torch
 import yaml
 from accelerate.utils import set_seed
 
-from aliblip.accelerator import backward_and_step, build_accelerator, clamp_parameter, end
-from aliblip.checkpoint import Training, random_states, save_checkpoint
-from aliblip.interrupts import StopSignals
-from aliblip.momentum import MomentumState
-from aliblip.objective import RetrievalObjective
-from aliblip.optim import parameter_groups
+from aliblip.runtime.accelerator import build_accelerator, end
+from aliblip.runtime.interrupts import StopSignals
+from aliblip.training.checkpoint import Training, random_states, save_checkpoint
+from aliblip.training.momentum import MomentumState
+from aliblip.training.objective import RetrievalObjective
+from aliblip.training.optim import parameter_groups
+from aliblip.training.step import backward_and_step, clamp_parameter
 from benchmarks.common import finish, parser
 from configuration_aliblip import AliBlipConfig
 from modeling_aliblip import AliBlipForImageTextRetrieval

@@ -58,15 +58,9 @@ def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def main() -> None:
-    from aliblip import distributed
-    from aliblip.accelerator import (
-        backward_and_step,
-        build_accelerator,
-        clamp_parameter,
-        end,
-        fp32_state_dict,
-        fp32_value,
-    )
+    from aliblip.runtime import distributed
+    from aliblip.runtime.accelerator import build_accelerator, end
+    from aliblip.training.step import backward_and_step, clamp_parameter, fp32_state_dict, fp32_value
 
     parser = argparse.ArgumentParser()
     parser.add_argument("output", type=Path)

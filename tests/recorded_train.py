@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 import train
-from aliblip.arguments import main_with_usage_errors
 from aliblip.data.loader import TrainLoader
-from aliblip.objective import RetrievalObjective
+from aliblip.runtime.mistakes import main_with_usage_errors
+from aliblip.training.objective import RetrievalObjective
 
 plain_epoch, plain_forward = TrainLoader.epoch, RetrievalObjective.forward
 breaking = {int(batch) for batch in os.environ.get("ALIBLIP_BREAK", "").split()}

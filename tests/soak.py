@@ -27,8 +27,8 @@ from helpers import assert_succeeded, launch
 from runs import TINY, BackgroundRun, rows_of, steps_of, write_split
 from safetensors.torch import load_file
 
-from aliblip.checkpoint import checkpoints
-from aliblip.files import write_json
+from aliblip.runtime.files import write_json
+from aliblip.training.checkpoint import checkpoints
 from benchmarks.common import circumstances
 
 ROWS, BATCH, EPOCHS = 50, 4, 3

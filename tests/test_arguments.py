@@ -7,15 +7,9 @@ import sys
 import pytest
 from helpers import run_forked
 
-from aliblip.arguments import (
-    ModelArguments,
-    TrainDataArguments,
-    TrainingArguments,
-    UsageError,
-    check_range,
-    json_mapping,
-    parse,
-)
+from aliblip.runtime.arguments import check_range, json_mapping, parse
+from aliblip.runtime.mistakes import UsageError
+from aliblip.training.arguments import ModelArguments, TrainDataArguments, TrainingArguments
 
 GROUPS = (ModelArguments, TrainDataArguments, TrainingArguments)
 
@@ -83,11 +77,11 @@ def test_ranges_and_mappings():
 
 SCRIPT = """
 import sys
-from aliblip import arguments
-arguments.SECONDS_FOR_THE_FIRST_PROCESS = 0.5
+from aliblip.runtime import mistakes
+mistakes.SECONDS_FOR_THE_FIRST_PROCESS = 0.5
 def main():
-    raise arguments.UsageError("wrong")
-arguments.main_with_usage_errors("script", main)
+    raise mistakes.UsageError("wrong")
+mistakes.main_with_usage_errors("script", main)
 """
 
 

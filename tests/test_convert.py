@@ -31,11 +31,13 @@ from transformers import (
 )
 
 import train
-from aliblip.arguments import ConvertArguments, UsageError
-from aliblip.backbones import read_text_backbone, read_vision_backbone, start_from_backbone
-from aliblip.convert import convert, original_name, our_name
-from aliblip.momentum import MOMENTUM_FILE, MomentumState, check_momentum, read_momentum
-from aliblip.objective import RetrievalObjective
+from aliblip.convert import ConvertArguments, convert
+from aliblip.models.backbones import read_text_backbone, read_vision_backbone, start_from_backbone
+from aliblip.models.original import original_name, our_name
+from aliblip.runtime.mistakes import UsageError
+from aliblip.training.carried import MOMENTUM_FILE, check_momentum, read_momentum
+from aliblip.training.momentum import MomentumState
+from aliblip.training.objective import RetrievalObjective
 from configuration_aliblip import AliBlipConfig
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor

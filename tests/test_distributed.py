@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import spawn
 
-from aliblip import distributed
+from aliblip.runtime import distributed
 
 WORLD = 2
 ROWS, WIDTH = 3, 5

@@ -20,15 +20,15 @@ from safetensors.torch import load_file, save_file
 from transformers import BertTokenizer, BlipImageProcessorPil
 
 import evaluate_retrieval as script
-from aliblip import evaluation
-from aliblip import parts as parts_module
-from aliblip import results as numbers
-from aliblip.arguments import UsageError, main_with_usage_errors
 from aliblip.data.collate import Collator
 from aliblip.data.loader import EvalLoader
 from aliblip.data.sources import open_source
-from aliblip.parts import Parts
-from aliblip.report import Hit, SheetRow, contact_sheet
+from aliblip.retrieval import evaluation
+from aliblip.retrieval import results as numbers
+from aliblip.retrieval.report import Hit, SheetRow, contact_sheet
+from aliblip.runtime import parts as parts_module
+from aliblip.runtime.mistakes import UsageError, main_with_usage_errors
+from aliblip.runtime.parts import Parts
 from configuration_aliblip import AliBlipConfig
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
@@ -579,7 +579,7 @@ def test_apart_with_product_ids_there_is_a_recall(catalogue, model_folder, tmp_p
 KILLED = """
 import os, signal, sys
 import retrieval_aliblip as engine
-from aliblip import parts
+from aliblip.runtime import parts
 parts.SECONDS = 0.0
 rerank, calls = engine.rerank, []
 def counted(*arguments):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aliblip import files
-from aliblip.files import NewFolder, repair, write_json_lines, write_tensors
+from aliblip.runtime import files
+from aliblip.runtime.files import NewFolder, repair, write_json_lines, write_tensors
 
 
 def write(folder: Path, value: int, **options) -> None:

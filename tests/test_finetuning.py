@@ -11,8 +11,8 @@ from datasets import Dataset
 from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments, set_seed
 
 import aliblip
-from aliblip.momentum import MomentumState
-from aliblip.objective import RetrievalObjective
+from aliblip.training.momentum import MomentumState
+from aliblip.training.objective import RetrievalObjective
 
 VOCABULARY = 20  # of tiny.processor()
 INPUTS = {"pixel_values", "input_ids", "attention_mask", "product_id"}

@@ -21,9 +21,10 @@ from PIL import Image
 import gallery_aliblip
 import retrieval_aliblip as engine
 import storage_aliblip
-from aliblip.arguments import UsageError
 from aliblip.data.sources import Row, decode
-from aliblip.gallery import build_gallery, main
+from aliblip.gallery import main
+from aliblip.retrieval.galleries import build_gallery
+from aliblip.runtime.mistakes import UsageError
 from encoder_aliblip import Encoder, fingerprint
 from gallery_aliblip import Gallery
 from modeling_aliblip import AliBlipForImageTextRetrieval

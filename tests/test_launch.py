@@ -16,7 +16,7 @@ import torch
 import yaml
 from helpers import CONFIGS, ROOT, assert_succeeded, launch
 
-from aliblip import accelerator as ours
+from aliblip.runtime import accelerator as ours
 
 PROBE = ROOT / "tests" / "accelerator_probe.py"
 DEEPSPEED = [name for name in sorted(os.listdir(CONFIGS)) if name.startswith("deepspeed")]

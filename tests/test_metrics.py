@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import ROOT
 
-from aliblip import metrics
+from aliblip.retrieval import metrics
 
 
 def slow_rankings(scores):

@@ -7,8 +7,8 @@ import tiny
 import torch
 from helpers import spawn
 
-from aliblip.distributed import assert_equal_on_ranks, rank
-from aliblip.momentum import MomentumState
+from aliblip.runtime.distributed import assert_equal_on_ranks, rank
+from aliblip.training.momentum import MomentumState
 
 
 def state(queue_size: int = 10, **options) -> MomentumState:

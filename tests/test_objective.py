@@ -8,11 +8,11 @@ import torch
 from helpers import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-import aliblip.objective
+import aliblip.training.objective
 import losses_aliblip
-from aliblip.distributed import rank
-from aliblip.momentum import MomentumState
-from aliblip.objective import RetrievalObjective, match_by_length
+from aliblip.runtime.distributed import rank
+from aliblip.training.momentum import MomentumState
+from aliblip.training.objective import RetrievalObjective, match_by_length
 
 
 def objective_and_momentum(**options):
@@ -161,7 +161,7 @@ def test_similarities_are_fp32_under_autocast(monkeypatch):
         seen.append(logits)
         return losses_aliblip.itc_loss(logits, targets)
 
-    monkeypatch.setattr(aliblip.objective, "itc_loss", spy)
+    monkeypatch.setattr(aliblip.training.objective, "itc_loss", spy)
     objective, momentum = objective_and_momentum(in_batch_itc=0.5)
     batch = tiny.batch()
     with torch.autocast("cpu", torch.bfloat16):

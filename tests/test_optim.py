@@ -9,7 +9,7 @@ import tiny
 import torch
 from transformers import get_scheduler
 
-from aliblip.optim import (
+from aliblip.training.optim import (
     alpha_schedule,
     learning_rate_schedule,
     parameter_groups,

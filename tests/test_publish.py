@@ -26,17 +26,14 @@ from runs import TINY, write_split
 import gallery_aliblip
 import train
 from aliblip import publish
-from aliblip.arguments import (
-    HubArguments,
-    ModelArguments,
-    PublishArguments,
-    TrainDataArguments,
-    TrainingArguments,
-    UsageError,
-    parse,
-)
-from aliblip.card import MARK, all_results, model_card, write_card
-from aliblip.checkpoint import save_model
+from aliblip.models import upload
+from aliblip.models.card import MARK, all_results, model_card, write_card
+from aliblip.models.upload import HubArguments
+from aliblip.publish import PublishArguments
+from aliblip.runtime.arguments import parse
+from aliblip.runtime.mistakes import UsageError
+from aliblip.training.arguments import ModelArguments, TrainDataArguments, TrainingArguments
+from aliblip.training.checkpoint import save_model
 from gallery_aliblip import Gallery
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
@@ -277,7 +274,7 @@ def test_mistakes_are_told_before_training(catalogue, hub, tmp_path):
 
 def refusal(**values) -> str:
     with pytest.raises(UsageError) as raised:
-        publish.connect(HubArguments(**{"hub_model_id": "me/name", **values}))
+        upload.connect(HubArguments(**{"hub_model_id": "me/name", **values}))
     message = str(raised.value)
     assert "\n" not in message and not any(token in message for token in ("hf_wrong", hub_stub.READ_TOKEN))
     return message
@@ -307,8 +304,8 @@ def test_without_a_network_a_push_is_refused(hub, monkeypatch):
 
 
 def test_a_name_without_a_user_is_the_users_own(hub):
-    assert publish.connect(HubArguments(hub_model_id="name"))[1] == "me/name"
-    assert publish.connect(HubArguments(hub_model_id="name"))[1] == "me/name"  # and it may be there
+    assert upload.connect(HubArguments(hub_model_id="name"))[1] == "me/name"
+    assert upload.connect(HubArguments(hub_model_id="name"))[1] == "me/name"  # and it may be there
 
 
 # --- uploads in the background ----------------------------------------------------------------------------------------
@@ -334,7 +331,7 @@ def change(model: Path, value: float) -> bytes:
 @pytest.fixture
 def publisher(hub):
     told = []
-    made = publish.Publisher(*publish.connect(HubArguments(hub_model_id="me/name")), tell=told.append)
+    made = upload.Publisher(*upload.connect(HubArguments(hub_model_id="me/name")), tell=told.append)
     made.told = told
     yield made
     hub.gate.set()

@@ -18,19 +18,13 @@ sys.path.insert(0, str(ROOT / "demo"))
 from make_catalogue import make_catalogue  # noqa: E402
 
 import evaluate_retrieval  # noqa: F401  (its flags are checked below, so that it has to import)
-from aliblip.arguments import (
-    ConvertArguments,
-    EvaluationArguments,
-    EvaluationDataArguments,
-    GalleryArguments,
-    GalleryDataArguments,
-    HubArguments,
-    ModelArguments,
-    PublishArguments,
-    ServeArguments,
-    TrainDataArguments,
-    TrainingArguments,
-)
+from aliblip.convert import ConvertArguments
+from aliblip.gallery import GalleryArguments, GalleryDataArguments
+from aliblip.models.upload import HubArguments
+from aliblip.publish import PublishArguments
+from aliblip.retrieval.arguments import EvaluationArguments, EvaluationDataArguments
+from aliblip.serve import ServeArguments
+from aliblip.training.arguments import ModelArguments, TrainDataArguments, TrainingArguments
 
 README = (ROOT / "README.md").read_text()
 PAGES = {

@@ -12,7 +12,8 @@ import yaml
 from helpers import ROOT, assert_succeeded, run_forked
 from PIL import Image
 
-from aliblip.arguments import ModelArguments, TrainDataArguments, TrainingArguments, parse
+from aliblip.runtime.arguments import parse
+from aliblip.training.arguments import ModelArguments, TrainDataArguments, TrainingArguments
 from modeling_aliblip import AliBlipForImageTextRetrieval
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -16,11 +16,11 @@ from helpers import ROOT, spawn
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
-from aliblip.convert import split_original
-from aliblip.distributed import assert_equal_on_ranks, rank, world_size
-from aliblip.momentum import MomentumState
-from aliblip.objective import RetrievalObjective
-from aliblip.optim import parameter_groups
+from aliblip.models.original import split_original
+from aliblip.runtime.distributed import assert_equal_on_ranks, rank, world_size
+from aliblip.training.momentum import MomentumState
+from aliblip.training.objective import RetrievalObjective
+from aliblip.training.optim import parameter_groups
 from configuration_aliblip import AliBlipConfig
 from modeling_aliblip import AliBlipForImageTextRetrieval
 

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
 from transformers.pipelines import clean_custom_task
 
 import aliblip
-from aliblip.checkpoint import save_model
+from aliblip.training.checkpoint import save_model
 from configuration_aliblip import CUSTOM_PIPELINES, AliBlipConfig
 
 HUB_FILES = sorted(path.name for path in ROOT.glob("*_aliblip.py"))

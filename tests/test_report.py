@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aliblip.report import Chart, Curve, Gallery, Hit, SheetRow, Table, contact_sheet, html_report
+from aliblip.retrieval.report import Chart, Curve, Gallery, Hit, SheetRow, Table, contact_sheet, html_report
 
 HOSTILE = """</h3><script>alert("1")</script><img src=x onerror='alert(2)'>&lt;b&gt; " onload="x" BODY TITLE {_STYLE}"""
 VOID = {"meta", "img", "br", "line", "circle", "polyline"}

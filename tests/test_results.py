@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from aliblip import results as numbers
-from aliblip.metrics import bootstrap_means, hits, interval
-from aliblip.rankings import Candidates, Direction, Retrieval, Side, final_order, ranks_of, tune_fusion
+from aliblip.retrieval import results as numbers
+from aliblip.retrieval.metrics import bootstrap_means, hits, interval
+from aliblip.retrieval.rankings import Candidates, Direction, Retrieval, Side, final_order, ranks_of, tune_fusion
 
 NAMES = {"model_name": "m", "dataset_name": "d", "split": "validation"}
 TITLES = ["red cap", "blue cap", "зелёная кепка", "12 34", "红色 帽子", "a rather long title of a very small cap"]

@@ -23,7 +23,8 @@ from helpers import ROOT, environment, free_port
 from PIL import Image
 
 from aliblip import serve
-from aliblip.arguments import ServeArguments, UsageError
+from aliblip.runtime.mistakes import UsageError
+from aliblip.serve import ServeArguments
 from gallery_aliblip import Gallery
 from pipeline_aliblip import AliBlipImageTextRetrievalPipeline
 

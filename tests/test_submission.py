@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from aliblip import submission
-from aliblip.submission import read_submission, submission_rows, verify_submission, write_submission
+from aliblip.retrieval import submission
+from aliblip.retrieval.submission import read_submission, submission_rows, verify_submission, write_submission
 
 TITLES = ["red cap", 'mug 12" "blue"', "чашка \u2028 杯子", "half an emoji \ud83d", "red cap"]
 NAMES = [f"{number}.jpg" for number in range(9)] + [

@@ -19,10 +19,10 @@ from runs import TINY, BackgroundRun, rows_of, steps_of, write_split
 from safetensors.torch import load_file
 
 import train
-from aliblip.arguments import UsageError
-from aliblip.checkpoint import checkpoints
 from aliblip.data.loader import TrainLoader
 from aliblip.data.sources import open_source
+from aliblip.runtime.mistakes import UsageError
+from aliblip.training.checkpoint import checkpoints
 
 TRAIN_ROWS, BATCH, EPOCHS = 50, 4, 3
 RECORDED = ROOT / "tests" / "recorded_train.py"

@@ -15,8 +15,8 @@ from runs import TINY, log_of, photo, steps_of, write_split
 from safetensors.torch import load_file
 
 import train
-from aliblip.arguments import UsageError
-from aliblip.progress import Log
+from aliblip.runtime.mistakes import UsageError
+from aliblip.training.progress import Log
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
 

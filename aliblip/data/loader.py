@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from aliblip.data.collate import Collator, NoUsableRow
 from aliblip.data.sources import Row, Source
-from aliblip.interrupts import let_the_trainer_decide
+from aliblip.runtime.interrupts import let_the_trainer_decide
 
 __all__ = ["EpochPlan", "EvalLoader", "TrainLoader"]
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from aliblip.data.remote import open_file, resumed, retried, storage_options
-from aliblip.files import write_bytes
+from aliblip.runtime.files import write_bytes
 
 __all__ = ["TarIndex", "indexed_tar"]
 

@@ -1,5 +1,5 @@
 """Recall@k, mean and median rank of a retrieval, as a local `evaluate` metric around the pure functions of
-`aliblip.metrics`.
+`aliblip.retrieval.metrics`.
 
     metric = evaluate.load("metrics/retrieval_recall")
     metric.compute(predictions=[[4, 0, 2], [1, 3, 0]], references=[[0], [1, 3]], k=[1, 3])
@@ -8,7 +8,7 @@
 import datasets
 import evaluate
 
-from aliblip.metrics import ranks_from_positives, summarize_ranks
+from aliblip.retrieval.metrics import ranks_from_positives, summarize_ranks
 
 _DESCRIPTION = """\
 Recall@k, mean recall, median and mean rank of a retrieval in which a query may have several positives, or none (such

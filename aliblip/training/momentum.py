@@ -13,22 +13,17 @@ spacing of bf16). It stays in fp32 on every rank, equal on all of them, since ea
 from __future__ import annotations
 
 import copy
-import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from aliblip.distributed import all_gather
+from aliblip.runtime.distributed import all_gather
 
-# Beside the weights of a model that was converted with its training state.
-MOMENTUM_FILE = "momentum.safetensors"
 QUEUES = ("image_queue", "text_queue", "queue_ids", "queue_filled")
-_UNUSED = ("crossattention", "itm_head")  # the features don't need them
+UNUSED = ("crossattention", "itm_head")  # the features don't need them
 
 
 @dataclass
@@ -87,7 +82,7 @@ class MomentumState(nn.Module):
         for module in self.encoders.modules():
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = False  # there is no backward pass to recompute for
-            for unused in _UNUSED:
+            for unused in UNUSED:
                 if hasattr(module, unused):
                     setattr(module, unused, None)
         generator = torch.Generator().manual_seed(seed)
@@ -180,55 +175,4 @@ class MomentumState(nn.Module):
         return self.queue_filled.float().mean().item()
 
 
-def read_momentum(model_name_or_path: str | os.PathLike) -> dict[str, Tensor] | None:
-    """The tensors of the `momentum.safetensors` in a local model folder; None where there is none.
-
-    Raises:
-        ValueError: a file that is not what its name says.
-    """
-    file = os.path.join(model_name_or_path, MOMENTUM_FILE)
-    if not os.path.isfile(file):
-        return None
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is no safetensors file ({error})") from error
-
-
-def check_momentum(tensors: dict[str, Tensor], model: nn.Module, queue_size: int | None = None) -> None:
-    """Refuse momentum encoders and queues that do not belong to a model.
-
-    Args:
-        tensors: of `read_momentum`.
-        model: the model, as it is to be trained.
-        queue_size: slots that the queues are to have; None: any.
-
-    Raises:
-        ValueError: names what is missing, too many or of another shape, or says both lengths of the queues.
-    """
-    carried = tensors["image_queue"].shape[0] if "image_queue" in tensors else None
-    if None not in (carried, queue_size) and carried != queue_size:
-        raise ValueError(
-            f"{MOMENTUM_FILE} beside the model has queues of {carried} slots, --queue_size is {queue_size}: give "
-            f"--queue_size {carried}, or remove that file to start with the model's own encoders and empty queues"
-        )
-    weights = {name: value for name, value in model.state_dict().items() if not any(part in name for part in _UNUSED)}
-    shapes = {f"encoders.{name}": tuple(value.shape) for name, value in weights.items()}
-    if any(name in tensors for name in QUEUES):
-        features = (carried, model.config.image_text_hidden_size)
-        shapes |= {name: features if name in QUEUES[:2] else (carried,) for name in QUEUES}
-    wrong = [f"{name} is missing" for name in shapes if name not in tensors]
-    wrong += [f"{name} is unexpected" for name in tensors if name not in shapes]
-    wrong += [
-        f"{name} is {tuple(tensors[name].shape)} for {shape}"
-        for name, shape in shapes.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
-    ]
-    if wrong:
-        raise ValueError(
-            f"{MOMENTUM_FILE} beside the model is of another model or photo size ({'; '.join(wrong)}): convert again, "
-            "or remove that file to start with the model's own encoders"
-        )
-
-
-__all__ = ["MOMENTUM_FILE", "MomentumState", "Targets", "check_momentum", "read_momentum"]
+__all__ = ["MomentumState", "Targets"]

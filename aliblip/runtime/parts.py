@@ -26,8 +26,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from aliblip.distributed import is_main, rank, together
-from aliblip.files import write_bytes, write_json
+from aliblip.runtime.distributed import is_main, rank, together
+from aliblip.runtime.files import write_bytes, write_json
 
 logger = logging.getLogger(__name__)
 

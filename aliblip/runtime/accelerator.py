@@ -16,11 +16,9 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import warnings
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -35,20 +33,9 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
 )
 
-__all__ = [
-    "AliBlipAccelerator",
-    "backward_and_step",
-    "build_accelerator",
-    "clamp_parameter",
-    "describe_machine",
-    "end",
-    "fp32_state_dict",
-    "fp32_value",
-    "launched_precision",
-    "load_fp32_state_dict",
-    "load_optimizer_state",
-    "optimizer_state",
-]
+from aliblip.runtime.distributed import launched_world_size
+
+__all__ = ["AliBlipAccelerator", "build_accelerator", "describe_machine", "end", "launched_precision"]
 
 MIXED_PRECISIONS = ("no", "bf16")
 
@@ -270,7 +257,7 @@ def _precision_of(config: dict[str, Any]) -> str | None:
 
 def _check_launch(accelerator: Accelerator, launched_as_deepspeed: bool) -> None:
     """Compare what runs with what the launcher says it started."""
-    promised = int(os.environ.get("WORLD_SIZE", "1"))
+    promised = launched_world_size()
     grouped = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if not accelerator.num_processes == grouped == promised:
         raise ValueError(
@@ -291,227 +278,5 @@ def _check_launch(accelerator: Accelerator, launched_as_deepspeed: bool) -> None
         )
 
 
-def _is_deepspeed(accelerator: Accelerator) -> bool:
+def is_deepspeed(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED
-
-
-def backward_and_step(
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loss: torch.Tensor,
-    max_grad_norm: float,
-) -> float | None:
-    """Differentiate a loss and, when the accumulation is complete, clip, step and clear the gradients.
-
-    A collective: every rank calls it for every micro-batch, inside `accelerator.accumulate(model)`. A step with a loss
-    or a gradient that is not finite on any rank is left out on every rank: weights and optimizer state stay as they
-    were. What else moves with a step (momentum encoder, queue, schedule) is to be held back by the caller then.
-
-    Args:
-        accelerator: from `build_accelerator`.
-        model: the prepared module.
-        optimizer: the prepared optimizer.
-        loss: scalar, the loss of this rank's micro-batch, not divided by the accumulation steps.
-        max_grad_norm: the value given to `build_accelerator`; 0 means no clipping.
-
-    Returns:
-        The global gradient norm before clipping, equal on all ranks; `inf` when the step was left out; None when this
-        micro-batch only accumulated.
-    """
-    # A loss that is not finite makes every gradient NaN, also where the derivative there happens to be finite: the norm
-    # that all ranks share then tells all of them, and DeepSpeed inside its backward, without one more collective.
-    loss = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
-    accelerator.backward(loss)  # under DeepSpeed this clips, steps and clears as well
-    if not accelerator.sync_gradients:
-        return None
-    if _is_deepspeed(accelerator):
-        norm = float(model.get_global_grad_norm())
-        return norm if math.isfinite(norm) else math.inf
-    # After DDP's reduction every rank has the same gradient, hence the same norm and the same decision.
-    norm = float(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm if max_grad_norm > 0 else math.inf))
-    if math.isfinite(norm):
-        optimizer.step()
-    optimizer.zero_grad()
-    return norm if math.isfinite(norm) else math.inf
-
-
-def fp32_value(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """The value of a parameter in full precision, as a detached copy on every rank.
-
-    Under ZeRO the weights in the module are working copies and the fp32 master is spread over the ranks; there this
-    is a collective. Frozen parameters have no master: theirs is the working copy.
-
-    Returns:
-        A tensor of the parameter's shape in fp32.
-    """
-    if hasattr(parameter, "_hp_mapping"):
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return safe_get_full_fp32_param(parameter).detach()
-    return parameter.detach().float().clone()
-
-
-def fp32_state_dict(module: torch.nn.Module, keep: bool = True) -> dict[str, torch.Tensor]:
-    """The state of a module with its parameters in full precision, on the CPU, for saving.
-
-    A collective under ZeRO, where a checkpoint of the working copies would lose the digits that bfloat16 has not.
-
-    Args:
-        module: the plain module, not the engine around it.
-        keep: False on ranks that only take part: they give {}, and don't fill their host's memory.
-
-    Returns:
-        The keys of `module.state_dict()`; parameters in fp32, buffers as they are.
-    """
-    state = {}
-    for name, value in module.state_dict(keep_vars=True).items():
-        value = fp32_value(value) if isinstance(value, torch.nn.Parameter) else value.detach()
-        if keep:
-            state[name] = value.cpu()
-    return state
-
-
-def load_fp32_state_dict(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """The way back of `fp32_state_dict`, into a prepared module: working copies and fp32 masters alike.
-
-    Args:
-        module: the plain module, not the engine around it.
-        state: its parameters and buffers by name, whole, on the CPU; the same on every rank.
-
-    Raises:
-        ValueError: names or shapes that are not those of the module.
-    """
-    own = module.state_dict(keep_vars=True)
-    shapes = {name: tuple(value.shape) for name, value in own.items()}
-    given = {name: tuple(value.shape) for name, value in state.items()}
-    if shapes != given:
-        differing = sorted(name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name))
-        raise ValueError(
-            f"the weights are those of another model: {', '.join(differing[:3])}"
-            f"{f' and {len(differing) - 3} more' if len(differing) > 3 else ''} differ in name or shape"
-        )
-    for name, value in own.items():
-        _set_fp32_value(value, state[name])
-
-
-def _set_fp32_value(tensor: torch.Tensor, value: torch.Tensor) -> None:
-    if hasattr(tensor, "_hp_mapping"):
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        safe_set_full_fp32_param(tensor, value.to(tensor.device))
-    # Setting the master alone would show only after the next step, and setting the copy alone would be undone by it.
-    tensor.data.copy_(value)
-
-
-def optimizer_state(
-    module: torch.nn.Module, optimizer: torch.optim.Optimizer, keep: bool = True
-) -> dict[str, torch.Tensor]:
-    """The optimizer's state by parameter name, whole and on the CPU, whatever shards it: `exp_avg.vision_proj.weight`.
-
-    A collective under ZeRO. Parameters that the optimizer has not stepped yet have no entries.
-
-    Args:
-        module: the plain module.
-        optimizer: the prepared optimizer.
-        keep: as for `fp32_state_dict`.
-    """
-    if not _is_sharded(optimizer):
-        if not keep:
-            return {}
-        states = optimizer.optimizer.state
-        entries = {f"{key}.{name}": value for name, p in module.named_parameters() for key, value in states[p].items()}
-        return {key: value.detach().cpu() for key, value in entries.items()}
-    from deepspeed.utils import safe_get_full_optimizer_state
-
-    flat_states = list(optimizer.optimizer.optimizer.state.values())
-    if not flat_states:
-        return {}
-    _link_optimizer_state(optimizer.optimizer)
-    entries = {}
-    for name, parameter in module.named_parameters():
-        if hasattr(parameter, "_hp_mapping"):
-            for key, value in flat_states[0].items():
-                # The count of steps is one number for a whole group.
-                value = safe_get_full_optimizer_state(parameter, key) if value.dim() else value.clone()
-                if keep:
-                    entries[f"{key}.{name}"] = value.detach().cpu()
-    return entries
-
-
-def load_optimizer_state(
-    module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor]
-) -> None:
-    """The way back of `optimizer_state`, into a prepared optimizer of any kind and any number of processes.
-
-    Raises:
-        ValueError: a parameter of the state that the module does not have.
-    """
-    by_name: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in state.items():
-        kind, _, name = key.partition(".")
-        by_name.setdefault(name, {})[kind] = value
-    parameters = dict(module.named_parameters())
-    if unknown := sorted(by_name.keys() - parameters.keys()):
-        raise ValueError(f"the optimizer's state is of another model: it knows {unknown[0]!r}")
-    if not by_name:
-        return
-    if not _is_sharded(optimizer):
-        names = {id(parameter): name for name, parameter in parameters.items()}
-        _load(
-            optimizer.optimizer,
-            lambda parameter: {key: value.clone() for key, value in by_name.get(names[id(parameter)], {}).items()},
-        )
-        return
-    from deepspeed.utils import safe_set_full_optimizer_state
-
-    # ZeRO makes its state at the first step. It is made here, empty, so that the parts of the parameters have a place.
-    zero, example = optimizer.optimizer, next(iter(by_name.values()))
-    _load(
-        zero.optimizer,
-        lambda flat: {
-            key: torch.zeros_like(flat, dtype=value.dtype) if value.dim() else value.clone()
-            for key, value in example.items()
-        },
-    )
-    _link_optimizer_state(zero)
-    for name, values in by_name.items():
-        for key, value in values.items():
-            if value.dim():
-                safe_set_full_optimizer_state(parameters[name], value.to(parameters[name].device), key)
-
-
-def _load(optimizer: torch.optim.Optimizer, state_of: Callable[[torch.Tensor], dict[str, torch.Tensor]]) -> None:
-    """Give a torch optimizer the state of each of its tensors, through its own `load_state_dict`."""
-    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    states = {index: state_of(parameter) for index, parameter in enumerate(own)}
-    states = {index: values for index, values in states.items() if values}
-    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _link_optimizer_state(zero) -> None:
-    """Let the parameters know their parts of the sharded state. DeepSpeed 0.19.8 does it after the step of the first
-    parameter group, when the other groups have no state yet."""
-    from deepspeed.utils import lazy_init_hp_params_optimizer_state
-
-    groups = zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True)
-    for parameters, flat in groups:
-        lazy_init_hp_params_optimizer_state(parameters, flat, zero.optimizer.state)
-
-
-def _is_sharded(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a prepared optimizer is ZeRO's around another one."""
-    return hasattr(optimizer.optimizer, "single_partition_of_fp32_groups")
-
-
-def clamp_parameter(parameter: torch.nn.Parameter, low: float, high: float) -> None:
-    """Clamp a parameter in place, its fp32 master included. A collective under ZeRO.
-
-    Clamping the tensor of the module alone would be undone by the next step, which copies the master over it.
-
-    Args:
-        parameter: of a prepared or of a plain module.
-        low: smallest value allowed.
-        high: largest value allowed.
-    """
-    _set_fp32_value(parameter, fp32_value(parameter).clamp_(low, high))

@@ -9,7 +9,6 @@ Recalls are fractions, in the files and everywhere else but in the tables. Inter
 products.
 """
 
-import functools
 import importlib.metadata
 import json
 import os
@@ -24,12 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aliblip.distributed import world_size
-from aliblip.files import write_json, write_json_lines
-from aliblip.metrics import RECALL_AT, RESAMPLES, bootstrap_means, hits, interval, summarize_ranks
-from aliblip.rankings import Retrieval, Side, final_order, ranks_of, read_ranks, write_rankings
+from aliblip.retrieval.metrics import RECALL_AT, RESAMPLES, bootstrap_means, hits, interval, summarize_ranks
+from aliblip.retrieval.rankings import Retrieval, Side, final_order, ranks_of, read_ranks, write_rankings
+from aliblip.runtime.distributed import world_size
+from aliblip.runtime.files import write_json, write_json_lines
 
-_METRIC = Path(__file__).resolve().parent.parent / "metrics" / "retrieval_recall"
 _PACKAGES = ("torch", "transformers", "accelerate")
 # Slices that are computed from the title; all others are columns of the data.
 TITLE_SLICES = ("title_length", "script")
@@ -139,19 +137,8 @@ def _measure_direction(retrieval: Retrieval, direction, queries: Side, gallery: 
     return measured
 
 
-@functools.cache
-def _metric():
-    import evaluate  # a tenth of the time that the training script needs to start, with pandas and datasets
-
-    # In memory: evaluations that run at the same time on one machine would share the metric's cache file otherwise.
-    return evaluate.load(str(_METRIC), keep_in_memory=True)
-
-
 def _summary(ranks: Tensor, k) -> dict:
-    at = sorted({*k})
-    if not len(ranks):
-        return summarize_ranks(ranks.numpy(), at)
-    return _metric().compute(predictions=ranks.tolist(), references=(ranks > 0).long().tolist(), k=at)
+    return summarize_ranks(ranks.numpy(), sorted({*k}))
 
 
 def _intervals(ranks: Tensor, product_id: Tensor) -> dict[str, list[float]]:

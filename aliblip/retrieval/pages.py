@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from aliblip.data.sources import Source, decode
-from aliblip.metrics import RECALL_AT
-from aliblip.rankings import Retrieval
-from aliblip.report import Chart, Curve, Gallery, Hit, SheetRow, Table, contact_sheet, html_report
-from aliblip.results import DIRECTION_NAMES
+from aliblip.retrieval.metrics import RECALL_AT
+from aliblip.retrieval.rankings import Retrieval
+from aliblip.retrieval.report import Chart, Curve, Gallery, Hit, SheetRow, Table, contact_sheet, html_report
+from aliblip.retrieval.results import DIRECTION_NAMES
 
 SHEET_QUERIES = 8
 SHEET_PHOTOS = 3

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from aliblip.arguments import UsageError
-from aliblip.distributed import all_gather_objects, is_main, rank, reduce_sum
-from aliblip.files import write_json, write_json_lines
-from aliblip.results import format_table
+from aliblip.retrieval.results import format_table
+from aliblip.runtime.distributed import all_gather_objects, is_main, rank, reduce_sum
+from aliblip.runtime.files import write_json, write_json_lines
+from aliblip.runtime.mistakes import UsageError
 
 # What a head scores that always answers the prior, one match in three pairs.
 ITM_PRIOR_LOSS = -(math.log(1 / 3) + 2 * math.log(2 / 3)) / 3

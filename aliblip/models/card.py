@@ -19,9 +19,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from safetensors import safe_open
 
-from aliblip.files import write_text
-from aliblip.metrics import RECALL_AT
-from aliblip.results import DIRECTION_NAMES
+from aliblip.retrieval.metrics import RECALL_AT
+from aliblip.retrieval.results import DIRECTION_NAMES
+from aliblip.runtime.files import write_text
 
 CARD = "README.md"
 # A card with this line is ours to replace; whoever edits one takes the line out.

@@ -10,6 +10,7 @@ Shapes: `W` processes, `N` rows of one rank.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -26,6 +27,8 @@ __all__ = [
     "broadcast_object",
     "checksum",
     "is_main",
+    "launched_rank",
+    "launched_world_size",
     "rank",
     "reduce_max",
     "reduce_sum",
@@ -51,6 +54,16 @@ def rank() -> int:
 def is_main() -> bool:
     """Whether this is the process that prints and writes files."""
     return rank() == 0
+
+
+def launched_rank() -> int:
+    """This process's number by the launcher's word, which holds before the process group has started as well."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def launched_world_size() -> int:
+    """The number of processes by the launcher's word. `build_accelerator` compares it with what was started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def barrier() -> None:

@@ -20,7 +20,7 @@ import sys
 
 import torch
 
-from aliblip.distributed import reduce_max
+from aliblip.runtime.distributed import reduce_max
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # of Linux' prctl

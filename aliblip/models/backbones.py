@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, BertModel, BlipImageProcessorPil, ViTModel
 
-from aliblip.arguments import UsageError, first_line
-from aliblip.convert import check_weights
+from aliblip.models.original import check_weights
+from aliblip.runtime.mistakes import UsageError, first_line
 from configuration_aliblip import training_defaults
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor

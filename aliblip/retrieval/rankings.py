@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 import retrieval_aliblip as engine
-from aliblip.files import write_bytes
-from aliblip.metrics import ranks_after_reranking, summarize_ranks
+from aliblip.retrieval.metrics import ranks_after_reranking, summarize_ranks
+from aliblip.runtime.files import write_bytes
 
 # Of the ITC similarity, whose differences are small beside those of a logit: steps of the root of two.
 FUSION_WEIGHTS = (0.0, *(2.0 ** (step / 2) for step in range(-4, 19)))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aliblip.distributed import all_gather, all_gather_with_grad, reduce_max
+from aliblip.runtime.distributed import all_gather, all_gather_with_grad, reduce_max
 from losses_aliblip import hard_negatives, itc_loss, itm_loss, itm_pairs, positives, soft_targets
 
 
@@ -84,7 +84,7 @@ class RetrievalObjective(nn.Module):
 
         Args:
             batch: pixel_values (B, 3, H, H), input_ids and attention_mask (B, L), product_id (B,).
-            targets: the momentum side, see `aliblip.momentum.Targets`.
+            targets: the momentum side, see `aliblip.training.momentum.Targets`.
             alpha: weight of the momentum encoders' opinion in the ITC targets.
 
         Returns:

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from aliblip.files import write_text
+from aliblip.runtime.files import write_text
 
 __all__ = ["read_submission", "submission_rows", "verify_submission", "write_submission"]
 

@@ -31,11 +31,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import retrieval_aliblip as engine
-from aliblip.distributed import all_gather_objects, is_main, rank, together, world_size
-from aliblip.metrics import best_positive_ranks
-from aliblip.parts import Parts, Stage
-from aliblip.rankings import Candidates, Direction, Rankings, Retrieval, Side, final_order, ranks_of, score_of
-from aliblip.results import MATRIX, measure
+from aliblip.retrieval.metrics import best_positive_ranks
+from aliblip.retrieval.rankings import Candidates, Direction, Rankings, Retrieval, Side, final_order, ranks_of, score_of
+from aliblip.retrieval.results import MATRIX, measure
+from aliblip.runtime.distributed import all_gather_objects, is_main, rank, together, world_size
+from aliblip.runtime.parts import Parts, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def _as_depths(k_rerank: Depth | Sequence[Depth] | None) -> list[Depth]:
 
 
 def evaluate_retrieval(model, loader, *, model_name: str, dataset_name: str, split: str, **options) -> dict:
-    """`retrieve`, measured: what results.json holds (see `aliblip.results.measure`), equal on all ranks."""
+    """`retrieve`, measured: what results.json holds (see `aliblip.retrieval.results.measure`), equal on all ranks."""
     start = time.perf_counter()
     retrieval = retrieve(model, loader, **options)
 

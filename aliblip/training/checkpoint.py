@@ -30,10 +30,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from aliblip.accelerator import fp32_state_dict, load_fp32_state_dict, load_optimizer_state, optimizer_state
-from aliblip.arguments import UsageError
-from aliblip.distributed import all_gather_objects, barrier, broadcast_object, is_main, rank
-from aliblip.files import NewFolder, write_json, write_tensors
+from aliblip.runtime.distributed import all_gather_objects, barrier, broadcast_object, is_main, rank
+from aliblip.runtime.files import NewFolder, write_json, write_tensors
+from aliblip.runtime.mistakes import UsageError
+from aliblip.training.step import fp32_state_dict, load_fp32_state_dict, load_optimizer_state, optimizer_state
 
 STATE = "state.json"
 FORMAT = 1

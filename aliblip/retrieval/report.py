@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from aliblip.files import write_bytes, write_text
+from aliblip.runtime.files import write_bytes, write_text
 
 _PAPER = "#ffffff"
 _BAND = "#f4f5f7"

@@ -1,0 +1,1 @@
+"""Where models come from and go to: BLIP's files, trained towers, the model card, the Hub."""

@@ -1,0 +1,116 @@
+"""A model and its processor, from any folder, file or Hub name that holds one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, BertTokenizer, BlipImageProcessorPil
+
+from aliblip.models.original import Original, is_original, model_of_original, original_config, read_original
+from aliblip.runtime.mistakes import UsageError, first_line
+from modeling_aliblip import AliBlipForImageTextRetrieval
+from processing_aliblip import AliBlipProcessor
+
+
+def check_vocabulary(
+    source: str, processor: AliBlipProcessor, vocab_size: int, enc_token_id: int | None = None
+) -> None:
+    """Refuse a tokenizer whose ids are not those of the model's word embeddings.
+
+    Raises:
+        UsageError: another number of tokens, or another id of [ENC] than a configuration says.
+    """
+    tokens = len(processor.tokenizer)
+    if tokens != vocab_size:
+        raise UsageError(
+            f"{source} has word embeddings for {vocab_size} tokens, the tokenizer has {tokens} ([DEC] and [ENC] "
+            "included): name the tokenizer that it was trained with, --tokenizer_name"
+        )
+    if enc_token_id not in (None, processor.enc_token_id):
+        raise UsageError(
+            f"[ENC] is token {processor.enc_token_id} of the tokenizer, but enc_token_id in the config.json of "
+            f"{source} is {enc_token_id} (without one: the last token): correct it, or name another --tokenizer_name"
+        )
+
+
+def build_processor(
+    tokenizer_name: str, max_length: int | None = None, image_processor: BlipImageProcessorPil | None = None
+) -> AliBlipProcessor:
+    """A new processor around a tokenizer: a folder, a `vocab.txt` or a Hub name.
+
+    Raises:
+        UsageError: there is none, or it is no fast WordPiece tokenizer.
+    """
+    name = tokenizer_name
+    try:
+        tokenizer = BertTokenizer(vocab=name) if os.path.isfile(name) else AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"no tokenizer at {name!r} ({first_line(error)}): --tokenizer_name takes a folder, a vocab.txt or a "
+            "Hub name"
+        ) from error
+    if not tokenizer.is_fast or getattr(tokenizer, "cls_token_id", None) is None:
+        raise UsageError(f"the tokenizer {name!r} is no fast WordPiece tokenizer with [CLS]: take a BERT tokenizer")
+    return AliBlipProcessor(image_processor, tokenizer, max_length=max_length or 35)
+
+
+def load_pretrained(
+    name: str,
+    *,
+    tokenizer_name: str | None = None,
+    max_length: int | None = None,
+    vision_config: dict[str, Any] | None = None,
+    text_config: dict[str, Any] | None = None,
+    attn_implementation: str | None = None,
+) -> tuple[AliBlipForImageTextRetrieval, AliBlipProcessor, Original | None]:
+    """A model in fp32 with its processor, from an AliBLIP or `blip` folder or Hub name, or from an original file.
+
+    Args:
+        name: the folder, Hub name or file.
+        tokenizer_name: instead of the folder's tokenizer; for an original file the default is the tokenizer.json beside
+            it, as `--to original` writes it, or else bert-base-uncased.
+        max_length: longest title in tokens; None: as in the folder, or 35.
+        vision_config, text_config: of an original file, see `original_config`.
+        attn_implementation: as in transformers.
+
+    Returns:
+        Model, processor and, of an original file, all that stood in it.
+
+    Raises:
+        UsageError, ValueError, OSError: what can't be read or does not fit, by name.
+    """
+    if not is_original(name):
+        if vision_config or text_config:
+            raise UsageError("--vision_config and --text_config: the model brings its own, leave them out")
+        try:
+            model = AliBlipForImageTextRetrieval.from_pretrained(
+                name, dtype=torch.float32, attn_implementation=attn_implementation
+            )
+        except OSError as error:  # whose first line need not name it
+            raise OSError(f"can't load the model {name}: {first_line(error)}") from error
+        if tokenizer_name is None:
+            processor = AliBlipProcessor.from_pretrained(name)
+        else:
+            image_processor = BlipImageProcessorPil.from_pretrained(name)
+            processor = build_processor(tokenizer_name, image_processor=image_processor)
+        processor.max_length = max_length or processor.max_length
+        check_vocabulary(name, processor, model.config.text_config.vocab_size, model.config.enc_token_id)
+        return model, processor, None
+    original = read_original(name)
+    beside = Path(name).parent
+    own = str(beside) if (beside / "tokenizer.json").is_file() else "bert-base-uncased"
+    processor = build_processor(tokenizer_name or own, max_length)
+    text_config = {"pad_token_id": processor.tokenizer.pad_token_id, **(text_config or {})}
+    words = original.weights.get("text_encoder.embeddings.word_embeddings.weight")
+    if words is not None:  # else `original_config` tells it
+        check_vocabulary(name, processor, words.shape[0])
+    config = original_config(original, vision_config or {}, text_config, processor.enc_token_id)
+    model = model_of_original(original, config)
+    if attn_implementation is not None:
+        model.set_attn_implementation(attn_implementation)
+    size = config.vision_config.image_size
+    processor.image_processor.size = {"height": size, "width": size}
+    return model, processor, original

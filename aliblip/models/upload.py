@@ -1,0 +1,371 @@
+"""A model's folder on the Hub: its files and its card, in one commit; while training, in the background.
+
+Checkpoints, evaluations, logs and lists of rows stay here. A failed upload is told and never ends a run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+from tqdm.auto import tqdm
+
+from aliblip.models.card import CARD, write_card
+from aliblip.runtime.arguments import option
+from aliblip.runtime.mistakes import UsageError, first_line
+
+REQUIRED = {
+    "config.json": ("config.json",),
+    "weights": ("model.safetensors", "model.safetensors.index.json"),
+    "processor": ("processor_config.json",),
+    "tokenizer": ("tokenizer.json",),
+    "code": ("modeling_aliblip.py",),
+}
+# All that is uploaded, and all that is taken away there when it is no longer part of the model (shards of before).
+MODEL_FILES = (
+    *("config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+    *("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.txt", "*_aliblip.py", CARD),
+)
+# Seconds before the second, third ... try of an upload. At the start, where somebody is waiting, the first two.
+WAITS = (1.0, 5.0, 20.0, 60.0)
+# How long the end of a run waits for its last upload; a run that was told to stop is killed by its launcher after 30 s.
+SECONDS_AT_THE_END = 3600.0
+SECONDS_AFTER_A_STOP = 10.0
+SECONDS_BETWEEN_NEWS = 30.0
+
+T = TypeVar("T")
+
+
+@dataclass
+class HubArguments:
+    """Where on the Hub to publish. Kept apart from what a run records: the token is a secret."""
+
+    hub_model_id: str | None = option(None, "Repository on the Hub, me/name; it is made if it is not there.")
+    hub_private_repo: bool = option(False, "Make a new repository private, whatever your account says.")
+    hub_token: str | None = option(None, "Token with write permission (default: HF_TOKEN, or that of hf auth login).")
+    hub_license: str | None = option(None, "License of the weights for the card, as the Hub calls it: apache-2.0.")
+
+
+# --- the folder -------------------------------------------------------------------------------------------------------
+
+
+def model_files(folder: Path) -> list[str]:
+    """Names of the files of a model's folder that are uploaded."""
+    return sorted(path.name for path in folder.iterdir() if path.is_file() and _is_of_a_model(path.name))
+
+
+def _is_of_a_model(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in MODEL_FILES)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises UsageError for a folder that the Hub could not load."""
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {folder}: give a trained model, such as outputs/mine/best")
+    missing = [part for part, names in REQUIRED.items() if not any((folder / name).is_file() for name in names)]
+    if missing == ["code"]:
+        raise UsageError(
+            f"{folder} has no modeling_aliblip.py beside its weights, so that the Hub could not run it: python -m "
+            f"aliblip.convert --model_name_or_path {folder} --output_dir {folder}-complete writes a folder that has"
+        )
+    if missing:
+        raise UsageError(
+            f"{folder} is no model of AliBLIP, it has no {', no '.join(missing)}: give best or last of an output folder"
+        )
+    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if model_type != "aliblip":
+        raise UsageError(f"{folder} holds a model of type {model_type!r}: convert it first, with aliblip.convert")
+
+
+# --- the Hub ----------------------------------------------------------------------------------------------------------
+
+
+def check_hub_arguments(args: HubArguments) -> None:
+    """Raises UsageError for what is wrong without asking the Hub."""
+    if args.hub_model_id is None:
+        raise UsageError("--hub_model_id is missing: name the repository, such as me/my-model")
+    try:
+        validate_repo_id(args.hub_model_id)
+    except HFValidationError as error:
+        raise UsageError(f"--hub_model_id {args.hub_model_id}: {first_line(error)}") from error
+
+
+def connect(args: HubArguments) -> tuple[HfApi, str]:
+    """The Hub and the full name of the repository, which is made if it is not there, once all that can be known says
+    that an upload will succeed.
+
+    Raises:
+        UsageError: no or a wrong token, no permission, an unknown license, or the Hub can't be reached.
+    """
+    check_hub_arguments(args)
+    api = HfApi(token=args.hub_token)
+    token = "--hub_token" if args.hub_token is not None else "the token of HF_TOKEN or of `hf auth login`"
+    name = args.hub_model_id
+    user = "?"
+    try:
+        user = _patiently(api.whoami)["name"]
+        if args.hub_license is not None:
+            metadata = ModelCardData(license=args.hub_license).to_yaml()
+            _patiently(ModelCard(f"---\n{metadata}\n---\n").validate)
+        name = _patiently(lambda: api.create_repo(name, private=args.hub_private_repo or None, exist_ok=True)).repo_id
+        _patiently(lambda: api.auth_check(name, write=True))
+    except LocalTokenNotFoundError as error:
+        raise UsageError(
+            "there is no token for the Hub: `hf auth login`, or set HF_TOKEN, or give --hub_token; it needs write "
+            "permission (https://huggingface.co/settings/tokens)"
+        ) from error
+    except OfflineModeIsEnabled as error:
+        raise UsageError(f"the Hub is switched off by HF_HUB_OFFLINE: unset it{_LATER}") from error
+    except Exception as error:  # each version of the library brings its HTTP client with errors of its own
+        status = _status(error)
+        if status in (401, 403) and user == "?":
+            raise UsageError(
+                f"{token} is not accepted by {api.endpoint}: make one with write permission "
+                "(https://huggingface.co/settings/tokens)"
+            ) from error
+        if status in (401, 403, 404):
+            owner, _, own_name = name.rpartition("/")
+            other = f", or another --hub_model_id, such as {user}/{own_name}" if owner not in ("", user) else ""
+            raise UsageError(
+                f"{token} (user {user}) may not write to {name} ({first_line(error)}): give a token with write "
+                f"permission{other}"
+            ) from error
+        if args.hub_license is not None and status is None and not _may_pass(error):
+            raise UsageError(
+                f"--hub_license {args.hub_license} is not accepted ({' '.join(str(error).split())}): give a name of "
+                "https://huggingface.co/docs/hub/repositories-licenses"
+            ) from error
+        raise UsageError(
+            f"{api.endpoint} can't be used ({type(error).__name__}: {first_line(error)}): try again{_LATER}"
+        ) from error
+    return api, name
+
+
+_LATER = "; to train without it, leave out --push_to_hub and publish the finished model with python -m aliblip.publish"
+
+
+def _patiently(call: Callable[[], T]) -> T:
+    return retried(call, WAITS[:2], time.sleep)
+
+
+def retried(call: Callable[[], T], waits: tuple[float, ...], wait: Callable[[float], object]) -> T:
+    """Call until it succeeds, fails for good, or has failed once more than there are waits.
+
+    Args:
+        call: what may fail.
+        waits: seconds before each further try.
+        wait: waits so many seconds; a true value ends the tries.
+
+    Raises:
+        Exception: of the last try.
+    """
+    for seconds in (*waits, None):
+        try:
+            return call()
+        except Exception as error:
+            if seconds is None or not _may_pass(error) or wait(seconds):
+                raise
+    raise AssertionError("the last try returns or raises")
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status behind an error, if one is."""
+    while error is not None:
+        if isinstance(error, HfHubHTTPError):
+            return error.response.status_code
+        error = error.__cause__
+    return None
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether trying again can help: connections that break and servers that are busy, and not what they refuse."""
+    status = _status(error)
+    if status is not None:
+        return status in (408, 429) or status >= 500
+    if isinstance(error, json.JSONDecodeError):  # a busy proxy's HTML instead of the Hub's JSON
+        return True
+    return not isinstance(error, (ValueError, LocalTokenNotFoundError, OfflineModeIsEnabled, FileNotFoundError))
+
+
+def upload(api: HfApi, repo_id: str, folder: Path, message: str) -> str:
+    """Make the repository hold exactly this model, in one commit. Other files there stay. Returns its address.
+
+    Raises:
+        Exception: what the Hub or the connection answers.
+    """
+    names = model_files(folder)
+    there = api.list_repo_files(repo_id)
+    gone = [CommitOperationDelete(name) for name in there if _is_of_a_model(name) and name not in names]
+    added = [CommitOperationAdd(name, folder / name) for name in names]
+    api.create_commit(repo_id, [*gone, *added], commit_message=message)
+    return f"{api.endpoint}/{repo_id}"
+
+
+def command(folder: Path, repo_id: str, license: str | None) -> str:
+    """What to type to upload a folder."""
+    words = ["python", "-m", "aliblip.publish", "--model_name_or_path", str(folder), "--hub_model_id", repo_id]
+    return shlex.join([*words, *(["--hub_license", license] if license is not None else [])])
+
+
+# --- while training ---------------------------------------------------------------------------------------------------
+
+
+class Publisher:
+    """Uploads models in the background, for the main process of a run.
+
+        publisher = Publisher(*connect(args), license=args.hub_license)
+        publisher.push(output_dir / "best", "epoch 1")       # returns at once, never raises
+        publisher.finish(SECONDS_AT_THE_END)
+
+    A model is uploaded as it was when it was pushed, though its folder may be replaced meanwhile: its files are linked
+    into a folder beside it. One that still waits when the next one comes is left out: the next one replaces it on the
+    Hub too.
+
+    Args:
+        api, repo_id: of `connect`.
+        license: for the card.
+        tell: prints a line.
+    """
+
+    def __init__(
+        self, api: HfApi, repo_id: str, license: str | None = None, tell: Callable[[str], object] = tqdm.write
+    ):
+        self.api, self.repo_id, self.license, self.tell = api, repo_id, license, tell
+        self.folder: Path | None = None  # of the newest model
+        self._count = 0  # of the newest model
+        self._on_the_hub = 0  # the count of the model that the Hub has
+        self._files: dict | None = None  # of the newest model
+        self._waiting: tuple[int, Path, str] | None = None
+        self._busy = False
+        self._changed = threading.Condition()
+        # A daemon: an upload that hangs must not keep a process that is done.
+        self._thread = threading.Thread(target=self._work, name="publisher", daemon=True)
+        disable_progress_bars()  # they would break through the bar of the run
+
+    def push(self, folder: Path, message: str) -> None:
+        """Let a model be uploaded, unless it is the one that was pushed last and that has not failed."""
+        copy = folder.parent / f".publish-{self._count + 1}.tmp"  # `repair` removes it after a kill
+        try:
+            if not write_card(folder, self.repo_id, self.license) and self.folder is None:
+                self.tell(f"{folder / CARD} has been edited: it is uploaded as it is")
+            files = {name: _identity(folder / name) for name in model_files(folder)}
+            with self._changed:
+                is_under_way = self._busy or self._waiting is not None or self._on_the_hub == self._count
+            if files == self._files and is_under_way:
+                return
+            _link(folder, list(files), copy)
+        except Exception as error:  # whatever is wrong with the folder
+            shutil.rmtree(copy, ignore_errors=True)
+            files = None
+            self.tell(
+                f"warning: {folder} can't be uploaded ({type(error).__name__}: {first_line(error)}): the run goes on"
+            )
+        self._count, self.folder, self._files = self._count + 1, folder, files
+        if files is None:
+            return
+        with self._changed:
+            if self._waiting is not None:
+                shutil.rmtree(self._waiting[1], ignore_errors=True)
+            self._waiting = (self._count, copy, message)
+            self._changed.notify_all()
+        if not self._thread.is_alive():
+            self._thread.start()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting is not None)
+                (number, copy, message), self._waiting, self._busy = self._waiting, None, True
+            problem = None
+            try:
+                retried(lambda: upload(self.api, self.repo_id, copy, message), WAITS, self._wait)  # noqa: B023
+            except Exception as error:
+                problem = error
+            shutil.rmtree(copy, ignore_errors=True)
+            with self._changed:
+                if problem is None:
+                    self._on_the_hub = number
+                elif self._waiting is None:  # else the next one takes its place
+                    self.tell(
+                        f"warning: {message} could not be uploaded to {self.repo_id} "
+                        f"({type(problem).__name__}: {first_line(problem)}): the run goes on"
+                    )
+                self._busy = False
+                self._changed.notify_all()
+
+    def _wait(self, seconds: float) -> bool:
+        """Wait before the next try; whether a newer model has come, which makes it needless."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._waiting is not None, timeout=seconds)
+
+    def finish(self, seconds: float) -> None:
+        """Wait for the last upload, with news, at most so long; tell where the model is, or how to upload it."""
+        if self.folder is None:
+            return
+        start = time.monotonic()
+        try:
+            with self._changed:
+                while self._busy or self._waiting is not None:
+                    waited = time.monotonic() - start
+                    if waited >= seconds:
+                        break
+                    self.tell(f"uploading {self.folder} to {self.repo_id} ({waited:.0f} s; Ctrl-C leaves it)")
+                    self._changed.wait(min(SECONDS_BETWEEN_NEWS, seconds - waited))
+        except KeyboardInterrupt:
+            pass
+        if self._on_the_hub == self._count:
+            self.tell(f"published: {self.api.endpoint}/{self.repo_id}")
+        else:
+            self.tell(
+                f"not on the Hub: {self.folder}; to upload it: {command(self.folder, self.repo_id, self.license)}"
+            )
+            self.tell = lambda text: None  # what the thread still meets, with its files gone
+            for copy in self.folder.parent.glob(".publish-*.tmp"):
+                shutil.rmtree(copy, ignore_errors=True)
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    """Differs between two files of one name."""
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _link(folder: Path, names: list[str], copy: Path) -> None:
+    """Let `copy` hold these files of the folder, without their bytes where the file system can."""
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.mkdir()
+    for name in names:
+        try:
+            os.link(folder / name, copy / name)
+        except OSError:
+            shutil.copy2(folder / name, copy / name)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+__all__ = [
+    "SECONDS_AFTER_A_STOP",
+    "SECONDS_AT_THE_END",
+    "Publisher",
+    "check_folder",
+    "check_hub_arguments",
+    "command",
+    "connect",
+    "model_files",
+    "retried",
+    "upload",
+]

@@ -1,0 +1,1 @@
+"""Search and measure: embedding in units, re-ranking, rankings, metrics, results, galleries."""

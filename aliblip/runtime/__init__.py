@@ -1,0 +1,1 @@
+"""What any program on several processes needs: flags, launch, collectives, files, signals. Nothing of photos."""

@@ -1,0 +1,129 @@
+"""Command-line arguments of both scripts, and recipes.
+
+    python train.py --config recipes/demo.yaml --learning_rate 1e-4
+
+A recipe is a YAML mapping of flag names to values: it sets defaults, flags override. Every mistake raises `UsageError`
+with one line: what was given, what is accepted, what to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import field
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+from aliblip.runtime.mistakes import UsageError
+
+SECONDS_FOR_THE_FIRST_PROCESS = 30
+
+
+def option(default, text: str, **kwargs):
+    return field(default=default, metadata={"help": text, **kwargs})
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):
+        raise UsageError(f"{message}; see --help")
+
+
+def parse(dataclass_types: Sequence[type], argv: Sequence[str] | None = None, description: str | None = None) -> tuple:
+    """Parse flags and the recipe that `--config` names into one instance per dataclass.
+
+    Raises:
+        UsageError: an unknown flag or key, a value of the wrong type, a recipe that can't be read.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(
+        dataclass_types,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="Recipe: a YAML mapping of these flags' names to values; flags override it.")
+    names = {f.name: f for dataclass_type in dataclass_types for f in dataclasses.fields(dataclass_type)}
+    recipe = _config_value(argv)
+    if recipe is not None:
+        # As flags before the given ones: argparse converts and checks both alike, and the later one wins.
+        argv = [*_recipe_flags(recipe, names), *argv]
+    parsed = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if parsed[-1]:
+        flag = parsed[-1][0]
+        raise UsageError(f"unknown argument {flag}: {_suggest(flag.lstrip('-').split('=')[0], names)}; see --help")
+    return tuple(parsed[: len(dataclass_types)])
+
+
+def _config_value(argv: list[str]) -> str | None:
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    try:
+        return finder.parse_known_args(argv)[0].config
+    except SystemExit as error:
+        raise UsageError("--config needs the path of a recipe") from error
+
+
+def _recipe_flags(path: str, names: dict) -> list[str]:
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"can't read the recipe {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"the recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(recipe, dict):
+        raise UsageError(
+            f"the recipe {path} holds a {type(recipe).__name__}: it must be a mapping of flag names to values"
+        )
+    flags = []
+    for key, value in recipe.items():
+        if key not in names:
+            raise UsageError(f"unknown key {key!r} in the recipe {path}: {_suggest(str(key), names)}")
+        if value is None:
+            continue
+        flags += [f"--{key}={json.dumps(value) if isinstance(value, (dict, bool)) else value}"]
+    return flags
+
+
+def _suggest(name: str, names) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"accepted are {', '.join(sorted(names))}"
+
+
+def json_mapping(name: str, text: str | None) -> dict:
+    """A flag that holds a JSON object, as a dictionary; empty without the flag.
+
+    Raises:
+        UsageError: something else than a JSON object.
+    """
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(
+            f'--{name} is not valid JSON ({error}): give an object such as {{"hidden_size": 192}}'
+        ) from error
+    if not isinstance(value, dict):
+        raise UsageError(f'--{name} is a {type(value).__name__}: give a JSON object such as {{"hidden_size": 192}}')
+    return value
+
+
+def check_range(**ranges) -> None:
+    """`name=(value, low, high)`; None as a bound: open; None as a value: not given.
+
+    Raises:
+        UsageError: a value out of its range.
+    """
+    for name, (value, low, high) in ranges.items():
+        if value is not None and ((low is not None and value < low) or (high is not None and value > high)):
+            accepted = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise UsageError(f"--{name} is {value}: it must be {accepted}")
+
+
+__all__ = ["UsageError", "check_range", "json_mapping", "parse"]

@@ -1,0 +1,70 @@
+"""A user's mistake becomes one line; a bug of ours keeps its traceback.
+
+    raise UsageError("--k_rerank is 0: give a number of at least 1")
+
+Only a `UsageError` is a mistake. What a library raises for a wrong path or name becomes one where it is called, with
+`usage_errors`; any other exception is ours and ends the process as Python shows it. ALIBLIP_TRACEBACK=1 shows the
+traceback of a mistake too.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from aliblip.runtime.distributed import launched_rank
+
+SECONDS_FOR_THE_FIRST_PROCESS = 30
+TRACEBACK_VARIABLE = "ALIBLIP_TRACEBACK"
+
+
+class UsageError(ValueError):
+    """A mistake in what the user gave; the message is the one line to show."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says first, for a `UsageError`."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+@contextmanager
+def usage_errors(*kinds: type[Exception], told: str = "{}") -> Iterator[None]:
+    """Make a `UsageError` of what a library raises for something that the user named.
+
+    Put it around that one call, so that no error of ours hides in it. A `UsageError` passes as it is.
+
+    Args:
+        kinds: of the library's errors.
+        told: the message, `{}` for the first line of the library's own.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except kinds as error:
+        raise UsageError(told.replace("{}", first_line(error))) from error
+
+
+def main_with_usage_errors(name: str, main: Callable[[], int | None]) -> None:
+    """Run a script's `main` and exit with its code; a UsageError ends it with exit code 2 and one line, printed by the
+    first process.
+
+    The other processes of a launch meet the same mistake. They wait: a launcher ends all processes as soon as one has
+    failed, so one that left first would cut the line off. Whoever is still there after that met a mistake of its own.
+    """
+    try:
+        sys.exit(main())
+    except UsageError as error:
+        if launched_rank() != 0:
+            time.sleep(SECONDS_FOR_THE_FIRST_PROCESS)
+        if os.environ.get(TRACEBACK_VARIABLE, "") not in ("", "0"):
+            traceback.print_exc()
+        print(f"{name}: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+__all__ = ["UsageError", "first_line", "main_with_usage_errors", "usage_errors"]
