@@ -29,6 +29,7 @@ from aliblip.retrieval.report import Hit, SheetRow, contact_sheet
 from aliblip.runtime import parts as parts_module
 from aliblip.runtime.mistakes import UsageError, main_with_usage_errors
 from aliblip.runtime.parts import Parts
+from aliblip.runtime.units import gather_units
 from configuration_aliblip import AliBlipConfig
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
@@ -314,10 +315,10 @@ def test_training_state_is_left_alone(model, loader):
 
 
 def test_a_lost_or_double_unit_is_noticed():
-    assert evaluation._gather_units("search", [(1, "b"), (0, "a")], 2) == ["a", "b"]
+    assert gather_units("search", [(1, "b"), (0, "a")], 2) == ["a", "b"]
     for parts in ([(0, "a")], [(0, "a"), (0, "a"), (1, "b")]):
         with pytest.raises(RuntimeError, match="some are missing or double"):
-            evaluation._gather_units("search", parts, 2)
+            gather_units("search", parts, 2)
 
 
 # --- the script -------------------------------------------------------------------------------------------------------

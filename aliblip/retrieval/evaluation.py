@@ -19,23 +19,22 @@ import functools
 import hashlib
 import logging
 import os
-import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 
 import retrieval_aliblip as engine
+from aliblip.retrieval.embedding import TokenMemory, embed, undisturbed
 from aliblip.retrieval.metrics import best_positive_ranks
 from aliblip.retrieval.rankings import Candidates, Direction, Rankings, Retrieval, Side, final_order, ranks_of, score_of
 from aliblip.retrieval.results import MATRIX, measure
-from aliblip.runtime.distributed import all_gather_objects, is_main, rank, together, world_size
-from aliblip.runtime.parts import Parts, Stage
+from aliblip.runtime.distributed import all_gather_objects, is_main, together
+from aliblip.runtime.parts import Parts, stage_of
+from aliblip.runtime.units import gather_units, own_units, unit_bar
 
 logger = logging.getLogger(__name__)
 
@@ -158,10 +157,11 @@ def retrieve(
     if exhaustive and parts is None:
         raise ValueError('k_rerank "all" needs a place for its file: give parts')
     seconds: dict[str, float] = {}
-    with _undisturbed(model), _timed(seconds, "total"):
+    with undisturbed(model), _timed(seconds, "total"):
         with _timed(seconds, "embed"):
-            images, titles, kept, resumed = _embed(
-                model, loader, queries, dtype, image_token_memory_gb, parts, progress
+            memory = TokenMemory(image_token_memory_gb * 1e9)
+            images, titles, resumed = embed(
+                model, loader, queries, dtype=dtype, memory=memory, parts=parts, progress=progress
             )
         depths = _depths(asked, len(images), score)
         reranked = max(depths[:-1], default=0) if exhaustive else depths[-1]
@@ -180,7 +180,7 @@ def retrieve(
         rankings: list[Rankings] = []
         if score != "itc":
             with _timed(seconds, "rerank"):
-                work = _Reranking(model, loader, images, titles, kept, dtype, rerank_batch_tokens, progress)
+                work = _Reranking(model, loader, images, titles, memory, dtype, rerank_batch_tokens, progress)
                 if exhaustive:
                     logits, again = work.all_pairs([candidates for candidates, _ in found], parts)
                 else:
@@ -231,120 +231,6 @@ def _depths(asked: list[Depth], gallery_size: int, score: str) -> list[int]:
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------
-
-
-def _embed(
-    model, loader, queries, dtype, memory_gb: float, parts: Parts | None, progress: bool
-) -> tuple[Side, Side, dict[int, Tensor], int]:
-    """Both sides on all ranks, the image tokens of own units as far as the memory allows, and how many units an earlier
-    start had finished."""
-    kept: dict[int, Tensor] = {}
-    memory = _TokenMemory(kept, memory_gb * 1e9)
-    if queries is None:
-        units, resumed = _embed_units(model, loader, "rows", dtype, memory, parts, progress)
-        images, titles = _side(units, "image_embeds"), _side(units, "text_embeds")
-        titles.skipped, titles.others = images.skipped, images.others
-    else:
-        units, resumed = _embed_units(model, loader, "photos", dtype, memory, parts, progress)
-        images = _side(units, "image_embeds")
-        units, again = _embed_units(model, queries, "titles", dtype, memory, parts, progress)
-        titles, resumed = _side(units, "text_embeds"), resumed + again
-    if is_main():
-        memory.tell()
-    return images, titles, kept, resumed
-
-
-class _TokenMemory:
-    """Image tokens of own units, kept while they fit."""
-
-    def __init__(self, kept: dict[int, Tensor], limit: float):
-        self.kept, self.limit, self.kept_bytes, self.all_bytes, self.units = kept, limit, 0, 0, 0
-
-    def offer(self, unit: int, tokens: Tensor) -> None:
-        size = tokens.numel() * tokens.element_size()
-        self.units += 1
-        self.all_bytes += size
-        if self.kept_bytes + size <= self.limit:
-            self.kept[unit] = tokens.cpu()
-            self.kept_bytes += size
-
-    def tell(self) -> None:
-        whole = len(self.kept) == self.units
-        logger.info(
-            "image tokens of %d of %d units of this process stay in host memory (%.2f of %.2f GB, at most %g GB); %s",
-            len(self.kept),
-            self.units,
-            self.kept_bytes / 1e9,
-            self.all_bytes / 1e9,
-            self.limit / 1e9,
-            "nothing is encoded twice" if whole else "the others are read and encoded again to re-rank",
-        )
-
-
-_DESCRIPTION = ("name", "text", "others")
-
-
-def _embed_units(
-    model, loader, name: str, dtype, memory: _TokenMemory, parts: Parts | None, progress: bool
-) -> tuple[list[dict], int]:
-    """Tensors and descriptions of all units of a loader, in unit order, on all ranks."""
-    own = range(rank(), loader.num_units, world_size())
-    with _stage(parts, f"embed-{name}") as stage:  # collective
-        done = [unit for unit in own if unit in stage]
-        results = [(unit, _described(*stage.load(unit))) for unit in done]
-        todo = [unit for unit in own if unit not in stage]
-        for unit, batch in _bar(loader.units(todo), len(todo), f"embedding {name}", progress):
-            tensors, info = {"rows": batch["row"], "product_id": batch["product_id"]}, {"skipped": batch["skipped"]}
-            if len(batch["row"]) and "pixel_values" in batch:
-                embeds, tokens = engine.embed_images(model, batch["pixel_values"], dtype)
-                tensors["image_embeds"] = embeds.cpu()
-                memory.offer(unit, tokens)
-            if len(batch["row"]) and "input_ids" in batch:
-                embeds = engine.embed_texts(model, batch["input_ids"], batch["attention_mask"], dtype)
-                tensors |= {key: batch[key] for key in ("input_ids", "attention_mask")} | {"text_embeds": embeds.cpu()}
-            info |= {key: batch[key] for key in _DESCRIPTION if key in batch}
-            stage.add(unit, tensors, info)
-            results.append((unit, _described(tensors, info)))
-    return _gather_units("embedding", results, loader.num_units), len(done)  # collective
-
-
-def _described(tensors: dict[str, Tensor], info: dict[str, Any]) -> dict[str, Any]:
-    # as arrays: a pickled tensor may drag along the whole storage that it is a view of
-    return {key: value.numpy() for key, value in tensors.items()} | info
-
-
-def _side(units: list[dict], embeds: str) -> Side:
-    """The photos or the titles (by the name of their embeddings) of all units."""
-    skipped = [row for unit in units for row in unit["skipped"]]
-    usable = [unit for unit in units if len(unit["rows"])]
-    if not usable:
-        reason = f"; the first: row {skipped[0]['row']}, {skipped[0]['reason']}" if skipped else ""
-        raise ValueError(f"none of the {len(skipped)} rows is usable{reason}")
-
-    def joined(key: str) -> Tensor:
-        # Cloned into torch's own memory: NumPy aligns its arrays by chance, and matrix products depend on it in the
-        # last digit.
-        return torch.from_numpy(np.concatenate([unit[key] for unit in usable])).clone()
-
-    rows = joined("rows")
-    if not (rows[1:] > rows[:-1]).all():
-        raise RuntimeError("the gathered rows are not in source order: a row was embedded twice")
-    side = Side(
-        rows=rows,
-        product_id=joined("product_id"),
-        embeds=joined(embeds),
-        first=np.cumsum([0] + [len(unit["rows"]) for unit in units]).tolist(),
-        skipped=skipped,
-        names=[name for unit in usable for name in unit.get("name", ())],
-        texts=[text for unit in usable for text in unit.get("text", ())],
-        others=[others for unit in usable for others in unit.get("others", ())],
-    )
-    if embeds == "text_embeds":
-        longest = max(unit["input_ids"].shape[1] for unit in usable)
-        for key in ("input_ids", "attention_mask"):
-            padded = [np.pad(unit[key], ((0, 0), (0, longest - unit[key].shape[1]))) for unit in usable]
-            setattr(side, key, torch.from_numpy(np.concatenate(padded)))
-    return side
 
 
 def _search(
@@ -412,9 +298,9 @@ def _by_blocks(name: str, num_queries: int, found) -> list[Tensor]:
     num_units = -(-num_queries // block)
     results = [
         (unit, [value.cpu().numpy() for value in found(slice(unit * block, (unit + 1) * block))])
-        for unit in range(rank(), num_units, world_size())
+        for unit in own_units(num_units)
     ]
-    results = _gather_units(name, results, num_units)  # collective
+    results = gather_units(name, results, num_units)  # collective
     return [torch.from_numpy(np.concatenate(values)) for values in zip(*results, strict=True)]
 
 
@@ -445,9 +331,9 @@ def _rerank_flops(config, retrieval: Retrieval, depth: int, length: int) -> int:
 class _Reranking:
     """The second stage. A unit of photos is re-ranked by the rank that embedded it, with all its candidate titles."""
 
-    def __init__(self, model, loader, images: Side, titles: Side, kept, dtype, batch_tokens: int, progress: bool):
+    def __init__(self, model, loader, images: Side, titles: Side, memory, dtype, batch_tokens: int, progress: bool):
         self.model, self.loader, self.images, self.titles = model, loader, images, titles
-        self.kept, self.dtype, self.batch_tokens, self.progress = kept, dtype, batch_tokens, progress
+        self.memory, self.dtype, self.batch_tokens, self.progress = memory, dtype, batch_tokens, progress
 
     def candidates(self, found: list[Candidates], depth: int, parts: Parts | None) -> tuple[list[Tensor], int]:
         """Match logits of the first `depth` candidates of one direction or both, each (Q, K) with nan for those that
@@ -460,16 +346,16 @@ class _Reranking:
         # Parts of other candidates (another k) have other names.
         digest = hashlib.blake2b(str(self.batch_tokens).encode(), digest_size=8)
         digest.update(pairs.image_id.numpy().tobytes() + pairs.text_id.numpy().tobytes())
-        own = range(rank(), self.loader.num_units, world_size())
-        with _stage(parts, f"rerank-{digest.hexdigest()}") as stage:  # collective
+        own = own_units(self.loader.num_units)
+        with stage_of(parts, f"rerank-{digest.hexdigest()}") as stage:  # collective
             done = [unit for unit in own if unit in stage]
             results = [(unit, stage.load(unit)[0]["logits"].numpy()) for unit in done]
             todo = [unit for unit in own if unit not in stage]
-            for unit in _bar(todo, len(todo), "re-ranking", self.progress):
+            for unit in unit_bar(todo, len(todo), "re-ranking", self.progress):
                 logits = self._unit(unit, pairs.texts_of)
                 stage.add(unit, {"logits": logits})
                 results.append((unit, logits.numpy()))
-        logits = torch.from_numpy(np.concatenate(_gather_units("re-ranking", results, self.loader.num_units)))
+        logits = torch.from_numpy(np.concatenate(gather_units("re-ranking", results, self.loader.num_units)))
         if len(logits) != len(pairs):
             raise RuntimeError(f"re-ranking gave {len(logits)} logits for {len(pairs)} pairs")
         located = [logits[pairs.locate(image_ids, torch.arange(titles)[:, None])]]
@@ -493,14 +379,14 @@ class _Reranking:
         together(is_main(), lambda: _make_matrix(parts, (num_images, num_titles), name), "make the file")  # collective
         matrix = np.load(parts.folder / MATRIX, mmap_mode="r+")
         every_title = torch.arange(num_titles)
-        own = range(rank(), self.loader.num_units, world_size())
+        own = own_units(self.loader.num_units)
         with parts.stage(name, before_write=matrix.flush, needed=True) as stage:  # collective
             todo = [unit for unit in own if unit not in stage]
-            for unit in _bar(todo, len(todo), "scoring all pairs", self.progress):
+            for unit in unit_bar(todo, len(todo), "scoring all pairs", self.progress):
                 images = slice(self.images.first[unit], self.images.first[unit + 1])
                 matrix[images] = self._unit(unit, lambda _: every_title).view(-1, num_titles).numpy()
                 stage.add(unit, {})
-        _gather_units("scoring all pairs", [(unit, None) for unit in own], self.loader.num_units)  # collective
+        gather_units("scoring all pairs", [(unit, None) for unit in own], self.loader.num_units)  # collective
         places = [(found[0].ids.numpy(), np.arange(num_titles)[:, None])]
         places += [(np.arange(num_images)[:, None], candidates.ids.numpy()) for candidates in found[1:]]
         return [torch.from_numpy(matrix[place]) for place in places], len(own) - len(todo)
@@ -511,7 +397,7 @@ class _Reranking:
         text_ids = [texts_of(image) for image in images]
         if not sum(map(len, text_ids)):
             return torch.empty(0)
-        tokens = self.kept.pop(unit, None)
+        tokens = self.memory.take(unit)
         if tokens is None:
             batch = self.loader.read_unit(unit)
             if not torch.equal(batch["row"], self.images.rows[images.start : images.stop]):
@@ -525,41 +411,7 @@ class _Reranking:
         )
 
 
-def _gather_units(name: str, results: list[tuple[int, object]], num_units: int) -> list:
-    """Results of all units in unit order, on all ranks (collective).
-
-    Raises:
-        RuntimeError: if a unit is missing or came twice.
-    """
-    gathered = sorted((pair for own in all_gather_objects(results) for pair in own), key=lambda pair: pair[0])
-    if [unit for unit, _ in gathered] != list(range(num_units)):
-        raise RuntimeError(
-            f"{name}: {len(gathered)} results gathered for {num_units} units, some are missing or double"
-        )
-    return [result for _, result in gathered]
-
-
 # --- around the work --------------------------------------------------------------------------------------------------
-
-
-class _NoParts:
-    """A stage without a folder."""
-
-    def __contains__(self, unit: int) -> bool:
-        return False
-
-    def add(self, unit: int, tensors: dict[str, Tensor], info: Any = None) -> None:
-        pass
-
-    def __enter__(self) -> "_NoParts":
-        return self
-
-    def __exit__(self, *error) -> None:
-        pass
-
-
-def _stage(parts: Parts | None, name: str, **options) -> Stage | _NoParts:
-    return _NoParts() if parts is None else parts.stage(name, **options)
 
 
 def _make_matrix(parts: Parts, shape: tuple[int, int], stage: str) -> None:
@@ -580,33 +432,10 @@ def _make_matrix(parts: Parts, shape: tuple[int, int], stage: str) -> None:
 
 
 @contextlib.contextmanager
-def _undisturbed(model) -> Iterator[None]:
-    """Evaluation mode inside; modes of all modules and all random states afterwards as before."""
-    training = [module for module in model.modules() if module.training]
-    states = random.getstate(), np.random.get_state()
-    device = next(model.parameters()).device
-    # The iterator of a DataLoader draws from torch's generator. Only the own device: naming another one would occupy
-    # it.
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try:
-            model.eval()
-            yield
-        finally:
-            for module in training:
-                module.training = True
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-
-
-@contextlib.contextmanager
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - start
-
-
-def _bar(items: Iterable, total: int, name: str, progress: bool) -> Iterable:
-    return tqdm(items, total=total, desc=name, unit="unit", leave=False, disable=not (progress and is_main()))
 
 
 __all__ = [
