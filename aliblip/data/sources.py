@@ -41,8 +41,8 @@ from aliblip.data.remote import (
     is_remote,
     open_file,
     read_file,
+    read_patiently,
     resumed,
-    retried,
     storage_options,
     take_over_retries,
 )
@@ -807,7 +807,7 @@ def _resolve(
     on_the_hub = dataset_name is not None and not os.path.exists(dataset_name)
     address = f"hf://datasets/{dataset_name}" if on_the_hub else next(filter(is_remote, given), "")
     try:
-        builder = retried(lambda: load_dataset_builder(loader, **options), address)
+        builder = read_patiently(lambda: load_dataset_builder(loader, **options), address)
     except Exception as error:  # datasets and the Hub client have some dozens of classes for "not there"
         raise ValueError(f"{name} can't be opened: {_one_line(error)}") from None
     resolved = builder.config.data_files or {}
@@ -902,7 +902,7 @@ def _open_parquet(name, split, files, asked, image_dir, cache_dir) -> Source:
 
     def footer(file: str) -> tuple[Any, list[int], DataFile]:
         try:
-            size, data = retried(lambda: _read_footer(file), file)
+            size, data = read_patiently(lambda: _read_footer(file), file)
             metadata = pq.read_metadata(pa.BufferReader(data))
             groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
             digest = hashlib.blake2b(data, digest_size=16).hexdigest()
@@ -954,7 +954,7 @@ def _open_tars(name, split, files, asked, index_dir) -> Source:
         tars = list(zip(files, pool.map(lambda file: indexed_tar(file, index_dir), files), strict=True))
     fields = dict.fromkeys(field for _, index in tars for field in index.fields)
     # The keys inside JSON members are known only by reading some.
-    fields.update(dict.fromkeys(retried(lambda: _json_keys(*tars[0]), files[0])))
+    fields.update(dict.fromkeys(read_patiently(lambda: _json_keys(*tars[0]), files[0])))
     columns = list(fields)
     if any(field in TAR_IMAGE_FIELDS for field in columns) and asked.image in (None, "image"):
         asked = replace(asked, image="image")
@@ -1037,7 +1037,7 @@ def _photo_extensions() -> frozenset[str]:
 
 
 def _open_records(file: str, image_dir: str) -> _Records:
-    return retried(lambda: _Records.open(file, image_dir), file)
+    return read_patiently(lambda: _Records.open(file, image_dir), file)
 
 
 def _record_columns(tables: Sequence[_Records], titles_only: bool = False) -> list[str]:
