@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from aliblip.data.sources import Row, Source, _Columns
+from aliblip.data.columns import Asked, Columns, Request
+from aliblip.data.rows import Row, Source
 
 
 class StubProcessor:
@@ -38,9 +39,9 @@ class MemorySource(Source):
     """A source of given shard sizes that records its reads; photos are 6 x 6 of one colour, `bad` rows are no image."""
 
     def __init__(self, sizes, bad=()):
-        columns = ["image", "caption"]
-        selected = _Columns("image", "caption", None)
-        super().__init__("memory", "train", columns, selected, [(f"s{i}", n) for i, n in enumerate(sizes)])
+        request = Request("memory", "train", [], Asked())
+        selected = Columns("image", "caption", None)
+        super().__init__(request, ["image", "caption"], selected, [(f"s{i}", n) for i, n in enumerate(sizes)])
         self.bad = set(bad)
         self.reads: list[tuple[int, int, int]] = []
 

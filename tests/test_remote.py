@@ -15,11 +15,12 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
 
 import reading_aliblip
-from aliblip.data import remote, sources
+from aliblip.data import parquet, remote
 from aliblip.data.collate import Collator
 from aliblip.data.loader import EvalLoader, TrainLoader
 from aliblip.data.remote import RemoteReadError, read_file, resumed
-from aliblip.data.sources import Row, decode, open_source
+from aliblip.data.rows import Row, decode
+from aliblip.data.sources import open_source
 from aliblip.runtime import retries
 from reading_aliblip import UnusableItem
 
@@ -137,7 +138,7 @@ def test_a_server_that_fails_for_good_at_the_start_is_one_line(folder):
 
 
 def test_a_server_without_ranges_is_one_line(folder, monkeypatch):
-    monkeypatch.setattr(sources, "PARQUET_TAIL_BYTES", 64)  # else the small files are read whole
+    monkeypatch.setattr(parquet, "TAIL_BYTES", 64)  # else the small files are read whole
     with FileServer(folder, ranges=False) as server, pytest.raises(ValueError, match=r"HTTP Range"):
         open_below(server.url, "tars")
 

@@ -26,8 +26,9 @@ from data_stub import (
 )
 from PIL import Image
 
-from aliblip.data import sources
-from aliblip.data.sources import Row, decode, open_source, product_id_of, require_usable_row
+from aliblip.data import parquet
+from aliblip.data.rows import Row, decode, product_id_of
+from aliblip.data.sources import open_source, require_usable_row
 from reading_aliblip import MAX_TITLE_CHARACTERS, UnusableItem
 
 COUNT = 11
@@ -127,13 +128,13 @@ def test_reading_a_part_is_a_slice_of_reading_all(layouts, name):
 
 
 def test_parquet_skips_row_groups_without_reading_them(layouts, monkeypatch):
-    monkeypatch.setattr(sources, "PARQUET_SHARD_ROWS", 4)
+    monkeypatch.setattr(parquet, "SHARD_ROWS", 4)
     source = open_source(split="train", **layouts["parquet"])
     assert [shard.num_rows for shard in source.shards] == [4, 1, 4, 2]  # groups of 2, joined within a file
     assert source.shards[1].name == "train-00000-of-00002.parquet#2-2"
     assert [decode(row).text for row in rows_of(source)] == [record["caption"] for record in records(COUNT)]
     seen = []
-    real = sources._stream_row_groups
+    real = parquet._stream_row_groups
 
     def counting(*args):
         groups = real(*args)
@@ -143,11 +144,11 @@ def test_parquet_skips_row_groups_without_reading_them(layouts, monkeypatch):
         )
         return groups
 
-    monkeypatch.setattr(sources, "_stream_row_groups", counting)
+    monkeypatch.setattr(parquet, "_stream_row_groups", counting)
     assert [row.row for row in source.read(2, 2, 3)] == [7]
     assert seen == [1]
     # A datasets without reshard(), or one whose reshard() leaves Parquet whole, gives the same rows.
-    monkeypatch.setattr(sources, "_stream_row_groups", real)
+    monkeypatch.setattr(parquet, "_stream_row_groups", real)
     monkeypatch.setattr(datasets.IterableDataset, "reshard", lambda self: self)
     for shard in source.shards:
         for start in range(shard.num_rows):
@@ -511,14 +512,14 @@ def test_small_units_in_rising_order_read_a_row_group_once(tmp_path, monkeypatch
     write_parquet(tmp_path, records(COUNT), [COUNT], row_group_size=COUNT)
     source = open_source(data_dir=str(tmp_path), split="train")
     whole = [(row.row, row.image, row.text) for row in source.read_range(0, COUNT)]
-    opened, plain = [], sources._cells
+    opened, plain = [], parquet._cells
 
     def counting(streams):
         for cell in plain(streams):
             opened.append(cell)
             yield cell
 
-    monkeypatch.setattr(sources, "_cells", counting)
+    monkeypatch.setattr(parquet, "_cells", counting)
     source = open_source(data_dir=str(tmp_path), split="train")
     for begin, end in ((0, 2), (2, 4), (6, 8), (8, 9), (9, 11)):  # (4, 6) belongs to another process
         part = [(row.row, row.image, row.text) for row in source.read_range(begin, end)]

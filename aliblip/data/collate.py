@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from aliblip.data.sources import Example, Row, decode
+from aliblip.data.rows import Example, Row, decode
 from reading_aliblip import UnusableItem
 
 __all__ = ["Collator", "NoUsableRow", "printable", "sample_rng"]

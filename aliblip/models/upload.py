@@ -117,10 +117,11 @@ def connect(args: HubArguments) -> tuple[HfApi, str]:
     try:
         user = _ask(api.whoami)["name"]
         if args.hub_license is not None:
-            metadata = ModelCardData(license=args.hub_license).to_yaml()
-            _ask(ModelCard(f"---\n{metadata}\n---\n").validate)
+            _check_license(args.hub_license)
         name = _ask(lambda: api.create_repo(name, private=args.hub_private_repo or None, exist_ok=True)).repo_id
         _ask(lambda: api.auth_check(name, write=True))
+    except UsageError:
+        raise
     except LocalTokenNotFoundError as error:
         raise UsageError(
             "there is no token for the Hub: `hf auth login`, or set HF_TOKEN, or give --hub_token; it needs write "
@@ -142,11 +143,6 @@ def connect(args: HubArguments) -> tuple[HfApi, str]:
                 f"{token} (user {user}) may not write to {name} ({first_line(error)}): give a token with write "
                 f"permission{other}"
             ) from error
-        if args.hub_license is not None and status is None and not may_pass(error):
-            raise UsageError(
-                f"--hub_license {args.hub_license} is not accepted ({' '.join(str(error).split())}): give a name of "
-                "https://huggingface.co/docs/hub/repositories-licenses"
-            ) from error
         raise UsageError(
             f"{api.endpoint} can't be used ({type(error).__name__}: {first_line(error)}): try again{_LATER}"
         ) from error
@@ -154,6 +150,19 @@ def connect(args: HubArguments) -> tuple[HfApi, str]:
 
 
 _LATER = "; to train without it, leave out --push_to_hub and publish the finished model with python -m aliblip.publish"
+
+
+def _check_license(name: str) -> None:
+    metadata = ModelCardData(license=name).to_yaml()
+    try:
+        _ask(ModelCard(f"---\n{metadata}\n---\n").validate)
+    except ValueError as error:  # what the Hub says of a card that it does not take
+        if may_pass(error):
+            raise
+        raise UsageError(
+            f"--hub_license {name} is not accepted ({' '.join(str(error).split())}): give a name of "
+            "https://huggingface.co/docs/hub/repositories-licenses"
+        ) from error
 
 
 def _ask(call: Callable[[], T]) -> T:
