@@ -15,14 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_stub import (
+    NAMES,
     add_member,
     encoded,
     photo,
     records,
-    write_image_folder,
-    write_json_list,
+    write_layouts,
     write_parquet,
-    write_tars,
 )
 from PIL import Image
 
@@ -54,49 +53,7 @@ def pixels(data):
 
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory):
-    """The same 11 products in every layout: name -> arguments of open_source."""
-    rows, root = records(COUNT), tmp_path_factory.mktemp("layouts")
-    write_parquet(root / "parquet", rows, [5, 6], row_group_size=2)
-    write_parquet(root / "sub" / "train", rows, [5, 6], split="part")
-    write_parquet(root / "sub" / "validation", rows[:3], [3], split="part")
-    write_tars(root / "tars", rows, [4, 7])
-    write_tars(root / "tars_txt", rows, [4, 7], as_json=False)
-    write_image_folder(root / "folder", rows)
-    write_image_folder(root / "folder_csv", rows, csv=True)
-    file, images = write_json_list(root / "list", rows)
-    lines = root / "lines.jsonl"
-    lines.write_text("\n".join(json.dumps(entry) for entry in json.loads(file.read_text("utf-8"))))
-    paths = root / "paths.parquet"
-    pq.write_table(pa.table({k: [r[k] for r in rows] for k in ("file", "caption", "product_id")}), paths)
-    return {
-        "parquet": {"data_dir": str(root / "parquet")},
-        "parquet by name": {"dataset_name": str(root / "parquet")},
-        "parquet glob": {"data_files": str(root / "parquet" / "train-*.parquet")},
-        "parquet dict": {"data_files": {"train": str(root / "parquet" / "*.parquet"), "validation": "nothing"}},
-        "parquet sub-folders": {"data_dir": str(root / "sub")},
-        "parquet of paths": {"data_files": str(paths), "image_dir": str(images), "image_column": "file"},
-        "tars": {"data_dir": str(root / "tars")},
-        "tars of text members": {"data_files": [str(root / "tars_txt" / "*.tar")]},
-        "folder": {"data_dir": str(root / "folder")},
-        "folder with csv": {"data_dir": str(root / "folder_csv")},
-        "json list": {"data_files": str(file), "image_dir": str(images)},
-        "json lines": {"data_files": str(lines), "image_dir": str(images)},
-    }
-
-
-NAMES = (
-    "parquet",
-    "parquet by name",
-    "parquet glob",
-    "parquet sub-folders",
-    "parquet of paths",
-    "tars",
-    "tars of text members",
-    "folder",
-    "folder with csv",
-    "json list",
-    "json lines",
-)
+    return write_layouts(tmp_path_factory.mktemp("layouts"), COUNT)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -155,26 +112,6 @@ def test_parquet_skips_row_groups_without_reading_them(layouts, monkeypatch):
             for stop in range(start, shard.num_rows + 1):
                 rows = [row.row for row in source.read(shard.index, start, stop)]
                 assert rows == list(range(shard.first_row + start, shard.first_row + stop))
-
-
-def test_only_the_needed_columns_are_read(layouts):
-    source = open_source(split="train", **layouts["parquet"])
-    assert source.columns == ["image", "caption", "product_id", "price"]
-    assert open_source(split="validation", **layouts["parquet sub-folders"]).num_rows == 3
-
-
-def test_columns_by_name(tmp_path):
-    entries = [{"file_name": "a.png", "title": "t", "caption": "c", "sku": 7}]
-    (tmp_path / "a.png").write_bytes(encoded(photo(0)))
-    (tmp_path / "list.json").write_text(json.dumps(entries))
-    source = open_source(
-        data_files=str(tmp_path / "list.json"), split="train", caption_column="title", product_id_column="sku"
-    )
-    assert decode(rows_of(source)[0]).text == "t" and rows_of(source)[0].product_id == 7
-    source = open_source(data_files=str(tmp_path / "list.json"), split="train")
-    assert (
-        decode(rows_of(source)[0]).text == "c" and rows_of(source)[0].product_id == 0
-    )  # no such column: the row number
 
 
 # --------------------------------------------------------------------------------------------------- errors at start
