@@ -246,8 +246,8 @@ def html_report(
 ) -> Path:
     """Write one HTML file that needs no other file, no network and no script.
 
-    All parts but the heading may be absent. Texts are shown as they are, whatever is in them. Photos become JPEGs of at
-    most 160 pixels, smaller ones where there are hundreds.
+    Everything but the heading may be absent. Texts are shown as they are, whatever is in them. Photos become JPEGs of
+    at most 160 pixels, smaller ones where there are hundreds.
 
     Args:
         path: where the page goes; ends in .html. Its folder is created.

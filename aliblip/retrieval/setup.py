@@ -61,7 +61,7 @@ def check_flags(data: EvaluationDataArguments, options: EvaluationArguments) -> 
     """Refuse flags that are out of range or contradict each other.
 
     Raises:
-        UsageError: as the name says.
+        UsageError: in one line, which flag, what is accepted, and what to do.
     """
     check_range(
         per_device_eval_batch_size=(options.per_device_eval_batch_size, 1, None),
