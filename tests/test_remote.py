@@ -111,8 +111,11 @@ def test_a_server_that_fails_for_good_ends_the_run(folder, layout, fault, worker
         batches = loader_of(open_below(server.url, layout), workers).epoch(0)
         server.always = fault
         server.requests.clear()
-        with pytest.raises(RemoteReadError, match=r"http://127.* can't be read: .*\(tried 8 times in \d+ seconds\)"):
+        with pytest.raises(
+            RemoteReadError, match=r"http://127.* can't be read: .*\(tried 8 times in \d+ seconds\)"
+        ) as caught:
             list(batches)
+        assert "\n" not in str(caught.value)
         # A look at the file is a HEAD and a GET, and aiohttp itself asks once more where a kept connection is gone.
         # With the tries inside of datasets it would be 20 times as many, and they wait 5 seconds and more.
         assert 8 <= len(server.requests) <= 8 * 4 * max(workers, 1)
