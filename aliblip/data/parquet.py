@@ -82,7 +82,7 @@ class ParquetSource(Source):
             schema = pa.unify_schemas([s.remove_metadata() for s in self._schemas], promote_options="permissive")
         except pa.ArrowException:  # files that do not agree on the type of a column
             return None
-        return pa.schema([schema.field(column) for column in self.selected.others])
+        return pa.schema([_plain(schema.field(column)) for column in self.selected.others])
 
     def _read(self, shard: Shard, start: int, stop: int) -> Iterator[Row]:
         position, cells = self._take_cursor(shard, start)
@@ -137,6 +137,11 @@ class ParquetSource(Source):
             else:
                 name, (image, problem) = image, path_inside(self._image_dir, image)
         return self._row(number, image, fields.get(self.selected.caption), fields, name, problem)
+
+
+def _plain(field: pa.Field) -> pa.Field:
+    """A field with the type of its values: a dictionary is only a way to store them."""
+    return field.with_type(field.type.value_type) if pa.types.is_dictionary(field.type) else field
 
 
 def _cells(streams: Iterable[Any]) -> Iterator[tuple[Any, int]]:
