@@ -182,6 +182,7 @@ def _check_license(name: str) -> None:
 
 
 def _ask(call: Callable[[], T]) -> T:
+    """With few tries, since somebody is waiting."""
     return retried(call, WAITS[:2], what="the Hub")
 
 
