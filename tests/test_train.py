@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import train
 from aliblip.runtime.mistakes import UsageError
-from aliblip.training.progress import Log
+from aliblip.training.progress import ITM_PRIOR_LOSS, Log, MatchingHead
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
 
@@ -93,7 +93,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(whole_run, catalogue, tmp_p
 def test_resuming_with_another_order_of_rows_is_refused(whole_run, mistakes):
     folder, _ = whole_run
     message = mistakes("--resume_from_checkpoint", folder / "checkpoint-3", "--seed", "7", "--shuffle_window", "16")
-    assert "in another order" in message and "seed was 42, here it is 7" in message
+    assert "in another order" in message and "seed was 42, is 7" in message
     assert message.endswith("resume with --shuffle_window 4096 --seed 42")
 
 
@@ -222,19 +222,57 @@ def test_a_second_run_does_not_touch_the_first(whole_run, mistakes):
     assert (folder / "log.jsonl").read_text() == before
 
 
-def test_a_matching_head_that_always_says_no_is_told(tmp_path):
-    """Five log lines at the loss of the prior."""
+def told_at(losses: list[float], accuracy: float, *, every: int, total_steps: int, warmup_steps: int = 0) -> list[int]:
+    """The steps at which log lines with these losses make the warning appear."""
+    head = MatchingHead(total_steps, warmup_steps)
+    steps = range(every, every * len(losses) + 1, every)
+    return [step for step, loss in zip(steps, losses, strict=True) if head.looks_dead(step, loss, accuracy)]
+
+
+def test_a_dead_matching_head_is_told_once():
+    at_prior = [ITM_PRIOR_LOSS + 0.001 * (-1) ** i for i in range(40)]
+    assert told_at(at_prior, 0.0, every=50, total_steps=2000) == [750]  # the fifth line after the first quarter
+    assert told_at(at_prior, 0.0, every=50, total_steps=2000, warmup_steps=800) == [1050]
+    # One that came back to life is dead again later.
+    later = [*at_prior[:20], 0.60, *at_prior[:10]]
+    assert told_at(later, 0.02, every=50, total_steps=1550) == [600, 1300]
+
+
+def test_a_young_matching_head_is_left_alone():
+    # The demo's losses at every 50th of its 624 steps: it answers "no match" for 250 of them, and learns all the while.
+    demo = [0.6396, 0.6371, 0.6345, 0.6315, 0.6292, 0.6126, 0.5772, 0.5366, 0.4702, 0.4066, 0.3649, 0.3077]
+    assert told_at(demo, 0.0, every=50, total_steps=624) == []
+    # A short run is over before anything can be told.
+    assert told_at([ITM_PRIOR_LOSS] * 18, 0.0, every=1, total_steps=18) == []
+    assert told_at([ITM_PRIOR_LOSS] * 200, 0.0, every=1, total_steps=200) == []
+    # At the prior's loss, but with answers of both kinds; or far above it: both are no dead head.
+    assert told_at([ITM_PRIOR_LOSS] * 40, 0.3, every=50, total_steps=2000) == []
+    assert told_at([0.69] * 40, 0.0, every=50, total_steps=2000) == []
+
+
+def test_the_warning_stands_in_the_log_and_its_count_in_the_checkpoint(tmp_path):
+    accelerator = SimpleNamespace(is_main_process=True, num_processes=1, log=lambda *args, **kwargs: None)
     written = []
-    log = Log(SimpleNamespace(is_main_process=False), tmp_path, total_steps=1, first_step=0)
-    log.bar = SimpleNamespace(write=written.append)
-    for _ in range(4):
-        log._watch_itm({"loss_itm": 0.6371, "itm_accuracy_positive": 0.0})
-    log._watch_itm({"loss_itm": 0.6371, "itm_accuracy_positive": 0.3})
-    assert not written
-    for _ in range(5):
-        log._watch_itm({"loss_itm": 0.6360, "itm_accuracy_positive": 0.01})
-    (warning,) = written
+
+    def lines(log: Log, steps: range) -> None:
+        log.bar = SimpleNamespace(write=written.append)
+        for step in steps:
+            log.sums, log.batches = torch.tensor([1.0, ITM_PRIOR_LOSS, 0.0, 1.0, 1.0, 0.0]), 1
+            log.line(step, 1.0, learning_rate=0.1, temperature=0.07, queue_fill=1.0, grad_norm=1.0)
+
+    options = {"total_steps": 800, "warmup_steps": 0}
+    first = Log(accelerator, tmp_path, **options, first_step=0)
+    lines(first, range(150, 251, 10))  # the young ones, and four that count: 210 to 240, and 250
+    (warning,) = [line for line in written if line.startswith("warning")]
     assert "0.6365" in warning and '"no match"' in warning
+    written.clear()
+    stopped = Log(accelerator, tmp_path, **options, first_step=0)
+    lines(stopped, range(210, 241, 10))
+    resumed = Log(accelerator, tmp_path, **options, first_step=240)
+    resumed.load_state(stopped.state())
+    assert not [line for line in written if line.startswith("warning")]
+    lines(resumed, range(250, 251, 10))
+    assert [line for line in written if line.startswith("warning")] == [warning]
 
 
 def test_a_trained_model_at_a_size_that_does_not_fit_is_told(whole_run, mistakes):
