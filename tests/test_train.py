@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 
 import train
 from aliblip.runtime.mistakes import UsageError
-from aliblip.training.progress import ITM_PRIOR_LOSS, Log, MatchingHead
+from aliblip.training.progress import ITM_PRIOR_LOSS, Log, MatchingHead, Unfailing
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
 
@@ -70,6 +71,16 @@ def test_a_run_leaves_models_that_load_and_says_what_happened(whole_run):
     assert list((folder / "logs").rglob("events.out.tfevents*"))
 
 
+def test_a_run_that_goes_well_says_nothing_else(whole_run):
+    """Nothing of other libraries, no bar where no terminal is, no empty line between log lines."""
+    _, printed = whole_run
+    assert "warning" not in printed.lower() and "\r" not in printed and "it/s" not in printed
+    lines = printed.splitlines()
+    steps = [number for number, line in enumerate(lines) if line.startswith("step ")]
+    assert len(steps) == 10
+    assert all(lines[number - 1] and lines[number + 1] for number in steps)
+
+
 def test_broken_rows_are_listed_by_name(whole_run):
     folder, printed = whole_run
     skipped = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
@@ -95,6 +106,40 @@ def test_resuming_with_another_order_of_rows_is_refused(whole_run, mistakes):
     message = mistakes("--resume_from_checkpoint", folder / "checkpoint-3", "--seed", "7", "--shuffle_window", "16")
     assert "in another order" in message and "seed was 42, is 7" in message
     assert message.endswith("resume with --shuffle_window 4096 --seed 42")
+
+
+class Terminal(io.StringIO):
+    """What a terminal shows, line by line."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def shown(self) -> list[str]:
+        lines = []
+        for written in self.getvalue().split("\n"):
+            line = ""
+            for part in written.split("\r"):
+                line = part + line[len(part) :]
+            lines.append(line.rstrip())
+        return lines
+
+
+def test_on_a_terminal_the_bar_makes_way_for_every_line(tmp_path, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", Unfailing(terminal))
+    log = Log(SimpleNamespace(is_main_process=True), tmp_path, total_steps=3, warmup_steps=0, first_step=0)
+    for step in range(2):
+        log.end_step(left_out=False)
+        log.tell(f"line {step}")
+    log.close()
+    print("an error", file=sys.stderr)
+    first, second, bar, error, rest = terminal.shown()
+    assert (first, second, error, rest) == ("line 0", "line 1", "an error", "")
+    assert bar.startswith("train:") and "2/3" in bar
+    # Another process tells nothing.
+    Log(SimpleNamespace(is_main_process=False), tmp_path, total_steps=3, warmup_steps=0, first_step=0).tell("line 2")
+    assert len(terminal.shown()) == 5
 
 
 # --- two processes ----------------------------------------------------------------------------------------------------
@@ -296,3 +341,64 @@ def test_mistakes_end_with_exit_code_2_and_one_line(catalogue, tmp_path):
     )
     assert result.returncode != 0
     assert (result.stdout + result.stderr).count("train.py: error: k_rerank is 99") == 1
+
+
+PLANTED = """
+import sys
+
+import train
+from aliblip.runtime.mistakes import main_with_usage_errors
+from {module} import {owner}
+
+
+def broken(*args, **kwargs):
+    raise ValueError("planted\\non two lines")
+
+
+{owner}.{name} = broken
+main_with_usage_errors("train.py", train.main)
+"""
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        {"module": "aliblip.data.loader", "owner": "TrainLoader", "name": "__init__"},  # while it is set up
+        {"module": "aliblip.training.objective", "owner": "RetrievalObjective", "name": "forward"},  # in the loop
+    ],
+    ids=["set-up", "loop"],
+)
+def test_a_bug_of_ours_keeps_its_traceback(catalogue, tmp_path, place):
+    script = tmp_path / "planted.py"
+    script.write_text(PLANTED.format(**place))
+    flags = [*TINY, *catalogue, "--output_dir", tmp_path / "run", "--max_skipped_fraction", "0.2"]
+    result = run_forked([sys.executable, script, *flags])
+    assert result.returncode == 1
+    assert "Traceback (most recent call last)" in result.stderr and "planted.py" in result.stderr
+    assert result.stderr.endswith("ValueError: planted\non two lines\n")
+    assert "train.py: error" not in result.stderr
+
+
+@pytest.mark.parametrize("shown", [{}, {"ALIBLIP_TRACEBACK": "0"}, {"ALIBLIP_TRACEBACK": "1"}])
+def test_a_mistake_is_one_line_and_a_traceback_for_who_asks(catalogue, tmp_path, shown):
+    flags = [*TINY, *catalogue, "--output_dir", tmp_path / "run", "--alpha", "2"]
+    result = run_forked([sys.executable, "train.py", *flags], env=shown)
+    assert result.returncode == 2
+    line = "train.py: error: --alpha is 2.0: it must be from 0 to 1\n"
+    if shown.get("ALIBLIP_TRACEBACK") == "1":
+        assert result.stderr.endswith(line) and "Traceback (most recent call last)" in result.stderr
+    else:
+        assert result.stderr == line
+
+
+def test_mistakes_of_the_loop_are_one_line_too(catalogue, tmp_path):
+    flags = [*TINY, *catalogue, "--output_dir", tmp_path / "run", "--max_skipped_fraction", "0.01"]
+    result = run_forked([sys.executable, "train.py", *flags, "--evaluate_every", "0"])
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if "error" in line]
+    assert line.startswith("train.py: error: ") and "more than --max_skipped_fraction 0.01" in line
+
+
+def test_trackers_are_looked_for_at_once(mistakes):
+    assert mistakes("--report_to", "paper").startswith("--report_to is 'paper': give one of ")
+    assert mistakes("--report_to", "aim") == "--report_to aim is not installed: pip install it, or --report_to none"
