@@ -224,10 +224,10 @@ def load_checkpoint(folder: Path, training: Training) -> dict[str, Any]:
         load_fp32_state_dict(training.model, _tensors(folder, "model"))
         load_optimizer_state(training.model, training.optimizer, _tensors(folder, "optimizer"))
         _load_momentum(training.momentum, {**_tensors(folder, "momentum"), **state["momentum"]})
+        states = _tensors(folder, "ranks")
     except UsageError as error:
         raise UsageError(f"{folder} does not fit: {error}") from error
     own = f"{rank()}."
-    states = _tensors(folder, "ranks")
     set_random_states({k[len(own) :]: v for k, v in states.items() if k.startswith(own)}, training.device)
     barrier()
     return state["ranks"][rank()]
