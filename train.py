@@ -23,7 +23,6 @@ from __future__ import annotations
 import sys
 from signal import Signals
 
-import transformers
 from accelerate.utils import set_seed
 
 import aliblip  # noqa: F401  (registers the classes, so that from_pretrained takes this code for AliBLIP folders)
@@ -47,7 +46,6 @@ GROUPS = (ModelArguments, TrainDataArguments, TrainingArguments, HubArguments)
 
 def main() -> int:
     """The exit code: 0, or 128 and the number of the signal that stopped the run."""
-    transformers.utils.logging.disable_progress_bar()  # of the loading and saving of weights: ours is enough
     setup = set_up(*parse(GROUPS, description=__doc__))
     accelerator = meet(setup)
     sys.stdout, sys.stderr = Unfailing(sys.stdout), Unfailing(sys.stderr)

@@ -98,9 +98,6 @@ def build_accelerator(
     # DeepSpeed still calls by the old name, in every step.
     warnings.filterwarnings("ignore", message="`torch.distributed.all_gather_into_tensor` is deprecated")
     without_gpu = not torch.cuda.is_available()
-    if without_gpu:
-        # Else DeepSpeed, which transformers imports to save a model wherever it is installed, warns that there is none.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     kwargs_handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
     if "LOCAL_RANK" in os.environ:
         # Without a named backend, DeepSpeed on CPU leaves every rank believing that it is rank 0 of 1.
@@ -108,6 +105,8 @@ def build_accelerator(
         kwargs_handlers.append(InitProcessGroupKwargs(**backend, timeout=timeout))
     plugin = None
     if launched_as_deepspeed:
+        if without_gpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         plugin = _deepspeed_plugin(
             requested,
             gradient_clipping=float(max_grad_norm),
