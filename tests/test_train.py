@@ -401,4 +401,4 @@ def test_mistakes_of_the_loop_are_one_line_too(catalogue, tmp_path):
 
 def test_trackers_are_looked_for_at_once(mistakes):
     assert mistakes("--report_to", "paper").startswith("--report_to is 'paper': give one of ")
-    assert mistakes("--report_to", "aim") == "--report_to aim is not installed: pip install it, or --report_to none"
+    assert mistakes("--report_to", "aim") == "--report_to aim is not installed: pip install aim, or --report_to none"

@@ -33,6 +33,7 @@ from aliblip.retrieval.evaluation import evaluate_retrieval
 from aliblip.runtime.accelerator import AliBlipAccelerator, describe_machine
 from aliblip.runtime.distributed import all_gather_objects, assert_equal_on_ranks
 from aliblip.runtime.files import write_json
+from aliblip.runtime.installation import script_command
 from aliblip.runtime.interrupts import StopSignals
 from aliblip.runtime.mistakes import UsageError
 from aliblip.runtime.sameness import changes, told
@@ -412,7 +413,8 @@ class Run:
             print(f"model: {last}")
         else:
             print(f"best model: {best} (mean recall {self.progress.best_mean_recall:.4f}); last model: {last}")
-            print(f"next: python evaluate_retrieval.py --model_name_or_path {best} and the same data flags")
+            evaluate = script_command("evaluate_retrieval.py")
+            print(f"next: {evaluate} --model_name_or_path {best} and the same data flags")
 
     def _assert_equal(self, what: str, **more: Tensor) -> None:
         momentum = {

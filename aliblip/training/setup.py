@@ -20,7 +20,8 @@ from accelerate.utils import LoggerType, set_seed
 from aliblip.data.collate import Collator
 from aliblip.data.loader import EvalLoader, TrainLoader
 from aliblip.data.manifest import manifest_changes
-from aliblip.data.sources import Source, open_source, require_usable_row
+from aliblip.data.rows import Source
+from aliblip.data.sources import open_source, require_usable_row
 from aliblip.models.original import is_original
 from aliblip.models.upload import HubArguments, Publisher, check_hub_arguments, connect
 from aliblip.retrieval.evaluation import check_k_rerank
@@ -28,6 +29,7 @@ from aliblip.runtime.accelerator import AliBlipAccelerator, build_accelerator
 from aliblip.runtime.arguments import check_range
 from aliblip.runtime.distributed import launched_rank, launched_world_size
 from aliblip.runtime.files import repair
+from aliblip.runtime.installation import install_hint
 from aliblip.runtime.mistakes import UsageError, usage_errors
 from aliblip.training.arguments import ModelArguments, TrainDataArguments, TrainingArguments
 from aliblip.training.building import Beginning, begin, build_augmentation, build_model, carried_momentum
@@ -236,7 +238,8 @@ def check_trackers(report_to: str) -> None:
     if report_to not in known:
         raise UsageError(f"--report_to is {report_to!r}: give one of {', '.join(known)}, all or none")
     if report_to not in [str(kind) for kind in get_available_trackers()]:
-        raise UsageError(f"--report_to {report_to} is not installed: pip install it, or --report_to none")
+        install = install_hint("tensorboard") if report_to == "tensorboard" else f"pip install {report_to}"
+        raise UsageError(f"--report_to {report_to} is not installed: {install}, or --report_to none")
 
 
 def check_model(model: AliBlipForImageTextRetrieval, processor: AliBlipProcessor, args: TrainingArguments) -> None:
