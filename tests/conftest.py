@@ -16,6 +16,8 @@ _LONGEST = ("test_survival", "test_launch", "test_train", "test_evaluation_scrip
 
 pytest_plugins = ["evaluation_fixtures"]
 
+pytest_plugins = ["blip_stub"]
+
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST))
