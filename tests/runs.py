@@ -103,7 +103,7 @@ class BackgroundRun:
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
         return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
 
-    def wait_until(self, condition: Callable[[], bool], timeout: float = 120) -> None:
+    def wait_until(self, condition: Callable[[], bool], timeout: float = 300) -> None:
         end = time.monotonic() + timeout
         while not condition():
             assert all(process.poll() is None for process in self.processes), f"the run is over\n{self.printed[-4000:]}"
@@ -140,7 +140,7 @@ class BackgroundRun:
         for process in self.processes:
             process.wait()
 
-    def wait(self, timeout: float = 120) -> int:
+    def wait(self, timeout: float = 300) -> int:
         """The exit code, once all that was started is gone."""
         started = self._started()
         try:
