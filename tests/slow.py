@@ -21,30 +21,28 @@ _STARTERS = (subprocess, multiprocessing, forks)
 _BROWSER = "sync_playwright"
 # They train, evaluate or draw for more than a second.
 SLOW_HERE = {
-    "test_benchmarks": {"test_gallery_types"},
-    "test_demo": {"test_the_loader_reads_it"},
-    "test_evaluation": {
-        "test_all_pairs_equal_every_pair_scored_one_by_one",
-        "test_another_model_is_refused_until_it_may_replace_what_is_there",
-        "test_a_second_start_with_other_slices_is_refused",
-        "test_the_weight_is_tuned_on_another_split_and_used",
-        "test_what_fails_after_the_work_is_made_up_for_without_doing_it_again",
-    },
-    "test_finetuning": {"test_lora_trains_its_adapters_alone_and_they_load", "test_trainer_fine_tunes_and_evaluates"},
-    "test_publish": {"test_a_hub_that_dies_ends_no_run", "test_a_run_leaves_its_best_model_on_the_hub"},
-    "test_remote": {
-        "test_a_server_that_fails_for_good_ends_the_run",
-        "test_the_same_rows_in_the_same_order_over_a_bad_connection",
-        "test_workers_leave_the_connections_of_their_parent_alone",
-    },
-    "test_serve": {"test_the_api_is_two_named_endpoints_and_nothing_of_the_page"},
+    "test_a_hub_that_dies_ends_no_run",
+    "test_a_run_leaves_its_best_model_on_the_hub",
+    "test_a_second_start_with_other_slices_is_refused",
+    "test_a_server_that_fails_for_good_ends_the_run",
+    "test_all_pairs_equal_every_pair_scored_one_by_one",
+    "test_another_model_is_refused_until_it_may_replace_what_is_there",
+    "test_gallery_types",
+    "test_lora_trains_its_adapters_alone_and_they_load",
+    "test_the_api_is_two_named_endpoints_and_nothing_of_the_page",
+    "test_the_loader_reads_it",
+    "test_the_same_rows_in_the_same_order_over_a_bad_connection",
+    "test_the_weight_is_tuned_on_another_split_and_used",
+    "test_trainer_fine_tunes_and_evaluates",
+    "test_what_fails_after_the_work_is_made_up_for_without_doing_it_again",
+    "test_workers_leave_the_connections_of_their_parent_alone",
 }
 
 
 def is_slow(item: pytest.Item) -> bool:
     """Whether a test starts a process or a browser, or is in the list."""
     fixtures = [fixture.func for fixtures in item._fixtureinfo.name2fixturedefs.values() for fixture in fixtures]
-    return item.originalname in SLOW_HERE.get(item.path.stem, ()) or _starts_processes(item.function, *fixtures)
+    return item.originalname in SLOW_HERE or _starts_processes(item.function, *fixtures)
 
 
 def _starts_processes(*called: object) -> bool:
