@@ -28,7 +28,8 @@ from aliblip.training.arguments import ModelArguments, TrainDataArguments, Train
 
 README = (ROOT / "README.md").read_text()
 PAGES = {
-    name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "train.py", "evaluate_retrieval.py")
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "train.py", ROOT / "evaluate_retrieval.py")
 }
 GROUPS = (
     *(ModelArguments, TrainDataArguments, TrainingArguments),
@@ -63,16 +64,18 @@ def test_the_snippets_run(tmp_path, monkeypatch, capsys):
     tiny.model(vocab_size=len(tiny.processor().tokenizer)).save_pretrained(folder)
     tiny.processor().save_pretrained(folder)
     shutil.copytree(folder, tmp_path / "demo" / "output" / "best")
-    make_catalogue(tmp_path / "demo" / "catalogue", 1, 12, 8)
+    make_catalogue(tmp_path / "demo" / "catalogue", 1, 12, 40)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     for name, colour in (("mug", "red"), ("lamp", "blue")):
         Image.new("RGB", (40, 30), colour).save(tmp_path / f"{name}.jpg")
     monkeypatch.chdir(tmp_path)
-    *snippets, client = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(snippets) == 3 and "gradio_client" in client, "the last one needs a server: see test_serve.py"
+    snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(snippets) == 3
     names: dict = {}
     for snippet in snippets:
         exec(snippet, names)
     printed = capsys.readouterr().out
-    assert printed.count("tensor(") == 2 and printed.count("itm_probability") == 2 + 2 + 3
-    assert len(names["gallery"]) == 8
+    mugs = names["gallery"].count({"product_type": "mug"})
+    assert mugs, "else the filter shows nothing"
+    assert printed.count("tensor(") == 2 and printed.count("itm_probability") == 2 + 2 + min(mugs, 3)
+    assert len(names["gallery"]) == 40
