@@ -354,7 +354,7 @@ def test_a_mistake_is_one_line_and_a_bug_a_traceback(blip_folder, tmp_path, monk
     with pytest.raises(SystemExit) as ended:
         main_with_usage_errors("aliblip.convert", convert.main)
     told = capsys.readouterr().err
-    assert ended.value.code == 2 and told.startswith("aliblip.convert: error: can't load the model")
+    assert ended.value.code == 2 and told.startswith("aliblip.convert: error: there is no folder")
     assert told.count("\n") == 1
     flags[2] = str(blip_folder)
     monkeypatch.setattr(convert, "describe", lambda model: int("a bug"))
