@@ -195,7 +195,9 @@ def test_itc_alone(pipe, paths, titles, gallery, text_gallery):
     results = pipe(titles, gallery=gallery, rerank=0, top_k=4)
     vectors = pipe.encoder.embed_titles(titles)
     for found, hits in zip(results, gallery.search(vectors, 4), strict=True):
-        assert [entry["id"] for entry in found] == [paths[hit["position"]] for hit in hits] == [hit["id"] for hit in hits]
+        assert (
+            [entry["id"] for entry in found] == [paths[hit["position"]] for hit in hits] == [hit["id"] for hit in hits]
+        )
         for entry, hit in zip(found, hits, strict=True):
             assert entry["score"] == pytest.approx(entry["itc"]) == pytest.approx(hit["itc"], abs=1e-5)
             assert entry["itm_logit"] is None and entry["itm_probability"] is None
@@ -367,7 +369,9 @@ def test_saved_and_opened_in_a_process_without_this_code(pipe, paths, titles, fo
     command = [sys.executable, "-c", hide + FROM_THE_FOLDER, tmp_path / "model", folder, titles[0], paths[0], *paths]
     ended = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    by_title, by_photo, module, refused = json.loads(next(line for line in ended.stdout.splitlines() if line.startswith("[[")))
+    by_title, by_photo, module, refused = json.loads(
+        next(line for line in ended.stdout.splitlines() if line.startswith("[["))
+    )
     assert module.startswith("transformers_modules.") and module.endswith(".pipeline_aliblip")
     assert_close(by_title, pipe(titles[0], gallery=gallery))
     assert 'opened by the package aliblip: install it (pip install "aliblip[gallery]")' in refused

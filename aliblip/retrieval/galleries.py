@@ -420,7 +420,9 @@ class Gallery:
         view = self._now()
         try:
             return work(view)
-        except OSError as error:
+        except UsageError:
+            raise
+        except (OSError, ValueError) as error:  # Arrow makes ValueErrors of some of Lance's
             if "not found" not in str(error).lower():
                 raise
             if self._pinned is not None:
