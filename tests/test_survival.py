@@ -379,7 +379,7 @@ def test_a_checkpoint_of_another_model_is_refused(refused, checkpoint):
     assert "momentum encoders or queues" in told and "size mismatch" in told
 
 
-# --- the README's list ------------------------------------------------------------------------------------------------
+# --- the list of docs/resuming.md -------------------------------------------------------------------------------------
 
 PROMISES = {
     "Exact.": [test_an_interrupted_run_repeats_the_uninterrupted_one],
@@ -404,7 +404,7 @@ PROMISES = {
 }
 
 
-def test_each_promise_of_the_readme_has_a_test():
-    section = (ROOT / "README.md").read_text().split("## If your run stops")[1].split("Not promised:")[0]
+def test_each_promise_of_the_docs_has_a_test():
+    section = (ROOT / "docs" / "resuming.md").read_text().split("Promised, ")[1].split("Not promised:")[0]
     assert re.findall(r"^- \*\*(.+?)\*\*", section, flags=re.MULTILINE) == list(PROMISES)
     assert all(test.__name__.startswith("test_") for tests in PROMISES.values() for test in tests)
