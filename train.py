@@ -85,13 +85,11 @@ def train(setup: Setup, accelerator: AliBlipAccelerator, signals: StopSignals, s
                     with accelerator.accumulate(objective):
                         targets = momentum.encode(batch)
                         output = objective(batch, targets, alpha)
-                        grad_norm = backward_and_step(
-                            accelerator, objective, optimizer, output.loss, args.max_grad_norm
-                        )
+                        norm = backward_and_step(accelerator, objective, optimizer, output.loss, args.max_grad_norm)
                     momentum.enqueue(targets, batch["product_id"])
                     run.after_batch(step, batch, targets, output)
                 clamp_parameter(model.temp, *TEMPERATURE_RANGE)
-                run.after_step(step, output, grad_norm)  # a step that is not finite is undone; log, checkpoint, signal
+                run.after_step(step, output, norm)  # a step that is not finite is undone; log, checkpoint, signal
             if run.stopped_by:
                 return run.stop()
             run.after_epoch(epoch)  # evaluation, models, publishing

@@ -18,7 +18,7 @@ What is read:
   `AliBlipForImageTextRetrieval.from_pretrained` takes these directly too.
 - **AliBLIP folders**, for the way back or another `--image_size`.
 
-A weight that is missing, too many or of another shape is refused with its name. `--momentum encoders` writes the
+A weight that is missing, unexpected or of another shape is refused by its name. `--momentum encoders` writes the
 momentum encoders of an original file into `momentum.safetensors` beside the weights, `--momentum all` its queues too;
 `train.py` starts from that file where it finds it, with a `--queue_size` of as many slots. The queues hold product ids:
 carry them only to go on with the same data under the same ids, since an equal id makes a photo of the queue a positive.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import tiny
 import torch
 from torch import Tensor
@@ -169,3 +170,43 @@ def spoilt(state: dict[str, Tensor], how: str, name: str) -> dict[str, Tensor]:
 
 
 HOW = {"missing": "missing: {name}", "unexpected": "unexpected: something.else", "of another shape": r"{name} \(3, 5\)"}
+
+# --- fixtures; `conftest.py` names this file as a plugin, so that they are made once for all files --------------------
+
+
+@pytest.fixture(scope="session")
+def blip() -> BlipForImageTextRetrieval:
+    return make_blip()
+
+
+@pytest.fixture(scope="session")
+def blip_folder(blip, tmp_path_factory) -> Path:
+    return save_blip(blip, tmp_path_factory.mktemp("blip"))
+
+
+@pytest.fixture(scope="session")
+def vocabulary(tmp_path_factory) -> Path:
+    """A folder with the tokenizer of these models."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def original_state(blip) -> dict[str, Tensor]:
+    return original_state_of(blip)
+
+
+@pytest.fixture(scope="session")
+def original_file(original_state, tmp_path_factory) -> Path:
+    return save_original(original_state, tmp_path_factory.mktemp("original"))
+
+
+@pytest.fixture(scope="session")
+def vit(tmp_path_factory) -> Path:
+    return save_vit(tmp_path_factory.mktemp("vit"))
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory) -> Path:
+    return save_bert(tmp_path_factory.mktemp("bert"))

@@ -18,7 +18,7 @@ import slow  # noqa: E402
 # A worker of pytest-xdist takes whole files, in this order: those that take long must not be left to the end.
 _LONGEST = ("test_survival", "test_launch", "test_train", "test_evaluation_script", "test_evaluation_resume")
 
-pytest_plugins = ["evaluation_fixtures"]
+pytest_plugins = ["blip_stub", "evaluation_fixtures"]
 
 
 def pytest_collection_modifyitems(items):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import tiny
 import torch
-from blip_stub import CLOSE, HOW, VOCABULARY, save_bert, save_vit, spoilt
+from blip_stub import CLOSE, HOW, VOCABULARY, spoilt
 from safetensors.torch import load_file, save_file
 from transformers import BertModel, ViTModel
 
@@ -15,16 +13,6 @@ from aliblip.models.backbones import read_text_backbone, read_vision_backbone, s
 from aliblip.runtime.mistakes import UsageError
 from configuration_aliblip import AliBlipConfig
 from modeling_aliblip import AliBlipForImageTextRetrieval
-
-
-@pytest.fixture(scope="module")
-def vit(tmp_path_factory) -> Path:
-    return save_vit(tmp_path_factory.mktemp("vit"))
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory) -> Path:
-    return save_bert(tmp_path_factory.mktemp("bert"))
 
 
 @torch.no_grad()

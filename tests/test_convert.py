@@ -21,16 +21,11 @@ from blip_stub import (
     VOCABULARY,
     assert_same_numbers,
     converted,
-    make_blip,
-    original_state_of,
     ours,
-    save_blip,
-    save_original,
     spoilt,
 )
 from helpers import ROOT
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import (
     BertConfig,
     BlipForImageTextRetrieval,
@@ -47,33 +42,6 @@ from configuration_aliblip import AliBlipConfig
 from processing_aliblip import AliBlipProcessor
 
 REFERENCE = Path(os.environ.get("ALIBLIP_REFERENCE_DIR", ROOT.parent / "shared" / "reference"))
-
-
-@pytest.fixture(scope="module")
-def blip() -> BlipForImageTextRetrieval:
-    return make_blip()
-
-
-@pytest.fixture(scope="module")
-def blip_folder(blip, tmp_path_factory) -> Path:
-    return save_blip(blip, tmp_path_factory.mktemp("blip"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def original_state(blip) -> dict[str, Tensor]:
-    return original_state_of(blip)
-
-
-@pytest.fixture(scope="module")
-def original_file(original_state, tmp_path_factory) -> Path:
-    return save_original(original_state, tmp_path_factory.mktemp("original"))
 
 
 # --- parity -----------------------------------------------------------------------------------------------------------
@@ -112,8 +80,8 @@ def test_a_hub_repository_of_older_files_loads_too(blip, blip_folder, tmp_path):
     assert AliBlipProcessor.from_pretrained(tmp_path).image_size == 32
 
 
-def test_there_and_back_through_every_form(blip, blip_folder, original_file, tokenizer, tmp_path):
-    told = converted(original_file, tmp_path / "ours", tokenizer_name=str(tokenizer), **HEADS)
+def test_there_and_back_through_every_form(blip, blip_folder, original_file, vocabulary, tmp_path):
+    told = converted(original_file, tmp_path / "ours", tokenizer_name=str(vocabulary), **HEADS)
     model = ours(tmp_path / "ours")
     assert_same_numbers(model, blip)
     assert model.temp.item() == pytest.approx(0.05) and model.config.text_config.hidden_dropout_prob == 0.1
@@ -159,14 +127,14 @@ def test_names_of_the_original_code_go_both_ways():
     assert sum(original_name(name) != name for name in names) == sum(n.startswith("vision_model.") for n in names)
 
 
-def test_a_base_checkpoint_drops_its_decoder(blip, original_state, tokenizer, tmp_path):
+def test_a_base_checkpoint_drops_its_decoder(blip, original_state, vocabulary, tmp_path):
     state = {name: value for name, value in original_state.items() if "_queue" not in name}
     state |= {name: original_state[name] for name in ("image_queue", "text_queue")}
     state["queue_ptr"] = torch.zeros(1, dtype=torch.int64)
     state["text_decoder.bert.embeddings.position_ids"] = torch.arange(40)[None]
     state["text_decoder.cls.predictions.bias"] = torch.zeros(VOCABULARY)
     torch.save({"model": state}, tmp_path / "model_base.pth")
-    options = {"tokenizer_name": str(tokenizer), **HEADS}
+    options = {"tokenizer_name": str(vocabulary), **HEADS}
     told = converted(tmp_path / "model_base.pth", tmp_path / "ours", **options)
     assert "dropped: text decoder (2 tensors)" in told
     assert_same_numbers(ours(tmp_path / "ours"), blip)
@@ -177,8 +145,8 @@ def test_a_base_checkpoint_drops_its_decoder(blip, original_state, tokenizer, tm
     assert "image_queue" not in read_momentum(tmp_path / "encoders")
 
 
-def test_a_blip_folder_with_another_tokenizer_keeps_its_pixels(blip_folder, tokenizer, tmp_path):
-    converted(blip_folder, tmp_path / "ours", tokenizer_name=str(tokenizer), max_length=20)
+def test_a_blip_folder_with_another_tokenizer_keeps_its_pixels(blip_folder, vocabulary, tmp_path):
+    converted(blip_folder, tmp_path / "ours", tokenizer_name=str(vocabulary), max_length=20)
     processor = AliBlipProcessor.from_pretrained(tmp_path / "ours")
     assert list(processor.image_processor.image_mean) == [0.5, 0.4, 0.3]
     assert processor.max_length == 20 and processor.image_size == 32
@@ -224,8 +192,8 @@ def test_a_recorded_original_model_keeps_its_numbers(tmp_path):
 # --- momentum ---------------------------------------------------------------------------------------------------------
 
 
-def test_momentum_encoders_and_queues_are_carried(original_file, original_state, tokenizer, tmp_path):
-    options = {"tokenizer_name": str(tokenizer), "momentum": "all", **HEADS}
+def test_momentum_encoders_and_queues_are_carried(original_file, original_state, vocabulary, tmp_path):
+    options = {"tokenizer_name": str(vocabulary), "momentum": "all", **HEADS}
     told = converted(original_file, tmp_path / "ours", **options)
     assert any(f"{QUEUE} queue slots, 5 of them filled: train with --queue_size {QUEUE}" in line for line in told)
     model, tensors = ours(tmp_path / "ours"), read_momentum(tmp_path / "ours")
@@ -274,15 +242,15 @@ def test_momentum_encoders_and_queues_are_carried(original_file, original_state,
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", ["visual_encoder.blocks.1.attn.qkv.weight", "visual_encoder.pos_embed"])
-def test_an_original_file_that_does_not_fit_is_refused_by_name(how, name, original_state, tokenizer, tmp_path):
+def test_an_original_file_that_does_not_fit_is_refused_by_name(how, name, original_state, vocabulary, tmp_path):
     torch.save({"model": spoilt(original_state, how, name)}, tmp_path / "bad.pth")
     with pytest.raises(UsageError, match=HOW[how].format(name=name)):
-        converted(tmp_path / "bad.pth", tmp_path / "ours", tokenizer_name=str(tokenizer), **HEADS)
+        converted(tmp_path / "bad.pth", tmp_path / "ours", tokenizer_name=str(vocabulary), **HEADS)
     assert not (tmp_path / "ours").exists()
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_momentum_encoders_that_do_not_fit_are_refused_by_name(how, original_state, tokenizer, tmp_path):
+def test_momentum_encoders_that_do_not_fit_are_refused_by_name(how, original_state, vocabulary, tmp_path):
     name = "text_encoder_m.encoder.layer.0.output.dense.weight"
     state = spoilt(original_state, how, name)
     if how == "unexpected":
@@ -290,7 +258,7 @@ def test_momentum_encoders_that_do_not_fit_are_refused_by_name(how, original_sta
     torch.save({"model": state}, tmp_path / "bad.pth")
     expected = HOW[how].format(name=name).replace("something", "text_encoder_m.something")
     with pytest.raises(UsageError, match=expected):
-        converted(tmp_path / "bad.pth", tmp_path / "o", tokenizer_name=str(tokenizer), momentum="encoders", **HEADS)
+        converted(tmp_path / "bad.pth", tmp_path / "o", tokenizer_name=str(vocabulary), momentum="encoders", **HEADS)
 
 
 @pytest.mark.parametrize("to", ["aliblip", "transformers", "original"])
@@ -309,10 +277,10 @@ def test_a_folder_that_does_not_fit_is_refused_by_name(how, to, blip_folder, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_mistakes_are_told(blip_folder, original_file, original_state, tokenizer, tmp_path):
+def test_mistakes_are_told(blip_folder, original_file, original_state, vocabulary, tmp_path):
     def error(source=original_file, **options) -> str:
         with pytest.raises(UsageError) as raised:
-            converted(source, tmp_path / "out", **{"tokenizer_name": str(tokenizer), **HEADS, **options})
+            converted(source, tmp_path / "out", **{"tokenizer_name": str(vocabulary), **HEADS, **options})
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
         return str(raised.value)
 
@@ -345,13 +313,13 @@ def test_mistakes_are_told(blip_folder, original_file, original_state, tokenizer
     assert "--momentum is for" in error(blip_folder, momentum="all")
     assert "an original file already" in error(to="original")
     with pytest.raises(UsageError, match="exists: give a new folder"):
-        converted(original_file, tmp_path, tokenizer_name=str(tokenizer), **HEADS)
+        converted(original_file, tmp_path, tokenizer_name=str(vocabulary), **HEADS)
     with pytest.raises(ValueError, match="is of model type 'bert'"):
         BertConfig().save_pretrained(tmp_path / "bert")
         AliBlipConfig.from_pretrained(tmp_path / "bert")
 
 
-def test_files_that_cannot_be_read_are_mistakes(blip_folder, original_file, tokenizer, tmp_path):
+def test_files_that_cannot_be_read_are_mistakes(blip_folder, original_file, vocabulary, tmp_path):
     def error(source, **options) -> str:
         with pytest.raises(UsageError) as raised:
             converted(source, tmp_path / "out", **options)
@@ -373,10 +341,10 @@ def test_files_that_cannot_be_read_are_mistakes(blip_folder, original_file, toke
     assert f"can't load the processor of {settings.parent}" in error(settings.parent)
     assert "no tokenizer at 'nowhere/else'" in error(blip_folder, tokenizer_name="nowhere/else")
     heads = {**HEADS, "vision_config": '{"num_attention_heads": 5}'}
-    message = error(original_file, tokenizer_name=str(tokenizer), **heads)
+    message = error(original_file, tokenizer_name=str(vocabulary), **heads)
     assert f"no model can be built from {original_file}" in message and "not divisible" in message
     (tmp_path / "a file").write_text("")
-    message = error(original_file, tokenizer_name=str(tokenizer), output_dir=tmp_path / "a file" / "out", **HEADS)
+    message = error(original_file, tokenizer_name=str(vocabulary), output_dir=tmp_path / "a file" / "out", **HEADS)
     assert "could not be written" in message
 
 
@@ -394,9 +362,9 @@ def test_a_mistake_is_one_line_and_a_bug_a_traceback(blip_folder, tmp_path, monk
         main_with_usage_errors("aliblip.convert", convert.main)
 
 
-def test_foreign_code_is_refused_without_a_question(blip_folder, tokenizer, tmp_path, monkeypatch):
+def test_foreign_code_is_refused_without_a_question(blip_folder, vocabulary, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked"))
-    folder = Path(shutil.copytree(tokenizer, tmp_path / "tokenizer"))
+    folder = Path(shutil.copytree(vocabulary, tmp_path / "tokenizer"))
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     foreign = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | foreign))

@@ -133,7 +133,7 @@ def test_an_order_of_millions_of_rows():
     left = 4_000_000 - int(taken.sum())
     assert taken.max() == 1 and left == order.leftover_rows == 256
     line = loader.describe()
-    assert "256 rows left over (0.006%, others each epoch)" in line
+    assert "256 rows left over (0.006%, different ones each epoch)" in line
     assert "at most 4,096 rows undecoded in memory per worker, about 204.8 MB" in line
 
 

@@ -63,7 +63,7 @@ COMMANDS = [(page, command) for page, text in PAGES.items() for command in comma
 def test_files_and_flags_that_are_named_exist(page):
     text = PAGES[page]
     for path in re.findall(r"\b(?:recipes|accelerate_configs|demo|docs|aliblip|tests)/[\w/]+\.(?:yaml|py|md)\b", text):
-        assert (ROOT / path).is_file() or path == "aliblip/data/KIND.py", path
+        assert (ROOT / path).is_file(), path
     for flag in re.findall(r"(?<![\w-])--([a-z]\w+)\b(?!-)", text):
         assert flag in FLAGS, flag
     for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
@@ -102,16 +102,18 @@ def test_the_snippets_run(tmp_path, monkeypatch, capsys):
     tiny.model(vocab_size=len(tiny.processor().tokenizer)).save_pretrained(folder)
     tiny.processor().save_pretrained(folder)
     shutil.copytree(folder, tmp_path / "demo" / "output" / "best")
-    make_catalogue(tmp_path / "demo" / "catalogue", 1, 12, 8)
+    make_catalogue(tmp_path / "demo" / "catalogue", 1, 12, 40)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     for name, colour in (("mug", "red"), ("lamp", "blue")):
         Image.new("RGB", (40, 30), colour).save(tmp_path / f"{name}.jpg")
     monkeypatch.chdir(tmp_path)
-    *snippets, client = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(snippets) == 3 and "gradio_client" in client, "the last one needs a server: see test_serve.py"
+    snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(snippets) == 3
     names: dict = {}
     for snippet in snippets:
         exec(snippet, names)
     printed = capsys.readouterr().out
-    assert printed.count("tensor(") == 2 and printed.count("itm_probability") == 2 + 2 + 3
-    assert len(names["gallery"]) == 8
+    mugs = names["gallery"].count({"product_type": "mug"})
+    assert mugs, "else the filter shows nothing"
+    assert printed.count("tensor(") == 2 and printed.count("itm_probability") == 2 + 2 + min(mugs, 3)
+    assert len(names["gallery"]) == 40

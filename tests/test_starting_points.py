@@ -14,19 +14,12 @@ from blip_stub import (
     QUEUE,
     assert_same_numbers,
     converted,
-    make_blip,
-    original_state_of,
     ours,
-    save_bert,
-    save_blip,
-    save_original,
-    save_vit,
 )
 from helpers import assert_succeeded, run_forked
 from runs import TINY, log_of, write_split
 from safetensors.torch import load_file
-from torch import Tensor
-from transformers import BlipForImageTextRetrieval, ViTModel
+from transformers import ViTModel
 
 import train
 from aliblip.models.upload import HubArguments
@@ -36,43 +29,6 @@ from aliblip.training.arguments import ModelArguments, TrainDataArguments, Train
 from aliblip.training.carried import read_momentum
 from aliblip.training.momentum import MomentumState
 from aliblip.training.objective import RetrievalObjective
-
-
-@pytest.fixture(scope="module")
-def blip() -> BlipForImageTextRetrieval:
-    return make_blip()
-
-
-@pytest.fixture(scope="module")
-def blip_folder(blip, tmp_path_factory) -> Path:
-    return save_blip(blip, tmp_path_factory.mktemp("blip"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def original_state(blip) -> dict[str, Tensor]:
-    return original_state_of(blip)
-
-
-@pytest.fixture(scope="module")
-def original_file(original_state, tmp_path_factory) -> Path:
-    return save_original(original_state, tmp_path_factory.mktemp("original"))
-
-
-@pytest.fixture(scope="module")
-def vit(tmp_path_factory) -> Path:
-    return save_vit(tmp_path_factory.mktemp("vit"))
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory) -> Path:
-    return save_bert(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +57,13 @@ def assert_everything_trains(setup: train.Setup) -> None:
     assert not untouched, untouched
 
 
-def test_training_sets_up_from_every_form(blip, blip_folder, original_file, tokenizer, catalogue, tmp_path, capsys):
+def test_training_sets_up_from_every_form(blip, blip_folder, original_file, vocabulary, catalogue, tmp_path, capsys):
     data = ["--data_dir", catalogue, "--output_dir", tmp_path / "run"]
     setup = set_up("--model_name_or_path", blip_folder, *data)
     assert_same_numbers(setup.model.eval(), blip)
     assert setup.processor.image_size == 32 and setup.momentum_start is None
     assert_everything_trains(setup)
-    of_file = ["--model_name_or_path", original_file, "--tokenizer_name", tokenizer]
+    of_file = ["--model_name_or_path", original_file, "--tokenizer_name", vocabulary]
     of_file += ["--vision_config", HEADS["vision_config"], "--text_config", HEADS["text_config"]]
     setup = set_up(*of_file, *data)
     assert f"{original_file} also holds momentum encoders, which are not taken over" in capsys.readouterr().out
@@ -116,7 +72,7 @@ def test_training_sets_up_from_every_form(blip, blip_folder, original_file, toke
     setup = set_up(*of_file, *data, "--image_size", "48")
     assert setup.model.config.vision_config.image_size == setup.processor.image_size == 48
 
-    converted(original_file, tmp_path / "ours", tokenizer_name=str(tokenizer), momentum="all", **HEADS)
+    converted(original_file, tmp_path / "ours", tokenizer_name=str(vocabulary), momentum="all", **HEADS)
     of_folder = ["--model_name_or_path", tmp_path / "ours", *data]
     with pytest.raises(ValueError, match=f"queues of {QUEUE} slots, --queue_size is 20: give --queue_size {QUEUE}"):
         set_up(*of_folder)
@@ -132,7 +88,7 @@ def test_training_sets_up_from_every_form(blip, blip_folder, original_file, toke
         set_up(*of_folder, "--vision_model_name_or_path", "vit")
 
 
-def test_training_sets_up_from_two_towers(vit, bert, tokenizer, catalogue, tmp_path, capsys):
+def test_training_sets_up_from_two_towers(vit, bert, vocabulary, catalogue, tmp_path, capsys):
     data = ["--data_dir", catalogue, "--output_dir", tmp_path / "run"]
     towers = ["--vision_model_name_or_path", vit, "--text_model_name_or_path", bert]
     setup = set_up(*towers, "--image_size", "32", *data)
@@ -150,7 +106,7 @@ def test_training_sets_up_from_two_towers(vit, bert, tokenizer, catalogue, tmp_p
     assert_everything_trains(setup)
 
     small = '{"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}'
-    setup = set_up(*towers[:2], "--tokenizer_name", tokenizer, "--text_config", small, *data)
+    setup = set_up(*towers[:2], "--tokenizer_name", vocabulary, "--text_config", small, *data)
     assert setup.model.config.vision_config.image_size == 16  # the ViT's own
     assert setup.model.config.text_config.num_hidden_layers == 1
     assert "text_encoder, text_proj, vision_proj)" in capsys.readouterr().out
@@ -162,11 +118,11 @@ def test_training_sets_up_from_two_towers(vit, bert, tokenizer, catalogue, tmp_p
 
 
 def test_the_command_converts_and_the_run_starts_where_the_original_left(
-    original_file, original_state, blip, tokenizer, catalogue, tmp_path
+    original_file, original_state, blip, vocabulary, catalogue, tmp_path
 ):
     """Two processes: the command, then the script, which takes up momentum encoders and queues."""
     command = [sys.executable, "-m", "aliblip.convert", "--model_name_or_path", original_file, "--momentum", "all"]
-    command += ["--output_dir", tmp_path / "ours", "--tokenizer_name", tokenizer]
+    command += ["--output_dir", tmp_path / "ours", "--tokenizer_name", vocabulary]
     result = run_forked([*command, "--vision_config", HEADS["vision_config"], "--text_config", HEADS["text_config"]])
     assert_succeeded(result)
     assert "0.0 M parameters: ViT 2 x 32 (4 heads), 32 px in patches of 8; BERT 2 x 24 (8 heads)" in result.stdout

@@ -5,10 +5,10 @@
         ...
 
 The order of an epoch is a function of the seed, the epoch and the row counts of the shards; the position in it is a
-count of steps. Nothing about the order is state of a reader: there is nothing to save but that count, nothing to lose.
+count of steps. Readers keep no state of the order: that count is all that has to be saved.
 
 The order of an epoch (`EpochOrder`): all shards in a seeded permutation are one sequence of rows; it is turned by a
-seeded offset, so that the few rows left over are others in every epoch; and it is cut into one range per rank, all of
+seeded offset, so that the few rows left over differ from epoch to epoch; and it is cut into one range per rank, all of
 `steps * batch_size` rows. So every rank has equally many steps whatever the sizes of the shards. A range consists of
 windows; the undecoded rows of a window are read, permuted and cut into batches. Window w of a rank is read by worker w
 modulo the number of workers. Memory: one window of undecoded rows per worker (paths only, for folders).
@@ -125,10 +125,10 @@ class EpochOrder:
 class TrainLoader:
     """Batches of one rank, epoch by epoch.
 
-    Every rank takes `steps_per_epoch` batches of `batch_size`, no row twice in an epoch on any rank. A batch lies
-    within one window; with more than one worker windows are at most a worker's share of the epoch, so that a small data
-    set keeps all workers busy too. The order therefore depends on `batch_size`, `world_size` and `num_workers`; and on
-    nothing else than these, `window`, the seed, the epoch and the shards.
+    Every rank takes `steps_per_epoch` batches of `batch_size`, and no row comes twice in an epoch, on whatever rank. A
+    batch lies within one window; with more than one worker a window is at most a worker's share of the epoch, so that a
+    small data set keeps all workers busy too. So the order depends on `batch_size`, `world_size`, `num_workers`,
+    `window`, the seed, the epoch and the shards, and on nothing else.
 
     Args:
         source: where rows come from.
@@ -226,8 +226,8 @@ class TrainLoader:
         return (
             f"{self.source.name} ({self.source.split}): {rows:,} rows in {len(self.source.shards):,} shards, "
             f"{self.steps_per_epoch:,} steps of {self.batch_size} x {self.world_size} per epoch, {left:,} rows left "
-            f"over ({left / rows:.3%}, others each epoch), mixed in windows of {self.window:,} rows per process "
-            f"({share:.1%} of the epoch): at most {self.window:,} rows undecoded in memory per worker"
+            f"over ({left / rows:.3%}, different ones each epoch), mixed in windows of {self.window:,} rows per "
+            f"process ({share:.1%} of the epoch): at most {self.window:,} rows undecoded in memory per worker"
             + (f", about {size / 1e6:,.1f} MB" if size else "")
         )
 
@@ -275,7 +275,7 @@ class EvalLoader:
         return self.units(range(self.rank, self.num_units, self.world_size))
 
     def units(self, units: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(unit, batch) of chosen units, in their order, whoever they belong to."""
+        """(unit, batch) of chosen units, in their order, whatever rank they belong to."""
         with closing(_deliver(_EvalReader(self, units), min(self.num_workers, len(units)))) as delivered:
             yield from delivered
 
@@ -358,7 +358,7 @@ class _EvalReader(_Reader):
 
 
 def _schedule(window_batches: Sequence[int], workers: int) -> list[tuple[int, int]]:
-    """(window, batch in it) in the order of delivery: workers take turns, and one that is through is passed over.
+    """(window, batch in it) in the order of delivery: workers take turns, without those that are done.
 
     Window w belongs to worker w % workers. This is the order in which torch's DataLoader hands out the batches of an
     iterable dataset.
@@ -415,7 +415,7 @@ def _deliver(dataset: IterableDataset, num_workers: int) -> Iterator[Any]:
 
 
 def _end_readers(readers: Iterable[multiprocessing.Process] | None = None) -> None:
-    """End the given readers, or all there are, if they are still there: SIGTERM they leave to the trainer."""
+    """Kill the given readers, or all that there are, where they still run: they ignore SIGTERM."""
     for reader in multiprocessing.active_children() if readers is None else readers:
         if reader.is_alive():
             reader.kill()

@@ -4,7 +4,7 @@
 
 Facts come from the folder (`config.json`, weights, processor, `results.json`, `evaluation/results.json`) and from that
 of the run around it (`arguments.json`, `manifest.json`, `machine.json`, `log.jsonl`). What is not known is said to be
-unknown. Folders of this machine are cut down to their last part: cards are public.
+unknown. Cards are public: of folders of this machine they have the name, not the path.
 """
 
 from __future__ import annotations

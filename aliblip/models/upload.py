@@ -40,7 +40,7 @@ MODEL_FILES = (
     *("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.txt", "*_aliblip.py", CARD),
 )
-# How long the end of a run waits for its last upload; a run that was told to stop is killed by its launcher after 30 s.
+# How long the end of a run waits for its last upload; a launcher kills a run 30 s after it has told it to stop.
 SECONDS_AT_THE_END = 3600.0
 SECONDS_AFTER_A_STOP = 10.0
 SECONDS_BETWEEN_NEWS = 30.0
@@ -182,6 +182,7 @@ def _check_license(name: str) -> None:
 
 
 def _ask(call: Callable[[], T]) -> T:
+    """With few tries, since somebody is waiting."""
     return retried(call, WAITS[:2], what="the Hub")
 
 

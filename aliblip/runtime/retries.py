@@ -2,7 +2,7 @@
 
     address = retried(lambda: api.create_commit(...), what="the upload to me/name")
 
-    tries = Tries(WAITS, what="http://host/train-0.parquet")     # for whoever goes on where it stopped
+    tries = Tries(WAITS, what="http://host/train-0.parquet")     # to go on where it stopped
     while True:
         try:
             ...
