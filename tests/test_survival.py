@@ -14,6 +14,7 @@ import pytest
 import test_files
 import tiny
 import torch
+from forks import FORK_RANKS
 from helpers import ROOT, assert_succeeded, launch, run, run_forked, run_ranks
 from runs import TINY, BackgroundRun, rows_of, steps_of, write_split
 from safetensors.torch import load_file
@@ -162,7 +163,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_many_end_the_run(flags, t
     folder = tmp_path / "many"
     folder.mkdir()
     flags += ["--max_non_finite_steps", 2, "--checkpointing_steps", 100]
-    broken = {"ALIBLIP_ROWS": str(folder), "ALIBLIP_BREAK": "5 7 9"}
+    broken = {"ALIBLIP_ROWS": str(folder), "ALIBLIP_BREAK": "5 7 9", FORK_RANKS: "1"}
     result = launch(config, RECORDED, [*flags, "--output_dir", folder], env=broken)
     assert result.returncode != 0
     told = "no finite loss or gradient in 2 steps in a row (up to step 4, whose rows are "
@@ -379,7 +380,7 @@ def test_a_checkpoint_of_another_model_is_refused(refused, checkpoint):
     assert "momentum encoders or queues" in told and "size mismatch" in told
 
 
-# --- the README's list ------------------------------------------------------------------------------------------------
+# --- the list of docs/resuming.md -------------------------------------------------------------------------------------
 
 PROMISES = {
     "Exact.": [test_an_interrupted_run_repeats_the_uninterrupted_one],
@@ -404,7 +405,7 @@ PROMISES = {
 }
 
 
-def test_each_promise_of_the_readme_has_a_test():
-    section = (ROOT / "README.md").read_text().split("## If your run stops")[1].split("Not promised:")[0]
+def test_each_promise_of_the_docs_has_a_test():
+    section = (ROOT / "docs" / "resuming.md").read_text().split("Promised, ")[1].split("Not promised:")[0]
     assert re.findall(r"^- \*\*(.+?)\*\*", section, flags=re.MULTILINE) == list(PROMISES)
     assert all(test.__name__.startswith("test_") for tests in PROMISES.values() for test in tests)
