@@ -70,9 +70,10 @@ def text_of(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
+        if not math.isfinite(value) or not 1e-4 <= abs(value) < 1e15:
+            return f"{value:g}"
         single = np.float32(value)
-        text = str(single) if float(single) == value else repr(value)
-        return text.removesuffix(".0")
+        return np.format_float_positional(single if float(single) == value else value, trim="-")
     if isinstance(value, (bytes, bytearray)):
         return f"{len(value):,} bytes"
     if isinstance(value, (list, tuple)):
@@ -152,6 +153,8 @@ def condition_of(filters: Sequence[Filter], chosen: Mapping[str, Any]) -> Condit
         VisitorMistake: a column that is no filter, a value of another kind, bounds that exclude each other.
     """
     known = {one.column: one for one in filters}
+    if not isinstance(chosen, Mapping):
+        raise VisitorMistake('filters: give {"column": value}')
     condition, parts = Condition(), []
     for column, given in chosen.items():
         if column not in known:
