@@ -86,8 +86,8 @@ def choose_filters(gallery: Any, names: Sequence[str] | None, left_out: Sequence
 
     Args:
         gallery: with `columns`, `schema` and `values(column, limit)`.
-        names: of the columns; None: those of texts, flags or whole numbers with 2 to `MOST_CHOICES` values, at most
-            `MOST_DEFAULT_FILTERS`.
+        names: of the columns; None: those of texts, flags or whole numbers with few values, from 2 to `MOST_CHOICES`
+            and for half as many as items at most; no more than `MOST_DEFAULT_FILTERS`.
         left_out: columns that are no default.
 
     Raises:
@@ -127,7 +127,9 @@ def _filter_of(gallery: Any, column: str, asked: bool = False) -> Filter | None:
     found = _values(gallery, column, kind)
     if found is None:
         return Filter(column, kind, None) if asked and kind == "number" else None
-    return Filter(column, kind, found) if len(found) >= (1 if asked else 2) else None
+    # What tells nearly every item apart is a name of it, and narrows no search.
+    is_useful = found if asked else 2 <= len(found) <= len(gallery) / 2
+    return Filter(column, kind, found) if is_useful else None
 
 
 def _values(gallery: Any, column: str, kind: str) -> tuple[str, ...] | None:

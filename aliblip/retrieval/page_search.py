@@ -298,11 +298,11 @@ def score_told(result: Mapping[str, Any]) -> str:
 
 
 def example_words(ids: Any) -> list[str]:
-    """Titles to try, of photos whose names are words: "striped_blue_mug.jpg"; none where names are numbers."""
+    """Titles to try, of photos whose names are words: "striped_blue_mug_2.jpg"; none where names are numbers."""
     titles = {}
     for value in ids:
         stem = os.path.splitext(os.path.basename(str(value)))[0]
-        words = re.findall(r"[^\W_]+", stem)
+        words = [word for word in re.findall(r"[^\W_]+", stem) if not word.isdigit()]
         if len(words) > 1 and all(word.isalpha() for word in words):
             titles[" ".join(words)] = None
     return list(titles)[:EXAMPLES]
