@@ -10,20 +10,16 @@ traceback of a mistake too.
 from __future__ import annotations
 
 import os
-import shlex
-import shutil
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from aliblip.runtime.distributed import launched_rank
 
 SECONDS_FOR_THE_FIRST_PROCESS = 30
 TRACEBACK_VARIABLE = "ALIBLIP_TRACEBACK"
-ROOT = Path(__file__).resolve().parents[2]  # the checkout, or the site-packages that a wheel went to
 
 
 class UsageError(ValueError):
@@ -53,21 +49,6 @@ def usage_errors(*kinds: type[Exception], told: str = "{}") -> Iterator[None]:
         raise UsageError(told.replace("{}", first_line(error))) from error
 
 
-def install_hint(extra: str) -> str:
-    """The command that installs what an extra of ours needs ("gallery", "serve", ...), as it works where we run.
-
-    A checkout is installed in place; a wheel is named, and pip adds the extra to what is there. A bare `pip` may belong
-    to another Python, so it is named only where `python` is this one.
-    """
-    found = shutil.which("python")
-    ours = found is not None and Path(found).absolute() == Path(sys.executable).absolute()
-    pip = "pip" if ours else f"{shlex.quote(sys.executable)} -m pip"
-    if not (ROOT / "pyproject.toml").is_file():
-        return f'{pip} install "aliblip[{extra}]"'
-    checkout = "." if Path.cwd() == ROOT else ROOT
-    return f'{pip} install -e "{checkout}[{extra}]"'
-
-
 def main_with_usage_errors(name: str, main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit with its code; a UsageError ends it with exit code 2 and one line, printed by the
     first process.
@@ -86,4 +67,4 @@ def main_with_usage_errors(name: str, main: Callable[[], int | None]) -> None:
         sys.exit(2)
 
 
-__all__ = ["UsageError", "first_line", "install_hint", "main_with_usage_errors", "usage_errors"]
+__all__ = ["UsageError", "first_line", "main_with_usage_errors", "usage_errors"]
