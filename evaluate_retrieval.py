@@ -46,14 +46,13 @@ from aliblip.retrieval.evaluation import (
     check_k_rerank,
     parse_k_rerank,
     retrieve,
-    seconds_by_depth,
 )
 from aliblip.retrieval.pages import draw_contact_sheet, write_report
-from aliblip.retrieval.plan import expected_time, make_plan
-from aliblip.retrieval.rankings import Retrieval, tune_fusion
+from aliblip.retrieval.plan import MemoryPlan, expected_time, make_plan, size_text
+from aliblip.retrieval.rankings import MATRIX, Retrieval, tune_fusion
+from aliblip.retrieval.reranking import seconds_by_depth
 from aliblip.retrieval.results import (
     COMPARISON,
-    MATRIX,
     TITLE_SLICES,
     check_comparable,
     check_results_of_others,
@@ -73,7 +72,6 @@ from aliblip.runtime.parts import Parts
 from encoder_aliblip import fingerprint
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
-from retrieval_aliblip import MemoryPlan, size_text
 
 SUBMITTED = 10
 

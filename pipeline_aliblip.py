@@ -26,14 +26,14 @@ try:
     from .encoder_aliblip import TOKEN_TYPE, Encoder
     from .gallery_aliblip import Gallery, build_in_memory
     from .reading_aliblip import UnusableItem
-    from .retrieval_aliblip import RERANK_BATCH_TOKENS, embed_images, embed_texts, fuse
+    from .retrieval_aliblip import embed_images, embed_texts, fuse, rerank
 except ImportError:
     if __package__:  # inside a package (the Hub cache) a failure is real
         raise
     from encoder_aliblip import TOKEN_TYPE, Encoder
     from gallery_aliblip import Gallery, build_in_memory
     from reading_aliblip import UnusableItem
-    from retrieval_aliblip import RERANK_BATCH_TOKENS, embed_images, embed_texts, fuse
+    from retrieval_aliblip import embed_images, embed_texts, fuse, rerank
 
 TASK = "image-text-retrieval"
 DIRECTIONS = ("text-to-image", "image-to-text", "text-to-text", "image-to-image")
@@ -228,36 +228,25 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
 
     def _match_photos(self, gallery: Gallery, positions: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Match logits (Q, k, 2) of titles (Q, L) with the photos at positions (Q, k). Each photo is projected once."""
-        photos, photo_of = positions.unique(return_inverse=True)
+        photos, photo_of, counts = positions.unique(return_inverse=True, return_counts=True)
         order = photo_of.flatten().argsort(stable=True)  # pairs by photo
-        photo_of, title_of = photo_of.flatten()[order], order // positions.shape[1]
+        titles_of = (order // positions.shape[1]).split(counts.tolist())
+
+        def tokens_of(numbers: list[int]) -> Tensor:
+            return self._rounded(gallery.image_tokens(photos[numbers].tolist(), self.encoder))
+
         logits = torch.empty(len(order), 2)
-        pairs_per_pass = max(1, min(2 * _IMAGES_PER_PASS, RERANK_BATCH_TOKENS // input_ids.shape[1]))
-        for first in range(0, len(photos), _IMAGES_PER_PASS):
-            block = photos[first : first + _IMAGES_PER_PASS]
-            image_kv = self.model.project_image_kv(self._rounded(gallery.image_tokens(block.tolist(), self.encoder)))
-            pairs = ((photo_of >= first) & (photo_of < first + len(block))).nonzero().flatten()
-            for chosen in pairs.split(pairs_per_pass):
-                titles, index = title_of[chosen].to(self.device), (photo_of[chosen] - first).to(self.device)
-                matched = self.model.match(input_ids[titles], attention_mask[titles], image_kv, index)
-                logits[order[chosen]] = matched.float().cpu()
+        logits[order] = rerank(
+            self.model, tokens_of, titles_of, input_ids.cpu(), attention_mask.cpu(), images_per_pass=_IMAGES_PER_PASS
+        )
         return logits.view(*positions.shape, 2)
 
     def _match_titles(self, gallery: Gallery, positions: Tensor, tokens: Tensor) -> Tensor:
         """Match logits (Q, k, 2) of photos, tokens (Q, P, D), with the titles at positions (Q, k)."""
-        titles, title_of = positions.unique(return_inverse=True)
+        titles, titles_of = positions.unique(return_inverse=True)
         input_ids, attention_mask = self.encoder.tokenize([gallery.item(title)["text"] for title in titles.tolist()])
-        lengths = attention_mask.sum(dim=1)
-        logits = torch.empty(*positions.shape, 2)
-        for photo, candidates in enumerate(title_of):
-            image_kv = self.model.project_image_kv(self._rounded(tokens[photo : photo + 1]))
-            longest = int(lengths[candidates].max())
-            for slots in torch.arange(len(candidates)).split(max(1, RERANK_BATCH_TOKENS // longest)):
-                ids = input_ids[candidates[slots], :longest].to(self.device)
-                mask = attention_mask[candidates[slots], :longest].to(self.device)
-                index = torch.zeros(len(slots), dtype=torch.int64, device=self.device)
-                logits[photo, slots] = self.model.match(ids, mask, image_kv, index).float().cpu()
-        return logits
+        logits = rerank(self.model, self._rounded(tokens), list(titles_of), input_ids, attention_mask)
+        return logits.view(*positions.shape, 2)
 
     def _rounded(self, tokens: Tensor) -> Tensor:
         """Image tokens as a gallery stores them, so that a pair has the same logit wherever its photo comes from."""

@@ -28,13 +28,13 @@ from aliblip.data.arguments import DataArguments
 from aliblip.data.sources import open_source, require_usable_row
 from aliblip.models.loading import load_pretrained
 from aliblip.retrieval.galleries import SourceItems, build_gallery
+from aliblip.retrieval.plan import size_text, tokens_per_image
 from aliblip.runtime.accelerator import build_accelerator, end, launched_precision
 from aliblip.runtime.arguments import check_range, option, parse
 from aliblip.runtime.distributed import is_main, launched_rank
 from aliblip.runtime.mistakes import UsageError, first_line, main_with_usage_errors
 from encoder_aliblip import TOKEN_TYPE
 from gallery_aliblip import Gallery
-from retrieval_aliblip import size_text, tokens_per_image
 from storage_aliblip import VECTOR_TYPES
 
 SHOWN_SKIPPED = 5

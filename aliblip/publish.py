@@ -12,14 +12,14 @@ The token is that of `--hub_token`, of the variable HF_TOKEN, or of `hf auth log
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from aliblip.models.card import CARD, write_card
-from aliblip.models.upload import WAITS, HubArguments, check_folder, connect, retried, upload
+from aliblip.models.upload import HubArguments, check_folder, connect, upload
 from aliblip.runtime.arguments import option, parse
 from aliblip.runtime.mistakes import UsageError, first_line, main_with_usage_errors
+from aliblip.runtime.retries import WAITS, retried
 
 
 @dataclass
@@ -51,7 +51,7 @@ def publish(args: PublishArguments, hub_args: HubArguments) -> list[str]:
     if api is None:
         return [*told, "to upload it, give --hub_model_id too"]
     try:
-        address = retried(lambda: upload(api, name, folder, "Publish"), WAITS, time.sleep)
+        address = retried(lambda: upload(api, name, folder, "Publish"), WAITS, what=f"the upload to {name}")
     except Exception as error:
         raise UsageError(
             f"{folder} could not be uploaded to {name} ({type(error).__name__}: {first_line(error)}): try again later"

@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import retrieval_aliblip as engine
-from aliblip.retrieval.plan import available_memory, expected_time
+from aliblip.retrieval.plan import MemoryPlan, available_memory, expected_time, memory_plan
+from aliblip.retrieval.rankings import candidate_pairs
 from benchmarks.common import finish, parser
 from configuration_aliblip import AliBlipConfig
 from modeling_aliblip import AliBlipForImageTextRetrieval
@@ -81,8 +82,8 @@ def main(command_line: list[str] | None = None) -> None:
     finish("full", allowed / total, table, args.json)
 
 
-def plan_of(config: AliBlipConfig, num_images: int, num_texts: int, k: int, dtype: torch.dtype) -> engine.MemoryPlan:
-    return engine.memory_plan(
+def plan_of(config: AliBlipConfig, num_images: int, num_texts: int, k: int, dtype: torch.dtype) -> MemoryPlan:
+    return memory_plan(
         config,
         num_images,
         num_texts,
@@ -94,7 +95,7 @@ def plan_of(config: AliBlipConfig, num_images: int, num_texts: int, k: int, dtyp
     )
 
 
-def run(model, args, plan: engine.MemoryPlan, unit: int, count: int) -> tuple[dict[str, float], int]:
+def run(model, args, plan: MemoryPlan, unit: int, count: int) -> tuple[dict[str, float], int]:
     """Seconds of every stage, and the number of pairs, with `count` photos."""
     config, device = model.config, next(model.parameters()).device
     size, dtype = config.vision_config.image_size, model.dtype
@@ -126,7 +127,7 @@ def run(model, args, plan: engine.MemoryPlan, unit: int, count: int) -> tuple[di
     k = min(args.k, count, args.num_texts)
     _, image_ids = engine.search(titles, images, k)
     _, text_ids = engine.search(images, titles, k)
-    pairs = engine.candidate_pairs(image_ids, text_ids, count, args.num_texts)
+    pairs = candidate_pairs(image_ids, text_ids, count, args.num_texts)
     clock.stop("search")
     for start in starts:
         tokens = kept.pop(start, None)

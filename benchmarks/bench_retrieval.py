@@ -32,6 +32,8 @@ from torch import Tensor
 from transformers import BlipConfig, BlipForImageTextRetrieval
 
 import retrieval_aliblip as engine
+from aliblip.retrieval.plan import image_flops, image_kv_flops, match_flops, text_flops
+from aliblip.retrieval.rankings import candidate_pairs
 from benchmarks.common import finish, parser
 from configuration_aliblip import AliBlipConfig
 from modeling_aliblip import AliBlipForImageTextRetrieval
@@ -112,6 +114,11 @@ def rerank_theirs(theirs, image_tokens: Tensor, input_ids: Tensor, attention_mas
     return torch.cat(logits)
 
 
+def rerank_ours(ours, tokens: Tensor, text_ids: list[Tensor], input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Match logits of the pairs, image by image: column 1."""
+    return engine.rerank(ours, tokens, text_ids, input_ids, attention_mask)[:, 1]
+
+
 def retrieve_ours(ours, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Photos and titles to the logits of all pairs, by both stages: every title is a candidate of every image."""
     images, titles = len(pixel_values), len(input_ids)
@@ -119,8 +126,8 @@ def retrieve_ours(ours, pixel_values: Tensor, input_ids: Tensor, attention_mask:
     text_embeds = engine.embed_texts(ours, input_ids, attention_mask)
     _, text_ids = engine.search(image_embeds, text_embeds, titles)
     _, image_ids = engine.search(text_embeds, image_embeds, images)
-    pairs = engine.candidate_pairs(image_ids, text_ids, images, titles)
-    return engine.rerank(ours, tokens, [pairs.texts_of(i) for i in range(images)], input_ids, attention_mask)
+    pairs = candidate_pairs(image_ids, text_ids, images, titles)
+    return rerank_ours(ours, tokens, [pairs.texts_of(i) for i in range(images)], input_ids, attention_mask)
 
 
 def score_theirs(theirs, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, batch: int) -> Tensor:
@@ -146,7 +153,7 @@ def measure(ours, theirs, args) -> dict:
     for name, lengths, seed in (("short titles", SHORT, 1), ("titles of 35", LONG, 2)):
         titles = random_titles(config, args.titles, lengths, seed)
         sides[name] = (
-            lambda titles=titles: engine.rerank(ours, tokens, [torch.arange(args.titles)] * args.images, *titles),
+            lambda titles=titles: rerank_ours(ours, tokens, [torch.arange(args.titles)] * args.images, *titles),
             lambda titles=titles: rerank_theirs(theirs, tokens, *titles, args.peer_batch),
         )
         one_image = rerank_flops(config, titles[1]), args.titles * pair_flops(config)
@@ -156,10 +163,10 @@ def measure(ours, theirs, args) -> dict:
         lambda: score_theirs(theirs, *catalogue, args.peer_batch),
     )
     images, count = args.catalogue
-    embedding = images * engine.image_flops(config) + count * engine.text_flops(config, PADDED)
+    embedding = images * image_flops(config) + count * text_flops(config, PADDED)
     flops["whole, all pairs"] = (
         embedding + images * rerank_flops(config, catalogue[2]),
-        images * count * (engine.image_flops(config) + pair_flops(config)),
+        images * count * (image_flops(config) + pair_flops(config)),
     )
 
     retrieve_ours(ours, *(part[:1] for part in catalogue))  # what is set up at the first call is not measured
@@ -214,8 +221,8 @@ def rerank_flops(config, attention_mask: Tensor) -> int:
     """Of the engine, for one image and all these titles, with the padding that it computes."""
     lengths = attention_mask.sum(dim=1)
     order, bounds = engine._buckets(lengths, engine.RERANK_BATCH_TOKENS)
-    padded = sum((stop - start) * engine.match_flops(config, int(lengths[order[start]])) for start, stop in bounds)
-    return engine.image_kv_flops(config) + padded
+    padded = sum((stop - start) * match_flops(config, int(lengths[order[start]])) for start, stop in bounds)
+    return image_kv_flops(config) + padded
 
 
 def pair_flops(config) -> int:
@@ -224,7 +231,7 @@ def pair_flops(config) -> int:
     L, D, F = PADDED, text.hidden_size, text.intermediate_size
     P = (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
     layer = 2 * L * D * (6 * D + 2 * F) + 4 * L**2 * D + 4 * L * P * D
-    return engine.image_kv_flops(config) + text.num_hidden_layers * layer + 2 * D * 2
+    return image_kv_flops(config) + text.num_hidden_layers * layer + 2 * D * 2
 
 
 def matmul_rate(size: int = 2048) -> float:

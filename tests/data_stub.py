@@ -14,7 +14,23 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from aliblip.data.sources import Row, Source, _Columns
+from aliblip.data.columns import Asked, Columns, Request
+from aliblip.data.rows import Row, Source
+
+# Of `write_layouts`, those that `open_source` opens with split "train".
+NAMES = (
+    "parquet",
+    "parquet by name",
+    "parquet glob",
+    "parquet sub-folders",
+    "parquet of paths",
+    "tars",
+    "tars of text members",
+    "folder",
+    "folder with csv",
+    "json list",
+    "json lines",
+)
 
 
 class StubProcessor:
@@ -38,9 +54,9 @@ class MemorySource(Source):
     """A source of given shard sizes that records its reads; photos are 6 x 6 of one colour, `bad` rows are no image."""
 
     def __init__(self, sizes, bad=()):
-        columns = ["image", "caption"]
-        selected = _Columns("image", "caption", None)
-        super().__init__("memory", "train", columns, selected, [(f"s{i}", n) for i, n in enumerate(sizes)])
+        request = Request("memory", "train", [], Asked())
+        selected = Columns("image", "caption", None)
+        super().__init__(request, ["image", "caption"], selected, [(f"s{i}", n) for i, n in enumerate(sizes)])
         self.bad = set(bad)
         self.reads: list[tuple[int, int, int]] = []
 
@@ -143,3 +159,34 @@ def write_json_list(folder: Path, rows: list[dict]) -> tuple[Path, Path]:
     file = folder / "train.json"
     file.write_text(json.dumps(entries, ensure_ascii=False, indent=1), encoding="utf-8")
     return file, images
+
+
+def write_layouts(root: Path, count: int) -> dict[str, dict]:
+    """The same products in every layout: name -> arguments of open_source."""
+    rows = records(count)
+    write_parquet(root / "parquet", rows, [5, 6], row_group_size=2)
+    write_parquet(root / "sub" / "train", rows, [5, 6], split="part")
+    write_parquet(root / "sub" / "validation", rows[:3], [3], split="part")
+    write_tars(root / "tars", rows, [4, 7])
+    write_tars(root / "tars_txt", rows, [4, 7], as_json=False)
+    write_image_folder(root / "folder", rows)
+    write_image_folder(root / "folder_csv", rows, csv=True)
+    file, images = write_json_list(root / "list", rows)
+    lines = root / "lines.jsonl"
+    lines.write_text("\n".join(json.dumps(entry) for entry in json.loads(file.read_text("utf-8"))))
+    paths = root / "paths.parquet"
+    pq.write_table(pa.table({k: [r[k] for r in rows] for k in ("file", "caption", "product_id")}), paths)
+    return {
+        "parquet": {"data_dir": str(root / "parquet")},
+        "parquet by name": {"dataset_name": str(root / "parquet")},
+        "parquet glob": {"data_files": str(root / "parquet" / "train-*.parquet")},
+        "parquet dict": {"data_files": {"train": str(root / "parquet" / "*.parquet"), "validation": "nothing"}},
+        "parquet sub-folders": {"data_dir": str(root / "sub")},
+        "parquet of paths": {"data_files": str(paths), "image_dir": str(images), "image_column": "file"},
+        "tars": {"data_dir": str(root / "tars")},
+        "tars of text members": {"data_files": [str(root / "tars_txt" / "*.tar")]},
+        "folder": {"data_dir": str(root / "folder")},
+        "folder with csv": {"data_dir": str(root / "folder_csv")},
+        "json list": {"data_files": str(file), "image_dir": str(images)},
+        "json lines": {"data_files": str(lines), "image_dir": str(images)},
+    }

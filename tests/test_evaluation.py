@@ -23,12 +23,13 @@ import evaluate_retrieval as script
 from aliblip.data.collate import Collator
 from aliblip.data.loader import EvalLoader
 from aliblip.data.sources import open_source
-from aliblip.retrieval import evaluation
+from aliblip.retrieval import evaluation, reranking
 from aliblip.retrieval import results as numbers
 from aliblip.retrieval.report import Hit, SheetRow, contact_sheet
 from aliblip.runtime import parts as parts_module
 from aliblip.runtime.mistakes import UsageError, main_with_usage_errors
 from aliblip.runtime.parts import Parts
+from aliblip.runtime.units import gather_units
 from configuration_aliblip import AliBlipConfig
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
@@ -189,7 +190,7 @@ def test_results_equal_every_pair_scored_one_by_one(model, processor, catalogue,
     assert results["mean_recall"] == pytest.approx(sum(six) / 6)
     assert set(results["run"]) == {"num_processes", "seconds", "seconds_by_stage", "versions"}
     assert results["run"]["num_processes"] == 1 and results["run"]["seconds"] > 0
-    assert set(evaluation.seconds_by_depth(model.config, found)) == {3, K}
+    assert set(reranking.seconds_by_depth(model.config, found)) == {3, K}
 
 
 def test_all_pairs_equal_every_pair_scored_one_by_one(model, processor, catalogue, loader, tmp_path):
@@ -314,10 +315,10 @@ def test_training_state_is_left_alone(model, loader):
 
 
 def test_a_lost_or_double_unit_is_noticed():
-    assert evaluation._gather_units("search", [(1, "b"), (0, "a")], 2) == ["a", "b"]
+    assert gather_units("search", [(1, "b"), (0, "a")], 2) == ["a", "b"]
     for parts in ([(0, "a")], [(0, "a"), (0, "a"), (1, "b")]):
         with pytest.raises(RuntimeError, match="some are missing or double"):
-            evaluation._gather_units("search", parts, 2)
+            gather_units("search", parts, 2)
 
 
 # --- the script -------------------------------------------------------------------------------------------------------
@@ -676,7 +677,7 @@ def test_a_half_made_file_of_all_pairs_is_made_again(model, loader, tmp_path, mo
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(evaluation.os, "posix_fallocate", full)
+        patched.setattr(reranking.os, "posix_fallocate", full)
         with pytest.raises(OSError, match="No space left"):
             retrieve(model, loader, k_rerank="all", parts=parts)
     assert not (tmp_path / "parts" / "itm_logits.npy").exists()

@@ -21,7 +21,7 @@ from PIL import Image
 import gallery_aliblip
 import retrieval_aliblip as engine
 import storage_aliblip
-from aliblip.data.sources import Row, decode
+from aliblip.data.rows import Row, decode
 from aliblip.gallery import main
 from aliblip.retrieval.galleries import build_gallery
 from aliblip.runtime.mistakes import UsageError

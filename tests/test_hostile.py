@@ -15,7 +15,8 @@ from PIL import Image, features
 from runs import TINY
 
 import reading_aliblip
-from aliblip.data.sources import Row, decode, open_source, product_id_of
+from aliblip.data.rows import Row, decode, product_id_of
+from aliblip.data.sources import open_source
 from reading_aliblip import UnusableItem
 
 BATCH = 8
@@ -133,7 +134,7 @@ import io, resource, struct, sys
 import numpy as np
 from PIL import Image
 import hostile
-from aliblip.data.sources import Row, decode
+from aliblip.data.rows import Row, decode
 from reading_aliblip import UnusableItem
 
 folder = sys.argv[1]

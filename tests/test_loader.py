@@ -24,7 +24,8 @@ from aliblip.data.augment import TrainAugmentation
 from aliblip.data.collate import Collator, NoUsableRow, sample_rng
 from aliblip.data.loader import EpochPlan, EvalLoader, TrainLoader, _parts, _schedule
 from aliblip.data.manifest import DataFile
-from aliblip.data.sources import decode, open_source
+from aliblip.data.rows import decode
+from aliblip.data.sources import open_source
 
 # Three workers on a machine of two cores are slow, not wrong.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

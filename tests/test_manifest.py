@@ -25,7 +25,7 @@ from data_stub import (
 from helpers import spawn
 from http_stub import FileServer
 
-from aliblip.data import remote, sources, tar_index
+from aliblip.data import parquet, remote, tar_index
 from aliblip.data.manifest import file_names, manifest_changes
 from aliblip.data.sources import open_source
 
@@ -106,7 +106,7 @@ def test_a_relative_path_is_the_same_as_an_absolute_one(layouts, tmp_path, monke
 def test_a_footer_longer_than_the_first_look(layouts, tmp_path, monkeypatch):
     manifest = open_source(split="train", **layouts["parquet"][0](tmp_path)).manifest()
     for size in (8, 9, 100):
-        monkeypatch.setattr(sources, "PARQUET_TAIL_BYTES", size)
+        monkeypatch.setattr(parquet, "TAIL_BYTES", size)
         assert open_source(split="train", **layouts["parquet"][0](tmp_path)).manifest() == manifest
 
 
@@ -313,7 +313,7 @@ def test_a_scan_goes_on_where_the_connection_broke(tmp_path, monkeypatch):
                 raise ConnectionResetError("gone")
             return super().read(size)
 
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0)
+    monkeypatch.setattr(remote, "WAITS", (0.001, 0.002, *[0.004] * 5))
     monkeypatch.setattr(tar_index, "open_file", lambda address: Stream(tar))
     index = tar_index._scan("http://localhost/train-00000.tar", tar.stat().st_size)
     assert index.digest == wanted.digest and len(index) == COUNT

@@ -79,7 +79,7 @@ def by_the_engine(pipe, paths, titles, direction):
     text_embeds = engine.embed_texts(model, **batch)
     tokens = tokens.bfloat16().float()
     everything = [torch.arange(len(titles))] * len(paths)
-    logits = engine.rerank(model, tokens, everything, **batch).view(len(paths), len(titles))
+    logits = engine.rerank(model, tokens, everything, **batch)[:, 1].reshape(len(paths), len(titles))
     queries, gallery, ids = image_embeds, text_embeds, list(range(len(titles)))
     if direction == "text-to-image":
         queries, gallery, ids, logits = text_embeds, image_embeds, paths, logits.t()

@@ -5,9 +5,9 @@ import functools
 import pytest
 import torch
 import torch.nn as nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import retrieval_aliblip as engine
+from aliblip.retrieval.rankings import candidate_pairs
 from configuration_aliblip import AliBlipConfig
 from modeling_aliblip import AliBlipForImageTextRetrieval
 
@@ -23,8 +23,7 @@ class StubModel(nn.Module):
         self.called_with = []
 
     def project_image_kv(self, tokens):
-        assert len(tokens) == 1
-        self.projected += 1
+        self.projected += len(tokens)
         return ((tokens, tokens),)
 
     def match(self, input_ids, attention_mask, image_kv, image_index):
@@ -156,7 +155,7 @@ def test_search_refuses_widths_that_differ_and_takes_no_queries():
 def test_pairs_of_both_directions_are_grouped_by_image_once_each():
     image_ids = torch.tensor([[2, 0], [2, 1], [0, 2]])  # of titles 0, 1, 2
     text_ids = torch.tensor([[0, 2], [1, 0], [1, 2], [0, 1]])  # of images 0 to 3
-    pairs = engine.candidate_pairs(image_ids, text_ids, num_images=4, num_texts=3)
+    pairs = candidate_pairs(image_ids, text_ids, num_images=4, num_texts=3)
     expected = {(int(i), t) for t, row in enumerate(image_ids) for i in row}
     expected |= {(i, int(t)) for i, row in enumerate(text_ids) for t in row}
     found = list(zip(pairs.image_id.tolist(), pairs.text_id.tolist(), strict=True))
@@ -169,16 +168,16 @@ def test_pairs_of_both_directions_are_grouped_by_image_once_each():
 
 
 def test_pairs_of_one_direction_only_and_images_without_candidates():
-    pairs = engine.candidate_pairs(torch.tensor([[3], [3]]), torch.empty(0, 5, dtype=torch.int64), 5, 2)
+    pairs = candidate_pairs(torch.tensor([[3], [3]]), torch.empty(0, 5, dtype=torch.int64), 5, 2)
     assert [pairs.texts_of(image).tolist() for image in range(5)] == [[], [], [], [0, 1], []]
 
 
 def test_pairs_outside_the_table_or_the_galleries_are_refused():
-    pairs = engine.candidate_pairs(torch.tensor([[1]]), torch.empty(0, 1, dtype=torch.int64), 2, 1)
+    pairs = candidate_pairs(torch.tensor([[1]]), torch.empty(0, 1, dtype=torch.int64), 2, 1)
     with pytest.raises(KeyError):
         pairs.locate(torch.tensor([0]), torch.tensor([0]))
     with pytest.raises(ValueError, match="image ids from 2 to 2 given, the gallery has 0 to 1"):
-        engine.candidate_pairs(torch.tensor([[2]]), torch.empty(0, 1, dtype=torch.int64), 2, 1)
+        candidate_pairs(torch.tensor([[2]]), torch.empty(0, 1, dtype=torch.int64), 2, 1)
 
 
 # --- rerank -----------------------------------------------------------------------------------------------------------
@@ -191,7 +190,7 @@ def test_rerank_equals_one_pair_at_a_time(batch_tokens):
     tokens = torch.rand(4, 3, 2, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
     text_ids = [torch.randperm(60, generator=generator)[:m] for m in (60, 0, 1, 25)]
-    got = engine.rerank(model, tokens, text_ids, input_ids, attention_mask, batch_tokens)
+    got = engine.rerank(model, tokens, text_ids, input_ids, attention_mask, batch_tokens)[:, 1]
     assert model.projected == 3, "each image with candidates is projected once"
     for count, length in model.called_with:
         assert count * length <= batch_tokens or count == 1
@@ -207,6 +206,51 @@ def test_rerank_equals_one_pair_at_a_time(batch_tokens):
     torch.testing.assert_close(got, torch.tensor(expected), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("batch_tokens", [25, 8192])
+@pytest.mark.parametrize("images_per_pass", [2, 4, 16])
+@torch.no_grad()
+def test_rerank_of_several_images_a_pass_equals_one_pair_at_a_time(images_per_pass, batch_tokens, monkeypatch):
+    model = tiny_model()
+    monkeypatch.setattr(engine, "PAIRS_PER_PASS", 7)
+    input_ids, attention_mask = titles(30, 2, 20)
+    _, tokens = engine.embed_images(model, torch.randn(9, 3, 32, 32, generator=torch.Generator().manual_seed(2)))
+    generator = torch.Generator().manual_seed(1)
+    text_ids = [torch.randperm(30, generator=generator)[:m] for m in (3, 0, 1, 12, 2, 0, 5, 1, 30)]
+    asked, calls, match = [], [], model.match
+
+    def tokens_of(images):
+        asked.append(images)
+        return tokens[images]
+
+    def counted(titles, mask, image_kv, index):
+        calls.append((len(image_kv[0][0]), *titles.shape))
+        return match(titles, mask, image_kv, index)
+
+    monkeypatch.setattr(model, "match", counted)
+    options = {"images_per_pass": images_per_pass, "rerank_batch_tokens": batch_tokens}
+    got = engine.rerank(model, tokens_of, text_ids, input_ids, attention_mask, **options)
+    monkeypatch.undo()
+    wanted = [0, 2, 3, 4, 6, 7, 8]  # the others have no titles
+    assert asked == [wanted[first : first + images_per_pass] for first in range(0, 7, images_per_pass)]
+    assert all(count * length <= batch_tokens or count == 1 for _, count, length in calls)
+    assert all(count <= 7 for images, count, _ in calls if images > 1)
+    expected = []
+    for image, ids in enumerate(text_ids):
+        kv = model.project_image_kv(tokens[image, None])
+        zero = torch.zeros(1, dtype=torch.int64)
+        expected += [model.match(input_ids[t, None], attention_mask[t, None], kv, zero)[0] for t in ids.tolist()]
+    torch.testing.assert_close(got, torch.stack(expected), atol=1e-4, rtol=0)
+    assert float(got.std(dim=0).min()) > 1e-3  # the logits do differ
+
+
+def test_rerank_of_nothing_is_empty_and_lists_without_images_are_refused():
+    model, (input_ids, attention_mask) = StubModel(), titles(3, 2, 5)
+    tokens, none = torch.rand(2, 3, 2), torch.empty(0, dtype=torch.int64)
+    assert engine.rerank(model, tokens, [none, none], input_ids, attention_mask).shape == (0, 2)
+    with pytest.raises(ValueError, match="2 images and 1 lists of titles given"):
+        engine.rerank(model, tokens, [none], input_ids, attention_mask)
+
+
 @pytest.mark.parametrize("batch_tokens", [40, 10_000])
 @torch.no_grad()
 def test_rerank_of_the_real_model_equals_its_plain_pair_forward(batch_tokens):
@@ -215,7 +259,7 @@ def test_rerank_of_the_real_model_equals_its_plain_pair_forward(batch_tokens):
     pixel_values = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     _, tokens = engine.embed_images(model, pixel_values)
     text_ids = [torch.arange(40), torch.tensor([39, 3, 5]), torch.arange(7, 20)]
-    got = engine.rerank(model, tokens, text_ids, input_ids, attention_mask, batch_tokens).split([40, 3, 13])
+    got = engine.rerank(model, tokens, text_ids, input_ids, attention_mask, batch_tokens)[:, 1].split([40, 3, 13])
     for image, ids in enumerate(text_ids):
         for place, title in enumerate(ids.tolist()):
             # all 35 positions, padding and mask: what is cut away may not matter
@@ -240,8 +284,10 @@ def test_both_stages_rank_as_the_plain_forward_of_every_pair():
     itc = image_embeds @ text_embeds.t()
     text_scores, text_ids = engine.search(image_embeds, text_embeds, k, chunk_size=7)
     image_scores, image_ids = engine.search(text_embeds, image_embeds, 3, chunk_size=4)
-    pairs = engine.candidate_pairs(image_ids, text_ids, images, texts)
-    logits = engine.rerank(model, tokens, [pairs.texts_of(i) for i in range(images)], input_ids, attention_mask, 100)
+    pairs = candidate_pairs(image_ids, text_ids, images, texts)
+    logits = engine.rerank(model, tokens, [pairs.texts_of(i) for i in range(images)], input_ids, attention_mask, 100)[
+        :, 1
+    ]
     of_images, of_texts = torch.arange(images)[:, None], torch.arange(texts)[:, None]
     for found, stage_1, expected in (
         (
@@ -298,6 +344,7 @@ def test_buckets_are_few_and_cover_everything():
     assert padded < 1.15 * int(lengths.sum())
     assert len(engine._buckets(torch.full((128,), 35), 8192)[1]) == 1
     assert len(engine._buckets(torch.tensor([9]), 1)[1]) == 1
+    assert [stop - start for start, stop in engine._buckets(torch.full((20,), 35), 8192, 8)[1]] == [8, 8, 4]
 
 
 def test_fused_order_is_the_sum_with_ties_to_the_lower_id():
@@ -308,72 +355,3 @@ def test_fused_order_is_the_sum_with_ties_to_the_lower_id():
     assert order.tolist() == [[1, 2, 6, 8]]
     assert scores.tolist() == [[1.25, 0.75, 0.75, 0.75]]
     assert engine.fuse(itc, itm, 2.0).tolist() == [[1.5, 1.25, 1.25, 1.5]]
-
-
-# --- memory and work --------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_counted_operations_are_those_of_the_model():
-    model = tiny_model()
-    config, ids = model.config, torch.randint(5, 59, (1, 11))
-    pixel_values = torch.randn(1, 3, 32, 32)
-    image_kv = model.project_image_kv(model.encode_image(pixel_values))
-    model.set_attn_implementation("eager")  # the counter doesn't see into the fused one of the CPU
-    try:
-        for expected, work in (
-            (engine.image_flops(config), lambda: model.get_image_features(pixel_values)),
-            (engine.text_flops(config, 11), lambda: model.get_text_features(ids)),
-            (engine.image_kv_flops(config), lambda: model.project_image_kv(model.encode_image(pixel_values))),
-            (engine.match_flops(config, 11), lambda: model.match(ids, None, image_kv, torch.zeros(1).long())),
-        ):
-            with FlopCounterMode(display=False) as counter:
-                work()
-            counted = counter.get_total_flops()
-            if expected == engine.image_kv_flops(config):  # the tower ran too, without its projection
-                counted -= engine.image_flops(config) - 2 * 32 * 16
-            assert counted == expected
-    finally:
-        model.set_attn_implementation("sdpa")
-
-
-def test_memory_plan_of_a_million():
-    plan = engine.memory_plan(AliBlipConfig.from_size("base"), 10**6, 10**6, 128, token_dtype=torch.bfloat16)
-    assert plan.image_tokens == 10**6 * 577 * 768 * 2
-    assert plan.images_kept == int(4e9) // (577 * 768 * 2)
-    assert plan.embeddings == 2 * 10**6 * 256 * 4
-    assert plan.image_kv == 12 * 2 * 577 * 768 * 2
-    assert plan.max_pairs == 2 * 10**6 * 128 and plan.candidates == plan.max_pairs * 12
-    assert plan.rerank_batch_tokens == engine.RERANK_BATCH_TOKENS and plan.pairs_per_pass == 8192 // 35
-    assert plan.search_flops == 2 * (2 * 10**12 * 256)
-    text = str(plan)
-    assert "image tokens: 886 GB in bfloat16, 886 kB an image; 4,513 images' are kept in host memory" in text
-    assert "21.3 MB of keys and values" in text and "re-rank 256,000,000 pairs" in text
-
-
-def test_memory_plan_of_a_small_catalogue():
-    config = tiny_model().config
-    plan = engine.memory_plan(config, 20, 30, 128, longest_title=20)
-    assert plan.images_kept == 20 and "all are kept" in str(plan)
-    assert plan.max_pairs == 20 * 30, "every pair once, however many candidates were asked for"
-    assert plan.search_block == 30 * 30 * 4
-    given = engine.memory_plan(config, 20, 30, 5, longest_title=20, rerank_batch_tokens=100)
-    assert given.rerank_batch_tokens == 100 and given.pairs_per_pass == 5 and given.max_pairs == 30 * 5 + 20 * 5
-
-
-def test_memory_plan_chooses_the_size_of_a_pass_by_the_memory():
-    config = tiny_model().config
-    per_token = (2 * 64 + 9 * 32) * 4
-    image_kv = 2 * 2 * 5 * 32 * 4
-    plan = engine.memory_plan(config, 9, 9, 3, longest_title=20, device_memory=image_kv + 50 * per_token)
-    assert plan.image_kv == image_kv
-    assert plan.rerank_batch_tokens == 50 and plan.rerank_pass == 50 * per_token
-    with pytest.raises(ValueError, match="one title of 20 tokens takes 35.8 kB: give at least that"):
-        engine.memory_plan(config, 9, 9, 3, longest_title=20, device_memory=image_kv + 19 * per_token)
-    with pytest.raises(ValueError, match="0 images, 9 titles and k = 3 given"):
-        engine.memory_plan(config, 0, 9, 3)
-    alone, both = (engine.memory_plan(config, 9, 30, 3, both_directions=both) for both in (False, True))
-    assert (alone.max_pairs, both.max_pairs) == (90, 90 + 27) and alone.search_flops * 2 == both.search_flops
-    nothing = engine.memory_plan(config, 9, 30, 0)
-    assert nothing.rerank_flops == 0 and "none re-ranked" in str(nothing)
-    assert "every pair scored" in str(engine.memory_plan(config, 9, 30, 9))

@@ -15,19 +15,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_stub import (
+    NAMES,
     add_member,
     encoded,
     photo,
     records,
-    write_image_folder,
-    write_json_list,
+    write_layouts,
     write_parquet,
-    write_tars,
 )
 from PIL import Image
 
-from aliblip.data import sources
-from aliblip.data.sources import Row, decode, open_source, product_id_of, require_usable_row
+from aliblip.data import parquet
+from aliblip.data.rows import Row, decode, product_id_of
+from aliblip.data.sources import open_source, require_usable_row
 from reading_aliblip import MAX_TITLE_CHARACTERS, UnusableItem
 
 COUNT = 11
@@ -53,49 +53,7 @@ def pixels(data):
 
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory):
-    """The same 11 products in every layout: name -> arguments of open_source."""
-    rows, root = records(COUNT), tmp_path_factory.mktemp("layouts")
-    write_parquet(root / "parquet", rows, [5, 6], row_group_size=2)
-    write_parquet(root / "sub" / "train", rows, [5, 6], split="part")
-    write_parquet(root / "sub" / "validation", rows[:3], [3], split="part")
-    write_tars(root / "tars", rows, [4, 7])
-    write_tars(root / "tars_txt", rows, [4, 7], as_json=False)
-    write_image_folder(root / "folder", rows)
-    write_image_folder(root / "folder_csv", rows, csv=True)
-    file, images = write_json_list(root / "list", rows)
-    lines = root / "lines.jsonl"
-    lines.write_text("\n".join(json.dumps(entry) for entry in json.loads(file.read_text("utf-8"))))
-    paths = root / "paths.parquet"
-    pq.write_table(pa.table({k: [r[k] for r in rows] for k in ("file", "caption", "product_id")}), paths)
-    return {
-        "parquet": {"data_dir": str(root / "parquet")},
-        "parquet by name": {"dataset_name": str(root / "parquet")},
-        "parquet glob": {"data_files": str(root / "parquet" / "train-*.parquet")},
-        "parquet dict": {"data_files": {"train": str(root / "parquet" / "*.parquet"), "validation": "nothing"}},
-        "parquet sub-folders": {"data_dir": str(root / "sub")},
-        "parquet of paths": {"data_files": str(paths), "image_dir": str(images), "image_column": "file"},
-        "tars": {"data_dir": str(root / "tars")},
-        "tars of text members": {"data_files": [str(root / "tars_txt" / "*.tar")]},
-        "folder": {"data_dir": str(root / "folder")},
-        "folder with csv": {"data_dir": str(root / "folder_csv")},
-        "json list": {"data_files": str(file), "image_dir": str(images)},
-        "json lines": {"data_files": str(lines), "image_dir": str(images)},
-    }
-
-
-NAMES = (
-    "parquet",
-    "parquet by name",
-    "parquet glob",
-    "parquet sub-folders",
-    "parquet of paths",
-    "tars",
-    "tars of text members",
-    "folder",
-    "folder with csv",
-    "json list",
-    "json lines",
-)
+    return write_layouts(tmp_path_factory.mktemp("layouts"), COUNT)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -127,13 +85,13 @@ def test_reading_a_part_is_a_slice_of_reading_all(layouts, name):
 
 
 def test_parquet_skips_row_groups_without_reading_them(layouts, monkeypatch):
-    monkeypatch.setattr(sources, "PARQUET_SHARD_ROWS", 4)
+    monkeypatch.setattr(parquet, "SHARD_ROWS", 4)
     source = open_source(split="train", **layouts["parquet"])
     assert [shard.num_rows for shard in source.shards] == [4, 1, 4, 2]  # groups of 2, joined within a file
     assert source.shards[1].name == "train-00000-of-00002.parquet#2-2"
     assert [decode(row).text for row in rows_of(source)] == [record["caption"] for record in records(COUNT)]
     seen = []
-    real = sources._stream_row_groups
+    real = parquet._stream_row_groups
 
     def counting(*args):
         groups = real(*args)
@@ -143,37 +101,17 @@ def test_parquet_skips_row_groups_without_reading_them(layouts, monkeypatch):
         )
         return groups
 
-    monkeypatch.setattr(sources, "_stream_row_groups", counting)
+    monkeypatch.setattr(parquet, "_stream_row_groups", counting)
     assert [row.row for row in source.read(2, 2, 3)] == [7]
     assert seen == [1]
     # A datasets without reshard(), or one whose reshard() leaves Parquet whole, gives the same rows.
-    monkeypatch.setattr(sources, "_stream_row_groups", real)
+    monkeypatch.setattr(parquet, "_stream_row_groups", real)
     monkeypatch.setattr(datasets.IterableDataset, "reshard", lambda self: self)
     for shard in source.shards:
         for start in range(shard.num_rows):
             for stop in range(start, shard.num_rows + 1):
                 rows = [row.row for row in source.read(shard.index, start, stop)]
                 assert rows == list(range(shard.first_row + start, shard.first_row + stop))
-
-
-def test_only_the_needed_columns_are_read(layouts):
-    source = open_source(split="train", **layouts["parquet"])
-    assert source.columns == ["image", "caption", "product_id", "price"]
-    assert open_source(split="validation", **layouts["parquet sub-folders"]).num_rows == 3
-
-
-def test_columns_by_name(tmp_path):
-    entries = [{"file_name": "a.png", "title": "t", "caption": "c", "sku": 7}]
-    (tmp_path / "a.png").write_bytes(encoded(photo(0)))
-    (tmp_path / "list.json").write_text(json.dumps(entries))
-    source = open_source(
-        data_files=str(tmp_path / "list.json"), split="train", caption_column="title", product_id_column="sku"
-    )
-    assert decode(rows_of(source)[0]).text == "t" and rows_of(source)[0].product_id == 7
-    source = open_source(data_files=str(tmp_path / "list.json"), split="train")
-    assert (
-        decode(rows_of(source)[0]).text == "c" and rows_of(source)[0].product_id == 0
-    )  # no such column: the row number
 
 
 # --------------------------------------------------------------------------------------------------- errors at start
@@ -511,14 +449,14 @@ def test_small_units_in_rising_order_read_a_row_group_once(tmp_path, monkeypatch
     write_parquet(tmp_path, records(COUNT), [COUNT], row_group_size=COUNT)
     source = open_source(data_dir=str(tmp_path), split="train")
     whole = [(row.row, row.image, row.text) for row in source.read_range(0, COUNT)]
-    opened, plain = [], sources._cells
+    opened, plain = [], parquet._cells
 
     def counting(streams):
         for cell in plain(streams):
             opened.append(cell)
             yield cell
 
-    monkeypatch.setattr(sources, "_cells", counting)
+    monkeypatch.setattr(parquet, "_cells", counting)
     source = open_source(data_dir=str(tmp_path), split="train")
     for begin, end in ((0, 2), (2, 4), (6, 8), (8, 9), (9, 11)):  # (4, 6) belongs to another process
         part = [(row.row, row.image, row.text) for row in source.read_range(begin, end)]

@@ -6,19 +6,24 @@ Shapes: `B` rows, `L` tokens of the longest title, `H` side of the photos in pix
 from __future__ import annotations
 
 import hashlib
+import io
 import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 
-from aliblip.data.sources import Example, Row, decode
+from aliblip.data.rows import Example, Row, decode
+from aliblip.runtime.mistakes import UsageError
 from reading_aliblip import UnusableItem
 
-__all__ = ["Collator", "NoUsableRow", "printable", "sample_rng"]
+__all__ = ["Collator", "NoUsableRow", "printable", "sample_rng", "thumbnail"]
+
+THUMBNAIL_QUALITY = 85
 
 
-class NoUsableRow(ValueError):
+class NoUsableRow(UsageError):
     """Not one row of a batch, nor any spare, is usable; the first reasons are in the message."""
 
 
@@ -38,8 +43,11 @@ class Collator:
         seed: of the augmentation.
         max_length: longest title in tokens; None leaves it to the processor.
         sides: "both", or what alone is looked at of a row: "images" or "titles". The other side's tensors are absent.
-        describe: whether batches that are not filled also hold what people read: `name`, `text` and `others`, lists of
-            B values of `Row`, the others as text.
+        describe: whether batches that are not filled also hold what people read: `name`, `text`, `path` (of the photo,
+            or its address; None where the row holds the photo itself) and `others`, lists of B values of `Row`.
+        others_as_text: whether the values of `others` become text, or stay as the data has them.
+        thumbnail_side: longest side, in pixels, of a small copy of each photo, which such batches then hold too:
+            `thumbnail`, a list of B JPEG files in bytes. The whole photo, never enlarged; None makes none.
     """
 
     def __init__(
@@ -50,6 +58,8 @@ class Collator:
         max_length: int | None = None,
         sides: str = "both",
         describe: bool = False,
+        others_as_text: bool = True,
+        thumbnail_side: int | None = None,
     ):
         self.processor = processor
         self.augment = augment
@@ -57,6 +67,8 @@ class Collator:
         self.max_length = max_length
         self.sides = sides
         self.describe = describe
+        self.others_as_text = others_as_text
+        self.thumbnail_side = thumbnail_side
 
     def __call__(
         self, rows: Sequence[Row], epoch: int = 0, fill: bool = True, spares: Iterable[Row] = ()
@@ -100,11 +112,7 @@ class Collator:
             batch = {key: value[index] for key, value in batch.items()}
         batch["skipped"] = skipped
         if self.describe and not fill:
-            batch["name"] = [printable(rows[index].name) for index in usable]
-            batch["text"] = [example.text for example in examples]
-            batch["others"] = [
-                {column: printable(str(value)) for column, value in rows[index].others.items()} for index in usable
-            ]
+            batch |= self._description([rows[index] for index in usable], examples)
         return batch
 
     def _example(self, row: Row, epoch: int, skipped: list[dict[str, Any]]) -> Example | None:
@@ -116,6 +124,19 @@ class Collator:
         if self.augment is not None:
             example.image = self.augment(example.image, sample_rng(self.seed, epoch, row.row))
         return example
+
+    def _description(self, rows: Sequence[Row], examples: Sequence[Example]) -> dict[str, list]:
+        described: dict[str, list] = {
+            "name": [printable(row.name) for row in rows],
+            "text": [example.text for example in examples],
+            "path": [row.image if isinstance(row.image, str) else None for row in rows],
+            "others": [row.others for row in rows],
+        }
+        if self.others_as_text:
+            described["others"] = [{key: printable(str(value)) for key, value in row.others.items()} for row in rows]
+        if self.thumbnail_side is not None and self.sides != "titles":
+            described["thumbnail"] = [thumbnail(example.image, self.thumbnail_side) for example in examples]
+        return described
 
     def _process(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         batch: dict[str, torch.Tensor] = {}
@@ -145,6 +166,15 @@ class Collator:
         batch["product_id"] = torch.tensor([example.product_id for example in examples], dtype=torch.int64)
         batch["row"] = torch.tensor([example.row for example in examples], dtype=torch.int64)
         return batch
+
+
+def thumbnail(photo: Image.Image, side: int) -> bytes:
+    """A JPEG file of the whole photo, its longest side at most `side` pixels; a smaller photo keeps its size."""
+    small = photo.copy()
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    small.save(stream, "JPEG", quality=THUMBNAIL_QUALITY)
+    return stream.getvalue()
 
 
 def printable(name: str) -> str:

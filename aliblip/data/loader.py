@@ -28,7 +28,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from aliblip.data.collate import Collator, NoUsableRow
-from aliblip.data.sources import Row, Source
+from aliblip.data.rows import Row, Source
 from aliblip.runtime.interrupts import let_the_trainer_decide
 
 __all__ = ["EpochPlan", "EvalLoader", "TrainLoader"]

@@ -4,63 +4,49 @@
     data = read_file("http://host/a.jpg", most_bytes=2**26)
     rows = resumed(lambda done: read_rows(start=done), "http://host/train-0.parquet")
 
-Dropped connections, timeouts and the answers 408, 429 and 5xx are trouble that passes: they are tried again, with waits
-that double from `FIRST_WAIT` to `LONGEST_WAIT` seconds. `TRIES` failures in a row without a single new item end in
-`RemoteReadError`. Each incident is one warning in the log. Everything else, and any error of a local file, is raised at
-once.
+What may pass is tried again (`aliblip.runtime.retries` says what that is), after the waits of `WAITS`. As many failures
+in a row without a single new item end in `RemoteReadError`. A row of failures is one warning in the log. Everything
+else, and any error of a local file, is raised at once.
 """
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import functools
 import logging
 import os
-import random
-import ssl
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import fsspec
+
+from aliblip.runtime.retries import GaveUp, Tries, sleep_about, trouble_of
 
 __all__ = [
     "RemoteReadError",
     "is_remote",
     "open_file",
     "read_file",
+    "read_patiently",
     "resumed",
-    "retried",
     "storage_options",
     "take_over_retries",
 ]
 
-# Eight tries with these waits end after 45 to 91 seconds, beside the time that the tries take themselves.
-TRIES = 8
-FIRST_WAIT = 1.0
-LONGEST_WAIT = 30.0
+# Seconds, of which each wait takes half or more. Eight tries end after 45 to 91 seconds, beside the time that the tries
+# take themselves.
+WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0)
 # Seconds until a silent HTTP server counts as a dropped connection. There is no limit for a whole file.
 CONNECT_TIMEOUT = 30
 READ_TIMEOUT = 60
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-# Without state: waiting must not move the random numbers of a run, and forked workers must not wait in step.
-_jitter = random.SystemRandom()
 _held: dict[int, Any] = {}
 
-# By module, since an error of a module that was never imported can't occur. The Hub's client is httpx or its successor.
-_CONNECTION_ERRORS = {
-    "aiohttp": ("ClientConnectionError", "ClientPayloadError"),
-    "httpx": ("TransportError",),
-    "httpx2": ("TransportError",),
-    "botocore.exceptions": ("HTTPClientError",),
-}
 
-
-class RemoteReadError(OSError):
+class RemoteReadError(GaveUp):
     """A remote file can't be read; the message names it and says why, and how often it was tried."""
 
 
@@ -86,7 +72,7 @@ def open_file(file: str) -> Any:
 
 
 def read_file(file: str, most_bytes: int) -> bytes:
-    """The first `most_bytes` of a local or remote file, with retries.
+    """The first `most_bytes` of a local or remote file, with more tries if it is remote.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -97,11 +83,11 @@ def read_file(file: str, most_bytes: int) -> bytes:
         file_system, path = fsspec.url_to_fs(file, **storage_options(file))
         return file_system.cat_file(path, start=0, end=most_bytes)[:most_bytes]
 
-    return retried(fetch, file)
+    return read_patiently(fetch, file)
 
 
-def retried(call: Callable[[], T], file: str) -> T:
-    """The result of `call`, which reads `file`, with retries if that is remote.
+def read_patiently(call: Callable[[], T], file: str) -> T:
+    """The result of `call`, which reads `file`, with more tries if that is remote.
 
     Raises:
         FileNotFoundError: there is no such remote file.
@@ -115,89 +101,43 @@ def resumed(read: Callable[[int], Iterator[T]], file: str) -> Iterator[T]:
 
     Args:
         read: `read(n)` gives the items without the first n.
-        file: where they come from; a local file is read without retries.
+        file: where they come from; a local file is read without further tries.
 
     Raises:
         FileNotFoundError: there is no such remote file.
-        RemoteReadError: `TRIES` failures in a row, or the server refuses.
+        RemoteReadError: as many failures in a row as `WAITS` allows, or the server refuses.
     """
     if not is_remote(file):
         yield from read(0)
         return
-    done = failures = 0
-    began = 0.0
+    done, tries = 0, Tries(WAITS, what=file, wait=sleep_about, tell=logger.warning)
     while True:
         try:
             for item in read(done):
                 done += 1
-                failures = 0
+                tries.succeeded()
                 yield item
             return
         except Exception as error:
-            passes, reason = _judge(error)
-            if not passes:
-                # fsspec says nothing but the address; whoever else raises OSError has put it in words.
-                if reason is None or (isinstance(error, OSError) and str(error) != file):
-                    raise
-                if isinstance(error, FileNotFoundError) and reason.startswith(("404", "410")):
-                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), file) from None
-                raise RemoteReadError(f"{file} can't be read: {reason}") from error
-            failures += 1
-            if failures == 1:
-                began = time.monotonic()
-                logger.warning("%s: %s; trying again, up to %d times", file, reason, TRIES - 1)
-            if failures >= TRIES:
-                seconds = time.monotonic() - began
-                raise RemoteReadError(
-                    f"{file} can't be read: {reason} (tried {failures} times in {seconds:.0f} seconds)"
-                ) from error
-            time.sleep(min(FIRST_WAIT * 2 ** (failures - 1), LONGEST_WAIT) * _jitter.uniform(0.5, 1.0))
+            if tries.again(error):
+                continue
+            if (told := _told(error, file, tries)) is None:
+                raise
+            raise told from error
 
 
-def _judge(error: BaseException) -> tuple[bool, str | None]:
-    """Whether an error is trouble that passes, and what the connection or the server said (None: nothing)."""
-    passes, reason = False, None
-    link: BaseException | None = error
-    # The innermost knows most: fsspec makes "not found" of every failure to look at a file over HTTP, and datasets
-    # "disconnected" of every answer that is an error.
-    while link is not None:
-        status = _status(link)
-        if status is not None:
-            message = getattr(link, "message", "")  # of aiohttp, whose text also repeats the address
-            return status in (408, 429) or status >= 500, f"{status} {message}" if message else _told(link)
-        if isinstance(link, ValueError) and ("range requests" in str(link) or "seek streaming" in str(link)):
-            return False, "its server can't give parts of a file (HTTP Range), which streaming needs"
-        # Offline is what the Hub's client says, as an error of the connection, when the user has asked for no network;
-        # datasets leaves no more of it than its name.
-        offline = "OfflineModeIsEnabled" in f"{type(link).__name__} {link}"
-        if isinstance(link, (RemoteReadError, ssl.SSLCertVerificationError)) or offline:
-            return False, _told(link)
-        if isinstance(link, _connection_errors()):
-            passes, reason = True, _told(link)
-        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
-    return passes, reason
-
-
-def _connection_errors() -> tuple[type[BaseException], ...]:
-    found: list[type[BaseException]] = [ConnectionError, TimeoutError, asyncio.TimeoutError]
-    for module, names in _CONNECTION_ERRORS.items():
-        if module in sys.modules:
-            found += [getattr(sys.modules[module], name) for name in names]
-    return tuple(found)
-
-
-def _status(error: BaseException) -> int | None:
-    """The HTTP status of an error of aiohttp (status), httpx (response.status_code) or botocore (a dict)."""
-    response = getattr(error, "response", None)
-    if isinstance(response, dict):
-        value = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    else:
-        value = getattr(response, "status_code", getattr(error, "status", None))
-    return value if isinstance(value, int) and 400 <= value < 600 else None
-
-
-def _told(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def _told(error: Exception, file: str, tries: Tries) -> OSError | None:
+    """An error that names the file and says why it can't be read; None if this one does so itself."""
+    trouble = trouble_of(error)
+    if trouble.passes:
+        tried = f"tried {tries.failures} times in {tries.seconds:.0f} seconds"
+        return RemoteReadError(f"{file} can't be read: {trouble.reason} ({tried})")
+    # fsspec says nothing but the address; whoever else raises OSError has put it in words.
+    if trouble.reason is None or (isinstance(error, OSError) and str(error) != file):
+        return None
+    if isinstance(error, FileNotFoundError) and trouble.status in (404, 410):
+        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), file)
+    return RemoteReadError(f"{file} can't be read: {trouble.reason}")
 
 
 @functools.lru_cache(maxsize=1)

@@ -22,7 +22,7 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from aliblip.data.remote import open_file, resumed, retried, storage_options
+from aliblip.data.remote import open_file, read_patiently, resumed, storage_options
 from aliblip.runtime.files import write_bytes
 
 __all__ = ["TarIndex", "indexed_tar"]
@@ -89,7 +89,7 @@ def indexed_tar(file: str, index_dir: str | None) -> TarIndex:
         ValueError: the file is no readable, uncompressed tar.
         OSError: it can't be read, or the index can't be written.
     """
-    stamp = retried(lambda: _stamp(file), file)
+    stamp = read_patiently(lambda: _stamp(file), file)
     if index_dir is None:
         return _scan(file, stamp["size"])
     Path(index_dir).mkdir(parents=True, exist_ok=True)

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from tqdm.auto import tqdm
 
 from aliblip.models.card import CARD, write_card
 from aliblip.runtime.arguments import option
 from aliblip.runtime.mistakes import UsageError, first_line
+from aliblip.runtime.retries import WAITS, may_pass, retried, trouble_of
 
 REQUIRED = {
     "config.json": ("config.json",),
@@ -39,8 +40,6 @@ MODEL_FILES = (
     *("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.txt", "*_aliblip.py", CARD),
 )
-# Seconds before the second, third ... try of an upload. At the start, where somebody is waiting, the first two.
-WAITS = (1.0, 5.0, 20.0, 60.0)
 # How long the end of a run waits for its last upload; a run that was told to stop is killed by its launcher after 30 s.
 SECONDS_AT_THE_END = 3600.0
 SECONDS_AFTER_A_STOP = 10.0
@@ -116,12 +115,13 @@ def connect(args: HubArguments) -> tuple[HfApi, str]:
     name = args.hub_model_id
     user = "?"
     try:
-        user = _patiently(api.whoami)["name"]
+        user = _ask(api.whoami)["name"]
         if args.hub_license is not None:
-            metadata = ModelCardData(license=args.hub_license).to_yaml()
-            _patiently(ModelCard(f"---\n{metadata}\n---\n").validate)
-        name = _patiently(lambda: api.create_repo(name, private=args.hub_private_repo or None, exist_ok=True)).repo_id
-        _patiently(lambda: api.auth_check(name, write=True))
+            _check_license(args.hub_license)
+        name = _ask(lambda: api.create_repo(name, private=args.hub_private_repo or None, exist_ok=True)).repo_id
+        _ask(lambda: api.auth_check(name, write=True))
+    except UsageError:
+        raise
     except LocalTokenNotFoundError as error:
         raise UsageError(
             "there is no token for the Hub: `hf auth login`, or set HF_TOKEN, or give --hub_token; it needs write "
@@ -130,7 +130,7 @@ def connect(args: HubArguments) -> tuple[HfApi, str]:
     except OfflineModeIsEnabled as error:
         raise UsageError(f"the Hub is switched off by HF_HUB_OFFLINE: unset it{_LATER}") from error
     except Exception as error:  # each version of the library brings its HTTP client with errors of its own
-        status = _status(error)
+        status = trouble_of(error).status
         if status in (401, 403) and user == "?":
             raise UsageError(
                 f"{token} is not accepted by {api.endpoint}: make one with write permission "
@@ -143,11 +143,6 @@ def connect(args: HubArguments) -> tuple[HfApi, str]:
                 f"{token} (user {user}) may not write to {name} ({first_line(error)}): give a token with write "
                 f"permission{other}"
             ) from error
-        if args.hub_license is not None and status is None and not _may_pass(error):
-            raise UsageError(
-                f"--hub_license {args.hub_license} is not accepted ({' '.join(str(error).split())}): give a name of "
-                "https://huggingface.co/docs/hub/repositories-licenses"
-            ) from error
         raise UsageError(
             f"{api.endpoint} can't be used ({type(error).__name__}: {first_line(error)}): try again{_LATER}"
         ) from error
@@ -157,47 +152,21 @@ def connect(args: HubArguments) -> tuple[HfApi, str]:
 _LATER = "; to train without it, leave out --push_to_hub and publish the finished model with python -m aliblip.publish"
 
 
-def _patiently(call: Callable[[], T]) -> T:
-    return retried(call, WAITS[:2], time.sleep)
+def _check_license(name: str) -> None:
+    metadata = ModelCardData(license=name).to_yaml()
+    try:
+        _ask(ModelCard(f"---\n{metadata}\n---\n").validate)
+    except ValueError as error:  # what the Hub says of a card that it does not take
+        if may_pass(error):
+            raise
+        raise UsageError(
+            f"--hub_license {name} is not accepted ({' '.join(str(error).split())}): give a name of "
+            "https://huggingface.co/docs/hub/repositories-licenses"
+        ) from error
 
 
-def retried(call: Callable[[], T], waits: tuple[float, ...], wait: Callable[[float], object]) -> T:
-    """Call until it succeeds, fails for good, or has failed once more than there are waits.
-
-    Args:
-        call: what may fail.
-        waits: seconds before each further try.
-        wait: waits so many seconds; a true value ends the tries.
-
-    Raises:
-        Exception: of the last try.
-    """
-    for seconds in (*waits, None):
-        try:
-            return call()
-        except Exception as error:
-            if seconds is None or not _may_pass(error) or wait(seconds):
-                raise
-    raise AssertionError("the last try returns or raises")
-
-
-def _status(error: BaseException) -> int | None:
-    """The HTTP status behind an error, if one is."""
-    while error is not None:
-        if isinstance(error, HfHubHTTPError):
-            return error.response.status_code
-        error = error.__cause__
-    return None
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether trying again can help: connections that break and servers that are busy, and not what they refuse."""
-    status = _status(error)
-    if status is not None:
-        return status in (408, 429) or status >= 500
-    if isinstance(error, json.JSONDecodeError):  # a busy proxy's HTML instead of the Hub's JSON
-        return True
-    return not isinstance(error, (ValueError, LocalTokenNotFoundError, OfflineModeIsEnabled, FileNotFoundError))
+def _ask(call: Callable[[], T]) -> T:
+    return retried(call, WAITS[:2], what="the Hub")
 
 
 def upload(api: HfApi, repo_id: str, folder: Path, message: str) -> str:
@@ -291,7 +260,12 @@ class Publisher:
                 (number, copy, message), self._waiting, self._busy = self._waiting, None, True
             problem = None
             try:
-                retried(lambda: upload(self.api, self.repo_id, copy, message), WAITS, self._wait)  # noqa: B023
+                retried(
+                    lambda: upload(self.api, self.repo_id, copy, message),  # noqa: B023
+                    wait=self._wait,
+                    what=f"{message}, to {self.repo_id}",
+                    tell=self.tell,
+                )
             except Exception as error:
                 problem = error
             shutil.rmtree(copy, ignore_errors=True)
@@ -366,6 +340,5 @@ __all__ = [
     "command",
     "connect",
     "model_files",
-    "retried",
     "upload",
 ]

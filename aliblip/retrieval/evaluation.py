@@ -9,33 +9,28 @@ order. A title's positives are the images of equal product id, and the other way
 
 Work is cut into fixed units by global id (the loader's units of rows; blocks of queries in the search), and a unit is
 computed whole by rank `unit % world size`. What is computed together, padding included, therefore never depends on the
-number of processes, and neither do the results.
+number of processes, and neither do the results. The stages: `embedding`, `searching`, `reranking`.
 
 The functions are collectives: every rank calls them, and every rank gets the results. Each gather is marked.
 """
 
 import contextlib
-import functools
-import hashlib
 import logging
-import os
-import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from tqdm.auto import tqdm
 
 import retrieval_aliblip as engine
-from aliblip.retrieval.metrics import best_positive_ranks
-from aliblip.retrieval.rankings import Candidates, Direction, Rankings, Retrieval, Side, final_order, ranks_of, score_of
-from aliblip.retrieval.results import MATRIX, measure
-from aliblip.runtime.distributed import all_gather_objects, is_main, rank, together, world_size
-from aliblip.runtime.parts import Parts, Stage
+from aliblip.retrieval.embedding import TokenMemory, embed, undisturbed
+from aliblip.retrieval.rankings import MATRIX, Direction, Retrieval, final_order, ranks_of
+from aliblip.retrieval.reranking import Reranking
+from aliblip.retrieval.results import measure
+from aliblip.retrieval.searching import Search
+from aliblip.runtime.distributed import all_gather_objects, is_main, together
+from aliblip.runtime.mistakes import UsageError
+from aliblip.runtime.parts import Parts
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +39,6 @@ ALL = "all"
 # Of an exhaustive retrieval this many of a query's items are listed; its logits are in a file, all of them.
 LISTED = 128
 
-MATRIX_STAGE = "all-pairs"
-
 Depth = int | str
 
 
@@ -53,7 +46,7 @@ def parse_k_rerank(text: str | None) -> list[Depth] | None:
     """ "16,32,all" as [16, 32, "all"]; None stays None, which means 128, or the whole gallery where it is smaller.
 
     Raises:
-        ValueError: something else than whole numbers of at least 1 and the word all.
+        UsageError: something else than whole numbers of at least 1 and the word all.
     """
     if text is None:
         return None
@@ -61,7 +54,7 @@ def parse_k_rerank(text: str | None) -> list[Depth] | None:
     for part in str(text).split(","):
         part = part.strip()
         if part != ALL and not (part.isdecimal() and int(part) >= 1):
-            raise ValueError(
+            raise UsageError(
                 f"--k_rerank is {text}: give a number of at least 1, several separated by commas (16,32,64), or all"
             )
         depths.append(ALL if part == ALL else int(part))
@@ -72,12 +65,12 @@ def check_k_rerank(k_rerank: Depth | Sequence[Depth] | None, gallery_size: int) 
     """Refuse an explicit number of candidates that the gallery does not have. Call it as soon as the source is open.
 
     Raises:
-        ValueError: a number below 1 or above the gallery size. None (128, or the whole gallery where it is smaller)
+        UsageError: a number below 1 or above the gallery size. None (128, or the whole gallery where it is smaller)
             always fits.
     """
     for depth in _as_depths(k_rerank):
         if depth != ALL and not 1 <= depth <= gallery_size:
-            raise ValueError(
+            raise UsageError(
                 f"k_rerank is {depth}, but the gallery has {gallery_size} items: "
                 f"give a number from 1 to {gallery_size}, or leave it out"
             )
@@ -99,7 +92,7 @@ def evaluate_retrieval(model, loader, *, model_name: str, dataset_name: str, spl
         results["run"]["seconds"] = round(time.perf_counter() - start, 3)
         return results
 
-    # The metric writes a copy of itself into a cache folder: one process is enough.
+    # The same on all ranks, and bootstraps take a while: one process is enough.
     return together(is_main(), measured, "measure the results")  # collective
 
 
@@ -148,7 +141,8 @@ def retrieve(
         progress: show a progress bar on the main process.
 
     Raises:
-        ValueError: no usable row, or an explicit `k_rerank` out of range.
+        UsageError: no usable row, or an explicit `k_rerank` out of range.
+        ValueError: "all" without `parts`.
         OSError: "all", and the disk has no room for the file.
         RuntimeError: if a unit of work was lost or done twice.
     """
@@ -158,53 +152,48 @@ def retrieve(
     if exhaustive and parts is None:
         raise ValueError('k_rerank "all" needs a place for its file: give parts')
     seconds: dict[str, float] = {}
-    with _undisturbed(model), _timed(seconds, "total"):
+    with undisturbed(model), _timed(seconds, "total"):
         with _timed(seconds, "embed"):
-            images, titles, kept, resumed = _embed(
-                model, loader, queries, dtype, image_token_memory_gb, parts, progress
+            memory = TokenMemory(image_token_memory_gb * 1e9)
+            images, titles, resumed = embed(
+                model, loader, queries, dtype=dtype, memory=memory, parts=parts, progress=progress
             )
         depths = _depths(asked, len(images), score)
         reranked = max(depths[:-1], default=0) if exhaustive else depths[-1]
         listed = min(max(reranked, list_at_least, LISTED if exhaustive else 0), len(images))
-        device = next(model.parameters()).device
         with _timed(seconds, "search"):
-            embeds = images.embeds.to(device), titles.embeds.to(device)
-            found = [_search(embeds[1], embeds[0], titles, images, listed, gallery_chunk, has_truth)]
-            if queries is None:
-                found.append(_search(embeds[0], embeds[1], images, titles, listed, gallery_chunk, has_truth))
-        if has_truth and not found[0][1].any():
-            has_truth = False
+            sides = ((titles, images), (images, titles))[: 2 if queries is None else 1]
+            device = next(model.parameters()).device
+            searches = [Search(*pair, device=device, chunk=gallery_chunk, has_truth=has_truth) for pair in sides]
+            found, itc_ranks = zip(*(search.candidates(listed) for search in searches), strict=True)
+        if has_truth and not itc_ranks[0].any():
+            has_truth, itc_ranks = False, [None] * len(searches)
             if is_main():
                 logger.warning("no title has the product id of any photo: rankings, and no recall")
-            found = [(candidates, None) for candidates, _ in found]
-        rankings: list[Rankings] = []
+            for search in searches:
+                search.has_truth = False
         if score != "itc":
             with _timed(seconds, "rerank"):
-                work = _Reranking(model, loader, images, titles, kept, dtype, rerank_batch_tokens, progress)
-                if exhaustive:
-                    logits, again = work.all_pairs([candidates for candidates, _ in found], parts)
-                else:
-                    logits, again = work.candidates([candidates for candidates, _ in found], reranked, parts)
+                options = {"dtype": dtype, "batch_tokens": rerank_batch_tokens, "progress": progress}
+                work = Reranking(model, loader, images, titles, memory, **options)
+                logits, again = work.all_pairs(found, parts) if exhaustive else work.candidates(found, reranked, parts)
                 resumed += again
-                for (candidates, _), values in zip(found, logits, strict=True):
+                for candidates, values in zip(found, logits, strict=True):
                     candidates.itm_logits = values
         if exhaustive:
             with _timed(seconds, "order"):
-                whole = np.load(parts.folder / MATRIX, mmap_mode="r")
-                options = (listed, gallery_chunk, score, fusion_weight, has_truth)
-                rankings.append(_order_all(whole.T, embeds[1], embeds[0], titles, images, *options))
-                if queries is None:
-                    rankings.append(_order_all(whole, embeds[0], embeds[1], images, titles, *options))
-        sides = ((titles, images), (images, titles))
-        for number, (candidates, itc_ranks) in enumerate(found):
-            if not exhaustive:
-                order = final_order(candidates, depths[-1], score, fusion_weight)
-                if has_truth:
-                    asking, gallery = (side.product_id for side in sides[number])
-                    order.ranks = ranks_of(order, depths[-1], itc_ranks, asking, gallery)
-                rankings.append(order)
-            rankings[number].itc_ranks = itc_ranks
-    directions = [Direction(candidates, order) for (candidates, _), order in zip(found, rankings, strict=True)]
+                whole = np.load(parts.folder / MATRIX, mmap_mode="r")  # (images, titles)
+                rankings = [
+                    search.order_all(of_direction, listed, score, fusion_weight)
+                    for search, of_direction in zip(searches, (whole.T, whole), strict=False)
+                ]
+        else:
+            rankings = [final_order(candidates, depths[-1], score, fusion_weight) for candidates in found]
+        for order, ranks, (asking, searched) in zip(rankings, itc_ranks, sides, strict=True):
+            order.itc_ranks = ranks
+            if has_truth and not exhaustive:
+                order.ranks = ranks_of(order, depths[-1], ranks, asking.product_id, searched.product_id)
+    directions = [Direction(candidates, order) for candidates, order in zip(found, rankings, strict=True)]
     return Retrieval(
         images=images,
         titles=titles,
@@ -230,383 +219,11 @@ def _depths(asked: list[Depth], gallery_size: int, score: str) -> list[int]:
     return depths[-1:] if score == "itc" else depths
 
 
-# --- stages -----------------------------------------------------------------------------------------------------------
-
-
-def _embed(
-    model, loader, queries, dtype, memory_gb: float, parts: Parts | None, progress: bool
-) -> tuple[Side, Side, dict[int, Tensor], int]:
-    """Both sides on all ranks, the image tokens of own units as far as the memory allows, and how many units an earlier
-    start had finished."""
-    kept: dict[int, Tensor] = {}
-    memory = _TokenMemory(kept, memory_gb * 1e9)
-    if queries is None:
-        units, resumed = _embed_units(model, loader, "rows", dtype, memory, parts, progress)
-        images, titles = _side(units, "image_embeds"), _side(units, "text_embeds")
-        titles.skipped, titles.others = images.skipped, images.others
-    else:
-        units, resumed = _embed_units(model, loader, "photos", dtype, memory, parts, progress)
-        images = _side(units, "image_embeds")
-        units, again = _embed_units(model, queries, "titles", dtype, memory, parts, progress)
-        titles, resumed = _side(units, "text_embeds"), resumed + again
-    if is_main():
-        memory.tell()
-    return images, titles, kept, resumed
-
-
-class _TokenMemory:
-    """Image tokens of own units, kept while they fit."""
-
-    def __init__(self, kept: dict[int, Tensor], limit: float):
-        self.kept, self.limit, self.kept_bytes, self.all_bytes, self.units = kept, limit, 0, 0, 0
-
-    def offer(self, unit: int, tokens: Tensor) -> None:
-        size = tokens.numel() * tokens.element_size()
-        self.units += 1
-        self.all_bytes += size
-        if self.kept_bytes + size <= self.limit:
-            self.kept[unit] = tokens.cpu()
-            self.kept_bytes += size
-
-    def tell(self) -> None:
-        whole = len(self.kept) == self.units
-        logger.info(
-            "image tokens of %d of %d units of this process stay in host memory (%.2f of %.2f GB, at most %g GB); %s",
-            len(self.kept),
-            self.units,
-            self.kept_bytes / 1e9,
-            self.all_bytes / 1e9,
-            self.limit / 1e9,
-            "nothing is encoded twice" if whole else "the others are read and encoded again to re-rank",
-        )
-
-
-_DESCRIPTION = ("name", "text", "others")
-
-
-def _embed_units(
-    model, loader, name: str, dtype, memory: _TokenMemory, parts: Parts | None, progress: bool
-) -> tuple[list[dict], int]:
-    """Tensors and descriptions of all units of a loader, in unit order, on all ranks."""
-    own = range(rank(), loader.num_units, world_size())
-    with _stage(parts, f"embed-{name}") as stage:  # collective
-        done = [unit for unit in own if unit in stage]
-        results = [(unit, _described(*stage.load(unit))) for unit in done]
-        todo = [unit for unit in own if unit not in stage]
-        for unit, batch in _bar(loader.units(todo), len(todo), f"embedding {name}", progress):
-            tensors, info = {"rows": batch["row"], "product_id": batch["product_id"]}, {"skipped": batch["skipped"]}
-            if len(batch["row"]) and "pixel_values" in batch:
-                embeds, tokens = engine.embed_images(model, batch["pixel_values"], dtype)
-                tensors["image_embeds"] = embeds.cpu()
-                memory.offer(unit, tokens)
-            if len(batch["row"]) and "input_ids" in batch:
-                embeds = engine.embed_texts(model, batch["input_ids"], batch["attention_mask"], dtype)
-                tensors |= {key: batch[key] for key in ("input_ids", "attention_mask")} | {"text_embeds": embeds.cpu()}
-            info |= {key: batch[key] for key in _DESCRIPTION if key in batch}
-            stage.add(unit, tensors, info)
-            results.append((unit, _described(tensors, info)))
-    return _gather_units("embedding", results, loader.num_units), len(done)  # collective
-
-
-def _described(tensors: dict[str, Tensor], info: dict[str, Any]) -> dict[str, Any]:
-    # as arrays: a pickled tensor may drag along the whole storage that it is a view of
-    return {key: value.numpy() for key, value in tensors.items()} | info
-
-
-def _side(units: list[dict], embeds: str) -> Side:
-    """The photos or the titles (by the name of their embeddings) of all units."""
-    skipped = [row for unit in units for row in unit["skipped"]]
-    usable = [unit for unit in units if len(unit["rows"])]
-    if not usable:
-        reason = f"; the first: row {skipped[0]['row']}, {skipped[0]['reason']}" if skipped else ""
-        raise ValueError(f"none of the {len(skipped)} rows is usable{reason}")
-
-    def joined(key: str) -> Tensor:
-        # Cloned into torch's own memory: NumPy aligns its arrays by chance, and matrix products depend on it in the
-        # last digit.
-        return torch.from_numpy(np.concatenate([unit[key] for unit in usable])).clone()
-
-    rows = joined("rows")
-    if not (rows[1:] > rows[:-1]).all():
-        raise RuntimeError("the gathered rows are not in source order: a row was embedded twice")
-    side = Side(
-        rows=rows,
-        product_id=joined("product_id"),
-        embeds=joined(embeds),
-        first=np.cumsum([0] + [len(unit["rows"]) for unit in units]).tolist(),
-        skipped=skipped,
-        names=[name for unit in usable for name in unit.get("name", ())],
-        texts=[text for unit in usable for text in unit.get("text", ())],
-        others=[others for unit in usable for others in unit.get("others", ())],
-    )
-    if embeds == "text_embeds":
-        longest = max(unit["input_ids"].shape[1] for unit in usable)
-        for key in ("input_ids", "attention_mask"):
-            padded = [np.pad(unit[key], ((0, 0), (0, longest - unit[key].shape[1]))) for unit in usable]
-            setattr(side, key, torch.from_numpy(np.concatenate(padded)))
-    return side
-
-
-def _search(
-    queries: Tensor, gallery: Tensor, asking: Side, searched: Side, k: int, chunk: int, has_truth: bool
-) -> tuple[Candidates, Tensor | None]:
-    """Candidates, and exact ranks of the best positive (Q,), on the CPU of all ranks."""
-
-    def found(own: slice):
-        scores, ids = engine.search(queries[own], gallery, k, chunk)
-        # the same products in the same shapes as the search's: ranks and rankings agree to the last bit
-        chunks = functools.partial(engine.score_chunks, queries[own], gallery, chunk)
-        return scores, ids, _ranks(chunks, asking.product_id[own], searched.product_id, scores.device, has_truth)
-
-    scores, ids, ranks = _by_blocks("search", len(queries), found)  # collective
-    return Candidates(ids=ids, itc=scores), ranks if has_truth else None
-
-
-def _order_all(
-    logits: np.ndarray,
-    queries: Tensor,
-    gallery: Tensor,
-    asking: Side,
-    searched: Side,
-    k: int,
-    chunk: int,
-    score: str,
-    weight: float,
-    has_truth: bool,
-) -> Rankings:
-    """The k best of all pairs, and exact ranks, from the memory-mapped logits (Q, N) of all of them."""
-
-    def found(own: slice):
-        def read(start: int, stop: int) -> Tensor:
-            return torch.from_numpy(np.array(logits[own, start:stop])).to(queries.device)
-
-        def chunks() -> Iterator[tuple[int, Tensor]]:
-            for start, itc in engine.score_chunks(queries[own], gallery, chunk):
-                yield start, score_of(itc, read(start, start + itc.shape[1]), score, weight)
-
-        scores, ids = engine.running_top_k(chunks(), k)
-        itc = torch.empty_like(scores)
-        itm = torch.empty_like(scores)
-        for start, values in engine.score_chunks(queries[own], gallery, chunk):
-            stop = start + values.shape[1]
-            here = (ids >= start) & (ids < stop)
-            place = torch.where(here, ids - start, 0)
-            itc = torch.where(here, values.gather(1, place), itc)
-            itm = torch.where(here, read(start, stop).gather(1, place), itm)
-        ranks = _ranks(chunks, asking.product_id[own], searched.product_id, scores.device, has_truth)
-        return scores, ids, itc, itm, ranks
-
-    scores, ids, itc, itm, ranks = _by_blocks("ordering", len(queries), found)  # collective
-    return Rankings(ids=ids, scores=scores, itc=itc, itm_logits=itm, ranks=ranks if has_truth else None)
-
-
-def _ranks(chunks, asking: Tensor, searched: Tensor, device: torch.device, has_truth: bool) -> Tensor:
-    if not has_truth:
-        return torch.zeros(len(asking), dtype=torch.int64)
-    return best_positive_ranks(chunks, asking.to(device), searched.to(device))
-
-
-def _by_blocks(name: str, num_queries: int, found) -> list[Tensor]:
-    """`found(slice of queries)` of all blocks of queries, each by one rank, joined on the CPU of all ranks."""
-    block = engine.QUERY_BLOCK
-    num_units = -(-num_queries // block)
-    results = [
-        (unit, [value.cpu().numpy() for value in found(slice(unit * block, (unit + 1) * block))])
-        for unit in range(rank(), num_units, world_size())
-    ]
-    results = _gather_units(name, results, num_units)  # collective
-    return [torch.from_numpy(np.concatenate(values)) for values in zip(*results, strict=True)]
-
-
-def seconds_by_depth(config, retrieval: Retrieval) -> dict[int, float]:
-    """How long a run takes at each depth: the largest was measured; of the others the re-ranking is taken in proportion
-    to its floating-point operations."""
-    if "rerank" not in retrieval.seconds:
-        return {}
-    length = round(float(retrieval.titles.attention_mask.sum(dim=1).double().mean()))
-    work = {depth: _rerank_flops(config, retrieval, depth, length) for depth in retrieval.depths}
-    before = retrieval.seconds["embed"] + retrieval.seconds["search"]
-    rerank = retrieval.seconds["rerank"] + retrieval.seconds.get("order", 0.0)
-    return {depth: before + rerank * work[depth] / work[retrieval.depths[-1]] for depth in work}
-
-
-def _rerank_flops(config, retrieval: Retrieval, depth: int, length: int) -> int:
-    images, titles = len(retrieval.images), len(retrieval.titles)
-    if depth >= images:
-        used, num_pairs = images, images * titles
-    else:
-        ids = [direction.candidates.ids[:, :depth] for _, direction, _, _ in retrieval.directions()]
-        text_ids = ids[1] if len(ids) > 1 else torch.empty(0, 1, dtype=torch.int64)
-        pairs = engine.candidate_pairs(ids[0], text_ids, images, titles)
-        used, num_pairs = int((pairs.first[1:] > pairs.first[:-1]).sum()), len(pairs)
-    return used * engine.image_kv_flops(config) + num_pairs * engine.match_flops(config, length)
-
-
-class _Reranking:
-    """The second stage. A unit of photos is re-ranked by the rank that embedded it, with all its candidate titles."""
-
-    def __init__(self, model, loader, images: Side, titles: Side, kept, dtype, batch_tokens: int, progress: bool):
-        self.model, self.loader, self.images, self.titles = model, loader, images, titles
-        self.kept, self.dtype, self.batch_tokens, self.progress = kept, dtype, batch_tokens, progress
-
-    def candidates(self, found: list[Candidates], depth: int, parts: Parts | None) -> tuple[list[Tensor], int]:
-        """Match logits of the first `depth` candidates of one direction or both, each (Q, K) with nan for those that
-        follow, on all ranks; and the units that an earlier start had finished."""
-        images, titles = len(self.images), len(self.titles)
-        none = torch.empty(0, 1, dtype=torch.int64)
-        image_ids = found[0].ids[:, :depth]
-        text_ids = found[1].ids[:, :depth] if len(found) > 1 else none
-        pairs = engine.candidate_pairs(image_ids, text_ids, images, titles)
-        # Parts of other candidates (another k) have other names.
-        digest = hashlib.blake2b(str(self.batch_tokens).encode(), digest_size=8)
-        digest.update(pairs.image_id.numpy().tobytes() + pairs.text_id.numpy().tobytes())
-        own = range(rank(), self.loader.num_units, world_size())
-        with _stage(parts, f"rerank-{digest.hexdigest()}") as stage:  # collective
-            done = [unit for unit in own if unit in stage]
-            results = [(unit, stage.load(unit)[0]["logits"].numpy()) for unit in done]
-            todo = [unit for unit in own if unit not in stage]
-            for unit in _bar(todo, len(todo), "re-ranking", self.progress):
-                logits = self._unit(unit, pairs.texts_of)
-                stage.add(unit, {"logits": logits})
-                results.append((unit, logits.numpy()))
-        logits = torch.from_numpy(np.concatenate(_gather_units("re-ranking", results, self.loader.num_units)))
-        if len(logits) != len(pairs):
-            raise RuntimeError(f"re-ranking gave {len(logits)} logits for {len(pairs)} pairs")
-        located = [logits[pairs.locate(image_ids, torch.arange(titles)[:, None])]]
-        if len(found) > 1:
-            located.append(logits[pairs.locate(torch.arange(images)[:, None], text_ids)])
-        padded = [
-            F.pad(values, (0, candidates.ids.shape[1] - depth), value=float("nan"))
-            for values, candidates in zip(located, found, strict=True)
-        ]
-        return padded, len(done)
-
-    def all_pairs(self, found: list[Candidates], parts: Parts) -> tuple[list[Tensor], int]:
-        """Write the match logits of all pairs, (images, titles) fp32, and give those of the candidates as `candidates`
-        does.
-
-        Every unit of photos is a block of rows of the file, which all processes write into; the parts of this stage
-        only say which blocks are done.
-        """
-        num_images, num_titles = len(self.images), len(self.titles)
-        name = f"{MATRIX_STAGE}-{self.batch_tokens}"
-        together(is_main(), lambda: _make_matrix(parts, (num_images, num_titles), name), "make the file")  # collective
-        matrix = np.load(parts.folder / MATRIX, mmap_mode="r+")
-        every_title = torch.arange(num_titles)
-        own = range(rank(), self.loader.num_units, world_size())
-        with parts.stage(name, before_write=matrix.flush, needed=True) as stage:  # collective
-            todo = [unit for unit in own if unit not in stage]
-            for unit in _bar(todo, len(todo), "scoring all pairs", self.progress):
-                images = slice(self.images.first[unit], self.images.first[unit + 1])
-                matrix[images] = self._unit(unit, lambda _: every_title).view(-1, num_titles).numpy()
-                stage.add(unit, {})
-        _gather_units("scoring all pairs", [(unit, None) for unit in own], self.loader.num_units)  # collective
-        places = [(found[0].ids.numpy(), np.arange(num_titles)[:, None])]
-        places += [(np.arange(num_images)[:, None], candidates.ids.numpy()) for candidates in found[1:]]
-        return [torch.from_numpy(matrix[place]) for place in places], len(own) - len(todo)
-
-    def _unit(self, unit: int, texts_of) -> Tensor:
-        """Match logits of a unit's photos with their titles, photo by photo."""
-        images = range(self.images.first[unit], self.images.first[unit + 1])
-        text_ids = [texts_of(image) for image in images]
-        if not sum(map(len, text_ids)):
-            return torch.empty(0)
-        tokens = self.kept.pop(unit, None)
-        if tokens is None:
-            batch = self.loader.read_unit(unit)
-            if not torch.equal(batch["row"], self.images.rows[images.start : images.stop]):
-                raise RuntimeError(
-                    f"unit {unit} gave other rows when it was read again: the data changed during the run"
-                )
-            _, tokens = engine.embed_images(self.model, batch["pixel_values"], self.dtype)
-        titles = self.titles
-        return engine.rerank(
-            self.model, tokens, text_ids, titles.input_ids, titles.attention_mask, self.batch_tokens, self.dtype
-        )
-
-
-def _gather_units(name: str, results: list[tuple[int, object]], num_units: int) -> list:
-    """Results of all units in unit order, on all ranks (collective).
-
-    Raises:
-        RuntimeError: if a unit is missing or came twice.
-    """
-    gathered = sorted((pair for own in all_gather_objects(results) for pair in own), key=lambda pair: pair[0])
-    if [unit for unit, _ in gathered] != list(range(num_units)):
-        raise RuntimeError(
-            f"{name}: {len(gathered)} results gathered for {num_units} units, some are missing or double"
-        )
-    return [result for _, result in gathered]
-
-
-# --- around the work --------------------------------------------------------------------------------------------------
-
-
-class _NoParts:
-    """A stage without a folder."""
-
-    def __contains__(self, unit: int) -> bool:
-        return False
-
-    def add(self, unit: int, tensors: dict[str, Tensor], info: Any = None) -> None:
-        pass
-
-    def __enter__(self) -> "_NoParts":
-        return self
-
-    def __exit__(self, *error) -> None:
-        pass
-
-
-def _stage(parts: Parts | None, name: str, **options) -> Stage | _NoParts:
-    return _NoParts() if parts is None else parts.stage(name, **options)
-
-
-def _make_matrix(parts: Parts, shape: tuple[int, int], stage: str) -> None:
-    """The file for all match logits, all of its space taken at once; kept if it is there from an earlier start."""
-    file = parts.folder / MATRIX
-    parts.folder.mkdir(parents=True, exist_ok=True)
-    parts.forget(MATRIX_STAGE, keep=stage)  # their blocks will be written over
-    with contextlib.suppress(OSError, ValueError):
-        if np.load(file, mmap_mode="r").shape == shape:
-            return
-    parts.forget(MATRIX_STAGE, keep="")  # blocks of a file that is gone
-    partial = file.with_name(f".{file.name}.partial")
-    np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape).flush()
-    if hasattr(os, "posix_fallocate"):  # writing to a hole of a mapped file on a full disk would end the process
-        with open(partial, "r+b") as opened:
-            os.posix_fallocate(opened.fileno(), 0, partial.stat().st_size)
-    partial.replace(file)
-
-
-@contextlib.contextmanager
-def _undisturbed(model) -> Iterator[None]:
-    """Evaluation mode inside; modes of all modules and all random states afterwards as before."""
-    training = [module for module in model.modules() if module.training]
-    states = random.getstate(), np.random.get_state()
-    device = next(model.parameters()).device
-    # The iterator of a DataLoader draws from torch's generator. Only the own device: naming another one would occupy
-    # it.
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try:
-            model.eval()
-            yield
-        finally:
-            for module in training:
-                module.training = True
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-
-
 @contextlib.contextmanager
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - start
-
-
-def _bar(items: Iterable, total: int, name: str, progress: bool) -> Iterable:
-    return tqdm(items, total=total, desc=name, unit="unit", leave=False, disable=not (progress and is_main()))
 
 
 __all__ = [
@@ -616,5 +233,4 @@ __all__ = [
     "evaluate_retrieval",
     "parse_k_rerank",
     "retrieve",
-    "seconds_by_depth",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from aliblip.data.sources import Row, Source, decode
+from aliblip.data.rows import Row, Source, decode
 from aliblip.runtime.distributed import is_main, rank, together, world_size
 from gallery_aliblip import Gallery, begin_units, encode_units, join_units
 from reading_aliblip import UnusableItem

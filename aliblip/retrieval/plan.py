@@ -1,9 +1,19 @@
-"""What an evaluation will take, told before it starts: memory, work, and time at a stated speed."""
+"""What a retrieval will take, told before it starts: memory, work, and time at a stated speed.
+
+    plan = make_plan(model, processor, num_photos, titles, k, ...)        # on the memory that this process has now
+    print(plan)
+    print(expected_time(plan))
+    print(memory_plan(model.config, 10**6, 10**6, k=128))                 # for any machine: arithmetic alone
+
+Legend: P image tokens, D width, F width of a layer's MLP, E embedding, L text tokens of a title.
+"""
 
 import contextlib
+import math
 import os
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -11,11 +21,156 @@ import torch
 
 import retrieval_aliblip as engine
 from aliblip.data.sources import Source
+from aliblip.runtime.mistakes import UsageError
 
 TITLES_LOOKED_AT = 1000
 # Dense bf16 rate of one GPU by its maker's data sheet, and the share of it that the times are told at: an assumption.
 H200_FLOPS = 989e12
 ASSUMED_SHARE = 0.4
+
+
+# --- memory and work of any retrieval ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a two-stage retrieval needs of memory (bytes) and of work (FLOPs, in matrix products); `str` makes it
+    readable.
+
+    `image_tokens`: of all images; `images_kept`: how many images' tokens stay in host memory; `embeddings`: of both
+    galleries, fp32; `candidates`: scores and ids of both directions; `search_block`: the scores of one block of queries
+    with one chunk of the gallery; `image_kv`: keys and values of one image; `rerank_pass`: one call of `match`, beside
+    them; `pairs_per_pass`: in such a call, at the longest title; `max_pairs`: re-ranked if no pair is a candidate of
+    both directions.
+    """
+
+    num_images: int
+    num_texts: int
+    k: int
+    token_dtype: torch.dtype
+    image_tokens: int
+    images_kept: int
+    embeddings: int
+    candidates: int
+    search_block: int
+    image_kv: int
+    rerank_batch_tokens: int
+    rerank_pass: int
+    pairs_per_pass: int
+    max_pairs: int
+    embed_flops: int
+    search_flops: int
+    rerank_flops: int
+
+    def __str__(self) -> str:
+        one_image = self.image_tokens // self.num_images
+        dtype = str(self.token_dtype).removeprefix("torch.")
+        kept = (
+            "all are kept in host memory"
+            if self.images_kept == self.num_images
+            else f"{self.images_kept:,} images' are kept in host memory, the others are encoded again to re-rank"
+        )
+        if self.max_pairs == self.num_images * self.num_texts:
+            reranked = "every pair scored"
+        else:
+            reranked = f"the {self.k} best of each re-ranked" if self.k else "none re-ranked"
+        lines = [
+            f"{self.num_images:,} images x {self.num_texts:,} titles, {reranked}",
+            f"  image tokens: {size_text(self.image_tokens)} in {dtype}, {size_text(one_image)} an image; {kept}",
+            f"  embeddings: {size_text(self.embeddings)}; candidates: {size_text(self.candidates)}",
+            f"  search: {size_text(self.search_block)} of scores at a time",
+            f"  re-ranking: {size_text(self.image_kv)} of keys and values, an image at a time; "
+            f"{size_text(self.rerank_pass)} for a pass of {self.rerank_batch_tokens:,} text tokens, "
+            f"{self.pairs_per_pass:,} of the longest titles",
+            f"  work: {self.embed_flops:.3g} FLOPs to embed, {self.search_flops:.3g} to search, at most "
+            f"{self.rerank_flops:.3g} to re-rank {self.max_pairs:,} pairs",
+        ]
+        return "\n".join(lines)
+
+
+def memory_plan(
+    config,
+    num_images: int,
+    num_texts: int,
+    k: int,
+    *,
+    both_directions: bool = True,
+    title_tokens: float = 13,
+    longest_title: int = 35,
+    token_dtype: torch.dtype = torch.float32,
+    host_memory: float = 4e9,
+    device_memory: float = 2e9,
+    rerank_batch_tokens: int | None = None,
+    chunk_size: int = engine.GALLERY_CHUNK,
+) -> MemoryPlan:
+    """Memory and work of a retrieval, known before any of it is done.
+
+    Args:
+        config: the model's, with `vision_config` and `text_config`.
+        num_images, num_texts: sizes of the galleries.
+        k: candidates of a query; 0: no second stage; as many as the gallery: all pairs.
+        both_directions: photos for titles and titles for photos, or the first alone.
+        title_tokens, longest_title: mean and largest length of the titles.
+        token_dtype: type in which the image tokens are kept and the passes run.
+        host_memory: bytes that image tokens may fill.
+        device_memory: bytes that keys, values and one re-ranking pass may fill, beside the weights.
+        rerank_batch_tokens: text tokens of a pass; None: as many as `device_memory` holds, up to
+            `engine.RERANK_BATCH_TOKENS`, beyond which a pass is not faster.
+        chunk_size: of the search.
+
+    Raises:
+        ValueError: an empty gallery, or a `k` below 0.
+        UsageError: a `device_memory` too small for one image and one title.
+    """
+    if min(num_images, num_texts) < 1 or k < 0:
+        raise ValueError(
+            f"{num_images} images, {num_texts} titles and k = {k} given: at least 1 image and 1 title, k of at least 0"
+        )
+    vision, text = config.vision_config, config.text_config
+    element, P, E = token_dtype.itemsize, tokens_per_image(config), config.image_text_hidden_size
+    one_image = P * vision.hidden_size * element
+    image_kv = text.num_hidden_layers * 2 * P * text.hidden_size * element
+    # Alive at the widest point of a layer: both sides of the activation function, and in D-wide states up to eight
+    # (measured in fp32 and under bf16 autocast), here one more. Fused attention keeps no scores.
+    per_token = (2 * text.intermediate_size + 9 * text.hidden_size) * element
+    fitting = int(device_memory - image_kv) // per_token
+    if rerank_batch_tokens is None:
+        if fitting < longest_title:
+            needed = image_kv + longest_title * per_token
+            raise UsageError(
+                f"{size_text(device_memory)} of device memory given, re-ranking one title of {longest_title} tokens "
+                f"takes {size_text(needed)}: give at least that"
+            )
+        rerank_batch_tokens = min(fitting, engine.RERANK_BATCH_TOKENS)
+    pairs_per_pass = max(1, rerank_batch_tokens // longest_title)
+    text_k, image_k = min(k, num_images), min(k, num_texts)  # candidates of a title, of an image
+    candidates = num_texts * text_k + (num_images * image_k if both_directions else 0)
+    max_pairs = min(candidates, num_images * num_texts)
+    length = math.ceil(title_tokens)
+    return MemoryPlan(
+        num_images=num_images,
+        num_texts=num_texts,
+        k=k,
+        token_dtype=token_dtype,
+        image_tokens=num_images * one_image,
+        images_kept=min(num_images, int(host_memory // one_image)),
+        embeddings=(num_images + num_texts) * E * 4,
+        candidates=candidates * (4 + 8),
+        search_block=min(engine.QUERY_BLOCK, max(num_images, num_texts))
+        * min(chunk_size, max(num_images, num_texts))
+        * 4,
+        image_kv=image_kv,
+        rerank_batch_tokens=rerank_batch_tokens,
+        rerank_pass=max(rerank_batch_tokens, longest_title) * per_token,
+        pairs_per_pass=pairs_per_pass,
+        max_pairs=max_pairs,
+        embed_flops=num_images * image_flops(config) + num_texts * text_flops(config, length),
+        search_flops=(2 if both_directions else 1) * 2 * num_images * num_texts * E,
+        rerank_flops=min(num_images, max_pairs) * image_kv_flops(config) + max_pairs * match_flops(config, length),
+    )
+
+
+# --- of this process --------------------------------------------------------------------------------------------------
 
 
 def available_memory() -> int:
@@ -50,7 +205,7 @@ def make_plan(
     dtype: torch.dtype | None,
     rerank_batch_tokens: int | None,
     image_token_memory_gb: float | None,
-) -> engine.MemoryPlan:
+) -> MemoryPlan:
     """Plan for one process, on the device and with the memory that it has now.
 
     Args:
@@ -59,13 +214,13 @@ def make_plan(
         rerank_batch_tokens, image_token_memory_gb: None: what the memory holds.
 
     Raises:
-        ValueError: the memory is too small for a single pair.
+        UsageError: the memory is too small for a single pair.
     """
     length, longest = title_tokens(processor.tokenizer, titles, processor.max_length)
     host = available_memory() / 2 if image_token_memory_gb is None else image_token_memory_gb * 1e9
     device = _device()
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    return engine.memory_plan(
+    return memory_plan(
         model.config,
         num_photos,
         titles.num_rows,
@@ -81,7 +236,7 @@ def make_plan(
     )
 
 
-def expected_time(plan: engine.MemoryPlan) -> str:
+def expected_time(plan: MemoryPlan) -> str:
     """Lines that say how long the work of a plan takes: on one H200 at a stated share of its peak, and on this CPU."""
     flops = plan.embed_flops + plan.search_flops + plan.rerank_flops
     here = _matmul_flops()
@@ -94,6 +249,53 @@ def expected_time(plan: engine.MemoryPlan) -> str:
             f"{here / 1e9:.0f} GFLOP/s: {_duration(flops / (here * ASSUMED_SHARE))}",
         ]
     )
+
+
+# --- operations of the model's passes ---------------------------------------------------------------------------------
+
+
+def image_flops(config) -> int:
+    """Floating-point operations of the matrix products of one photo's pass through the image tower, projection
+    included."""
+    vision = config.vision_config
+    P, D, F = tokens_per_image(config), vision.hidden_size, vision.intermediate_size
+    patches = 2 * (P - 1) * 3 * vision.patch_size**2 * D
+    layer = 2 * P * D * (4 * D + 2 * F) + 4 * P**2 * D  # query, key, value, output, MLP; attention
+    return patches + vision.num_hidden_layers * layer + 2 * D * config.image_text_hidden_size
+
+
+def text_flops(config, length: int) -> int:
+    """The same for a title of `length` tokens, which sees no image."""
+    text = config.text_config
+    L, D, F = length, text.hidden_size, text.intermediate_size
+    layer = 2 * L * D * (4 * D + 2 * F) + 4 * L**2 * D
+    return text.num_hidden_layers * layer + 2 * D * config.image_text_hidden_size
+
+
+def image_kv_flops(config) -> int:
+    """The same for `project_image_kv` of one image."""
+    text = config.text_config
+    return text.num_hidden_layers * 2 * tokens_per_image(config) * text.encoder_hidden_size * 2 * text.hidden_size
+
+
+def match_flops(config, length: int) -> int:
+    """The same for `match` of one title of `length` tokens with an image whose keys and values are there."""
+    text = config.text_config
+    P, L, D, F = tokens_per_image(config), length, text.hidden_size, text.intermediate_size
+    layer = 2 * L * D * (6 * D + 2 * F) + 4 * L**2 * D + 4 * L * P * D
+    # Of the last layer only the first token is computed, from keys and values of all.
+    last = 2 * L * D * 2 * D + 2 * D * (4 * D + 2 * F) + 4 * L * D + 4 * P * D
+    return (text.num_hidden_layers - 1) * layer + last + 2 * D * 2
+
+
+def tokens_per_image(config) -> int:
+    return (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
+
+
+def size_text(count: float) -> str:
+    """12.3 GB, in three digits and powers of 1000."""
+    power = min(max(int(math.log10(max(count, 1))) // 3, 0), 4)
+    return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def _device() -> torch.device:
@@ -121,4 +323,17 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.1f} seconds"
 
 
-__all__ = ["available_memory", "expected_time", "make_plan", "title_tokens"]
+__all__ = [
+    "MemoryPlan",
+    "available_memory",
+    "expected_time",
+    "image_flops",
+    "image_kv_flops",
+    "make_plan",
+    "match_flops",
+    "memory_plan",
+    "size_text",
+    "text_flops",
+    "title_tokens",
+    "tokens_per_image",
+]

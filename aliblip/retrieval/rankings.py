@@ -25,6 +25,10 @@ from aliblip.runtime.files import write_bytes
 FUSION_WEIGHTS = (0.0, *(2.0 ** (step / 2) for step in range(-4, 19)))
 
 
+# The file of the match logits of all pairs.
+MATRIX = "itm_logits.npy"
+
+
 @dataclass
 class Side:
     """The usable rows of one side, photos or titles (N of them): what all processes know of them after the first stage.
@@ -119,6 +123,66 @@ class Retrieval:
     @property
     def has_truth(self) -> bool:
         return self.text_to_image.rankings.ranks is not None
+
+
+@dataclass(frozen=True)
+class CandidatePairs:
+    """Distinct (image, title) pairs, sorted by image, then by title. `image_id`, `text_id` (M,) int64; `first` (images
+    + 1,):
+    the pairs of image i are `first[i] .. first[i + 1] - 1`."""
+
+    image_id: Tensor
+    text_id: Tensor
+    first: Tensor
+    num_texts: int
+
+    def __len__(self) -> int:
+        return len(self.image_id)
+
+    def texts_of(self, image_id: int) -> Tensor:
+        """Ids of the candidate titles of an image, rising, (m,) int64."""
+        return self.text_id[self.first[image_id] : self.first[image_id + 1]]
+
+    def locate(self, image_id: Tensor, text_id: Tensor) -> Tensor:
+        """Positions of pairs that are in the table; `image_id` and `text_id` are of one shape, or broadcast to one.
+
+        Raises:
+            KeyError: if a pair is not in the table.
+        """
+        keys = self.image_id * self.num_texts + self.text_id
+        wanted = image_id * self.num_texts + text_id
+        position = torch.searchsorted(keys, wanted).clamp(max=max(len(keys) - 1, 0))
+        if not len(keys) or not torch.equal(keys[position], wanted):
+            raise KeyError("some of the pairs asked for are not among the candidate pairs")
+        return position
+
+
+def candidate_pairs(image_ids: Tensor, text_ids: Tensor, num_images: int, num_texts: int) -> CandidatePairs:
+    """Collect the pairs of both directions, each once, grouped by image.
+
+    Args:
+        image_ids: (T, k) int64, row t: candidate images of title t. May have no rows.
+        text_ids: (N, k) int64, row i: candidate titles of image i. May have no rows.
+        num_images, num_texts: sizes of the two galleries.
+
+    Returns:
+        The pairs, on the CPU.
+
+    Raises:
+        ValueError: ids outside the galleries.
+    """
+    image_ids, text_ids = image_ids.cpu(), text_ids.cpu()
+    for name, ids, size in (("image", image_ids, num_images), ("text", text_ids, num_texts)):
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+            raise ValueError(
+                f"{name} ids from {int(ids.min())} to {int(ids.max())} given, the gallery has 0 to {size - 1}"
+            )
+    from_texts = image_ids * num_texts + torch.arange(len(image_ids))[:, None]
+    from_images = torch.arange(len(text_ids))[:, None] * num_texts + text_ids
+    keys = torch.cat([from_texts.flatten(), from_images.flatten()]).unique()  # sorted
+    image_id = keys // num_texts
+    first = torch.searchsorted(image_id, torch.arange(num_images + 1))
+    return CandidatePairs(image_id=image_id, text_id=keys % num_texts, first=first, num_texts=num_texts)
 
 
 def score_of(itc: Tensor, itm_logits: Tensor | None, score: str, weight: float) -> Tensor:
@@ -233,11 +297,14 @@ def _lists(values, shape) -> pa.LargeListArray:
 
 
 __all__ = [
+    "MATRIX",
+    "CandidatePairs",
     "Candidates",
     "Direction",
     "Rankings",
     "Retrieval",
     "Side",
+    "candidate_pairs",
     "final_order",
     "ranks_of",
     "read_ranks",

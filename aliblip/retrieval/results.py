@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from aliblip.retrieval.metrics import RECALL_AT, RESAMPLES, bootstrap_means, hits, interval, summarize_ranks
-from aliblip.retrieval.rankings import Retrieval, Side, final_order, ranks_of, read_ranks, write_rankings
+from aliblip.retrieval.rankings import MATRIX, Retrieval, Side, final_order, ranks_of, read_ranks, write_rankings
 from aliblip.runtime.distributed import world_size
 from aliblip.runtime.files import write_json, write_json_lines
 
@@ -36,7 +36,6 @@ DIRECTION_NAMES = {"text_to_image": "text to image", "image_to_text": "image to 
 
 RANKINGS = "rankings_{}.parquet"
 COMPARISON = "comparison.json"
-MATRIX = "itm_logits.npy"
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -460,7 +459,6 @@ def format_comparison(compared: dict) -> str:
 
 __all__ = [
     "COMPARISON",
-    "MATRIX",
     "TITLE_SLICES",
     "check_comparable",
     "check_results_of_others",

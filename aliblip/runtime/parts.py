@@ -191,4 +191,25 @@ class Stage:
         self.write()  # after an error too: what is finished is finished
 
 
-__all__ = ["Parts", "Stage"]
+class NoStage:
+    """A stage that keeps nothing, with the few methods of `Stage`."""
+
+    def __contains__(self, unit: int) -> bool:
+        return False
+
+    def add(self, unit: int, tensors: dict[str, torch.Tensor], info: Any = None) -> None:
+        pass
+
+    def __enter__(self) -> "NoStage":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        pass
+
+
+def stage_of(parts: Parts | None, name: str) -> Stage | NoStage:
+    """`parts.stage(name)` (collective), or a stage that keeps nothing if there are no parts."""
+    return NoStage() if parts is None else parts.stage(name)
+
+
+__all__ = ["Parts", "Stage", "stage_of"]

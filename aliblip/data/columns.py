@@ -1,0 +1,138 @@
+"""What of a table is read: what the user asked for, and the columns that were found for it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from aliblip.runtime.mistakes import UsageError
+
+__all__ = ["ALL", "Asked", "Columns", "Request", "choose_columns", "listed", "one_line"]
+
+# Of `other_columns`: every column that there is, but the photos.
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user asked for.
+
+    Attributes:
+        image, caption, product_id: names of columns; None leaves it to the defaults.
+        others: further columns, or `ALL`.
+        sides: what a row must have: "both", or only "images" or "titles".
+        by_flags: whether the names came as flags of a command, or as arguments in Python; for messages.
+    """
+
+    image: str | None = None
+    caption: str | None = None
+    product_id: str | None = None
+    others: Sequence[str] | str = ()
+    sides: str = "both"
+    by_flags: bool = True
+
+    def name_of(self, argument: str) -> str:
+        """How the user writes an argument."""
+        return f"--{argument}" if self.by_flags else argument
+
+
+@dataclass(frozen=True)
+class Request:
+    """One split of a data set whose files are found: what an opener makes a source of.
+
+    Attributes:
+        name: for messages.
+        split: its name.
+        files: paths or addresses, in order.
+        asked: columns and sides.
+        folder: the local folder that was opened, if one was.
+        image_dir: the folder that file names of photos are relative to, if one was given.
+        cache_dir: cache of `datasets`.
+        index_dir: folder of the kept indexes of tars, or None.
+    """
+
+    name: str
+    split: str
+    files: list[str]
+    asked: Asked
+    folder: str | None = None
+    image_dir: str | None = None
+    cache_dir: str | None = None
+    index_dir: str | None = None
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns that are read.
+
+    Attributes:
+        image, caption, product_id: names; None is not read.
+        others: the further ones.
+        takes_all: whether a row gives what it has beyond `others` too, except `photos`.
+        photos: columns of photos.
+    """
+
+    image: str | None
+    caption: str | None
+    product_id: str | None
+    others: tuple[str, ...] = ()
+    takes_all: bool = False
+    photos: frozenset[str] = frozenset()
+
+    def names(self) -> list[str]:
+        """All of them, each once."""
+        return [key for key in dict.fromkeys((self.image, self.caption, self.product_id, *self.others)) if key]
+
+
+def choose_columns(
+    request: Request,
+    columns: Sequence[str],
+    image_defaults: Sequence[str],
+    caption_defaults: Sequence[str] = ("caption", "text"),
+    photos: Collection[str] = (),
+) -> Columns:
+    """The columns as the user named them, or by default.
+
+    Args:
+        request: with the names that the user gave.
+        columns: all that there are.
+        image_defaults, caption_defaults: the first that is there is taken.
+        photos: columns that `ALL` does not mean, beside the photo's own.
+
+    Raises:
+        UsageError: one that was named, or has no default, is not there; the message lists what is.
+    """
+    asked = request.asked
+    roles = {"image": image_defaults, "caption": caption_defaults, "product_id": ("product_id",)}
+    not_needed = {"images": "caption", "titles": "image"}.get(asked.sides)
+    found = {}
+    for role, defaults in roles.items():
+        given = getattr(asked, role)
+        flag = asked.name_of(f"{role}_column")
+        if given is not None and given not in columns and role != not_needed:
+            raise UsageError(f"{request.name} has no column '{given}' ({flag}): there are {listed(columns)}")
+        found[role] = given or next((column for column in defaults if column in columns), None)
+        if found[role] is None and role not in ("product_id", not_needed):
+            expected = " or ".join(f"'{column}'" for column in defaults)
+            raise UsageError(
+                f"{request.name} has no column {expected}: there are {listed(columns)}; name one with {flag}"
+            )
+    photo_columns = frozenset(photos) | ({found["image"]} if found["image"] else set())
+    if asked.others == ALL:
+        others = tuple(column for column in dict.fromkeys(columns) if column not in photo_columns)
+    else:
+        others = tuple(asked.others)
+        if missing := [column for column in others if column not in columns]:
+            raise UsageError(f"{request.name} has no column '{missing[0]}': there are {listed(columns)}")
+    read = {role: None if role == not_needed else column for role, column in found.items()}
+    return Columns(**read, others=others, takes_all=asked.others == ALL, photos=photo_columns)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message."""
+    return ", ".join(f"'{name}'" for name in names) or "none"
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,279 @@
+"""What every kind of data gives: shards of undecoded rows, which `decode` turns into a photo and a title.
+
+    for row in source.read(shard_index=0, start=10, stop=20):
+        example = decode(row)
+
+A source is a list of shards whose row counts are known without decoding (or even reading) a single photo, so that the
+order of an epoch follows from them. `read` skips inside a shard and yields rows as they are stored; `decode` turns one
+of them into an RGB photo and a title, or raises `UnusableItem` with a plain reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import posixpath
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from aliblip.data.columns import Columns, Request
+from aliblip.data.manifest import DataFile, file_names
+from aliblip.data.remote import RemoteReadError, read_file, resumed
+from aliblip.runtime.mistakes import UsageError
+from reading_aliblip import UnusableItem, clean_title, read_photo
+
+__all__ = [
+    "Example",
+    "Row",
+    "Shard",
+    "Source",
+    "decode",
+    "path_inside",
+    "product_id_of",
+]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A run of rows that is read as one piece.
+
+    `first_row` is the global number of its first row.
+    """
+
+    index: int
+    name: str
+    num_rows: int
+    first_row: int
+
+
+@dataclass
+class Row:
+    """One undecoded row.
+
+    Attributes:
+        row: its number in the source.
+        image: bytes, a path or address, or a PIL image.
+        text: the stored value.
+        product_id: an int64.
+        name: the file name or key, for reports.
+        problem: why the row could not be read, if so.
+        others: values of the further columns that were asked for, as Python has them.
+    """
+
+    row: int
+    image: Any
+    text: Any
+    product_id: int
+    name: str
+    problem: str | None = None
+    others: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Example:
+    """A decoded row: `image` PIL RGB, `text` str, `product_id` int64, `row` the number in the source. The side that was
+    not asked for is None."""
+
+    image: Image.Image | None
+    text: str | None
+    product_id: int
+    row: int
+
+
+# ------------------------------------------------------------------------------------------------------ decoding
+
+
+def decode(row: Row, sides: str = "both") -> Example:
+    """Decode one row: the photo as a person sees it, and its title.
+
+    EXIF orientation and colour profile are applied, transparency lies over white, an animation is its first picture.
+
+    Args:
+        row: from a source.
+        sides: "both", or only the "images" or the "titles".
+
+    Raises:
+        UnusableItem: with a plain reason; no other exception leaves this function, whatever the bytes are.
+    """
+    if row.problem is not None:
+        raise UnusableItem(row.problem)
+    text = clean_title(row.text) if sides != "images" else None  # first, since it costs nothing
+    image = read_photo(row.image, _fetch) if sides != "titles" else None
+    return Example(image, text, row.product_id, row.row)
+
+
+def _fetch(address: str, most_bytes: int) -> bytes:
+    """A photo's address of any kind, read again where the network fails."""
+    try:
+        return read_file(address, most_bytes)
+    except RemoteReadError as error:
+        raise UnusableItem(f"the image can't be fetched ({error})") from None
+
+
+# ---------------------------------------------------------------------------------------------------- product ids
+
+
+def product_id_of(value: Any, row: int, sides: str = "both") -> int:
+    """The int64 product id of a stored value.
+
+    Integers (and floats of whole value, which tables with gaps make of integers) stay as they are; everything else, and
+    integers beyond int64, becomes a 64-bit BLAKE2 hash. A null or blank (or a value that has no JSON form) is no
+    product: it becomes an id of its own, hashed from the row number (and from the `sides` of its source), so that two
+    rows without id never count as one product.
+    """
+    if isinstance(value, str) and not value.strip():
+        value = None
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        of = "" if sides == "both" else f" of {sides}"
+        return _hash64(f"null product id of row {row}{of}".encode())
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        value = int(value)
+        return value if -(2**63) <= value < 2**63 else _hash64(str(value).encode())
+    if isinstance(value, bytes):
+        return _hash64(value)
+    if not isinstance(value, str):
+        try:
+            value = json.dumps(value, sort_keys=True, default=str)
+        except (TypeError, ValueError, RecursionError):  # keys of several types, or lists in lists in lists
+            return product_id_of(None, row, sides)
+    return _hash64(value.encode("utf-8", "surrogatepass"))
+
+
+def _hash64(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
+
+
+# -------------------------------------------------------------------------------------------------------- sources
+
+
+class Source:
+    """Photos and titles in shards. Each kind of data is a subclass with a `_read`; see `aliblip.data.sources`.
+
+    Attributes:
+        name: what was opened, for messages.
+        split: the split.
+        columns: all columns there are.
+        num_rows: rows in all shards.
+        shards: list of `Shard`, in a fixed order.
+        files: list of `DataFile` that the rows come from, without the photos that a file only names.
+        folder: the local folder that was opened, if one was.
+        sides: what its rows have: "both", or only "images" or "titles".
+        selected: the `Columns` that are read.
+        random_access: whether rows can be read in any order at no cost (folders), rather than shard by shard.
+    """
+
+    random_access = False
+
+    def __init__(
+        self,
+        request: Request,
+        columns: Sequence[str],
+        selected: Columns,
+        sizes: Sequence[tuple[str, int]],
+        files: Sequence[DataFile] = (),
+    ):
+        self.name = request.name
+        self.split = request.split
+        self.folder = request.folder
+        self.sides = request.asked.sides
+        self.columns = list(columns)
+        self.selected = selected
+        self.shards: list[Shard] = []
+        first_row = 0
+        for index, (shard_name, num_rows) in enumerate(sizes):
+            self.shards.append(Shard(index, shard_name, num_rows, first_row))
+            first_row += num_rows
+        self._firsts = np.array([shard.first_row for shard in self.shards], dtype=np.int64)
+        self.files = list(files)
+        self.num_rows = first_row
+        if not first_row:
+            raise UsageError(f"{self.name} has no rows in split '{self.split}': give data with at least one row")
+
+    def manifest(self) -> dict[str, Any]:
+        """What the rows come from, as JSON can hold it: to be kept beside a run, and compared when it goes on.
+
+        Returns:
+            {"name", "split", "columns": {"image", "caption", "product_id"}, "rows",
+            "files": [{"file", "rows", "size", "digest"}]}, the files as `file_names` calls them. The digest is BLAKE2
+            of the footer of a Parquet file, of the member names, offsets and lengths of a tar, and of all bytes of a
+            metadata file or list. The photos that a metadata file, a list or a column names are not looked at.
+        """
+        names = file_names([file.file for file in self.files], self.folder)
+        return {
+            "name": self.name,
+            "split": self.split,
+            "columns": {role: getattr(self.selected, role) for role in ("image", "caption", "product_id")},
+            "rows": self.num_rows,
+            "files": [
+                {"file": name, "rows": file.rows, "size": file.size, "digest": file.digest}
+                for name, file in zip(names, self.files, strict=True)
+            ],
+        }
+
+    def read(self, shard_index: int, start: int = 0, stop: int | None = None) -> Iterator[Row]:
+        """Undecoded rows [start, stop) of one shard; `stop` None or beyond the end means the end.
+
+        Raises:
+            OSError: the file can't be read; if it is remote, after retries (`RemoteReadError`).
+        """
+        shard = self.shards[shard_index]
+        stop = shard.num_rows if stop is None else min(stop, shard.num_rows)
+        start = max(start, 0)
+        if start < stop:
+            yield from resumed(lambda done: self._read(shard, start + done, stop), self._file_of(shard))
+
+    def read_range(self, start: int, stop: int) -> Iterator[Row]:
+        """Undecoded rows [start, stop) by their global numbers; raises as `read`."""
+        index = max(int(np.searchsorted(self._firsts, start, side="right")) - 1, 0)
+        while index < len(self.shards) and self.shards[index].first_row < stop:
+            first = self.shards[index].first_row
+            yield from self.read(index, start - first, stop - first)
+            index += 1
+
+    def schema_of_others(self) -> pa.Schema | None:
+        """Arrow types of `selected.others`, where the data has types (Parquet); else None."""
+        return None
+
+    def _read(self, shard: Shard, start: int, stop: int) -> Iterator[Row]:
+        """Rows [start, stop) of a shard, 0 <= start < stop <= shard.num_rows; what a kind of data has to bring."""
+        raise NotImplementedError
+
+    def _file_of(self, shard: Shard) -> str:
+        """The path or address that a shard is read from."""
+        return shard.name
+
+    def _row(
+        self, number: int, image: Any, text: Any, fields: dict, name: str | None, problem: str | None = None
+    ) -> Row:
+        key = self.selected.product_id
+        # A photo and a title without id, of two sources, have the same row number and are not the same product.
+        product_id = number if key is None else product_id_of(fields.get(key), number, self.sides)
+        others = {column: fields.get(column) for column in self.selected.others}
+        if self.selected.takes_all:
+            others |= {key: value for key, value in fields.items() if key not in self.selected.photos}
+        return Row(number, image, text, product_id, name or f"row {number}", problem, others)
+
+
+def path_inside(folder: str, file: Any) -> tuple[str | None, str | None]:
+    """(path, None) of a file name inside the folder, or (None, the reason why not).
+
+    By the name alone: links that stand in the folder were put there by its owner (the Hub cache consists of them).
+    """
+    if not isinstance(file, str) or not file.strip():
+        return None, "the image file name is empty" if isinstance(file, str) else "the image file name is not text"
+    normal = posixpath.normpath(file.replace("\\", "/"))
+    if normal.startswith(("/", "../")) or normal == ".." or re.match(r"[A-Za-z]:|[a-z0-9+]+://", file):
+        return None, "the image file name leads outside the image folder"
+    if "\0" in file:
+        return None, "the image file name contains a NUL character"
+    return f"{folder.rstrip('/')}/{normal}" if "://" in folder else os.path.join(folder, normal), None

@@ -1,0 +1,194 @@
+"""The second stage of an evaluation: match logits (ITM) of candidates or of all pairs, on all processes.
+
+    work = Reranking(model, loader, images, titles, memory, dtype, batch_tokens, progress)
+    logits, resumed = work.candidates([text_to_image, image_to_text], depth=128, parts=parts)
+    logits, resumed = work.all_pairs([text_to_image, image_to_text], parts)       # into a file of its own
+
+Pairs of both directions are grouped by photo. A unit of photos is re-ranked whole by the rank that embedded it, which
+may still have its image tokens, so the results depend neither on the number of processes nor on an earlier start.
+
+The functions are collectives: every rank calls them, and every rank gets the results.
+"""
+
+import contextlib
+import hashlib
+import os
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import retrieval_aliblip as engine
+from aliblip.retrieval.embedding import TokenMemory
+from aliblip.retrieval.plan import image_kv_flops, match_flops
+from aliblip.retrieval.rankings import MATRIX, Candidates, Retrieval, Side, candidate_pairs
+from aliblip.runtime.distributed import is_main, together
+from aliblip.runtime.parts import Parts, stage_of
+from aliblip.runtime.units import gather_units, own_units, unit_bar
+
+_MATRIX_STAGE = "all-pairs"
+
+
+class Reranking:
+    """The second stage of a retrieval.
+
+    Args:
+        model: the plain model (unwrapped), in evaluation mode.
+        loader: the `EvalLoader` of the photos, from which those are read again whose image tokens were not kept.
+        images, titles: the embedded sides.
+        memory: the image tokens that are there.
+        dtype: type of the autocast of the passes; None: the type of the weights.
+        batch_tokens: bound on the text tokens of one pass.
+        progress: show a progress bar on the main process.
+    """
+
+    def __init__(
+        self,
+        model,
+        loader,
+        images: Side,
+        titles: Side,
+        memory: TokenMemory,
+        *,
+        dtype: torch.dtype | None,
+        batch_tokens: int,
+        progress: bool,
+    ):
+        self.model, self.loader, self.images, self.titles = model, loader, images, titles
+        self.memory, self.dtype, self.batch_tokens, self.progress = memory, dtype, batch_tokens, progress
+
+    def candidates(self, found: list[Candidates], depth: int, parts: Parts | None) -> tuple[list[Tensor], int]:
+        """Match logits of the first `depth` candidates of one direction or both.
+
+        Args:
+            found: photos of the titles and, in a table, titles of the photos.
+            parts: where finished units are kept and found; None: nowhere.
+
+        Returns:
+            Logits (Q, K) of each direction, nan for candidates that follow, on all ranks; and the units of this rank
+            that an earlier start had finished.
+
+        Raises:
+            RuntimeError: a unit was lost or done twice, or the data changed during the run.
+        """
+        images, titles = len(self.images), len(self.titles)
+        none = torch.empty(0, 1, dtype=torch.int64)
+        image_ids = found[0].ids[:, :depth]
+        text_ids = found[1].ids[:, :depth] if len(found) > 1 else none
+        pairs = candidate_pairs(image_ids, text_ids, images, titles)
+        # Parts of other candidates (another k) have other names.
+        digest = hashlib.blake2b(str(self.batch_tokens).encode(), digest_size=8)
+        digest.update(pairs.image_id.numpy().tobytes() + pairs.text_id.numpy().tobytes())
+        own = own_units(self.loader.num_units)
+        with stage_of(parts, f"rerank-{digest.hexdigest()}") as stage:  # collective
+            done = [unit for unit in own if unit in stage]
+            results = [(unit, stage.load(unit)[0]["logits"].numpy()) for unit in done]
+            todo = [unit for unit in own if unit not in stage]
+            for unit in unit_bar(todo, len(todo), "re-ranking", self.progress):
+                logits = self._unit(unit, pairs.texts_of)
+                stage.add(unit, {"logits": logits})
+                results.append((unit, logits.numpy()))
+        logits = torch.from_numpy(np.concatenate(gather_units("re-ranking", results, self.loader.num_units)))
+        if len(logits) != len(pairs):
+            raise RuntimeError(f"re-ranking gave {len(logits)} logits for {len(pairs)} pairs")
+        located = [logits[pairs.locate(image_ids, torch.arange(titles)[:, None])]]
+        if len(found) > 1:
+            located.append(logits[pairs.locate(torch.arange(images)[:, None], text_ids)])
+        padded = [
+            F.pad(values, (0, candidates.ids.shape[1] - depth), value=float("nan"))
+            for values, candidates in zip(located, found, strict=True)
+        ]
+        return padded, len(done)
+
+    def all_pairs(self, found: list[Candidates], parts: Parts) -> tuple[list[Tensor], int]:
+        """Write the match logits of all pairs, (images, titles) fp32, and give those of the candidates as `candidates`
+        does.
+
+        Every unit of photos is a block of rows of the file, which all processes write into; the parts of this stage
+        only say which blocks are done.
+
+        Raises:
+            OSError: the disk has no room for the file.
+            RuntimeError: as `candidates`.
+        """
+        num_images, num_titles = len(self.images), len(self.titles)
+        name = f"{_MATRIX_STAGE}-{self.batch_tokens}"
+        together(is_main(), lambda: _make_matrix(parts, (num_images, num_titles), name), "make the file")  # collective
+        matrix = np.load(parts.folder / MATRIX, mmap_mode="r+")
+        every_title = torch.arange(num_titles)
+        own = own_units(self.loader.num_units)
+        with parts.stage(name, before_write=matrix.flush, needed=True) as stage:  # collective
+            todo = [unit for unit in own if unit not in stage]
+            for unit in unit_bar(todo, len(todo), "scoring all pairs", self.progress):
+                images = slice(self.images.first[unit], self.images.first[unit + 1])
+                matrix[images] = self._unit(unit, lambda _: every_title).view(-1, num_titles).numpy()
+                stage.add(unit, {})
+        gather_units("scoring all pairs", [(unit, None) for unit in own], self.loader.num_units)  # collective
+        places = [(found[0].ids.numpy(), np.arange(num_titles)[:, None])]
+        places += [(np.arange(num_images)[:, None], candidates.ids.numpy()) for candidates in found[1:]]
+        return [torch.from_numpy(matrix[place]) for place in places], len(own) - len(todo)
+
+    def _unit(self, unit: int, texts_of) -> Tensor:
+        """Match logits of a unit's photos with their titles, photo by photo."""
+        images = range(self.images.first[unit], self.images.first[unit + 1])
+        text_ids = [texts_of(image) for image in images]
+        if not sum(map(len, text_ids)):
+            return torch.empty(0)
+        tokens = self.memory.take(unit)
+        if tokens is None:
+            batch = self.loader.read_unit(unit)
+            if not torch.equal(batch["row"], self.images.rows[images.start : images.stop]):
+                raise RuntimeError(
+                    f"unit {unit} gave other rows when it was read again: the data changed during the run"
+                )
+            _, tokens = engine.embed_images(self.model, batch["pixel_values"], self.dtype)
+        titles = self.titles
+        logits = engine.rerank(
+            self.model, tokens, text_ids, titles.input_ids, titles.attention_mask, self.batch_tokens, self.dtype
+        )
+        return logits[:, 1].contiguous()
+
+
+def _make_matrix(parts: Parts, shape: tuple[int, int], stage: str) -> None:
+    """The file for all match logits, all of its space taken at once; kept if it is there from an earlier start."""
+    file = parts.folder / MATRIX
+    parts.folder.mkdir(parents=True, exist_ok=True)
+    parts.forget(_MATRIX_STAGE, keep=stage)  # their blocks will be written over
+    with contextlib.suppress(OSError, ValueError):
+        if np.load(file, mmap_mode="r").shape == shape:
+            return
+    parts.forget(_MATRIX_STAGE, keep="")  # blocks of a file that is gone
+    partial = file.with_name(f".{file.name}.partial")
+    np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape).flush()
+    if hasattr(os, "posix_fallocate"):  # writing to a hole of a mapped file on a full disk would end the process
+        with open(partial, "r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, partial.stat().st_size)
+    partial.replace(file)
+
+
+def seconds_by_depth(config, retrieval: Retrieval) -> dict[int, float]:
+    """How long a run takes at each depth: the largest was measured; of the others the re-ranking is taken in proportion
+    to its floating-point operations."""
+    if "rerank" not in retrieval.seconds:
+        return {}
+    length = round(float(retrieval.titles.attention_mask.sum(dim=1).double().mean()))
+    work = {depth: _rerank_flops(config, retrieval, depth, length) for depth in retrieval.depths}
+    before = retrieval.seconds["embed"] + retrieval.seconds["search"]
+    rerank = retrieval.seconds["rerank"] + retrieval.seconds.get("order", 0.0)
+    return {depth: before + rerank * work[depth] / work[retrieval.depths[-1]] for depth in work}
+
+
+def _rerank_flops(config, retrieval: Retrieval, depth: int, length: int) -> int:
+    images, titles = len(retrieval.images), len(retrieval.titles)
+    if depth >= images:
+        used, num_pairs = images, images * titles
+    else:
+        ids = [direction.candidates.ids[:, :depth] for _, direction, _, _ in retrieval.directions()]
+        text_ids = ids[1] if len(ids) > 1 else torch.empty(0, 1, dtype=torch.int64)
+        pairs = candidate_pairs(ids[0], text_ids, images, titles)
+        used, num_pairs = int((pairs.first[1:] > pairs.first[:-1]).sum()), len(pairs)
+    return used * image_kv_flops(config) + num_pairs * match_flops(config, length)
+
+
+__all__ = ["Reranking", "seconds_by_depth"]

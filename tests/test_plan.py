@@ -1,0 +1,79 @@
+"""The plan of a retrieval: counted operations against torch's own counter, memory against arithmetic by hand."""
+
+import pytest
+import tiny
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import retrieval_aliblip as engine
+from aliblip.retrieval.plan import image_flops, image_kv_flops, match_flops, memory_plan, text_flops
+from aliblip.runtime.mistakes import UsageError
+from configuration_aliblip import AliBlipConfig
+
+SMALL = {"vision_config": {"patch_size": 16}, "text_config": {"hidden_size": 32, "intermediate_size": 64}}
+
+
+@torch.no_grad()
+def test_counted_operations_are_those_of_the_model():
+    model = tiny.model(**SMALL).eval()
+    config, ids = model.config, torch.randint(5, 59, (1, 11))
+    pixel_values = torch.randn(1, 3, 32, 32)
+    image_kv = model.project_image_kv(model.encode_image(pixel_values))
+    model.set_attn_implementation("eager")  # the counter doesn't see into the fused one of the CPU
+    try:
+        for expected, work in (
+            (image_flops(config), lambda: model.get_image_features(pixel_values)),
+            (text_flops(config, 11), lambda: model.get_text_features(ids)),
+            (image_kv_flops(config), lambda: model.project_image_kv(model.encode_image(pixel_values))),
+            (match_flops(config, 11), lambda: model.match(ids, None, image_kv, torch.zeros(1).long())),
+        ):
+            with FlopCounterMode(display=False) as counter:
+                work()
+            counted = counter.get_total_flops()
+            if expected == image_kv_flops(config):  # the tower ran too, without its projection
+                counted -= image_flops(config) - 2 * 32 * 16
+            assert counted == expected
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
+def test_memory_plan_of_a_million():
+    plan = memory_plan(AliBlipConfig.from_size("base"), 10**6, 10**6, 128, token_dtype=torch.bfloat16)
+    assert plan.image_tokens == 10**6 * 577 * 768 * 2
+    assert plan.images_kept == int(4e9) // (577 * 768 * 2)
+    assert plan.embeddings == 2 * 10**6 * 256 * 4
+    assert plan.image_kv == 12 * 2 * 577 * 768 * 2
+    assert plan.max_pairs == 2 * 10**6 * 128 and plan.candidates == plan.max_pairs * 12
+    assert plan.rerank_batch_tokens == engine.RERANK_BATCH_TOKENS and plan.pairs_per_pass == 8192 // 35
+    assert plan.search_flops == 2 * (2 * 10**12 * 256)
+    text = str(plan)
+    assert "image tokens: 886 GB in bfloat16, 886 kB an image; 4,513 images' are kept in host memory" in text
+    assert "21.3 MB of keys and values" in text and "re-rank 256,000,000 pairs" in text
+
+
+def test_memory_plan_of_a_small_catalogue():
+    config = tiny.config(**SMALL)
+    plan = memory_plan(config, 20, 30, 128, longest_title=20)
+    assert plan.images_kept == 20 and "all are kept" in str(plan)
+    assert plan.max_pairs == 20 * 30, "every pair once, however many candidates were asked for"
+    assert plan.search_block == 30 * 30 * 4
+    given = memory_plan(config, 20, 30, 5, longest_title=20, rerank_batch_tokens=100)
+    assert given.rerank_batch_tokens == 100 and given.pairs_per_pass == 5 and given.max_pairs == 30 * 5 + 20 * 5
+
+
+def test_memory_plan_chooses_the_size_of_a_pass_by_the_memory():
+    config = tiny.config(**SMALL)
+    per_token = (2 * 64 + 9 * 32) * 4
+    image_kv = 2 * 2 * 5 * 32 * 4
+    plan = memory_plan(config, 9, 9, 3, longest_title=20, device_memory=image_kv + 50 * per_token)
+    assert plan.image_kv == image_kv
+    assert plan.rerank_batch_tokens == 50 and plan.rerank_pass == 50 * per_token
+    with pytest.raises(UsageError, match="one title of 20 tokens takes 35.8 kB: give at least that"):
+        memory_plan(config, 9, 9, 3, longest_title=20, device_memory=image_kv + 19 * per_token)
+    with pytest.raises(ValueError, match="0 images, 9 titles and k = 3 given"):
+        memory_plan(config, 0, 9, 3)
+    alone, both = (memory_plan(config, 9, 30, 3, both_directions=both) for both in (False, True))
+    assert (alone.max_pairs, both.max_pairs) == (90, 90 + 27) and alone.search_flops * 2 == both.search_flops
+    nothing = memory_plan(config, 9, 30, 0)
+    assert nothing.rerank_flops == 0 and "none re-ranked" in str(nothing)
+    assert "every pair scored" in str(memory_plan(config, 9, 30, 9))
