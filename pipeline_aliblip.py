@@ -1,20 +1,22 @@
 """The transformers pipeline of AliBLIP: titles and photos in, ranked results out.
 
     pipe = pipeline("image-text-retrieval", model="my_model", trust_remote_code=True)
-    pipe("striped blue mug", gallery="my_gallery", top_k=5)                   # text to image
-    pipe(Image.open("mug.jpg"), gallery=["striped blue mug", "red lamp"])     # image to text
+    pipe(["mug", "lamp"], gallery=["a.jpg", "b.jpg"], direction="text-to-image")        # a list, embedded in the call
+    pipe(Image.open("mug.jpg"), gallery=["striped blue mug", "red lamp"])               # image to text
+    pipe("striped blue mug", gallery="my_gallery", top_k=5, where={"price": ("<", 50)})  # stored, see the package
 
 Two stages: ITC finds the `rerank` best of the gallery, ITM looks at each of them together with the query. A result is
 
-    {"id": ..., "score": ..., "itc": ..., "itm_logit": ..., "itm_probability": ..., and "path" or "text" if known}
+    {"id": ..., "score": ..., "itc": ..., "itm_logit": ..., "itm_probability": ..., and what the gallery knows of it}
 
-with score = itm_logit + fusion_weight x itc, a weight of 1 by default; with `rerank=0` it is the ITC similarity alone,
-and the ITM fields are None.
+such as its "path", its "text" or the columns of a stored gallery, with score = itm_logit + fusion_weight x itc, a
+weight of 1 by default; with `rerank=0` it is the ITC similarity alone, and the ITM fields are None.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,14 +26,14 @@ from transformers import AutoModel, Pipeline
 
 try:
     from .encoder_aliblip import TOKEN_TYPE, Encoder
-    from .gallery_aliblip import Gallery, build_in_memory
+    from .gallery_aliblip import MemoryGallery
     from .reading_aliblip import UnusableItem
     from .retrieval_aliblip import embed_images, embed_texts, fuse, rerank
 except ImportError:
     if __package__:  # inside a package (the Hub cache) a failure is real
         raise
     from encoder_aliblip import TOKEN_TYPE, Encoder
-    from gallery_aliblip import Gallery, build_in_memory
+    from gallery_aliblip import MemoryGallery
     from reading_aliblip import UnusableItem
     from retrieval_aliblip import embed_images, embed_texts, fuse, rerank
 
@@ -54,6 +56,9 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = False
 
+    # Opens a stored gallery by its folder, address or Hub name: set by the package that stores them.
+    open_gallery: Callable[[Any], Any] | None = None
+
     def __init__(self, model, processor=None, **kwargs):
         if processor is None:
             raise ValueError("the pipeline needs a processor: give processor=AliBlipProcessor.from_pretrained(...)")
@@ -62,7 +67,7 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
 
     @cached_property
     def encoder(self) -> Encoder:
-        """Model and processor as `Gallery` takes them."""
+        """Model and processor as galleries take them."""
         return Encoder(self.model, self.processor)
 
     def __call__(self, queries: Any, **kwargs) -> Any:
@@ -73,15 +78,18 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
                 data set (with `query_column`) or a generator, for which an iterator of results is returned. A str is a
                 title if the gallery holds photos, and the path or http(s) address of a photo if it holds titles; files
                 are never guessed at. `direction` says it otherwise.
-            gallery: a `Gallery`, its folder or Hub name, or a list of photos or titles, which is embedded in this call
-                (build a `Gallery` to search it more than once). In a list, str are titles, unless `direction` says that
-                they are paths or addresses of photos.
+            gallery: a list of photos or titles, which is embedded in this call; a `MemoryGallery`, to search it more
+                than once; a stored gallery of the `aliblip` package, or its folder, address or Hub name. In a list, str
+                are titles, unless `direction` says that they are paths or addresses of photos.
             direction: "text-to-image", "image-to-text", or by ITC alone "text-to-text", "image-to-image".
             top_k: results of a query, 5 by default, or as many as the gallery has.
             rerank: candidates that ITM looks at, 64 by default, and at least `top_k`; 0: ITC alone.
             fusion_weight: of the ITC similarity in the score, 1 by default; `evaluate_retrieval.py --tune_fusion` finds
                 a good one.
-            approximate: find the candidates with the gallery's FAISS index.
+            approximate: find the candidates with the stored gallery's index, or exactly; by default with the index,
+                where there is one.
+            where, values: which items of a stored gallery are searched among: SQL text with `:name` for values, or a
+                mapping from columns to values; see `Gallery.search`.
             query_column: the column to search for, if queries are rows.
             batch_size, num_workers: as in all pipelines.
 
@@ -90,7 +98,7 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
             such lists.
 
         Raises:
-            ValueError: no gallery, another model's gallery, a query that can't be read, options out of range.
+            ValueError: no gallery, another model's gallery, a query or filter that can't be used, options out of range.
         """
         if isinstance(queries, tuple):
             queries = list(queries)
@@ -116,6 +124,8 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
         rerank: int | None = None,
         fusion_weight: float | None = None,
         approximate: bool | None = None,
+        where: str | Mapping[str, Any] | None = None,
+        values: Mapping[str, Any] | None = None,
         query_column: str | None = None,
     ) -> tuple[dict, dict, dict]:
         preprocess, forward, postprocess = {}, {}, {}
@@ -127,7 +137,7 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
             gallery = self._open(gallery, direction)
             gallery.check_model(self.encoder.fingerprint)
             preprocess["kind"] = gallery.kind
-            forward["gallery"] = postprocess["gallery"] = gallery
+            forward["gallery"] = gallery
         for name, value, least in (("top_k", top_k, 1), ("rerank", rerank, 0)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ValueError(f"{name} is {value!r}: give a whole number of at least {least}")
@@ -139,19 +149,25 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
             if isinstance(fusion_weight, bool) or not isinstance(fusion_weight, (int, float)) or fusion_weight < 0:
                 raise ValueError(f"fusion_weight is {fusion_weight!r}: give a number of at least 0")
             postprocess["fusion_weight"] = float(fusion_weight)
-        if approximate is not None:
-            forward["approximate"] = approximate
+        for name, value in (("approximate", approximate), ("where", where), ("values", values)):
+            if value is not None:
+                forward[name] = value
         if query_column is not None:
             preprocess["query_column"] = query_column
         return preprocess, forward, postprocess
 
-    def _open(self, gallery: Any, direction: str | None) -> Gallery:
+    def _open(self, gallery: Any, direction: str | None) -> Any:
         if isinstance(gallery, (str, os.PathLike)):
-            return Gallery.load(gallery)
+            if self.open_gallery is None:
+                raise ValueError(
+                    f"gallery is {os.fspath(gallery)!r}, and stored galleries are opened by the package aliblip: "
+                    'install it (pip install "aliblip[gallery]") and import it first, or give a list'
+                )
+            return self.open_gallery(gallery)
         if hasattr(gallery, "check_model"):  # by what it can do: code from the Hub has its own copy of the class
             return gallery
         if not isinstance(gallery, Iterable):
-            raise ValueError(f"gallery is a {type(gallery).__name__}: give a Gallery, a folder, or a list of items")
+            raise ValueError(f"gallery is a {type(gallery).__name__}: give a gallery, its folder, or a list of items")
         # A data set or a column of one is read by the build, undecoded: there a damaged photo is one item less.
         is_of_datasets = hasattr(gallery, "features")
         items = gallery if is_of_datasets else list(gallery)
@@ -161,10 +177,9 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
             kind = "text" if getattr(gallery.features, "dtype", None) == "string" else "image"
         else:
             kind = "text" if all(isinstance(item, str) for item in items) else "image"
-        # Only files and addresses can be read again. An item that comes twice in a list is no mistake.
+        # Only files and addresses can be read again.
         is_kept = is_of_datasets or not all(isinstance(item, (str, os.PathLike)) for item in items)
-        options = {"store_tokens": kind == "image" and is_kept, "duplicates": "first", "progress": False}
-        return build_in_memory(self.encoder, items, kind=kind, **options)
+        return MemoryGallery.build(self.encoder, items, kind=kind, store_tokens=kind == "image" and is_kept)
 
     def preprocess(
         self,
@@ -206,77 +221,70 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
     def _forward(
         self,
         model_inputs: dict[str, Tensor],
-        gallery: Gallery | None = None,
+        gallery: Any = None,
         top_k: int = 5,
         rerank: int = 64,
-        approximate: bool = False,
-    ) -> dict[str, Tensor]:
-        """A batch of queries to `positions`, `itc` (Q, k) and, re-ranked, `itm` (Q, k, 2)."""
+        **filters: Any,
+    ) -> dict[str, list]:
+        """A batch of queries to what is `found` for each: its hits, and, re-ranked, their match logits (k, 2)."""
         tokens = None
         if "pixel_values" in model_inputs:
             vectors, tokens = embed_images(self.model, model_inputs["pixel_values"])
         else:
             vectors = embed_texts(self.model, model_inputs["input_ids"], model_inputs["attention_mask"])
-        k = min(max(top_k, rerank), len(gallery))
-        itc, positions = gallery.search(vectors, k, approximate)
-        found = {"positions": positions, "itc": itc}
+        hits = gallery.search(vectors, max(top_k, rerank), **filters)
+        logits = [None] * len(hits)
         if rerank and tokens is None:
-            found["itm"] = self._match_photos(gallery, positions, **model_inputs)
+            logits = self._match_photos(gallery, hits, **model_inputs)
         elif rerank:
-            found["itm"] = self._match_titles(gallery, positions, tokens)
-        return found
+            logits = self._match_titles(hits, tokens)
+        return {"found": list(zip(hits, logits, strict=True))}
 
-    def _match_photos(self, gallery: Gallery, positions: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Match logits (Q, k, 2) of titles (Q, L) with the photos at positions (Q, k). Each photo is projected once."""
-        photos, photo_of, counts = positions.unique(return_inverse=True, return_counts=True)
-        order = photo_of.flatten().argsort(stable=True)  # pairs by photo
-        titles_of = (order // positions.shape[1]).split(counts.tolist())
+    def _match_photos(self, gallery: Any, hits: list[list[dict]], input_ids: Tensor, attention_mask: Tensor) -> list:
+        """Match logits of titles (Q, L) with the photos of each one's hits. Each photo is projected once."""
+        photo_of, photos = _each_once(hits)
+        numbers = torch.tensor(list(chain(*photo_of)), dtype=torch.int64)
+        title_of = torch.arange(len(hits)).repeat_interleave(torch.tensor([len(found) for found in hits]))
+        order = numbers.argsort(stable=True)  # pairs by photo
+        titles_of = title_of[order].split(numbers.bincount(minlength=len(photos)).tolist()) if photos else ()
 
-        def tokens_of(numbers: list[int]) -> Tensor:
-            return self._rounded(gallery.image_tokens(photos[numbers].tolist(), self.encoder))
+        def tokens_of(chosen: list[int]) -> Tensor:
+            return self._rounded(gallery.image_tokens([photos[number] for number in chosen], self.encoder))
 
         logits = torch.empty(len(order), 2)
         logits[order] = rerank(
             self.model, tokens_of, titles_of, input_ids.cpu(), attention_mask.cpu(), images_per_pass=_IMAGES_PER_PASS
         )
-        return logits.view(*positions.shape, 2)
+        return list(logits.split([len(found) for found in hits]))
 
-    def _match_titles(self, gallery: Gallery, positions: Tensor, tokens: Tensor) -> Tensor:
-        """Match logits (Q, k, 2) of photos, tokens (Q, P, D), with the titles at positions (Q, k)."""
-        titles, titles_of = positions.unique(return_inverse=True)
-        input_ids, attention_mask = self.encoder.tokenize([gallery.item(title)["text"] for title in titles.tolist()])
-        logits = rerank(self.model, self._rounded(tokens), list(titles_of), input_ids, attention_mask)
-        return logits.view(*positions.shape, 2)
+    def _match_titles(self, hits: list[list[dict]], tokens: Tensor) -> list:
+        """Match logits of photos, tokens (Q, P, D), with the titles of each one's hits."""
+        titles_of, titles = _each_once(hits)
+        if not titles:
+            return [torch.empty(0, 2)] * len(hits)
+        input_ids, attention_mask = self.encoder.tokenize([hit["text"] for hit in titles])
+        numbers = [torch.tensor(found, dtype=torch.int64) for found in titles_of]
+        logits = rerank(self.model, self._rounded(tokens), numbers, input_ids, attention_mask)
+        return list(logits.split([len(found) for found in hits]))
 
     def _rounded(self, tokens: Tensor) -> Tensor:
         """Image tokens as a gallery stores them, so that a pair has the same logit wherever its photo comes from."""
         return tokens.to(self.device, TOKEN_TYPE).to(self.model.dtype)
 
     def postprocess(
-        self,
-        model_outputs: dict[str, Tensor],
-        gallery: Gallery | None = None,
-        top_k: int = 5,
-        fusion_weight: float = 1.0,
+        self, model_outputs: dict[str, Any], top_k: int = 5, fusion_weight: float = 1.0
     ) -> list[dict[str, Any]]:
-        positions, itc = (model_outputs[name][0] for name in ("positions", "itc"))
-        logits = probabilities = [None] * len(positions)
-        scores = itc
-        if "itm" in model_outputs:
-            itm = model_outputs["itm"][0]
-            scores = fuse(itc, itm[:, 1], fusion_weight)
+        found = model_outputs["found"]
+        hits, itm = found[0] if isinstance(found, list) else found  # the pipeline has unpacked it, if there was a batch
+        scores = torch.tensor([hit["itc"] for hit in hits])
+        logits = probabilities = [None] * len(hits)
+        if itm is not None:
+            scores = fuse(scores, itm[:, 1], fusion_weight)
             logits, probabilities = itm[:, 1].tolist(), itm.softmax(dim=1)[:, 1].tolist()
-        scores, positions, itc = scores.tolist(), positions.tolist(), itc.tolist()
-        best = sorted(range(len(positions)), key=lambda i: (-scores[i], positions[i]))[:top_k]
+        scores = scores.tolist()
+        best = sorted(range(len(hits)), key=lambda i: (-scores[i], hits[i]["position"]))[:top_k]
         return [
-            {
-                **gallery.item(positions[i]),
-                "score": scores[i],
-                "itc": itc[i],
-                "itm_logit": logits[i],
-                "itm_probability": probabilities[i],
-            }
-            for i in best
+            {**hits[i], "score": scores[i], "itm_logit": logits[i], "itm_probability": probabilities[i]} for i in best
         ]
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
@@ -291,6 +299,13 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
 AliBlipImageTextRetrievalPipeline._registered_impl = {
     TASK: {"impl": AliBlipImageTextRetrievalPipeline, "pt": (AutoModel,), "type": "multimodal"}
 }
+
+
+def _each_once(hits: list[list[dict]]) -> tuple[list[list[int]], list[dict]]:
+    """The items of all queries, each once, by position; and for each query the numbers of its items among them."""
+    items = {hit["position"]: hit for found in hits for hit in found}
+    number = {position: place for place, position in enumerate(sorted(items))}
+    return [[number[hit["position"]] for hit in found] for found in hits], [items[position] for position in number]
 
 
 class _Queries(Dataset):

@@ -40,10 +40,9 @@ from PIL import Image
 
 from aliblip.data.sources import open_source, require_usable_row
 from aliblip.models.loading import load_pretrained
-from aliblip.retrieval.galleries import SourceItems
+from aliblip.retrieval.galleries import Gallery
 from aliblip.runtime.arguments import check_range, option, parse
 from aliblip.runtime.mistakes import UsageError, first_line, main_with_usage_errors
-from gallery_aliblip import Gallery
 from pipeline_aliblip import AliBlipImageTextRetrievalPipeline
 from reading_aliblip import UnusableItem, read_photo
 
@@ -236,7 +235,7 @@ def open_searcher(options: ServeArguments) -> Searcher:
         )
         if source is None:
             return Searcher(pipe, gallery)
-        items = SourceItems(source)
+        items = SourceItems(source)  # noqa: F821
         return Searcher(pipe, load_or_build(pipe, items, options), items.photo_of)
     except UsageError:
         raise
@@ -244,7 +243,7 @@ def open_searcher(options: ServeArguments) -> Searcher:
         raise UsageError(first_line(error)) from error
 
 
-def load_or_build(pipe: AliBlipImageTextRetrievalPipeline, items: SourceItems, options: ServeArguments) -> Gallery:
+def load_or_build(pipe: AliBlipImageTextRetrievalPipeline, items, options: ServeArguments) -> Gallery:
     """The gallery in --gallery_dir, or one of the items, which is then kept there. A killed start goes on.
 
     Raises:

@@ -12,7 +12,11 @@ _modules = tempfile.TemporaryDirectory(prefix="aliblip-modules-")
 os.environ["HF_MODULES_CACHE"] = _modules.name
 
 # A worker of pytest-xdist takes whole files, in this order: those that take long must not be left to the end.
-_LONGEST = ("test_survival", "test_launch", "test_train", "test_evaluation")
+_LONGEST = ("test_survival", "test_launch", "test_train", "test_evaluation_script", "test_evaluation_resume")
+
+pytest_plugins = ["evaluation_fixtures"]
+
+pytest_plugins = ["blip_stub"]
 
 
 def pytest_collection_modifyitems(items):

@@ -1,4 +1,4 @@
-"""The page of an evaluation: complete in one file, whatever the titles are. (The contact sheet: test_evaluation.)"""
+"""The page of an evaluation: complete in one file, whatever the titles are; and the contact sheet."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aliblip.retrieval.report import Chart, Curve, Gallery, Hit, SheetRow, Table, contact_sheet, html_report
+from aliblip.retrieval.report import Chart, Curve, Examples, Hit, SheetRow, Table, contact_sheet, html_report
 
 HOSTILE = """</h3><script>alert("1")</script><img src=x onerror='alert(2)'>&lt;b&gt; " onload="x" BODY TITLE {_STYLE}"""
 VOID = {"meta", "img", "br", "line", "circle", "polyline"}
@@ -104,9 +104,9 @@ def parts():
             ),
         ],
         "slices": [Table("By length of title", ["words", "titles", "R@1"], [["1-5", 100, 80.0]], note="text to image")],
-        "galleries": [
-            Gallery("Worst misses", [SheetRow("red cap", miss, rank=57)]),
-            Gallery("Best hits", [SheetRow("blue mug", hit, rank=1), SheetRow("nothing found")]),
+        "examples": [
+            Examples("Worst misses", [SheetRow("red cap", miss, rank=57)]),
+            Examples("Best hits", [SheetRow("blue mug", hit, rank=1), SheetRow("nothing found")]),
         ],
         "run": {"seconds": 12.345, "versions": {"python": "3.11", "torch": "2.13"}, "fusion weight": 1.0},
     }
@@ -205,7 +205,7 @@ def test_titles_can_do_nothing(parts, tmp_path):
             note=odd,
             tables=[Table(odd, [odd], [[odd]], note=odd)],
             charts=[Chart(odd, [Curve(odd, [1], [0.5])], x_label=odd, note=odd)],
-            galleries=[Gallery(odd, [SheetRow(odd, [Hit(photo(0), 1.0, True, name=odd)], rank=1)], note=odd)],
+            examples=[Examples(odd, [SheetRow(odd, [Hit(photo(0), 1.0, True, name=odd)], rank=1)], note=odd)],
             run={odd: odd},
         )
     )
@@ -224,7 +224,7 @@ def test_parts_may_be_absent(parts, tmp_path):
     rows = [SheetRow("red cap", [Hit(photo(0), 1.0, False)])]
     empty = {"tables": [Table("t", ["a"], [])], "charts": [Chart("c", [])]}
     page = Page(
-        html_report(tmp_path / "report.html", heading="h", galleries=[Gallery("g", rows), Gallery("n", [])], **empty)
+        html_report(tmp_path / "report.html", heading="h", examples=[Examples("g", rows), Examples("n", [])], **empty)
     )
     assert page.texts("h2") == ["g"] and page.texts("figcaption") == ["1. 1.00"]
     assert not page.all("figure", "right") and "at place" not in " ".join(page.texts("article"))
@@ -235,12 +235,12 @@ def test_many_photos_and_long_titles_stay_small(tmp_path):
     noisy = [Image.fromarray(np.roll(noise, n, axis=0)) for n in range(240)]  # nothing compresses worse
     noisy[0].info["comment"] = b"c" * 60_000
     rows = [SheetRow("word " * 2000, [Hit(image, 0.0, False)]) for image in noisy]
-    path = html_report(tmp_path / "report.html", heading="h", galleries=[Gallery("g", rows)])
+    path = html_report(tmp_path / "report.html", heading="h", examples=[Examples("g", rows)])
     page = Page(path)
     assert len(page.all("img")) == 240 and {at["width"] for _, at, _ in page.all("img")} == {"80"}
     assert path.stat().st_size < 1_500_000
     assert all(len(title) <= 403 and title.endswith("...") for title in page.texts("h3"))
-    few = html_report(tmp_path / "few.html", heading="h", galleries=[Gallery("g", rows[:1])])
+    few = html_report(tmp_path / "few.html", heading="h", examples=[Examples("g", rows[:1])])
     assert Page(few).all("img")[0][1]["width"] == "160"
     assert few.stat().st_size < 40_000, "the comment of the original is left out"
 
@@ -248,7 +248,7 @@ def test_many_photos_and_long_titles_stay_small(tmp_path):
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
 def test_photos_of_any_mode_and_shape(mode, tmp_path):
     rows = [SheetRow("t", [Hit(photo(0, size).convert(mode), 0.0, False) for size in ((2000, 1), (1, 1), (40, 30))])]
-    page = Page(html_report(tmp_path / "report.html", heading="h", galleries=[Gallery("g", rows)]))
+    page = Page(html_report(tmp_path / "report.html", heading="h", examples=[Examples("g", rows)]))
     sizes = [(at["width"], at["height"]) for _, at, _ in page.all("img")]
     assert sizes == [("160", "1"), ("1", "1"), ("40", "30")], "small ones are not enlarged"
 
@@ -273,7 +273,7 @@ def test_mistakes(make, message):
 
 def test_a_failed_write_leaves_the_old_page_and_the_old_sheet(parts, tmp_path, monkeypatch):
     page = html_report(tmp_path / "report.html", heading="old")
-    sheet = contact_sheet(parts["galleries"][0].rows, tmp_path / "sheet.png")
+    sheet = contact_sheet(parts["examples"][0].rows, tmp_path / "sheet.png")
     before = page.read_bytes(), sheet.read_bytes()
 
     def full(*args):
@@ -283,6 +283,30 @@ def test_a_failed_write_leaves_the_old_page_and_the_old_sheet(parts, tmp_path, m
     with pytest.raises(OSError):
         html_report(page, **parts)
     with pytest.raises(OSError):
-        contact_sheet(parts["galleries"][1].rows, sheet)
+        contact_sheet(parts["examples"][1].rows, sheet)
     assert (page.read_bytes(), sheet.read_bytes()) == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["report.html", "sheet.png"]
+
+
+# --- the contact sheet ------------------------------------------------------------------------------------------------
+
+
+def test_contact_sheet_frames_the_right_photo_and_wraps_titles(tmp_path):
+    grey = Image.new("RGB", (300, 200), (128, 128, 128))
+    rows = [
+        SheetRow("red cap", [Hit(grey, 3.0, False), Hit(grey, 2.0, True), Hit(grey, -1.0, False)], rank=2),
+        SheetRow("a very long title " * 30 + "W" * 200, [Hit(grey.convert("L"), 1.0, False)], rank=99),
+    ]
+    path = contact_sheet(rows, tmp_path / "new" / "sheet.png", heading="heading " * 40)
+    with Image.open(path) as sheet:
+        green = (np.asarray(sheet) == (0x14, 0x92, 0x4A)).all(axis=2)
+    columns = np.flatnonzero(green.sum(axis=0) > 100)
+    assert columns.min() >= 340 + 194 and columns.max() < 340 + 2 * 194, "the frame is around the second photo"
+    assert [file.name for file in path.parent.iterdir()] == ["sheet.png"]
+
+
+def test_contact_sheet_refuses_what_it_cannot_draw(tmp_path):
+    with pytest.raises(ValueError, match="at least one query"):
+        contact_sheet([], tmp_path / "sheet.png")
+    with pytest.raises(ValueError, match="not a picture file name"):
+        contact_sheet([SheetRow("red cap")], tmp_path / "sheet.txt")

@@ -1,51 +1,16 @@
-"""Intervals, comparisons, slices, the fusion weight, and the files of an evaluation, on rankings made by hand."""
+"""Intervals, slices, the fusion weight, and the files of an evaluation, on rankings made by hand."""
 
 import json
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
+from handmade import NAMES, TITLES, random_retrieval, written
 
 from aliblip.retrieval import results as numbers
 from aliblip.retrieval.metrics import bootstrap_means, hits, interval
-from aliblip.retrieval.rankings import Candidates, Direction, Retrieval, Side, final_order, ranks_of, tune_fusion
-
-NAMES = {"model_name": "m", "dataset_name": "d", "split": "validation"}
-TITLES = ["red cap", "blue cap", "зелёная кепка", "12 34", "红色 帽子", "a rather long title of a very small cap"]
-
-
-def retrieval(itc, itm, product_id=None, depths=(2, 4), score="fused", weight=1.0, truth=True):
-    """Both directions of square score matrices (titles, photos)."""
-    size = len(itc)
-    product_id = torch.arange(size) if product_id is None else torch.tensor(product_id)
-    lengths = torch.tensor([len(text.split()) + 2 for text in (TITLES * size)[:size]])
-    common = {"rows": torch.arange(size) * 2, "product_id": product_id, "embeds": torch.zeros(size, 1)}
-    common |= {"first": [0, size], "names": [f"{n}.jpg" for n in range(size)], "texts": (TITLES * size)[:size]}
-    common |= {"others": [{"category": "even" if n % 2 == 0 else "odd"} for n in range(size)]}
-    mask = (torch.arange(12) < lengths[:, None]).long()
-    images, titles = Side(**common), Side(**common, input_ids=mask, attention_mask=mask)
-    directions = []
-    for first, second in ((itc, itm), (itc.T, itm.T)):
-        scores, ids = first.sort(dim=1, descending=True, stable=True)
-        correct = product_id[ids] == product_id[:, None]
-        itc_ranks = correct.int().argmax(dim=1) + 1
-        keep = depths[-1]
-        candidates = Candidates(ids[:, :keep], scores[:, :keep], second.gather(1, ids)[:, :keep])
-        order = final_order(candidates, keep, score, weight)
-        if truth:
-            order.ranks = ranks_of(order, keep, itc_ranks, product_id, product_id)
-            order.itc_ranks = itc_ranks
-        directions.append(Direction(candidates, order))
-    return Retrieval(images, titles, *directions, list(depths), score, weight, {"total": 1.0})
-
-
-def random_retrieval(size=40, seed=0, signal=1.5, **options):
-    generator = torch.Generator().manual_seed(seed)
-    itc = torch.rand(size, size, generator=generator) + 0.2 * torch.eye(size)
-    itm = torch.randn(size, size, generator=generator) + signal * torch.eye(size)
-    return retrieval(itc, itm, **options)
-
+from aliblip.retrieval.rankings import tune_fusion
+from aliblip.runtime.mistakes import UsageError
 
 # --- intervals --------------------------------------------------------------------------------------------------------
 
@@ -165,11 +130,6 @@ def test_queries_without_a_right_answer_are_left_out_and_counted():
 # --- files and comparisons --------------------------------------------------------------------------------------------
 
 
-def written(folder, found, **names):
-    results = numbers.measure(found, **{**NAMES, **names})
-    return numbers.write_results(folder, found, results)[0]
-
-
 def test_rankings_are_kept_with_both_raw_scores_and_the_names(tmp_path):
     found = random_retrieval(size=12)
     written(tmp_path, found)
@@ -185,44 +145,6 @@ def test_rankings_are_kept_with_both_raw_scores_and_the_names(tmp_path):
     assert "query_text" not in other.column_names and other.num_rows == 12
 
 
-def test_comparison_is_paired_and_knows_chance_from_difference(tmp_path):
-    options = {"size": 120, "signal": 3.0, "depths": (120,)}
-    better, worse = random_retrieval(**options), random_retrieval(**options, weight=20.0)
-    here, other = written(tmp_path / "a", better, model_name="a"), written(tmp_path / "b", worse, model_name="b")
-    compared = numbers.compare(here, other)
-    row = compared["text_to_image"]["mean_recall"]
-    assert compared["here"] == "a" and compared["text_to_image"]["num_queries"] == 120
-    results = [json.loads(path.read_text())["text_to_image"]["itm"]["mean_recall"] for path in (here, other)]
-    assert [row["here"], row["other"]] == pytest.approx(results)
-    assert row["difference"] > 0 and row["interval"][0] > 0 and row["p"] < 0.01
-    # hits of two runs on the same queries go together: the interval is narrower than that of independent runs
-    ranks = [run.text_to_image.rankings.ranks.numpy() for run in (better, worse)]
-    apart = [bootstrap_means(hits(r), np.arange(120), seed=s).mean(axis=1) for s, r in enumerate(ranks)]
-    low, high = interval(apart[0] - apart[1])
-    assert row["interval"][1] - row["interval"][0] < high - low
-    same = numbers.compare(here, here)["text_to_image"]["mean_recall"]
-    assert (same["difference"], same["interval"], same["p"]) == (0.0, [0.0, 0.0], 1.0)
-    back = numbers.compare(other, here)["text_to_image"]["mean_recall"]
-    assert back["difference"] == pytest.approx(-row["difference"]) and back["p"] == row["p"]
-    text = numbers.format_comparison(compared)
-    assert "a (here) against b (other)" in text and "difference +" in text
-
-
-def test_what_can_not_be_compared_is_refused(tmp_path):
-    here = written(tmp_path / "a", random_retrieval())
-    other = written(tmp_path / "b", random_retrieval(product_id=[n // 2 for n in range(40)]))
-    with pytest.raises(ValueError, match="is of other data: 39 of 40"):
-        numbers.compare(here, other)
-    with pytest.raises(ValueError, match=r"is no results\.json"):
-        numbers.check_comparable(tmp_path / "nowhere" / "results.json")
-    blind = written(tmp_path / "c", random_retrieval(truth=False))
-    with pytest.raises(ValueError, match="without truth can't be compared"):
-        numbers.check_comparable(blind)
-    (tmp_path / "a" / "rankings_text_to_image.parquet").unlink()
-    with pytest.raises(ValueError, match="can't be read"):
-        numbers.check_comparable(here)
-
-
 def test_without_truth_there_are_rankings_and_no_recall(tmp_path):
     found = random_retrieval(truth=False)
     results = numbers.measure(found, **NAMES, intervals=True, slices=("script",))
@@ -236,8 +158,8 @@ def test_results_of_others_are_not_written_over(tmp_path):
     numbers.check_results_of_others(tmp_path, *NAMES.values())
     written(tmp_path, random_retrieval())
     numbers.check_results_of_others(tmp_path, *NAMES.values())
-    with pytest.raises(ValueError, match="holds the results of m on d, validation: give another --output_dir"):
+    with pytest.raises(UsageError, match=r"holds other results \(model was m, is other\): give another --output_dir"):
         numbers.check_results_of_others(tmp_path, "other", "d", "validation")
     (tmp_path / "results.json").write_text("[1]")
-    with pytest.raises(ValueError, match="is no file of ours"):
+    with pytest.raises(UsageError, match=r"results\.json can't be read as results: give another --output_dir"):
         numbers.check_results_of_others(tmp_path, *NAMES.values())

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 _TENSORS = ("rows", "product_id", "image_embeds", "text_embeds", "input_ids", "attention_mask")
 # Names in a part and in a batch of the collator -> fields of a unit.
 _LISTS = {"skipped": "skipped", "name": "names", "text": "texts", "others": "others"}
+# The same, of what a part does not keep.
+_OF_BATCHES = {"path": "paths", "thumbnail": "thumbnails"}
 
 
 @dataclass
@@ -49,7 +51,8 @@ class EmbeddedUnit:
         image_tokens: (n, P, D) in the type of the pass; None as above, and in a unit read from a part.
         input_ids, attention_mask: (n, L) int64, L that of the unit's longest title; None as `text_embeds`.
         skipped: the unusable rows as {"row", "name", "reason"}.
-        names, texts, others: of the usable rows, as the collator describes them; empty if it does not.
+        names, texts, others, paths, thumbnails: of the usable rows, as the collator describes them; empty if it does
+            not, and the last two in a unit read from a part.
     """
 
     number: int
@@ -64,6 +67,8 @@ class EmbeddedUnit:
     names: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     others: list[dict[str, Any]] = field(default_factory=list)
+    paths: list[str | None] = field(default_factory=list)
+    thumbnails: list[bytes] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -106,7 +111,7 @@ def embedded_units(
     if any(module.training for module in model.modules()):
         raise ValueError("the model is in training mode, where dropout changes what it sees: use undisturbed(model)")
     for number, batch in unit_bar(loader.units(units), len(units), f"embedding {what}", progress):
-        lists = {name: batch[key] for key, name in _LISTS.items() if key in batch}
+        lists = {name: batch[key] for key, name in (_LISTS | _OF_BATCHES).items() if key in batch}
         unit = EmbeddedUnit(number, batch["row"], batch["product_id"], **lists)
         if len(unit) and "pixel_values" in batch:
             embeds, unit.image_tokens = engine.embed_images(model, batch["pixel_values"], dtype)

@@ -1,107 +1,1063 @@
-"""The rows of a catalogue as the items of a gallery, and a gallery built by one process or several."""
+"""A gallery: the photos or titles that are searched among, embedded once and kept in a table of LanceDB.
+
+    from aliblip import Gallery
+
+    gallery = Gallery.build(rows_or_source, uri, model=model, processor=processor)     # killed? the same call goes on
+    gallery = Gallery.open(uri, version=None, photo_root=None, storage_options=None)   # folder, s3://, or "me/gallery"
+
+    gallery.kind .model .uri .version .columns .schema .width .is_foreign .has_tokens .photo_root .skipped  len(gallery)
+
+    hits = gallery.search(vectors, k, where="price < :most", values={"most": 50}, columns=["price"])   # a list a query
+    hits[0][0]  # {"id": ..., "itc": ..., "position": ..., "price": ...}, best first
+
+    gallery.upsert(rows, model=model, processor=processor)      # put rows in, in place of those of equal id
+    gallery.remove(ids=["sku-7"]); gallery.remove(where={"category": "mug"})                # -> how many
+    gallery.create_index(kind=None, columns=["price"])          # settings by size, recall@10 measured and printed
+    gallery.optimize(); gallery.versions(); gallery.snapshot(); gallery.refresh()
+
+    gallery.check_model(fingerprint)                            # refuses the queries of another model
+    gallery.photo(hit); gallery.image_tokens(hits, encoder)     # of search results
+    gallery.get(ids); gallery.sample(n); gallery.values("category", limit=50)
+    gallery.push_to_hub("me/gallery"); gallery.save(other_uri)
+
+A gallery that is opened without a `version` follows the table: each call sees the newest version (at an address, one
+that is at most `REFRESH_SECONDS` old), whoever made it. A call sees the table before or after a change, never between.
+A `snapshot()` stays at its version. Everything may be called from many threads, and in several processes at once; a
+gallery can be pickled, and opens again where it is unpickled.
+
+A table's columns: `id` (text or whole numbers), those of the data, `path` (of the photo, or its address) or `text` (the
+title), `vector`, and if asked for `thumbnail` and `image_tokens`. See `aliblip.retrieval.tables` for the files.
+
+Paths and addresses in a gallery from the Hub were written by somebody else, who could name any file or address that
+this machine can reach: of such a gallery only photos within `photo_root` are read. It stays so after `save`.
+
+Legend: Q queries, E width, k results of a query, n photos, P image tokens, D their width.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import copy
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import cached_property
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
-from PIL import Image
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
 
+from aliblip.data.columns import ALL
+from aliblip.data.python_rows import open_rows
 from aliblip.data.rows import Row, Source, decode
-from aliblip.runtime.distributed import is_main, rank, together, world_size
-from gallery_aliblip import Gallery, begin_units, encode_units, join_units
-from reading_aliblip import UnusableItem
+from aliblip.retrieval.building import Build, compact, in_python, read_skipped
+from aliblip.retrieval.exact import VectorCache, search_exactly
+from aliblip.retrieval.indexing import IndexSettings, create_index, index_settings, nearest, recall
+from aliblip.retrieval.sharing import check_foreign, downloaded, is_hub_name, push, save_copy
+from aliblip.retrieval.table_columns import FromTool
+from aliblip.retrieval.tables import (
+    ID,
+    ITEMS,
+    PATH,
+    THUMBNAIL,
+    TOKENS,
+    VECTOR,
+    Facts,
+    changed,
+    is_address,
+    library,
+    one_writer,
+    open_dataset,
+    reason_of,
+    tidy_uri,
+)
+from aliblip.retrieval.upserting import UpsertReport, merged, upserted
+from aliblip.retrieval.vector_rows import as_rows, write_vectors
+from aliblip.retrieval.where import Where, columns_told, filter_of, literal
+from aliblip.runtime.mistakes import UsageError
+from encoder_aliblip import TOKEN_TYPE, fingerprint
+from reading_aliblip import UnusableItem, read_photo
+
+__all__ = ["Gallery", "IndexReport", "UpsertReport"]
+
+# How old the version may be that a gallery at an address answers from, where each look costs a request.
+REFRESH_SECONDS = 5.0
+# Columns that only come if they are asked for by name, and that never come.
+_LARGE, _HIDDEN = (THUMBNAIL,), (VECTOR, TOKENS)
+# Ids or positions in one condition.
+_AT_ONCE = 1000
+# Rows that came after the last `optimize` are compared one by one.
+_MANY_FRAGMENTS = 200
+RECALL_AT = 10
+
+logger = logging.getLogger(__name__)
 
 
-class SourceItems(Sequence):
-    """The rows of a source as the items of a gallery, {"id", "image" or "text"}; undecoded, and read where they are
-    asked for, fastest in order.
+@dataclass(frozen=True)
+class IndexReport:
+    """What `create_index` made. `str` makes it readable.
 
-    The id is that of `id_column`; without one the file's name in a folder of photos, else the number of the row.
-
-    Args:
-        source: opened with `sides` "images" or "titles", and with the column of the ids as `other_columns`.
-        id_column: its name.
+    Attributes:
+        rows: of the gallery.
+        settings: of the vector index; None: there is none, exact search is fast enough.
+        columns: that have an index of their own, for filters.
+        seconds: that it took.
+        recall_at_10: share of the ten best by exact search that the index finds, over `queries` of the gallery's own
+            vectors; None: not measured.
+        milliseconds: of a query, one after another, in that measurement.
     """
 
-    def __init__(self, source: Source, id_column: str | None = None):
-        self._source, self._id_column = source, id_column
-        self._rows: Iterator[Row] = iter(())
-        self._next = -1
+    rows: int
+    settings: IndexSettings | None
+    columns: tuple[str, ...]
+    seconds: float
+    queries: int = 0
+    recall_at_10: float | None = None
+    milliseconds: float | None = None
 
-    def __len__(self) -> int:
-        return self._source.num_rows
+    def __str__(self) -> str:
+        if self.settings is None:
+            told = f"{self.rows:,} rows: no index of the vectors, exact search is fast enough"
+        else:
+            given = ", ".join(f"{name} {value}" for name, value in self.settings.as_json().items() if name != "kind")
+            told = f"{self.rows:,} rows: {self.settings.kind}, {given}"
+        told += f"; indexed for filters: {', '.join(self.columns) or 'no column'} ({self.seconds:.1f} s)"
+        if self.recall_at_10 is not None:
+            told += f"\nrecall@10 {self.recall_at_10:.4f} of exact search, {self.milliseconds:.1f} ms a query"
+            told += f" ({self.queries:,} vectors of the gallery searched for)"
+        return told
 
-    def __getitem__(self, position: int) -> dict:
-        if not 0 <= position < len(self):
-            raise IndexError(position)
-        row = self.row(position)
-        content = row.image if self._source.sides == "images" else row.text
-        if row.problem is not None:
-            content = UnusableItem(row.problem)
-        return {"id": self._id_of(row), "image" if self._source.sides == "images" else "text": content}
 
-    def row(self, position: int) -> Row:
-        """The source's own row."""
-        if position != self._next:
-            self._rows = self._source.read_range(position, len(self))
-        self._next = position + 1
-        return next(self._rows)
+@dataclass(frozen=True)
+class _View:
+    """One version of the table, opened. Never changed, only replaced."""
+
+    dataset: Any
+    facts: Facts
 
     @cached_property
-    def positions(self) -> dict | range:
-        """Positions by id; without an `id_column`, whose values only reading all rows would tell."""
-        if not self._source.random_access:
-            return range(len(self))
-        return {row.name: row.row for row in self._source.read_range(0, len(self))}
+    def rows(self) -> int:
+        return self.dataset.count_rows()
 
-    def photo_of(self, item: dict) -> Image.Image:
-        """The decoded photo of a gallery's item, by its id. May be called by several threads.
+    @cached_property
+    def schema(self) -> pa.Schema:
+        return self.dataset.schema
+
+    @cached_property
+    def index(self) -> IndexSettings | None:
+        """Of the vector index, if there is one."""
+        if not any(one["fields"] == [VECTOR] for one in self.dataset.list_indices()):
+            return None
+        if self.facts.index is not None:
+            return IndexSettings.from_json(self.facts.index)
+        return index_settings(max(self.rows, 1), self.facts.width, "IVF_FLAT")
+
+    @cached_property
+    def searchable(self) -> pa.Schema:
+        """The columns that a filter may name."""
+        return pa.schema([field for field in self.schema if field.name not in (*_HIDDEN, *_LARGE)])
+
+    def names(self, columns: Sequence[str] | None) -> list[str]:
+        """The columns that are asked for; None: all but the large ones."""
+        if columns is None:
+            return self.searchable.names
+        if isinstance(columns, str):
+            raise UsageError(f"columns is {columns!r}: give a list of names")
+        for name in columns:
+            if name in _HIDDEN:
+                raise UsageError(f"the column {name!r} is not given with results: leave it out")
+            if name not in self.schema.names:
+                raise UsageError(f"the gallery has no column {name!r}: {columns_told(self.searchable)}")
+        return list(dict.fromkeys([ID, *columns]))
+
+    def take(self, positions: Iterable[int], names: Sequence[str]) -> dict[int, dict[str, Any]]:
+        """Rows by position."""
+        found, positions = {}, iter(dict.fromkeys(int(position) for position in positions))
+        while some := list(islice(positions, _AT_ONCE)):
+            where = f"_rowid IN ({', '.join(map(str, some))})"
+            table = self.dataset.scanner(columns=list(names), filter=where, with_row_id=True).to_table()
+            rows = table.drop_columns(["_rowid"]).to_pylist()
+            found |= dict(zip(table.column("_rowid").to_pylist(), rows, strict=True))
+        return found
+
+
+# --- the gallery ------------------------------------------------------------------------------------------------------
+
+
+class Gallery:
+    """A stored gallery; made by `open`, `build`, `from_vectors` or `from_hub`.
+
+    Attributes:
+        uri: its folder or address.
+        photo_root: folder that relative paths of photos are of; None: the one that it was built with, if that was here.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        *,
+        version: int | None = None,
+        photo_root: str | os.PathLike | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+        from_hub: bool = False,
+    ):
+        self.uri, self.photo_root = uri, photo_root
+        self._pinned, self._options, self._from_hub = version, storage_options, from_hub
+        self._prepare(None)
+
+    def _prepare(self, view: _View | None) -> None:
+        self._view, self._looked = view, time.monotonic()
+        self._lock, self._cache = threading.Lock(), VectorCache()
+
+    def __getstate__(self) -> dict[str, Any]:
+        left = ("_view", "_looked", "_lock", "_cache")
+        return {name: value for name, value in vars(self).items() if name not in left}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._prepare(None)
+
+    @classmethod
+    def open(
+        cls,
+        uri: str | os.PathLike,
+        version: int | None = None,
+        *,
+        photo_root: str | os.PathLike | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> Gallery:
+        """Open a gallery.
+
+        Args:
+            uri: a folder, an address such as s3://bucket/gallery, or the name of a data set on the Hub.
+            version: an older version, at which the gallery then stays; see `versions`.
+            photo_root: folder that relative paths of photos are of.
+            storage_options: of an address, as Lance takes them: keys, region, endpoint.
+            revision, token: for the Hub.
 
         Raises:
-            UnusableItem: there is none, or it can't be read.
+            UsageError: no gallery, one that was not built to its end, an unknown version; LanceDB is not installed.
         """
-        if item["id"] not in self.positions:
-            raise UnusableItem("no row has this id")
-        position = self.positions[item["id"]]
-        return decode(next(self._source.read_range(position, position + 1)), "images").image
+        library()
+        from_hub = is_hub_name(uri)
+        place = downloaded(uri, revision, token) if from_hub else tidy_uri(uri)
+        gallery = cls(place, version=version, photo_root=photo_root, storage_options=storage_options, from_hub=from_hub)
+        gallery._now()
+        return gallery
 
-    def _id_of(self, row: Row) -> Any:
-        if self._id_column is not None:
-            return row.others.get(self._id_column)
-        return row.name if self._source.random_access else row.row
+    @classmethod
+    def from_hub(cls, name: str, **options: Any) -> Gallery:
+        """`open` of a data set on the Hub."""
+        if not is_hub_name(name):
+            raise UsageError(f"{name!r} is no name of the Hub: give one such as me/gallery")
+        return cls.open(name, **options)
+
+    @classmethod
+    def build(
+        cls,
+        rows: Any,
+        uri: str | os.PathLike,
+        *,
+        model,
+        processor,
+        kind: str = "image",
+        columns: Sequence[str] | None = None,
+        id_column: str | None = None,
+        image_column: str | None = None,
+        caption_column: str | None = None,
+        thumbnails: bool | int = False,
+        store_tokens: bool = False,
+        batch_size: int = 32,
+        unit_size: int = 256,
+        dtype: torch.dtype | None = None,
+        overwrite: bool = False,
+        duplicates: str = "error",
+        num_workers: int = 2,
+        storage_options: Mapping[str, Any] | None = None,
+        parts_dir: str | os.PathLike | None = None,
+        progress: bool = False,
+    ) -> Gallery:
+        """Embed rows and keep them in a table (collective: every process of a launch calls it, and gets the gallery).
+
+        A build that was killed goes on when it is called again, with any number of processes. Rows that can't be used
+        are left out and listed in `skipped`.
+
+        Args:
+            rows: a list or data set of photos, of titles or of dictionaries with columns, see `open_rows`; or a
+                `Source`, opened with its further columns as `other_columns`.
+            uri: a folder or address.
+            model, processor: of AliBLIP; the model on the device that is to do the work.
+            kind: "image" for photos, "text" for titles.
+            columns: of the rows, to keep; None: all.
+            id_column: of the ids, text or whole numbers, each once; None: "id" where there is one, otherwise the paths
+                of photos that are given as such, otherwise the numbers of the rows.
+            image_column, caption_column: of the photo and the title; default "image", and "caption", then "text".
+            thumbnails: keep a JPEG of each photo, with this longest side; True: 384.
+            store_tokens: keep the image tokens too, so that re-ranking needs no photo: 0.9 MB a photo with a ViT-B/16
+                at 384 pixels.
+            batch_size: rows of one pass of the model.
+            unit_size: rows that one process computes and writes together.
+            dtype: type of the autocast of the passes.
+            overwrite: replace a gallery, or the beginning of another one, that is there. The old one can be read until
+                the new one is complete, and as an older version until `optimize` removes it.
+            duplicates: what to do where an id comes twice: "error", or "first" to keep the first and list the others.
+            num_workers: processes that read and decode photos ahead.
+            storage_options: of an address.
+            parts_dir: see `Build`.
+            progress: show a bar.
+
+        Raises:
+            UsageError: a wrong argument, no usable row, ids that come twice, a place that holds something else.
+            RuntimeError: another process has failed; the message says which and why.
+        """
+        library()
+        source = rows
+        if not isinstance(rows, Source):
+            others = ALL if columns is None else list(dict.fromkeys([*columns, *([id_column] if id_column else [])]))
+            source = open_rows(
+                rows,
+                sides="images" if kind == "image" else "titles",
+                image_column=image_column,
+                caption_column=caption_column,
+                other_columns=others,
+            )
+        build = Build(
+            source,
+            uri,
+            kind=kind,
+            columns=columns,
+            id_column=id_column,
+            thumbnails=thumbnails,
+            store_tokens=store_tokens,
+            batch_size=batch_size,
+            unit_size=unit_size,
+            dtype=dtype,
+            overwrite=overwrite,
+            duplicates=duplicates,
+            num_workers=num_workers,
+            storage_options=storage_options,
+            parts_dir=parts_dir,
+        )
+        lost = build.run(model, processor, progress=progress)
+        gallery = cls.open(build.uri, storage_options=storage_options)
+        skipped = gallery._now().facts.skipped
+        if skipped:
+            logger.warning("%d of %d rows can't be used, see Gallery.skipped", skipped, source.num_rows)
+        for line in (*build.kept.notes, *lost.told()):
+            logger.warning(line)
+        return gallery
+
+    # --- what it is ---------------------------------------------------------------------------------------------------
+
+    def _now(self) -> _View:
+        """The version to work on: the newest one, or the one that this gallery stays at."""
+        library()
+        with self._lock:
+            view = self._view
+            if view is None:
+                view = self._opened(open_dataset(self.uri, ITEMS, self._pinned, self._options))
+            elif self._pinned is None:
+                wait = REFRESH_SECONDS if is_address(self.uri) else 0.0
+                if time.monotonic() - self._looked >= wait:
+                    view = self._newest(view)
+            self._view = view
+            return view
+
+    def _newest(self, view: _View) -> _View:
+        self._looked = time.monotonic()
+        if view.dataset.latest_version == view.dataset.version:
+            return view
+        dataset = copy.copy(view.dataset)  # others may be reading the old one
+        dataset.checkout_latest()
+        return self._opened(dataset)
+
+    def _opened(self, dataset) -> _View:
+        view = _View(dataset, Facts.of(dataset.schema, self.uri))
+        if self._from_hub:
+            check_foreign(dataset, self.uri)
+        return view
+
+    def refresh(self) -> Gallery:
+        """Look for a newer version now, at an address too."""
+        with self._lock:
+            self._looked = float("-inf")
+        self._now()
+        return self
+
+    def snapshot(self) -> Gallery:
+        """The gallery as it is now, at no cost; it stays at this version."""
+        view = self._now()
+        pinned = Gallery(
+            self.uri,
+            version=view.dataset.version,
+            photo_root=self.photo_root,
+            storage_options=self._options,
+            from_hub=self._from_hub,
+        )
+        pinned._view, pinned._cache = view, self._cache
+        return pinned
+
+    def __len__(self) -> int:
+        return self._now().rows
+
+    def __repr__(self) -> str:
+        view = self._now()
+        tokens = ", with image tokens" if self.has_tokens else ""
+        index = f", index {view.index.kind}" if view.index else ""
+        return f"Gallery of {view.rows:,} {self.kind} items, {self.width} wide{tokens}{index}: {self.uri}"
+
+    @property
+    def kind(self) -> str:
+        """ "image" or "text", what the items are."""
+        return self._now().facts.kind
+
+    @property
+    def model(self) -> str | None:
+        """Fingerprint of the model and processor; None: not known, every query is taken."""
+        return self._now().facts.model
+
+    @property
+    def width(self) -> int:
+        return self._now().facts.width
+
+    @property
+    def version(self) -> int:
+        return self._now().dataset.version
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns of the data, as the table calls them; see `schema` for their types."""
+        return list(self._now().facts.columns)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of the whole table."""
+        return self._now().schema.remove_metadata()
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether re-ranking needs no photo."""
+        return self._now().facts.token_shape is not None
+
+    @property
+    def has_index(self) -> bool:
+        """Whether there is an approximate index."""
+        return self._now().index is not None
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether it came from the Hub, once."""
+        return self._from_hub or self._now().facts.is_foreign
+
+    @property
+    def skipped(self) -> list[dict[str, Any]]:
+        """Rows of the build that could not be used, as {"row", "name", "reason"}."""
+        return read_skipped(self.uri, self._now().facts.build, self._options)
+
+    def check_model(self, model: str) -> None:
+        """Refuse the queries of another model.
+
+        Raises:
+            UsageError: `model`, a fingerprint, is not that of the gallery.
+        """
+        own = self.model
+        if own not in (None, model):
+            raise UsageError(
+                f"the gallery was built with another model or processor ({own[:8]}, not {model[:8]}), whose vectors "
+                "can't be compared: load that one, or build the gallery again with this one"
+            )
+
+    # --- search -------------------------------------------------------------------------------------------------------
+
+    def search(
+        self,
+        vectors: Tensor,
+        k: int,
+        *,
+        where: Where | None = None,
+        values: Mapping[str, Any] | None = None,
+        approximate: bool | None = None,
+        columns: Sequence[str] | None = None,
+    ) -> list[list[dict[str, Any]]]:
+        """The `k` items of highest dot product for each query, best first; of equal scores the lower position first.
+
+        Args:
+            vectors: (Q, E) unit vectors, or (E,) of one query.
+            k: at least 1. Where the gallery or the filter leaves fewer items, there are fewer results.
+            where: which items are searched among: SQL text with `:name` for `values`, or a mapping from columns to
+                values, see `aliblip.retrieval.where`. Applied before the search.
+            values: for the placeholders of `where`.
+            approximate: by the index, or exactly; None: by the index where there is one.
+            columns: that the hits have; None: all, but for thumbnails.
+
+        Returns:
+            For each query a list of hits, {"id", "itc", "position", and the columns}.
+
+        Raises:
+            UsageError: another width, values that are not finite, an unknown column, a filter that can't be used, or
+                `approximate` without an index.
+        """
+        queries = _checked_queries(vectors, self.width)
+        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+            raise UsageError(f"k is {k!r}: give a whole number of at least 1")
+
+        def searched(view: _View) -> list[list[dict[str, Any]]]:
+            names = view.names(columns)
+            text = filter_of(where, values, view.searchable)
+            with _told_filter(view, where, text):
+                found = self._found(view, queries, int(k), text, approximate)
+                rows = view.take((position for positions, _ in found for position in positions), names)
+            return [
+                [
+                    {ID: rows[position][ID], "itc": score, "position": position, **rows[position]}
+                    for position, score in zip(positions.tolist(), scores.tolist(), strict=True)
+                ]
+                for positions, scores in found
+            ]
+
+        return self._reading(searched)
+
+    def _found(
+        self, view: _View, queries: Tensor, k: int, where: str | None, approximate: bool | None
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Positions and scores of each query."""
+        if approximate and view.index is None:
+            raise UsageError("the gallery has no index: call create_index(), or leave approximate out")
+        if view.index is None or approximate is False:
+            return search_exactly(view.dataset, queries, k, rows=view.rows, where=where, cache=self._cache)
+        found = nearest(view.dataset, queries, k, view.index, where)
+        lacking = [query for query, (positions, _) in enumerate(found) if len(positions) < min(k, view.rows)]
+        if lacking:  # the filter leaves no more, or the index has not found them
+            exact = search_exactly(view.dataset, queries[lacking], k, rows=view.rows, where=where, cache=self._cache)
+            for query, result in zip(lacking, exact, strict=True):
+                found[query] = result
+        return found
+
+    def _reading(self, work: Any) -> Any:
+        """Do `work(view)`; once more where an `optimize` has meanwhile removed that version."""
+        view = self._now()
+        try:
+            return work(view)
+        except OSError as error:
+            if "not found" not in str(error).lower():
+                raise
+            if self._pinned is not None:
+                raise UsageError(
+                    f"version {self._pinned} of the gallery {self.uri} has been removed by optimize(): open it again"
+                ) from error
+        return work(self.refresh()._now())
+
+    def count(self, where: Where | None = None, values: Mapping[str, Any] | None = None) -> int:
+        """How many items a filter leaves."""
+
+        def counted(view: _View) -> int:
+            text = filter_of(where, values, view.searchable)
+            with _told_filter(view, where, text):
+                return view.dataset.count_rows(text)
+
+        return self._reading(counted)
+
+    def get(self, ids: Sequence[str | int], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """The rows of some ids, in the order of the ids, as {"id", "position", and the columns}; unknown ids have none.
+
+        Raises:
+            UsageError: an unknown column, or an id of another type.
+        """
+        ids = list(ids)
+
+        def got(view: _View) -> list[dict[str, Any]]:
+            names, found = view.names(columns), {}
+            for start in range(0, len(ids), _AT_ONCE):
+                where = f"{ID} IN {literal(ids[start : start + _AT_ONCE], ID)}"
+                with _told_filter(view, where, where):
+                    table = view.dataset.scanner(columns=names, filter=where, with_row_id=True).to_table()
+                found |= {row[ID]: row for row in _with_positions(table)}
+            return [found[value] for value in ids if value in found]
+
+        return self._reading(got)
+
+    def sample(self, n: int, seed: int = 0, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """`n` rows, randomly chosen, or all where there are fewer: {"id", "position", and the columns} by position."""
+
+        def sampled(view: _View) -> list[dict[str, Any]]:
+            chosen = _some_positions(view, n, seed).tolist()
+            rows = view.take(chosen, view.names(columns))
+            return [{ID: rows[position][ID], "position": position, **rows[position]} for position in chosen]
+
+        return self._reading(sampled)
+
+    def values(self, column: str, limit: int = 50) -> list[Any] | None:
+        """The distinct values of a column, sorted, without null; None: more than `limit`, or lists and such."""
+
+        def distinct(view: _View) -> list[Any] | None:
+            kind = view.schema.field(view.names([column])[-1]).type
+            if pa.types.is_nested(kind):
+                return None
+            found: set = set()
+            for batch in view.dataset.scanner(columns=[column]).to_batches():
+                found |= set(batch.column(0).unique().to_pylist())
+                if len(found - {None}) > limit:
+                    return None
+            return sorted(found - {None})
+
+        return self._reading(distinct)
+
+    # --- photos and tokens --------------------------------------------------------------------------------------------
+
+    def photo_path(self, hit: Mapping[str, Any]) -> str | None:
+        """Where the photo of a hit can be read: a path or an address; None: it is not known.
+
+        Raises:
+            UnusableItem: a path that leads out of `photo_root`, or one of a gallery from the Hub that leads anywhere.
+        """
+        path = hit.get(PATH)
+        if path is None:
+            return None
+        root = self.photo_root
+        is_relative = "://" not in path and not os.path.isabs(path)
+        if self.is_foreign and (root is None or not is_relative):
+            raise UnusableItem("a gallery from the Hub reads photos only from its photo_root")
+        if not is_relative:
+            return path
+        if root is None:
+            return os.path.join(self._now().facts.photo_root or "", path)
+        if os.path.normpath(path).split(os.sep)[0] == os.pardir:
+            raise UnusableItem("its path leads out of the photo_root")
+        return os.path.join(root, path)
+
+    def photo(self, hit: Mapping[str, Any]):
+        """The photo of a hit as a PIL image: its thumbnail where there is one, otherwise the photo itself.
+
+        Raises:
+            UnusableItem: there is neither, the photo can't be read (any more), or may not be.
+        """
+        row = self._stored(hit, (THUMBNAIL, PATH))
+        if row.get(THUMBNAIL) is not None:
+            return read_photo(row[THUMBNAIL])
+        path = self.photo_path(row)
+        if path is None:
+            raise UnusableItem("the gallery has neither its path nor a thumbnail")
+        return photo_at(path)
+
+    def _stored(self, hit: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        """Columns of a hit's row, read where the hit does not have them."""
+        view = self._now()
+        names = [name for name in names if name in view.schema.names]
+        if all(name in hit for name in names):
+            return dict(hit)
+        rows = self._reading(lambda view: view.take([hit["position"]], [ID, *names]))
+        row = rows.get(hit["position"])
+        if row is None or row[ID] != hit[ID]:
+            raise UnusableItem("it is no longer in the gallery")
+        return row
+
+    def image_tokens(self, hits: Sequence[Mapping[str, Any]], encoder) -> Tensor:
+        """Image tokens (n, P, D) bf16 of some hits: the stored ones, or those of the photos, which are read again (of
+        thumbnails, where the gallery knows no paths).
+
+        Args:
+            hits: of a search.
+            encoder: an `Encoder`, for photos.
+
+        Raises:
+            UsageError: a photo can't be read, or is no longer in the gallery.
+        """
+        if self.has_tokens:
+            return self._stored_tokens(hits)
+        pixels = []
+        for hit in hits:
+            try:
+                pixels.append(encoder.pixels(self._original(hit)))
+            except UnusableItem as error:
+                where = f", {hit[PATH]}" if hit.get(PATH) else ""
+                raise UsageError(
+                    f"re-ranking needs the photo of item {hit[ID]!r}{where}: {error}. Set the gallery's photo_root if "
+                    "the photos were moved, build it with store_tokens=True, or search with rerank=0"
+                ) from error
+        return encoder.embed_pixels(torch.stack(pixels))[1]
+
+    def _stored_tokens(self, hits: Sequence[Mapping[str, Any]]) -> Tensor:
+        def read(view: _View) -> Tensor:
+            positions = [int(hit["position"]) for hit in hits]
+            table = view.dataset.scanner(
+                columns=[TOKENS], filter=f"_rowid IN ({', '.join(map(str, set(positions)))})", with_row_id=True
+            ).to_table()
+            places = {position: place for place, position in enumerate(table.column("_rowid").to_pylist())}
+            if missing := [hit[ID] for hit in hits if hit["position"] not in places]:
+                raise UsageError(f"the item {missing[0]!r} is no longer in the gallery: search again")
+            bits = table.column(TOKENS).combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            tokens = torch.from_numpy(bits.reshape(len(places), *view.facts.token_shape).copy()).view(TOKEN_TYPE)
+            return tokens[[places[position] for position in positions]]
+
+        return self._reading(read)
+
+    def _original(self, hit: Mapping[str, Any]):
+        row = self._stored(hit, (PATH,))
+        path = self.photo_path(row)
+        if path is not None:
+            return photo_at(path)
+        if THUMBNAIL in self._now().schema.names:
+            return self.photo(hit)
+        raise UnusableItem("the gallery has neither its path, nor a thumbnail, nor image tokens")
+
+    # --- changes ------------------------------------------------------------------------------------------------------
+
+    def upsert(
+        self,
+        rows: Any,
+        *,
+        model,
+        processor,
+        id_column: str | None = None,
+        image_column: str | None = None,
+        caption_column: str | None = None,
+        batch_size: int = 32,
+        dtype: torch.dtype | None = None,
+        num_workers: int = 0,
+        duplicates: str = "error",
+        progress: bool = False,
+        flag: FromTool = in_python,
+    ) -> UpsertReport:
+        """Embed rows and put them in, in place of rows of equal id, in one commit (collective, as `build`).
+
+        The arguments are those of `build`; the rows need the gallery's ids and have the columns that the gallery keeps.
+        A column that they lack is null.
+
+        Raises:
+            UsageError: another model than the gallery's, rows without its ids, an id that comes twice; nothing is
+                changed then.
+        """
+        view = self._writable()
+        source = rows
+        if not isinstance(rows, Source):
+            source = open_rows(
+                rows,
+                sides="images" if view.facts.kind == "image" else "titles",
+                image_column=image_column,
+                caption_column=caption_column,
+                other_columns=ALL,
+            )
+        self.check_model(fingerprint(model, processor))
+        report = upserted(
+            source,
+            self.uri,
+            view.schema,
+            view.facts,
+            model,
+            processor,
+            id_column=id_column,
+            batch_size=batch_size,
+            dtype=dtype,
+            num_workers=num_workers,
+            duplicates=duplicates,
+            progress=progress,
+            storage_options=self._options,
+            flag=flag,
+        )
+        if report.skipped or report.lost.told():
+            logger.warning(str(report))
+        self._tell_of_many_fragments()
+        return report
+
+    def upsert_vectors(self, table: pa.Table) -> UpsertReport:
+        """`upsert` of rows that are embedded already: an Arrow table with the columns `id`, `vector`, and others of the
+        gallery's. The vectors have length 1."""
+        view = self._writable()
+        rows = as_rows(table, view.schema, {})
+        report = UpsertReport(*merged(rows, self.uri, self._options))
+        self.refresh()
+        return report
+
+    def _tell_of_many_fragments(self) -> None:
+        fragments = len(self.refresh()._now().dataset.get_fragments())
+        if fragments > _MANY_FRAGMENTS:
+            logger.warning("the gallery lies in %d pieces: optimize() joins them, searches are faster then", fragments)
+
+    def _writable(self) -> _View:
+        if self._from_hub:
+            raise UsageError("a gallery from the Hub can't be changed: save it to a folder, and change that one")
+        if self._pinned is not None:
+            raise UsageError(
+                f"this is version {self._pinned} of the gallery, which stays as it is: open the newest one"
+            )
+        return self.refresh()._now()
+
+    def remove(
+        self,
+        ids: Iterable[str | int] | None = None,
+        *,
+        where: Where | None = None,
+        values: Mapping[str, Any] | None = None,
+    ) -> int:
+        """Take rows out, by id or by a filter, in one commit, and return how many there were.
+
+        Raises:
+            UsageError: neither or both are given, or a filter or an id can't be used.
+        """
+        if (ids is None) == (where is None):
+            raise UsageError("remove takes either ids or where: give one of them")
+        view = self._writable()
+        if ids is None:
+            text = filter_of(where, values, view.searchable)
+            if text is None:
+                raise UsageError("the filter is empty: give a condition")
+            with _told_filter(view, where, text):
+                view.dataset.count_rows(text)  # before it is tried again and again
+        else:
+            text = None
+            ids = _ids_column(ids, view.schema)
+
+        def delete() -> int:
+            with one_writer(self.uri):
+                dataset = open_dataset(self.uri, storage_options=self._options)
+                if text is not None:
+                    return dataset.delete(text)["num_deleted_rows"]
+                if len(ids) <= _AT_ONCE:
+                    return (
+                        dataset.delete(f"{ID} IN {literal(ids.to_pylist(), ID)}")["num_deleted_rows"] if len(ids) else 0
+                    )
+                merge = dataset.merge_insert(ID).when_matched_delete()
+                return merge.execute(pa.table({ID: ids}))["num_deleted_rows"]
+
+        count = changed(delete)
+        self.refresh()
+        return count
+
+    def create_index(
+        self,
+        kind: str | None = None,
+        *,
+        columns: Sequence[str] = (),
+        measure_recall: int = 1000,
+        settings: IndexSettings | None = None,
+        vectors: bool = True,
+        quiet: bool = False,
+    ) -> IndexReport:
+        """Make an approximate index, and indices of columns for filters. Searches go on meanwhile, and changes too.
+
+        Args:
+            kind: one of `INDEX_KINDS`; None: the best for the size of the gallery, none below 50,000 rows.
+            columns: that filters name: each gets an index, the ids have one already.
+            measure_recall: how many of the gallery's vectors are searched for in both ways; 0: none.
+            settings: instead of those that `index_settings` chooses.
+            vectors: False: only the columns are indexed.
+            quiet: don't print the report.
+
+        Returns:
+            The settings, and the recall@10 against exact search.
+
+        Raises:
+            UsageError: an unknown kind or column, too few rows for the kind.
+        """
+        view, start = self._writable(), time.perf_counter()
+        names = view.names(list(columns))[1:]
+        if not vectors:
+            settings = None
+        elif settings is None:
+            settings = index_settings(view.rows, view.facts.width, kind)
+        for name in dict.fromkeys([ID, *names]):
+            changed(lambda name=name: self._index_column(name))
+        if settings is not None:
+            changed(lambda: create_index(open_dataset(self.uri, storage_options=self._options), settings), tries=3)
+            changed(lambda: self._keep_index_settings(settings))
+        seconds = time.perf_counter() - start
+        view = self.refresh()._now()
+        indexed = tuple(one["fields"][0] for one in view.dataset.list_indices() if one["fields"] != [VECTOR])
+        report = IndexReport(view.rows, settings, tuple(dict.fromkeys(indexed)), seconds)
+        if settings is not None and measure_recall:
+            report = replace(report, **self._recall(view, measure_recall))
+        if not quiet:
+            print(report, flush=True)
+        return report
+
+    def _index_column(self, name: str) -> None:
+        dataset = open_dataset(self.uri, storage_options=self._options)
+        if name != ID or not any(one["fields"] == [ID] for one in dataset.list_indices()):
+            kind = dataset.schema.field(name).type
+            if pa.types.is_nested(kind):
+                raise UsageError(f"the column {name!r} holds {kind}, which has no index: leave it out")
+            few = name != ID and self.values(name, limit=1000) is not None
+            dataset.create_scalar_index(name, "BITMAP" if few else "BTREE", replace=True)
+
+    def _keep_index_settings(self, settings: IndexSettings) -> None:
+        dataset = open_dataset(self.uri, storage_options=self._options)
+        facts = replace(Facts.of(dataset.schema, self.uri), index=settings.as_json())
+        dataset.update_schema_metadata(facts.as_lance_metadata())
+
+    def _recall(self, view: _View, count: int) -> dict[str, Any]:
+        positions = _some_positions(view, count, seed=0)
+        queries = torch.cat(
+            [
+                torch.from_numpy(
+                    view.dataset.scanner(columns=[VECTOR], filter=f"_rowid IN ({', '.join(map(str, some))})")
+                    .to_table()
+                    .column(VECTOR)
+                    .combine_chunks()
+                    .flatten()
+                    .to_numpy(zero_copy_only=False)
+                    .reshape(-1, view.facts.width)
+                    .copy()
+                )
+                for some in np.array_split(positions, -(-len(positions) // _AT_ONCE))
+            ]
+        )
+        start = time.perf_counter()
+        found = nearest(view.dataset, queries, RECALL_AT, view.index)
+        milliseconds = (time.perf_counter() - start) / len(queries) * 1000
+        wanted = search_exactly(view.dataset, queries, RECALL_AT, rows=view.rows, cache=self._cache)
+        share = recall([one for one, _ in found], [one for one, _ in wanted])
+        return {"queries": len(queries), "recall_at_10": share, "milliseconds": milliseconds}
+
+    def optimize(self, keep: timedelta = timedelta(days=7)) -> None:
+        """Join small pieces, put new rows into the indices, and remove versions that are older than `keep`.
+
+        Call it after many changes. Searches and changes go on meanwhile.
+        """
+        self._writable()
+        compact(self.uri, self._options)
+
+        def update() -> None:
+            open_dataset(self.uri, storage_options=self._options).optimize.optimize_indices()
+
+        changed(update)
+        dataset = open_dataset(self.uri, storage_options=self._options)
+        dataset.cleanup_old_versions(keep, error_if_tagged_old_versions=False)
+        self.refresh()
+
+    def versions(self) -> list[dict[str, Any]]:
+        """All versions that can be opened, the oldest first: {"version", "timestamp", "rows"}."""
+        return [
+            {
+                "version": one["version"],
+                "timestamp": one["timestamp"],
+                "rows": int(one["metadata"]["total_rows"]) if "total_rows" in one.get("metadata", {}) else None,
+            }
+            for one in self._now().dataset.versions()
+        ]
+
+    # --- other places -------------------------------------------------------------------------------------------------
+
+    def save(self, uri: str | os.PathLike, *, storage_options: Mapping[str, Any] | None = None) -> Gallery:
+        """Copy the gallery as it is now, its index included, to a place that holds none. What came from the Hub stays
+        distrusted there."""
+        view = self._now()
+        place = tidy_uri(uri)
+        facts = replace(view.facts, is_foreign=self.is_foreign)
+        save_copy(view.dataset, facts, place, storage_options, self._options)
+        return Gallery.open(place, photo_root=self.photo_root, storage_options=storage_options)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, commit_message: str = ""
+    ) -> str:
+        """Upload the gallery as it is now as a data set of the Hub, and return the commit's address. All its columns
+        go with it. Tried again where the Hub or the connection fails."""
+        view = self._now()
+        message = commit_message or f"A gallery of {view.rows:,} {view.facts.kind} items"
+        options = {"private": private, "token": token, "message": message, "of_source": self._options}
+        return push(view.dataset, view.facts, repo_id, **options)
+
+    @classmethod
+    def from_vectors(
+        cls,
+        rows: pa.Table | pa.RecordBatchReader,
+        uri: str | os.PathLike,
+        *,
+        kind: str = "image",
+        model: str | None = None,
+        overwrite: bool = False,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> Gallery:
+        """A gallery of rows that are embedded already, in one commit.
+
+        Args:
+            rows: an Arrow table, or a reader of batches, with the columns `id` (text or whole numbers, each once),
+                `vector` (a list of E numbers, of length 1 as vectors go), and any others.
+            uri, kind, overwrite, storage_options: as in `build`.
+            model: fingerprint of the model that the vectors are of; None: every query is taken.
+
+        Raises:
+            UsageError: columns that are missing or of other types, ids that come twice, a place that holds something
+                else.
+        """
+        place = tidy_uri(uri)
+        write_vectors(rows, place, kind=kind, model=model, overwrite=overwrite, storage_options=storage_options)
+        return cls.open(place, storage_options=storage_options)
 
 
-def build_gallery(
-    model,
-    processor,
-    items: Iterable,
-    folder: str | Path,
-    *,
-    measure_recall: int = 0,
-    overwrite: bool = False,
-    **options,
-) -> Gallery:
-    """`Gallery.build` as a collective: every rank calls it with the same arguments, and gets the gallery.
+# --- helpers ----------------------------------------------------------------------------------------------------------
 
-    Args:
-        model: the plain model (unwrapped), with the weights of every rank equal.
-        items: as in `Gallery.build`; a generator is read by every rank, of a sequence each rank reads its part.
-        folder: one that all processes see.
 
-    The ranks wait for each other, and after a resume one of them may have all the work that was left: give the process
-    group a timeout as long as that.
+@contextmanager
+def _told_filter(view: _View, where: Where | None, text: str | None) -> Iterator[None]:
+    """Make a mistake in a filter a UsageError."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        if text is None:
+            raise
+        try:
+            view.dataset.count_rows(text)
+        except (OSError, ValueError, RuntimeError) as again:
+            if "not found" in str(again).lower():
+                raise
+            told = f"the filter {where!r} can't be used ({reason_of(again)}); {columns_told(view.searchable)}"
+            raise UsageError(told) from error
+        raise
+
+
+def _checked_queries(vectors: Tensor, width: int) -> Tensor:
+    """(Q, E) fp32 on the CPU."""
+    queries = torch.as_tensor(vectors).detach().cpu().float()
+    if queries.dim() == 1:
+        queries = queries[None]
+    if queries.dim() != 2 or queries.shape[1] != width:
+        raise UsageError(f"queries of shape {tuple(queries.shape)} given, the gallery takes (Q, {width})")
+    if queries.numel() and not torch.stack(queries.aminmax()).isfinite().all():
+        raise UsageError("the queries are not all finite: the model's weights or its precision are broken")
+    return queries.contiguous()
+
+
+def _some_positions(view: _View, count: int, seed: int) -> np.ndarray:
+    """Positions of `count` rows, randomly chosen, rising; of all where there are fewer."""
+    positions = view.dataset.scanner(columns=[], with_row_id=True).to_table().column("_rowid").to_numpy()
+    if count < len(positions):
+        positions = np.random.default_rng(seed).choice(positions, count, replace=False)
+    return np.sort(positions.astype(np.int64))
+
+
+def _with_positions(table: pa.Table) -> Iterator[dict[str, Any]]:
+    rows = table.drop_columns(["_rowid"]).to_pylist()
+    for position, row in zip(table.column("_rowid").to_pylist(), rows, strict=True):
+        yield {ID: row[ID], "position": position, **row}
+
+
+def _ids_column(ids: Iterable[str | int], schema: pa.Schema) -> pa.Array:
+    """Ids as a column, each once."""
+    if isinstance(ids, (str, bytes, int)):
+        raise UsageError(f"ids is {ids!r}: give a list")
+    kind = schema.field(ID).type
+    try:
+        return pa.array(dict.fromkeys(ids), kind)
+    except (pa.ArrowException, TypeError, OverflowError) as error:
+        what = "text" if pa.types.is_string(kind) else "whole numbers"
+        raise UsageError(f"the gallery's ids are {what}: give such ({error})") from error
+
+
+def photo_at(path: str):
+    """The photo at a path or an address, as PIL RGB.
 
     Raises:
-        ValueError, OSError: as in `Gallery.build`.
-        RuntimeError: another rank has failed; the message says which and why.
+        UnusableItem: it can't be read.
     """
-    options.setdefault("progress", is_main())
-    part = "build its part of the gallery"
-    together(is_main(), lambda: begin_units(model, processor, items, folder, overwrite=overwrite, **options), part)
-    share = {"rank": rank(), "world_size": world_size()}
-    together(True, lambda: encode_units(model, processor, items, folder, **share, **options), part)
-    together(is_main(), lambda: join_units(folder, measure_recall=measure_recall), part)
-    return Gallery.load(folder)
+    return decode(Row(0, path, None, 0, path), "images").image

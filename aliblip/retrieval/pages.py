@@ -10,8 +10,10 @@ from torch import Tensor
 from aliblip.data.sources import Source, decode
 from aliblip.retrieval.metrics import RECALL_AT
 from aliblip.retrieval.rankings import Retrieval
-from aliblip.retrieval.report import Chart, Curve, Gallery, Hit, SheetRow, Table, contact_sheet, html_report
+from aliblip.retrieval.report import Chart, Curve, Examples, Hit, SheetRow, Table, contact_sheet, html_report
 from aliblip.retrieval.results import DIRECTION_NAMES
+from aliblip.runtime.mistakes import UsageError, usage_errors
+from reading_aliblip import UnusableItem
 
 SHEET_QUERIES = 8
 SHEET_PHOTOS = 3
@@ -29,7 +31,7 @@ def draw_contact_sheet(
         rows: source rows of the titles; None: some, drawn at random with `seed`.
 
     Raises:
-        ValueError: rows that are not there, or could not be used.
+        UsageError: rows that are not there, or could not be used, or a photo that can't be read any more.
     """
     titles = retrieval.titles
     if rows is None:
@@ -37,29 +39,33 @@ def draw_contact_sheet(
     else:
         place = {row: index for index, row in enumerate(titles.rows.tolist())}
         if missing := [row for row in rows if row not in place]:
-            raise ValueError(f"--contact_sheet_rows: title {missing[0]} is not among the {len(titles)} usable ones")
+            raise UsageError(f"--contact_sheet_rows: title {missing[0]} is not among the {len(titles)} usable ones")
         chosen = [place[row] for row in rows]
     drawn = [_sheet_row(retrieval, photos, query, SHEET_PHOTOS) for query in chosen]
     return contact_sheet(drawn, path, heading=heading)
 
 
 def write_report(path: Path, retrieval: Retrieval, photos: Source, results: dict, heading: str) -> Path:
-    """The whole run as one HTML page."""
+    """The whole run as one HTML page.
+
+    Raises:
+        UsageError: a photo can't be read any more.
+    """
     run = results["run"] | {"score": results["score"], "fusion weight": results["fusion_weight"]}
     note = f"{results['num_images']:,} photos, {results['num_texts']:,} titles"
     if not retrieval.has_truth:
         found = random.Random(0).sample(range(len(retrieval.titles)), min(REPORT_QUERIES, len(retrieval.titles)))
         rows = [_sheet_row(retrieval, photos, query, REPORT_PHOTOS) for query in found]
-        return html_report(path, heading=heading, note=note, galleries=[Gallery("Some titles", rows)], run=run)
+        return html_report(path, heading=heading, note=note, examples=[Examples("Some titles", rows)], run=run)
     ranks = retrieval.text_to_image.rankings.ranks
     with_positive = torch.nonzero(ranks > 0).flatten()
     worst = with_positive[ranks[with_positive].argsort(descending=True, stable=True)]
     scores = retrieval.text_to_image.rankings.scores[:, 0]
     first = torch.nonzero(ranks == 1).flatten()
     best = first[scores[first].argsort(descending=True, stable=True)]
-    galleries = [
-        Gallery("Worst misses", _pictured(retrieval, photos, worst[ranks[worst] > 1]), "the right photo comes last"),
-        Gallery("Best hits", _pictured(retrieval, photos, best), "right photos of the highest score"),
+    examples = [
+        Examples("Worst misses", _pictured(retrieval, photos, worst[ranks[worst] > 1]), "the right photo comes last"),
+        Examples("Best hits", _pictured(retrieval, photos, best), "right photos of the highest score"),
     ]
     return html_report(
         path,
@@ -68,7 +74,7 @@ def write_report(path: Path, retrieval: Retrieval, photos: Source, results: dict
         tables=_tables(results),
         charts=_charts(retrieval, results),
         slices=_slices(results),
-        galleries=galleries,
+        examples=examples,
         run=run,
     )
 
@@ -84,7 +90,8 @@ def _sheet_row(retrieval: Retrieval, photos: Source, query: int, count: int, wit
     for place in places:
         photo = int(found.ids[query, place])
         row = int(images.rows[photo])
-        image = decode(next(iter(photos.read_range(row, row + 1))), "images").image
+        with usage_errors(UnusableItem, told=f"the photo of row {row} can't be read any more: {{}}"):
+            image = decode(next(iter(photos.read_range(row, row + 1))), "images").image
         right = found.ranks is not None and bool(images.product_id[photo] == product_id)
         name = images.names[photo] if images.names else f"row {row}"
         score = found.scores[query, place]

@@ -20,6 +20,7 @@ from torch import Tensor
 import retrieval_aliblip as engine
 from aliblip.retrieval.metrics import ranks_after_reranking, summarize_ranks
 from aliblip.runtime.files import write_bytes
+from aliblip.runtime.mistakes import UsageError
 
 # Of the ITC similarity, whose differences are small beside those of a logit: steps of the root of two.
 FUSION_WEIGHTS = (0.0, *(2.0 ** (step / 2) for step in range(-4, 19)))
@@ -277,7 +278,7 @@ def read_ranks(path: Path) -> dict[str, Sequence]:
     """`query`, `product_id`, `rank`, `rank_itc` and, if there is one, `query_text` of a file of `write_rankings`.
 
     Raises:
-        ValueError: the file is missing, is no such file, or was written without truth.
+        UsageError: the file is missing, is not such a file, or was written without truth.
     """
     wanted = ["query", "product_id", "rank", "rank_itc"]
     try:
@@ -286,8 +287,8 @@ def read_ranks(path: Path) -> dict[str, Sequence]:
             table = pq.read_table(path, columns=[*wanted, *({"query_text"} & set(names))])
             return {name: column.to_pylist() for name, column in zip(table.column_names, table.columns, strict=True)}
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path} can't be read: {' '.join(str(error).split())}") from error
-    raise ValueError(f"{path} holds no ranks: rankings without truth can't be compared")
+        raise UsageError(f"{path} can't be read: {' '.join(str(error).split())}") from error
+    raise UsageError(f"{path} holds no ranks: rankings without truth can't be compared")
 
 
 def _lists(values, shape) -> pa.LargeListArray:

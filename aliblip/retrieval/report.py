@@ -2,7 +2,7 @@
 
 rows = [SheetRow("red cotton t-shirt", [Hit(photo, 3.21, right=True), ...], rank=1), ...]
 contact_sheet(rows, "sheet.png", heading="Demo")
-html_report("report.html", heading="Demo", galleries=[Gallery("Worst misses", rows)])
+html_report("report.html", heading="Demo", examples=[Examples("Worst misses", rows)])
 """
 
 import base64
@@ -19,6 +19,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from aliblip.runtime.files import write_bytes, write_text
+from aliblip.runtime.mistakes import UsageError
 
 _PAPER = "#ffffff"
 _BAND = "#f4f5f7"
@@ -109,7 +110,7 @@ class Table:
 
 
 @dataclass
-class Gallery:
+class Examples:
     """Queries with their photos."""
 
     heading: str
@@ -129,14 +130,15 @@ def contact_sheet(
         heading: one line above all.
 
     Raises:
-        ValueError: no rows, or an ending that is not the name of a picture format.
+        ValueError: no rows.
+        UsageError: an ending that is not the name of a picture format.
     """
     path = Path(path)
     if not rows:
         raise ValueError("a contact sheet needs at least one query")
     file_format = Image.registered_extensions().get(path.suffix.lower())
     if file_format not in Image.SAVE:
-        raise ValueError(f"{path} is not a picture file name: give one that ends in .png or .jpg")
+        raise UsageError(f"{path} is not a picture file name: give one that ends in .png or .jpg")
     text, bold, small = _font(17), _font(22), _font(14)
     row_height = photo_size + 2 * _GAP + 2 * _FRAME + 26
     columns = max(len(row.hits) for row in rows)
@@ -239,43 +241,43 @@ def html_report(
     tables: Sequence[Table] = (),
     charts: Sequence[Chart] = (),
     slices: Sequence[Table] = (),
-    galleries: Sequence[Gallery] = (),
+    examples: Sequence[Examples] = (),
     run: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write one HTML file that needs no other file, no network and no script.
 
-    All parts but the heading may be absent. Texts are shown as they are, whatever is in them. Photos become JPEGs of at
-    most 160 pixels, smaller ones where there are hundreds.
+    Everything but the heading may be absent. Texts are shown as they are, whatever is in them. Photos become JPEGs of
+    at most 160 pixels, smaller ones where there are hundreds.
 
     Args:
         path: where the page goes; ends in .html. Its folder is created.
         heading: above all, and the title of the page.
         note: a line below it.
         tables: the results.
-        charts: recall curves. Those without a curve are left out, like empty tables and galleries.
+        charts: recall curves. Those without a curve are left out, like empty tables and examples.
         slices: tables of parts of the data, below the curves.
-        galleries: queries with their photos; the `right` ones are framed as in the contact sheet.
+        examples: queries with their photos; the `right` ones are framed as in the contact sheet.
         run: names and values at the end of the page; a mapping as a value becomes one line.
 
     Raises:
-        ValueError: the path does not end in .html or .htm.
+        UsageError: the path does not end in .html or .htm.
     """
     path = Path(path)
     if path.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"{path} is not a page's file name: give one that ends in .html")
-    parts = [f"<h1>{_text(heading)}</h1>"]
+        raise UsageError(f"{path} is not a page's file name: give one that ends in .html")
+    sections = [f"<h1>{_text(heading)}</h1>"]
     if note:
-        parts.append(f'<p class="quiet">{_text(note)}</p>')
-    parts += [_table(table) for table in tables if table.rows]
-    parts += [_chart(chart) for chart in charts if chart.curves]
-    parts += [_table(table) for table in slices if table.rows]
-    shown = [gallery for gallery in galleries if gallery.rows]
-    photos = _photos([hit.image for gallery in shown for row in gallery.rows for hit in row.hits])
-    parts += [_gallery(gallery, photos) for gallery in shown]
+        sections.append(f'<p class="quiet">{_text(note)}</p>')
+    sections += [_table(table) for table in tables if table.rows]
+    sections += [_chart(chart) for chart in charts if chart.curves]
+    sections += [_table(table) for table in slices if table.rows]
+    shown = [group for group in examples if group.rows]
+    photos = _photos([hit.image for group in shown for row in group.rows for hit in row.hits])
+    sections += [_examples(group, photos) for group in shown]
     if run:
-        parts.append(_run(run))
+        sections.append(_run(run))
     path.parent.mkdir(parents=True, exist_ok=True)
-    body = "\n".join(parts)
+    body = "\n".join(sections)
     write_text(
         path,
         f"""<!DOCTYPE html>
@@ -459,9 +461,9 @@ def _photos(images: Sequence[Image.Image]) -> dict[int, tuple[str, int, int]]:
     }
 
 
-def _gallery(gallery: Gallery, photos: dict[int, tuple[str, int, int]]) -> str:
+def _examples(examples: Examples, photos: dict[int, tuple[str, int, int]]) -> str:
     rows = []
-    for row in gallery.rows:
+    for row in examples.rows:
         figures = []
         for number, hit in enumerate(row.hits, 1):
             source, width, height = photos[id(hit.image)]
@@ -480,7 +482,7 @@ def _gallery(gallery: Gallery, photos: dict[int, tuple[str, int, int]]) -> str:
             f'<article>\n<h3 dir="auto">{_text(_clipped(row.title))}</h3>{rank}\n'
             f'<div class="photos">{"".join(figures)}</div>\n</article>'
         )
-    return _section(gallery.heading, gallery.note, "\n".join(rows))
+    return _section(examples.heading, examples.note, "\n".join(rows))
 
 
 _STYLE = f""":root {{

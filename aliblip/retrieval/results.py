@@ -1,9 +1,8 @@
-"""From rankings to numbers: results.json, its table, intervals, slices, and the comparison of two runs.
+"""From rankings to numbers: results.json, its table, intervals and slices.
 
     results = measure(retrieval, model_name=..., dataset_name=..., split=...)
     print(format_table(results))
     write_results(output_dir, retrieval, results)
-    print(format_comparison(compare(output_dir / "results.json", other / "results.json")))
 
 Recalls are fractions, in the files and everywhere else but in the tables. Intervals are 95 % bootstrap intervals over
 products.
@@ -24,9 +23,11 @@ import torch
 from torch import Tensor
 
 from aliblip.retrieval.metrics import RECALL_AT, RESAMPLES, bootstrap_means, hits, interval, summarize_ranks
-from aliblip.retrieval.rankings import MATRIX, Retrieval, Side, final_order, ranks_of, read_ranks, write_rankings
+from aliblip.retrieval.rankings import MATRIX, Retrieval, Side, final_order, ranks_of, write_rankings
 from aliblip.runtime.distributed import world_size
 from aliblip.runtime.files import write_json, write_json_lines
+from aliblip.runtime.mistakes import UsageError
+from aliblip.runtime.sameness import changes, told
 
 _PACKAGES = ("torch", "transformers", "accelerate")
 # Slices that are computed from the title; all others are columns of the data.
@@ -34,6 +35,8 @@ TITLE_SLICES = ("title_length", "script")
 MOST_SLICES = 20
 DIRECTION_NAMES = {"text_to_image": "text to image", "image_to_text": "image to text"}
 
+# Files of an evaluation's folder.
+RESULTS = "results.json"
 RANKINGS = "rankings_{}.parquet"
 COMPARISON = "comparison.json"
 
@@ -304,20 +307,19 @@ def check_results_of_others(output_dir: Path, model_name: str, dataset_name: str
     """Refuse to write over the results of another model, data set or split.
 
     Raises:
-        ValueError: there are some; the message says of what.
+        UsageError: there are some; the message says of what.
     """
-    path = output_dir / "results.json"
+    path = output_dir / RESULTS
     if not path.is_file():
         return
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        found = tuple(before[key] for key in ("model", "dataset", "split"))
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is there and is no file of ours: give another --output_dir") from None
-    if found != (model_name, dataset_name, split):
-        raise ValueError(
-            f"{path} holds the results of {found[0]} on {found[1]}, {found[2]}: give another --output_dir, or "
-            "--overwrite_output_dir to replace them"
+        before = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{path} can't be read as results: give another --output_dir") from error
+    if changed := changes(before, now := {"model": model_name, "dataset": dataset_name, "split": split}, names=now):
+        raise UsageError(
+            f"{path} holds other results ({told(changed)}): give another --output_dir, or --overwrite_output_dir to "
+            "replace them"
         )
 
 
@@ -348,122 +350,17 @@ def write_results(output_dir: Path, retrieval: Retrieval, results: dict) -> list
             os.link(retrieval.matrix, written[-1])
         except OSError:  # a file system without links
             shutil.copyfile(retrieval.matrix, written[-1])
-    write_json(output_dir / "results.json", results)  # last: where it is, all is there
-    return [output_dir / "results.json", *written]
-
-
-# --- comparing --------------------------------------------------------------------------------------------------------
-
-
-def compare(here: Path, other: Path) -> dict[str, Any]:
-    """Paired bootstrap of two runs on the same data: the differences here minus other, with intervals.
-
-    Only queries that both runs have are counted; the same products are drawn for both in each resample.
-
-    Args:
-        here, other: results.json files, each with its rankings beside it.
-
-    Returns:
-        {"here", "other": model names, "text_to_image": {"num_queries", "only_in_one", "recall@k" and "mean_recall":
-        {"here", "other", "difference", "interval", "p"}}, ...}. `p`: share of resamples whose difference has not the
-        sign of the whole, doubled (two-sided), at most 1.
-
-    Raises:
-        ValueError: a file is missing or no such file, or the two runs are not on the same data.
-    """
-    compared: dict[str, Any] = {"here": _results_of(here)["model"], "other": _results_of(other)["model"]}
-    for name in DIRECTION_NAMES:
-        files = [path.parent / RANKINGS.format(name) for path in (here, other)]
-        if name == "image_to_text" and not all(file.is_file() for file in files):
-            continue
-        compared[name] = _compare_direction(*map(read_ranks, files), other)
-    return compared
-
-
-def check_comparable(other: Path) -> None:
-    """Look before a long run whether it can be compared with another one.
-
-    Raises:
-        ValueError: as `compare`.
-    """
-    _results_of(other)
-    read_ranks(other.parent / RANKINGS.format("text_to_image"))
-
-
-def _results_of(path: Path) -> dict:
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        results["model"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no results.json of evaluate_retrieval.py ({error})") from error
-    return results
-
-
-def _compare_direction(here: dict, other: dict, path: Path) -> dict[str, Any]:
-    mine, theirs = ({query: place for place, query in enumerate(run["query"])} for run in (here, other))
-    shared = [query for query in here["query"] if query in theirs]
-    identity = [key for key in ("product_id", "query_text") if key in here and key in other]
-    pairs = [(mine[query], theirs[query]) for query in shared]
-    different = sum(any(here[key][a] != other[key][b] for key in identity) for a, b in pairs)
-    if not shared or different:
-        raise ValueError(
-            f"{path} is of other data: {different} of {len(shared)} common queries have another title or product"
-        )
-    ranks = np.array([(here["rank"][a], other["rank"][b]) for a, b in pairs])
-    product_id = np.array([here["product_id"][a] for a, _ in pairs])
-    found = (ranks > 0).all(axis=1)
-    ranks, product_id = ranks[found], product_id[found]
-    result: dict[str, Any] = {
-        "num_queries": len(ranks),
-        "only_in_one": len(mine) + len(theirs) - 2 * len(shared),
-    }
-    if not len(ranks):
-        return result
-    each = [hits(column) for column in ranks.T]
-    each = [np.column_stack([values, values.mean(axis=1)]) for values in each]
-    draws = bootstrap_means(each[0] - each[1], product_id)
-    for number, key in enumerate([*(f"recall@{k}" for k in RECALL_AT), "mean_recall"]):
-        values = [float(side[:, number].mean()) for side in each]
-        difference = values[0] - values[1]
-        against = (draws[:, number] <= 0) if difference > 0 else (draws[:, number] >= 0)
-        result[key] = {
-            "here": values[0],
-            "other": values[1],
-            "difference": difference,
-            "interval": interval(draws[:, number]),
-            "p": min(1.0, 2 * float(against.mean())),
-        }
-    return result
-
-
-def format_comparison(compared: dict) -> str:
-    """A comparison as lines for a terminal; recalls and differences in percent points."""
-    lines = [f"{compared['here']} (here) against {compared['other']} (other)"]
-    for name, direction in DIRECTION_NAMES.items():
-        if name not in compared:
-            continue
-        run = compared[name]
-        lines.append(f"{direction}: {run['num_queries']} queries of both, {run['only_in_one']} of one alone")
-        for key in [*(f"recall@{k}" for k in RECALL_AT), "mean_recall"]:
-            if key not in run:
-                continue
-            row = run[key]
-            low, high = (100 * value for value in row["interval"])
-            p = f"p = {row['p']:.3f}" if row["p"] >= 2 / RESAMPLES else f"p < {2 / RESAMPLES:.3f}"
-            lines.append(
-                f"  {key:<12}{100 * row['here']:8.1f}{100 * row['other']:8.1f}   difference "
-                f"{100 * row['difference']:+.1f} (95 %: {low:+.1f} to {high:+.1f}, {p})"
-            )
-    return "\n".join(lines)
+    write_json(output_dir / RESULTS, results)  # last: where it is, all is there
+    return [output_dir / RESULTS, *written]
 
 
 __all__ = [
     "COMPARISON",
+    "DIRECTION_NAMES",
+    "RANKINGS",
+    "RESULTS",
     "TITLE_SLICES",
-    "check_comparable",
     "check_results_of_others",
-    "compare",
-    "format_comparison",
     "format_table",
     "measure",
     "write_results",

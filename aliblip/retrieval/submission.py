@@ -30,11 +30,13 @@ import numpy as np
 from torch import Tensor
 
 from aliblip.runtime.files import write_text
+from aliblip.runtime.mistakes import UsageError
 
-__all__ = ["read_submission", "submission_rows", "verify_submission", "write_submission"]
+__all__ = ["LONGEST_LIST", "read_submission", "submission_rows", "verify_submission", "write_submission"]
 
 LISTS = {"top5": 5, "top10": 10}
 KEYS = ("caption", *LISTS)
+LONGEST_LIST = max(LISTS.values())
 # Twenty thousand titles of usual length make 15 MB.
 MAX_FILE_BYTES = 512 * 2**20
 # Ten of the longest file names, with every character escaped, are about half of it. Python's parser takes much memory
@@ -53,14 +55,15 @@ def submission_rows(captions: Sequence[str], names: Sequence[str], ids: Tensor |
         ids: (Q, K) integers, for each title indices into `names`, best first; K at least 10, or N where that is less.
 
     Raises:
-        ValueError: names that several photos have; ids of another shape, out of range, or twice in one row.
+        UsageError: names that several photos have.
+        ValueError: ids of another shape, out of range, or twice in one row.
     """
     if repeated := _repeated(names):
-        raise ValueError(f"{_ambiguous(repeated)}; give every photo a name of its own")
+        raise UsageError(f"{_ambiguous(repeated)}; give every photo a name of its own")
     if not len(captions):
         return []
     ids = np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids)
-    needed = min(max(LISTS.values()), len(names))
+    needed = min(LONGEST_LIST, len(names))
     if ids.ndim != 2 or len(ids) != len(captions) or ids.shape[1] < needed:
         raise ValueError(
             f"ids have the shape {ids.shape}: {len(captions)} titles and {len(names)} photos need "
@@ -106,15 +109,15 @@ def read_submission(path: str | os.PathLike) -> list[dict]:
     """The rows of a file of either form, with both lists as lists.
 
     Raises:
-        ValueError: not such a file; the message names the row, counted from 0.
+        UsageError: it is not such a file; the message names the row, counted from 0.
         OSError: it can't be read.
     """
     rows = []
     for number, row in enumerate(_load(path)):
         try:
             rows.append(_parse_row(row))
-        except ValueError as error:
-            raise ValueError(f"{path}, row {number}: {error}") from None
+        except UsageError as error:
+            raise UsageError(f"{path}, row {number}: {error}") from None
     return rows
 
 
@@ -147,7 +150,7 @@ def _problems(path, captions: Sequence[str], names: Sequence[str]) -> Iterator[t
         yield _ambiguous(repeated), None
     try:
         rows = _load(path)
-    except (OSError, ValueError) as error:
+    except (OSError, UsageError) as error:
         reason = f"{path} can't be read: {error.strerror}" if isinstance(error, OSError) else str(error)
         yield reason, None
         return
@@ -165,7 +168,7 @@ def _problems(path, captions: Sequence[str], names: Sequence[str]) -> Iterator[t
                 continue
             try:
                 found = lists[key] = _parse_list(row[key])
-            except ValueError as error:
+            except UsageError as error:
                 yield f"row {number}: {key} {error}", None
                 continue
             expected = min(length, len(names))
@@ -223,27 +226,27 @@ def _load(path: str | os.PathLike) -> list:
     with open(path, "rb") as file:
         data = file.read(MAX_FILE_BYTES + 1)
     if len(data) > MAX_FILE_BYTES:
-        raise ValueError(f"{path} is larger than {MAX_FILE_BYTES / 2**20:g} MiB: that is no submission")
+        raise UsageError(f"{path} is larger than {MAX_FILE_BYTES / 2**20:g} MiB: that is no submission")
     try:
         rows = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise UsageError(f"{path} is not JSON: {error}") from None
     if not isinstance(rows, list):
-        raise ValueError(f"{path} is not a list of objects but {type(rows).__name__}")
+        raise UsageError(f"{path} is not a list of objects but {type(rows).__name__}")
     return rows
 
 
 def _parse_row(row: Any) -> dict:
     if missing_or_extra := _wrong_keys(row):
-        raise ValueError(f"it {missing_or_extra}")
+        raise UsageError(f"it {missing_or_extra}")
     if not isinstance(row["caption"], str):
-        raise ValueError(f"the caption is not text but {type(row['caption']).__name__}")
+        raise UsageError(f"the caption is not text but {type(row['caption']).__name__}")
     parsed = {"caption": row["caption"]}
     for key in LISTS:
         try:
             parsed[key] = _parse_list(row[key])
-        except ValueError as error:
-            raise ValueError(f"{key} {error}") from None
+        except UsageError as error:
+            raise UsageError(f"{key} {error}") from None
     return parsed
 
 
@@ -260,21 +263,21 @@ def _wrong_keys(row: Any) -> str | None:
 def _parse_list(value: Any) -> list[str]:
     if isinstance(value, str):
         if len(value) > MAX_LIST_CHARACTERS:
-            raise ValueError(f"is a text of {len(value):,} characters: at most {MAX_LIST_CHARACTERS:,} are read")
+            raise UsageError(f"is a text of {len(value):,} characters: at most {MAX_LIST_CHARACTERS:,} are read")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a backslash before a letter is a name's own affair
                 parsed = ast.literal_eval(value)  # takes literals only, and runs nothing
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            raise ValueError(f"is text that is no Python list: {_shorten(value)!r}") from None
+            raise UsageError(f"is text that is no Python list: {_shorten(value)!r}") from None
         if not isinstance(parsed, list):
-            raise ValueError(f"is text that is no Python list: {_shorten(value)!r}")
+            raise UsageError(f"is text that is no Python list: {_shorten(value)!r}")
         value = parsed
     if not isinstance(value, list):
-        raise ValueError(f"is not a list but {type(value).__name__}")
+        raise UsageError(f"is not a list but {type(value).__name__}")
     for name in value:
         if not isinstance(name, str):
-            raise ValueError(f"holds {_shorten(repr(name))}, which is no file name")
+            raise UsageError(f"holds {_shorten(repr(name))}, which is no file name")
     return value
 
 

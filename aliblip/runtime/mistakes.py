@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from aliblip.runtime.distributed import launched_rank
+from aliblip.runtime.quiet import quiet_libraries
 
 SECONDS_FOR_THE_FIRST_PROCESS = 30
 TRACEBACK_VARIABLE = "ALIBLIP_TRACEBACK"
@@ -51,11 +52,12 @@ def usage_errors(*kinds: type[Exception], told: str = "{}") -> Iterator[None]:
 
 def main_with_usage_errors(name: str, main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit with its code; a UsageError ends it with exit code 2 and one line, printed by the
-    first process.
+    first process. Libraries are kept from printing what is not the user's concern.
 
     The other processes of a launch meet the same mistake. They wait: a launcher ends all processes as soon as one has
     failed, so one that left first would cut the line off. Whoever is still there after that met a mistake of its own.
     """
+    quiet_libraries()
     try:
         sys.exit(main())
     except UsageError as error:

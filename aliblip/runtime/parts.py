@@ -28,6 +28,8 @@ from safetensors.torch import save
 
 from aliblip.runtime.distributed import is_main, rank, together
 from aliblip.runtime.files import write_bytes, write_json
+from aliblip.runtime.mistakes import UsageError
+from aliblip.runtime.sameness import changes, told
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +51,11 @@ class Parts:
         self.folder, self.made_from = folder, json.loads(json.dumps(made_from))
 
     def check(self) -> None:
-        """Look whether the parts that lie in the folder belong to this work.
+        """Refuse to go on with parts of other work.
 
         Raises:
-            ValueError: they were made from something else, or can't be read; the message says from what and what to do.
+            UsageError: the parts that lie in the folder were made from something else, or can't be read; the message
+                says from what and what to do.
         """
         file = self.folder / _FINGERPRINT
         if not file.is_file():
@@ -60,14 +63,19 @@ class Parts:
         try:
             before = dict(json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"{file} can't be read: remove the folder {self.folder} to start anew") from error
-        changed = [name for name in self.made_from if before.get(name) != self.made_from[name]]
-        if changed:
-            listed = "; ".join(f"{name} was {before.get(name)}, here it is {self.made_from[name]}" for name in changed)
-            raise ValueError(
-                f"{self.folder} holds unfinished work on something else ({listed}): go on with that, give another "
-                "--output_dir, or remove the folder"
+            raise UsageError(f"{file} can't be read: remove the folder {self.folder} to start anew") from error
+        if changed := changes(before, self.made_from, names=self.made_from):
+            raise UsageError(
+                f"{self.folder} holds unfinished work on something else ({told(changed)}): go on with that, give "
+                "another --output_dir, or --overwrite_output_dir to drop it"
             )
+
+    def drop_others(self) -> None:
+        """Remove the folder if `check` refuses it. Main process only."""
+        try:
+            self.check()
+        except UsageError:
+            self.remove()
 
     def stage(self, name: str, before_write: Callable[[], None] | None = None, needed: bool = False) -> "Stage":
         """The finished units of one stage; a collective, as its parts are listed by the main process.
