@@ -89,8 +89,8 @@ class GalleryArguments:
     columns: str | None = option(None, "Columns of the data to keep, separated by commas (default: all).")
     thumbnails: int = option(
         0,
-        f"Keep a JPEG of each photo with this longest side in pixels, such as {THUMBNAIL_SIDE}, so that photos that lie "
-        "inside the data or elsewhere can be shown; 0: none.",
+        f"Keep a JPEG of each photo with this longest side in pixels, such as {THUMBNAIL_SIDE}, so that photos inside "
+        "the data or elsewhere can be shown; 0: none.",
     )
     store_tokens: bool = option(
         False, "Keep image tokens, so that re-ranking needs no photo: 0.9 MB a photo with base at 384 px."

@@ -299,15 +299,9 @@ class Build:
     def _begin(self, parts: Parts) -> None:
         """Look again, since it may be long ago, and find whether what is there can go on. Main process only."""
         self._check_place()
-        try:
-            parts.check()
-        except ValueError as error:
-            if not self.overwrite:
-                raise UsageError(
-                    f"{self.uri} holds the beginning of another gallery ({error}). To start anew: "
-                    f"{self.flag('overwrite', True)}"
-                ) from error
-            parts.remove()
+        if self.overwrite:
+            parts.drop_others()
+        parts.check(f"give another place ({self.flag('uri')}), or {self.flag('overwrite', True)} to drop it")
         if not is_address(self.uri):
             os.makedirs(self.uri, exist_ok=True)
 

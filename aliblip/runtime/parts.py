@@ -50,8 +50,11 @@ class Parts:
     def __init__(self, folder: Path, made_from: dict[str, Any]):
         self.folder, self.made_from = folder, json.loads(json.dumps(made_from))
 
-    def check(self) -> None:
+    def check(self, way_out: str = "give another --output_dir, or --overwrite_output_dir to drop it") -> None:
         """Refuse to go on with parts of other work.
+
+        Args:
+            way_out: what else the user can do, in the words of the tool that was called.
 
         Raises:
             UsageError: the parts that lie in the folder were made from something else, or can't be read; the message
@@ -66,8 +69,7 @@ class Parts:
             raise UsageError(f"{file} can't be read: remove the folder {self.folder} to start anew") from error
         if changed := changes(before, self.made_from, names=self.made_from):
             raise UsageError(
-                f"{self.folder} holds unfinished work on something else ({told(changed)}): go on with that, give "
-                "another --output_dir, or --overwrite_output_dir to drop it"
+                f"{self.folder} holds unfinished work on something else ({told(changed)}): go on with that, {way_out}"
             )
 
     def drop_others(self) -> None:
