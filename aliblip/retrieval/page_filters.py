@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from aliblip.retrieval.where import column_name
 from aliblip.runtime.mistakes import UsageError
 
 MOST_CHOICES = 50
@@ -35,7 +36,7 @@ class Filter:
 
     Attributes:
         column: its name.
-        kind: "text", "number" or "flag" (true or false).
+        kind: "text", "integer", "number" or "flag" (true or false).
         choices: the values to choose from, as text; None: two bounds of numbers.
     """
 
@@ -54,13 +55,15 @@ class Condition:
 
 
 def kind_of(gallery: Any, column: str) -> str | None:
-    """ "text", "number" or "flag"; None for what can't be filtered by, such as a list."""
+    """The kind of a `Filter`; None for what can't be filtered by, such as a list."""
     kind = gallery.schema.field(column).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return "text"
-    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+    if pa.types.is_integer(kind):
+        return "integer"
+    if pa.types.is_floating(kind):
         return "number"
     return "flag" if pa.types.is_boolean(kind) else None
 
@@ -120,13 +123,13 @@ def require_columns(gallery: Any, flag: str, names: Sequence[str]) -> Sequence[s
 def _filter_of(gallery: Any, column: str, asked: bool = False) -> Filter | None:
     """The filter of a column; None where there is none that makes sense, or only bounds that nobody asked for."""
     kind = kind_of(gallery, column)
-    if kind is None or "`" in column:
+    if kind is None:
         return None
-    if kind == "number" and pa.types.is_floating(gallery.schema.field(column).type):
+    if kind == "number":
         return Filter(column, kind, None) if asked else None
     found = _values(gallery, column, kind)
     if found is None:
-        return Filter(column, kind, None) if asked and kind == "number" else None
+        return Filter(column, kind, None) if asked and kind == "integer" else None
     # What tells nearly every item apart is a name of it, and narrows no search.
     is_useful = found if asked else 2 <= len(found) <= len(gallery) / 2
     return Filter(column, kind, found) if is_useful else None
@@ -134,7 +137,7 @@ def _filter_of(gallery: Any, column: str, asked: bool = False) -> Filter | None:
 
 def _values(gallery: Any, column: str, kind: str) -> tuple[str, ...] | None:
     """The values of a column in order, as text; None: too many to choose from."""
-    found = gallery.values(column, limit=MOST_NUMBERS if kind == "number" else MOST_CHOICES)
+    found = gallery.values(column, limit=MOST_NUMBERS if kind == "integer" else MOST_CHOICES)
     return None if found is None else tuple(map(text_of, sorted(value for value in found if value not in (None, ""))))
 
 
@@ -176,23 +179,26 @@ def _bounds(one: Filter, given: Mapping | tuple, condition: Condition) -> list[s
         if not set(given) <= {"min", "max"}:
             raise VisitorMistake(f'the filter {one.column!r} takes bounds as {{"min": ..., "max": ...}}')
         given = (given.get("min"), given.get("max"))
-    if one.kind != "number" and any(bound is not None for bound in given):
+    if one.kind not in ("number", "integer") and any(bound is not None for bound in given):
         raise VisitorMistake(f"the filter {one.column!r} has no numbers: give one of its values")
     least, most = (None if bound in (None, "") else _number(one, bound) for bound in given)
     if least is not None and most is not None and least > most:
         raise VisitorMistake(f"{one.column}: the least, {least:g}, is more than the most, {most:g}")
     parts = []
     for bound, sign, word in ((least, ">=", "at least"), (most, "<=", "at most")):
-        if bound is not None:
-            parts.append(f"`{one.column}` {sign} :{_named(condition, bound)}")
-            condition.told.append(f"{one.column} {word} {text_of(bound)}")
+        if bound is None:
+            continue
+        condition.told.append(f"{one.column} {word} {text_of(bound)}")
+        if one.kind == "integer":  # Lance compares whole numbers with whole numbers alone
+            bound = math.ceil(bound) if sign == ">=" else math.floor(bound)
+        parts.append(f"{column_name(one.column)} {sign} :{_named(condition, bound)}")
     return parts
 
 
 def _any_of(one: Filter, given: list, condition: Condition) -> list[str]:
     names = [f":{_named(condition, _typed(one, value))}" for value in given]
     condition.told.append(f"{one.column} {' or '.join(map(text_of, given))}")
-    return [f"`{one.column}` IN ({', '.join(names)})"]
+    return [f"{column_name(one.column)} IN ({', '.join(names)})"]
 
 
 def _named(condition: Condition, value: Any) -> str:
@@ -204,6 +210,11 @@ def _named(condition: Condition, value: Any) -> str:
 def _typed(one: Filter, value: Any) -> str | int | float | bool:
     if one.kind == "number":
         return _number(one, value)
+    if one.kind == "integer":
+        number = _number(one, value)
+        if number == int(number):
+            return int(number)
+        raise VisitorMistake(f"the filter {one.column!r} takes whole numbers")
     if one.kind == "flag":
         flag = {"yes": True, "no": False}.get(value, value) if isinstance(value, str) else value
         if isinstance(flag, bool):

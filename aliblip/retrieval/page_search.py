@@ -10,6 +10,7 @@ Usable from many threads, and while other processes change the gallery: a search
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import re
 import threading
@@ -54,16 +55,19 @@ _KEPT_THUMBNAILS = 1000
 # What a visitor reads where a photo can't be shown, by what the reading says of it: its own words name paths and
 # addresses of the server.
 _PROBLEMS = (
-    ("missing", "missing"),
     ("fetched", "unreachable"),
+    ("missing", "missing"),
+    ("neither", "not kept"),
+    ("no longer", "removed"),
     ("decoded", "damaged"),
     ("known format", "not a photo"),
     ("empty", "empty file"),
     ("larger than", "too large"),
     ("more than", "too large"),
     ("photo_root", "not in the photo folder"),
-    ("foreign", "not in the photo folder"),
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -115,19 +119,23 @@ class Searcher:
         self.show_columns = list(_captions(gallery) if show_columns is None else show_columns)
         require_columns(gallery, "show_columns", [name for name in self.show_columns if name != "id"])
         self.filters = choose_filters(gallery, filter_columns, left_out=self.show_columns)
+        self._choices = (gallery.version, [one.choices for one in self.filters if one.choices is not None])
         self._kept, self._lock = OrderedDict(), threading.Lock()  # thumbnails by version and id, the oldest first
         self._readers = ThreadPoolExecutor(_PHOTOS_AT_ONCE, thread_name_prefix="photo")
 
     def current(self) -> Any:
-        """The gallery's newest version."""
-        self.gallery.refresh()
+        """The gallery as it is now; it stays so while others change it."""
         return self.gallery.snapshot()
 
     def choices(self) -> list[tuple[str, ...]]:
         """What the gallery has now to choose from, for each filter with choices; where it has too many by now, those
         of the start."""
-        self.gallery.refresh()
-        return [choices_of(self.gallery, one) for one in self.filters if one.choices is not None]
+        view = self.current()
+        version, found = self._choices
+        if version != view.version:
+            found = [choices_of(view, one) for one in self.filters if one.choices is not None]
+            self._choices = (view.version, found)
+        return found
 
     # searches
 
@@ -172,17 +180,22 @@ class Searcher:
     def _search(self, query: Any, direction: str, top_k: int, rerank: int, chosen: Mapping[str, Any] | None) -> Found:
         condition = condition_of(self.filters, chosen or {})
         view = self.current()
-        results = self.pipe(
-            query,
-            gallery=view,
-            direction=direction,
-            where=condition.where,
-            values=condition.values or None,
-            top_k=top_k,
-            rerank=rerank,
-            fusion_weight=self.fusion_weight,
-        )
-        return Found(results, view, order_told(self.fusion_weight if rerank else None), condition.told, bool(rerank))
+        options = {"gallery": view, "direction": direction, "top_k": top_k, "fusion_weight": self.fusion_weight}
+        if condition.where is not None:
+            options |= {"where": condition.where, "values": condition.values}
+        failed = False
+        try:
+            results = self.pipe(query, rerank=rerank, **options)
+        except UsageError as error:
+            if not rerank:
+                raise
+            # The photo of some candidate can't be read. The similarities need none.
+            logger.warning("not re-ranked: %s", error)
+            results, rerank, failed = self.pipe(query, rerank=0, **options), 0, True
+        order = order_told(self.fusion_weight if rerank else None)
+        if failed:
+            order += "; not re-ranked, since a photo can't be read"
+        return Found(results, view, order, condition.told, bool(rerank))
 
     # what is shown of the results
 
@@ -290,10 +303,9 @@ def order_told(fusion_weight: float | None) -> str:
 
 def score_told(result: Mapping[str, Any]) -> str:
     """The scores of a result, the one that orders first."""
-    itc = f"ITC {result['itc']:.2f}"
-    if result["itm_probability"] is None:
-        return itc
-    parts = (f"score {result['score']:.2f}", itc, f"match {100 * result['itm_probability']:.0f} %")
+    parts = [f"ITC {result['itc']:.2f}"]
+    if result["itm_probability"] is not None:
+        parts = [f"score {result['score']:.2f}", *parts, f"match {100 * result['itm_probability']:.0f} %"]
     return " · ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)
 
 
