@@ -277,7 +277,8 @@ def measure_before(checkout: Path, rows: int, folder: Path, args) -> dict:
     row["save_again_seconds"] = seconds(lambda: gallery.save(folder))
     print(
         f"version 0.1.0, {rows:,} rows: written in {row['write_seconds']:.0f} s, exact "
-        f"{row['exact']['milliseconds']:.0f} ms, one row removed in {row['remove_1_seconds']:.2f} s and saved in {row['save_again_seconds']:.1f} s",
+        f"{row['exact']['milliseconds']:.0f} ms, one row removed in "
+        f"{row['remove_1_seconds']:.2f} s and saved in {row['save_again_seconds']:.1f} s",
         flush=True,
     )
     return row
@@ -287,7 +288,7 @@ def main(command_line: list[str] | None = None) -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 10_000_000])
     arguments.add_argument("--width", type=int, default=256)
-    arguments.add_argument("--spread", type=float, default=1.0, help="noise of a row, as a multiple of its centre")
+    arguments.add_argument("--spread", type=float, default=0.6, help="noise of a row, as a multiple of its centre")
     arguments.add_argument("--queries", type=int, default=200)
     arguments.add_argument("--exact_queries", type=int, default=50, help="of these, searched exactly too")
     arguments.add_argument("--filtered_queries", type=int, default=50)

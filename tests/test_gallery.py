@@ -11,6 +11,7 @@ from pathlib import Path
 import hostile
 import numpy as np
 import pytest
+import storage_aliblip
 import tiny
 import torch
 from datasets import Dataset
@@ -20,7 +21,6 @@ from PIL import Image
 
 import gallery_aliblip
 import retrieval_aliblip as engine
-import storage_aliblip
 from aliblip.data.rows import Row, decode
 from aliblip.gallery import main
 from aliblip.retrieval.galleries import build_gallery

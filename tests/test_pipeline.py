@@ -19,7 +19,7 @@ from transformers.pipelines.pt_utils import KeyDataset
 
 import reading_aliblip
 import retrieval_aliblip as engine
-from aliblip import AliBlipImageTextRetrievalPipeline, Gallery, MemoryGallery
+from aliblip import AliBlipImageTextRetrievalPipeline, Gallery
 
 TASK = "image-text-retrieval"
 COUNT, K = 20, 6
