@@ -22,7 +22,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -334,15 +333,16 @@ class Build:
             world_size=world_size(),
             num_workers=self.num_workers,
         )
-        units = [
-            unit
-            for block in blocks
-            for unit in range(block * self.passes, min((block + 1) * self.passes, loader.num_units))
-        ]
+        last_of = {block: min((block + 1) * self.passes, loader.num_units) - 1 for block in blocks}
+        units = [unit for block in blocks for unit in range(block * self.passes, last_of[block] + 1)]
         what = "photos" if self.kind == "image" else "titles"
-        embedded = embedded_units(model, loader, units, dtype=self.dtype, progress=progress, what=what)
-        for block, group in groupby(map(_on_the_cpu, embedded), key=lambda unit: unit.number // self.passes):
-            yield block, list(group)
+        of_block: list[EmbeddedUnit] = []
+        for unit in embedded_units(model, loader, units, dtype=self.dtype, progress=progress, what=what):
+            of_block.append(_on_the_cpu(unit))
+            block = unit.number // self.passes
+            if unit.number == last_of[block]:
+                yield block, of_block
+                of_block = []
 
     def _write(self, units: list[EmbeddedUnit], schema: pa.Schema, facts: Facts) -> dict[str, Any]:
         """Write a block as a fragment; what `Parts` keeps of it."""
