@@ -45,7 +45,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/python demo/what_next.py --started $(STARTED) --python $(BIN)/python
 
 check: style
-	@$(PYTEST) -q -m "not slow"
+	@$(PYTEST) -q --disable-warnings -m "not slow"
 
 test: $(VENV)/.installed
 	@$(PYTEST) -rs

@@ -32,13 +32,16 @@ for module in modules:
     importlib.import_module(module)
 pipe = pipeline("image-text-retrieval", model=sys.argv[1], top_k=2)
 found = pipe("red cup", gallery=sys.argv[2:], direction="text-to-image")
+gallery = aliblip.Gallery.build(sys.argv[2:], "gallery", model=pipe.model, processor=pipe.processor)
+kept = pipe("red cup", gallery=gallery, direction="text-to-image")
 embedded = pipe.model.get_image_features(**pipe.processor(images=[Image.open(sys.argv[2])], return_tensors="pt"))
 files = [module.__file__ for module in sys.modules.values() if getattr(module, "__file__", None)]
 print(json.dumps({
     "modules": modules,
     "ours": [file for file in files if "aliblip" in file],
     "path": sys.path,
-    "found": [result["id"] for result in found],
+    "found": [result["itc"] for result in found],
+    "kept": [result["itc"] for result in kept],
     "embedded": list(embedded.pooler_output.shape),
     "install_hint": install_hint("gallery"),
     "script_command": script_command("train.py"),
@@ -138,6 +141,7 @@ def test_a_model_is_trained_evaluated_and_searched_with(installed, elsewhere, tr
     assert_succeeded(result)
     told = json.loads(result.stdout.splitlines()[-1])
     assert len(told["found"]) == 2 and told["embedded"] == [1, 16]
+    assert told["kept"] == pytest.approx(told["found"], abs=1e-5)
     assert {"aliblip.serve", "aliblip.retrieval.metrics"} <= set(told["modules"])
     packages = installed.parent / "lib"
     assert told["ours"] and all(packages in Path(file).parents for file in told["ours"])
