@@ -19,11 +19,11 @@ from transformers.pipelines.pt_utils import KeyDataset
 
 import reading_aliblip
 import retrieval_aliblip as engine
-from aliblip import AliBlipImageTextRetrievalPipeline, Gallery
+from aliblip import AliBlipImageTextRetrievalPipeline, Gallery, MemoryGallery
 
 TASK = "image-text-retrieval"
 COUNT, K = 20, 6
-FIELDS = {"id", "score", "itc", "itm_logit", "itm_probability"}
+FIELDS = {"id", "position", "score", "itc", "itm_logit", "itm_probability"}
 
 
 @pytest.fixture(scope="module")
@@ -41,21 +41,25 @@ def titles():
     return tiny.titles(COUNT)
 
 
+def build(pipe, rows, place, **options):
+    return Gallery.build(rows, place, model=pipe.model, processor=pipe.processor, num_workers=0, **options)
+
+
 @pytest.fixture(scope="module")
 def folder(pipe, paths, tmp_path_factory):
     made = tmp_path_factory.mktemp("pipeline") / "gallery"
-    Gallery.build(pipe.model, pipe.processor, paths, made, store_tokens=True, progress=False)
+    build(pipe, paths, made, store_tokens=True)
     return made
 
 
 @pytest.fixture(scope="module")
 def gallery(folder):
-    return Gallery.load(folder)
+    return Gallery.open(folder)
 
 
 @pytest.fixture(scope="module")
-def text_gallery(pipe, titles):
-    return Gallery.build(pipe.model, pipe.processor, titles, kind="text", progress=False)
+def text_gallery(pipe, titles, tmp_path_factory):
+    return build(pipe, titles, tmp_path_factory.mktemp("pipeline") / "titles", kind="text")
 
 
 def assert_close(results, expected):
@@ -65,8 +69,8 @@ def assert_close(results, expected):
         if isinstance(one, list):
             assert_close(one, other)
         else:
-            assert one["id"] == other["id"] and one.keys() == other.keys()
-            for name in FIELDS - {"id"}:
+            assert one["id"] == other["id"] and one.keys() - {"path"} == other.keys() - {"path"}
+            for name in FIELDS - {"id", "position"}:
                 assert one[name] == pytest.approx(other[name], abs=1e-5), name
 
 
@@ -190,11 +194,12 @@ def test_every_form_of_gallery(pipe, paths, titles, folder, gallery, text_galler
 def test_itc_alone(pipe, paths, titles, gallery, text_gallery):
     results = pipe(titles, gallery=gallery, rerank=0, top_k=4)
     vectors = pipe.encoder.embed_titles(titles)
-    scores, positions = gallery.search(vectors, 4)
-    for query, found in enumerate(results):
-        assert [entry["id"] for entry in found] == [paths[position] for position in positions[query].tolist()]
-        for place, entry in enumerate(found):
-            assert entry["score"] == entry["itc"] == pytest.approx(float(scores[query, place]), abs=1e-5)
+    for found, hits in zip(results, gallery.search(vectors, 4), strict=True):
+        assert (
+            [entry["id"] for entry in found] == [paths[hit["position"]] for hit in hits] == [hit["id"] for hit in hits]
+        )
+        for entry, hit in zip(found, hits, strict=True):
+            assert entry["score"] == pytest.approx(entry["itc"]) == pytest.approx(hit["itc"], abs=1e-5)
             assert entry["itm_logit"] is None and entry["itm_probability"] is None
     similar = pipe(Path(paths[3]), gallery=gallery, rerank=0, top_k=1)[0]
     assert similar["id"] == paths[3] and similar["score"] == pytest.approx(1, abs=1e-5)
@@ -205,7 +210,7 @@ def test_itc_alone(pipe, paths, titles, gallery, text_gallery):
 
 
 def test_photos_are_read_again_with_equal_logits(pipe, paths, titles, gallery, folder, tmp_path):
-    without = Gallery.build(pipe.model, pipe.processor, paths, tmp_path / "g", progress=False)
+    without = build(pipe, paths, tmp_path / "g")
     assert not without.has_tokens
     read_again = pipe(titles, gallery=without, top_k=COUNT)
     stored = pipe(titles, gallery=gallery, top_k=COUNT)
@@ -214,12 +219,12 @@ def test_photos_are_read_again_with_equal_logits(pipe, paths, titles, gallery, f
         # A token next to the edge between two bf16 values may round otherwise in a batch of another size.
         assert logits[0] == pytest.approx(logits[1], abs=2e-3)
     names = [Path(path).name for path in paths]
-    Gallery.build(pipe.model, pipe.processor, rows_of(paths, names), tmp_path / "moved", progress=False)
-    moved = Gallery.load(tmp_path / "moved")
-    with pytest.raises(ValueError, match="needs the photo of item '0.*path nor image tokens: build it with store_tok"):
+    moved = build(pipe, rows_of(paths, names), tmp_path / "moved")
+    told = "needs the photo of item '0.*neither its path, nor a thumbnail, nor image tokens.*store_tokens=True"
+    with pytest.raises(ValueError, match=told):
         pipe(titles[0], gallery=moved)
     assert len(pipe(titles[0], gallery=moved, rerank=0)) == 5
-    relative = Gallery.load(tmp_path / "g", photo_root=tmp_path)  # absolute paths stay what they are
+    relative = Gallery.open(tmp_path / "g", photo_root=tmp_path)  # absolute paths stay what they are
     assert_close(pipe(titles[:2], gallery=relative), pipe(titles[:2], gallery=without))
 
 
@@ -228,17 +233,44 @@ def rows_of(paths, names):
     return [{"image": Path(path).read_bytes(), "id": name} for path, name in zip(paths, names, strict=True)]
 
 
+def test_thumbnails_stand_in_for_photos_that_nobody_can_read(pipe, paths, titles, gallery, tmp_path):
+    names = [Path(path).name for path in paths]
+    small = build(pipe, rows_of(paths, names), tmp_path / "g", thumbnails=True)
+    found = {entry["id"]: entry["itm_logit"] for entry in pipe(titles[0], gallery=small, top_k=COUNT)}
+    expected = {Path(entry["id"]).name: entry["itm_logit"] for entry in pipe(titles[0], gallery=gallery, top_k=COUNT)}
+    assert found == pytest.approx(expected, abs=0.3) and found != expected  # JPEG
+
+
 def test_relative_paths(pipe, paths, titles, gallery, tmp_path, monkeypatch):
     root = Path(paths[0]).parent
     monkeypatch.chdir(root)
     names = [Path(path).name for path in paths]
-    Gallery.build(pipe.model, pipe.processor, names, tmp_path / "g", progress=False)
+    build(pipe, names, tmp_path / "g")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"item '0\d\d.png', 0\d\d.png: the image file is missing. Set the gal"):
-        pipe(titles[0], gallery=tmp_path / "g")
-    found = pipe(titles[0], gallery=Gallery.load(tmp_path / "g", photo_root=root))
     expected = pipe(titles[0], gallery=gallery)
-    assert [str(root / entry["id"]) for entry in found] == [entry["id"] for entry in expected]
+    for found in (pipe(titles[0], gallery="g"), pipe(titles[0], gallery=Gallery.open("g", photo_root=root))):
+        assert [str(root / entry["id"]) for entry in found] == [entry["id"] for entry in expected]
+        assert found[0]["path"] == found[0]["id"]
+    with pytest.raises(ValueError, match=r"item '0\d\d.png', 0\d\d.png: the image file is missing. Set the gal"):
+        pipe(titles[0], gallery=Gallery.open("g", photo_root=tmp_path))
+
+
+def test_filters_and_columns(pipe, paths, titles, tmp_path):
+    rows = [{"image": path, "id": place, "price": place * 1.5} for place, path in enumerate(paths)]
+    gallery = build(pipe, rows, tmp_path / "g")
+    everything = pipe(titles[:2], gallery=gallery, top_k=COUNT)
+    cheap = pipe(titles[:2], gallery=gallery, top_k=COUNT, where="price < :most", values={"most": 8}, batch_size=2)
+    assert_close(cheap, [[entry for entry in found if entry["price"] < 8] for found in everything])
+    assert [len(found) for found in cheap] == [6, 6]
+    assert pipe(titles[:2], gallery=gallery, where={"price": -1.0}) == [[], []]
+    preset = AliBlipImageTextRetrievalPipeline(
+        pipe.model, pipe.processor, device="cpu", gallery=gallery, where={"price": ("<", 8)}, top_k=COUNT
+    )
+    assert_close(preset(titles[0]), cheap[0])
+    with pytest.raises(ValueError, match="'colour'.*the columns are id .int64., price .double."):
+        pipe(titles[0], gallery=gallery, where={"colour": "red"})
+    with pytest.raises(ValueError, match="a list has no filters"):
+        pipe(titles[0], gallery=paths, direction="text-to-image", where={"price": 1})
 
 
 def test_mistakes(pipe, paths, titles, gallery, text_gallery, tmp_path):
@@ -248,9 +280,10 @@ def test_mistakes(pipe, paths, titles, gallery, text_gallery, tmp_path):
         ({"gallery": gallery, "direction": "sideways"}, "choose one of text-to-image, image-to-text"),
         ({"gallery": gallery, "top_k": 0}, "top_k is 0: give a whole number of at least 1"),
         ({"gallery": gallery, "rerank": -1}, "rerank is -1"),
-        ({"gallery": gallery, "approximate": True}, "no approximate index"),
-        ({"gallery": tmp_path / "nowhere"}, "is not a gallery"),
-        ({"gallery": 7}, "gallery is a int: give a Gallery, a folder"),
+        ({"gallery": gallery, "approximate": True}, "the gallery has no index: call create_index"),
+        ({"gallery": tmp_path / "nowhere"}, "nowhere does not exist: give the folder of a gallery"),
+        ({"gallery": tmp_path}, "is no gallery: give what python -m aliblip.gallery or Gallery.build made"),
+        ({"gallery": 7}, "gallery is a int: give a gallery, its folder, or a list"),
         ({"gallery": text_gallery}, "the image file is missing .a str is a path or an address here, because the"),
         ({"gallery": text_gallery, "direction": "text-to-text"}, "titles with titles can be compared by ITC only"),
     ):
@@ -283,20 +316,20 @@ def test_many_threads_get_what_one_gets(pipe, paths, titles, gallery, text_galle
     assert_close(results, expected * 3)
 
 
-def test_positions_mean_the_same_from_the_search_to_the_results(pipe, paths, titles, folder, monkeypatch):
-    changing = Gallery.load(folder)
+def test_positions_mean_the_same_from_the_search_to_the_results(pipe, paths, titles, tmp_path, monkeypatch):
+    changing = build(pipe, paths, tmp_path / "g", store_tokens=True)
     preset = AliBlipImageTextRetrievalPipeline(pipe.model, pipe.processor, device="cpu", gallery=changing)
-    expected, plain = preset(titles[0], top_k=3), Gallery.search
+    expected, plain = preset(titles[0], top_k=COUNT), Gallery.search
 
-    def search(gallery, *args):
-        found = plain(gallery, *args)
-        changing.remove(changing.ids[:1])
+    def search(gallery, *args, **options):
+        found = plain(gallery, *args, **options)
+        changing.remove([found[0][0]["id"]])
         return found
 
     monkeypatch.setattr(Gallery, "search", search)
-    assert_close(preset(titles[0], top_k=3), expected)
+    assert_close(preset(titles[0], top_k=COUNT), expected)
     monkeypatch.undo()
-    assert paths[0] not in [entry["id"] for entry in preset(titles[0], top_k=COUNT)]  # the next call sees the change
+    assert len(preset(titles[0], top_k=COUNT)) == COUNT - 1  # the next call sees the change
 
 
 def test_half_precision(paths, titles, gallery):
@@ -310,9 +343,15 @@ FROM_THE_FOLDER = """
 import json, sys
 from transformers import pipeline
 
-model, gallery, title, photo = sys.argv[1:]
+model, gallery, title, photo, *paths = sys.argv[1:]
 pipe = pipeline("image-text-retrieval", model=model, trust_remote_code=True, device="cpu")
-print(json.dumps([pipe(title, gallery=gallery), pipe(photo, gallery=["red cup", "blue lamp"]), type(pipe).__module__]))
+try:
+    pipe(title, gallery=gallery)
+except ValueError as error:
+    refused = str(error)
+by_title = pipe(title, gallery=paths, direction="text-to-image")
+by_photo = pipe(photo, gallery=["red cup", "blue lamp"])
+print(json.dumps([by_title, by_photo, type(pipe).__module__, refused]))
 pipe.save_pretrained(model + "-again")
 """
 
@@ -327,12 +366,15 @@ def test_saved_and_opened_in_a_process_without_this_code(pipe, paths, titles, fo
     hide = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
     hide += "sys.path = [p for p in sys.path if 'site-packages' in p or 'python3' in p]\n"
     hide += "assert __import__('importlib.util').util.find_spec('aliblip') is None\n"
-    command = [sys.executable, "-c", hide + FROM_THE_FOLDER, tmp_path / "model", folder, titles[0], paths[0]]
+    command = [sys.executable, "-c", hide + FROM_THE_FOLDER, tmp_path / "model", folder, titles[0], paths[0], *paths]
     ended = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    by_title, by_photo, module = json.loads(next(line for line in ended.stdout.splitlines() if line.startswith("[[")))
+    by_title, by_photo, module, refused = json.loads(
+        next(line for line in ended.stdout.splitlines() if line.startswith("[["))
+    )
     assert module.startswith("transformers_modules.") and module.endswith(".pipeline_aliblip")
     assert_close(by_title, pipe(titles[0], gallery=gallery))
+    assert 'opened by the package aliblip: install it (pip install "aliblip[gallery]")' in refused
     assert_close(by_photo, pipe(paths[0], gallery=["red cup", "blue lamp"]))
     names = {path.name for path in (tmp_path / "model-again").iterdir()}
     assert names == {path.name for path in (tmp_path / "model").iterdir()}

@@ -51,6 +51,7 @@ from aliblip.retrieval.tables import (
     VECTOR,
     Facts,
     changed,
+    indexed_columns,
     is_address,
     lance_options,
     library,
@@ -473,7 +474,7 @@ class Build:
 
         def index() -> None:
             dataset = open_dataset(self.uri, storage_options=self.storage_options)
-            if not any(one["fields"] == [ID] for one in dataset.list_indices()):
+            if ID not in indexed_columns(dataset):
                 dataset.create_scalar_index(ID, "BTREE")
 
         changed(index)

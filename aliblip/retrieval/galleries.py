@@ -41,12 +41,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
-from functools import cached_property
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -56,10 +53,10 @@ from torch import Tensor
 
 from aliblip.data.columns import ALL
 from aliblip.data.python_rows import open_rows
-from aliblip.data.rows import Row, Source, decode
+from aliblip.data.rows import Source
 from aliblip.retrieval.building import Build, compact, in_python, read_skipped
-from aliblip.retrieval.exact import VectorCache, search_exactly
-from aliblip.retrieval.indexing import IndexSettings, create_index, index_settings, nearest, recall
+from aliblip.retrieval.exact import VectorCache
+from aliblip.retrieval.indexing import IndexSettings, create_index, index_settings
 from aliblip.retrieval.sharing import check_foreign, downloaded, is_hub_name, push, save_copy
 from aliblip.retrieval.table_columns import FromTool
 from aliblip.retrieval.tables import (
@@ -67,125 +64,32 @@ from aliblip.retrieval.tables import (
     ITEMS,
     PATH,
     THUMBNAIL,
-    TOKENS,
     VECTOR,
     Facts,
     changed,
+    indexed_columns,
     is_address,
     library,
     one_writer,
     open_dataset,
-    reason_of,
     tidy_uri,
 )
 from aliblip.retrieval.upserting import UpsertReport, merged, upserted
 from aliblip.retrieval.vector_rows import as_rows, write_vectors
-from aliblip.retrieval.where import Where, columns_told, filter_of, literal
+from aliblip.retrieval.views import AT_ONCE, IndexReport, View, checked_queries, ids_column, photo_at
+from aliblip.retrieval.where import Where, literal
 from aliblip.runtime.mistakes import UsageError
-from encoder_aliblip import TOKEN_TYPE, fingerprint
+from encoder_aliblip import fingerprint
 from reading_aliblip import UnusableItem, read_photo
 
 __all__ = ["Gallery", "IndexReport", "UpsertReport"]
 
 # How old the version may be that a gallery at an address answers from, where each look costs a request.
 REFRESH_SECONDS = 5.0
-# Columns that only come if they are asked for by name, and that never come.
-_LARGE, _HIDDEN = (THUMBNAIL,), (VECTOR, TOKENS)
-# Ids or positions in one condition.
-_AT_ONCE = 1000
 # Rows that came after the last `optimize` are compared one by one.
 _MANY_FRAGMENTS = 200
-RECALL_AT = 10
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class IndexReport:
-    """What `create_index` made. `str` makes it readable.
-
-    Attributes:
-        rows: of the gallery.
-        settings: of the vector index; None: there is none, exact search is fast enough.
-        columns: that have an index of their own, for filters.
-        seconds: that it took.
-        recall_at_10: share of the ten best by exact search that the index finds, over `queries` of the gallery's own
-            vectors; None: not measured.
-        milliseconds: of a query, one after another, in that measurement.
-    """
-
-    rows: int
-    settings: IndexSettings | None
-    columns: tuple[str, ...]
-    seconds: float
-    queries: int = 0
-    recall_at_10: float | None = None
-    milliseconds: float | None = None
-
-    def __str__(self) -> str:
-        if self.settings is None:
-            told = f"{self.rows:,} rows: no index of the vectors, exact search is fast enough"
-        else:
-            given = ", ".join(f"{name} {value}" for name, value in self.settings.as_json().items() if name != "kind")
-            told = f"{self.rows:,} rows: {self.settings.kind}, {given}"
-        told += f"; indexed for filters: {', '.join(self.columns) or 'no column'} ({self.seconds:.1f} s)"
-        if self.recall_at_10 is not None:
-            told += f"\nrecall@10 {self.recall_at_10:.4f} of exact search, {self.milliseconds:.1f} ms a query"
-            told += f" ({self.queries:,} vectors of the gallery searched for)"
-        return told
-
-
-@dataclass(frozen=True)
-class _View:
-    """One version of the table, opened. Never changed, only replaced."""
-
-    dataset: Any
-    facts: Facts
-
-    @cached_property
-    def rows(self) -> int:
-        return self.dataset.count_rows()
-
-    @cached_property
-    def schema(self) -> pa.Schema:
-        return self.dataset.schema
-
-    @cached_property
-    def index(self) -> IndexSettings | None:
-        """Of the vector index, if there is one."""
-        if not any(one["fields"] == [VECTOR] for one in self.dataset.list_indices()):
-            return None
-        if self.facts.index is not None:
-            return IndexSettings.from_json(self.facts.index)
-        return index_settings(max(self.rows, 1), self.facts.width, "IVF_FLAT")
-
-    @cached_property
-    def searchable(self) -> pa.Schema:
-        """The columns that a filter may name."""
-        return pa.schema([field for field in self.schema if field.name not in (*_HIDDEN, *_LARGE)])
-
-    def names(self, columns: Sequence[str] | None) -> list[str]:
-        """The columns that are asked for; None: all but the large ones."""
-        if columns is None:
-            return self.searchable.names
-        if isinstance(columns, str):
-            raise UsageError(f"columns is {columns!r}: give a list of names")
-        for name in columns:
-            if name in _HIDDEN:
-                raise UsageError(f"the column {name!r} is not given with results: leave it out")
-            if name not in self.schema.names:
-                raise UsageError(f"the gallery has no column {name!r}: {columns_told(self.searchable)}")
-        return list(dict.fromkeys([ID, *columns]))
-
-    def take(self, positions: Iterable[int], names: Sequence[str]) -> dict[int, dict[str, Any]]:
-        """Rows by position."""
-        found, positions = {}, iter(dict.fromkeys(int(position) for position in positions))
-        while some := list(islice(positions, _AT_ONCE)):
-            where = f"_rowid IN ({', '.join(map(str, some))})"
-            table = self.dataset.scanner(columns=list(names), filter=where, with_row_id=True).to_table()
-            rows = table.drop_columns(["_rowid"]).to_pylist()
-            found |= dict(zip(table.column("_rowid").to_pylist(), rows, strict=True))
-        return found
 
 
 # --- the gallery ------------------------------------------------------------------------------------------------------
@@ -212,7 +116,7 @@ class Gallery:
         self._pinned, self._options, self._from_hub = version, storage_options, from_hub
         self._prepare(None)
 
-    def _prepare(self, view: _View | None) -> None:
+    def _prepare(self, view: View | None) -> None:
         self._view, self._looked = view, time.monotonic()
         self._lock, self._cache = threading.Lock(), VectorCache()
 
@@ -358,7 +262,7 @@ class Gallery:
 
     # --- what it is ---------------------------------------------------------------------------------------------------
 
-    def _now(self) -> _View:
+    def _now(self) -> View:
         """The version to work on: the newest one, or the one that this gallery stays at."""
         library()
         with self._lock:
@@ -372,7 +276,7 @@ class Gallery:
             self._view = view
             return view
 
-    def _newest(self, view: _View) -> _View:
+    def _newest(self, view: View) -> View:
         self._looked = time.monotonic()
         if view.dataset.latest_version == view.dataset.version:
             return view
@@ -380,8 +284,8 @@ class Gallery:
         dataset.checkout_latest()
         return self._opened(dataset)
 
-    def _opened(self, dataset) -> _View:
-        view = _View(dataset, Facts.of(dataset.schema, self.uri))
+    def _opened(self, dataset) -> View:
+        view = View(dataset, Facts.of(dataset.schema, self.uri), self._cache)
         if self._from_hub:
             check_foreign(dataset, self.uri)
         return view
@@ -506,48 +410,19 @@ class Gallery:
             UsageError: another width, values that are not finite, an unknown column, a filter that can't be used, or
                 `approximate` without an index.
         """
-        queries = _checked_queries(vectors, self.width)
+        queries = checked_queries(vectors, self.width)
         if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
             raise UsageError(f"k is {k!r}: give a whole number of at least 1")
-
-        def searched(view: _View) -> list[list[dict[str, Any]]]:
-            names = view.names(columns)
-            text = filter_of(where, values, view.searchable)
-            with _told_filter(view, where, text):
-                found = self._found(view, queries, int(k), text, approximate)
-                rows = view.take((position for positions, _ in found for position in positions), names)
-            return [
-                [
-                    {ID: rows[position][ID], "itc": score, "position": position, **rows[position]}
-                    for position, score in zip(positions.tolist(), scores.tolist(), strict=True)
-                ]
-                for positions, scores in found
-            ]
-
-        return self._reading(searched)
-
-    def _found(
-        self, view: _View, queries: Tensor, k: int, where: str | None, approximate: bool | None
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Positions and scores of each query."""
-        if approximate and view.index is None:
-            raise UsageError("the gallery has no index: call create_index(), or leave approximate out")
-        if view.index is None or approximate is False:
-            return search_exactly(view.dataset, queries, k, rows=view.rows, where=where, cache=self._cache)
-        found = nearest(view.dataset, queries, k, view.index, where)
-        lacking = [query for query, (positions, _) in enumerate(found) if len(positions) < min(k, view.rows)]
-        if lacking:  # the filter leaves no more, or the index has not found them
-            exact = search_exactly(view.dataset, queries[lacking], k, rows=view.rows, where=where, cache=self._cache)
-            for query, result in zip(lacking, exact, strict=True):
-                found[query] = result
-        return found
+        return self._reading(lambda view: view.hits(queries, int(k), where, values, approximate, columns))
 
     def _reading(self, work: Any) -> Any:
         """Do `work(view)`; once more where an `optimize` has meanwhile removed that version."""
         view = self._now()
         try:
             return work(view)
-        except OSError as error:
+        except UsageError:
+            raise
+        except (OSError, ValueError) as error:  # Arrow makes ValueErrors of some of Lance's
             if "not found" not in str(error).lower():
                 raise
             if self._pinned is not None:
@@ -559,9 +434,8 @@ class Gallery:
     def count(self, where: Where | None = None, values: Mapping[str, Any] | None = None) -> int:
         """How many items a filter leaves."""
 
-        def counted(view: _View) -> int:
-            text = filter_of(where, values, view.searchable)
-            with _told_filter(view, where, text):
+        def counted(view: View) -> int:
+            with view.filtered(where, values) as text:
                 return view.dataset.count_rows(text)
 
         return self._reading(counted)
@@ -574,13 +448,8 @@ class Gallery:
         """
         ids = list(ids)
 
-        def got(view: _View) -> list[dict[str, Any]]:
-            names, found = view.names(columns), {}
-            for start in range(0, len(ids), _AT_ONCE):
-                where = f"{ID} IN {literal(ids[start : start + _AT_ONCE], ID)}"
-                with _told_filter(view, where, where):
-                    table = view.dataset.scanner(columns=names, filter=where, with_row_id=True).to_table()
-                found |= {row[ID]: row for row in _with_positions(table)}
+        def got(view: View) -> list[dict[str, Any]]:
+            found = view.with_ids(ids, view.names(columns))
             return [found[value] for value in ids if value in found]
 
         return self._reading(got)
@@ -588,8 +457,8 @@ class Gallery:
     def sample(self, n: int, seed: int = 0, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """`n` rows, randomly chosen, or all where there are fewer: {"id", "position", and the columns} by position."""
 
-        def sampled(view: _View) -> list[dict[str, Any]]:
-            chosen = _some_positions(view, n, seed).tolist()
+        def sampled(view: View) -> list[dict[str, Any]]:
+            chosen = view.some_positions(n, seed).tolist()
             rows = view.take(chosen, view.names(columns))
             return [{ID: rows[position][ID], "position": position, **rows[position]} for position in chosen]
 
@@ -598,18 +467,7 @@ class Gallery:
     def values(self, column: str, limit: int = 50) -> list[Any] | None:
         """The distinct values of a column, sorted, without null; None: more than `limit`, or lists and such."""
 
-        def distinct(view: _View) -> list[Any] | None:
-            kind = view.schema.field(view.names([column])[-1]).type
-            if pa.types.is_nested(kind):
-                return None
-            found: set = set()
-            for batch in view.dataset.scanner(columns=[column]).to_batches():
-                found |= set(batch.column(0).unique().to_pylist())
-                if len(found - {None}) > limit:
-                    return None
-            return sorted(found - {None})
-
-        return self._reading(distinct)
+        return self._reading(lambda view: view.distinct(column, limit))
 
     # --- photos and tokens --------------------------------------------------------------------------------------------
 
@@ -686,19 +544,12 @@ class Gallery:
         return encoder.embed_pixels(torch.stack(pixels))[1]
 
     def _stored_tokens(self, hits: Sequence[Mapping[str, Any]]) -> Tensor:
-        def read(view: _View) -> Tensor:
-            positions = [int(hit["position"]) for hit in hits]
-            table = view.dataset.scanner(
-                columns=[TOKENS], filter=f"_rowid IN ({', '.join(map(str, set(positions)))})", with_row_id=True
-            ).to_table()
-            places = {position: place for place, position in enumerate(table.column("_rowid").to_pylist())}
-            if missing := [hit[ID] for hit in hits if hit["position"] not in places]:
-                raise UsageError(f"the item {missing[0]!r} is no longer in the gallery: search again")
-            bits = table.column(TOKENS).combine_chunks().flatten().to_numpy(zero_copy_only=False)
-            tokens = torch.from_numpy(bits.reshape(len(places), *view.facts.token_shape).copy()).view(TOKEN_TYPE)
-            return tokens[[places[position] for position in positions]]
-
-        return self._reading(read)
+        wanted = [int(hit["position"]) for hit in hits]
+        positions, tokens = self._reading(lambda view: view.take_tokens(wanted))
+        places = {position: place for place, position in enumerate(positions)}
+        if missing := [hit[ID] for hit in hits if int(hit["position"]) not in places]:
+            raise UsageError(f"the item {missing[0]!r} is no longer in the gallery: search again")
+        return tokens[[places[position] for position in wanted]]
 
     def _original(self, hit: Mapping[str, Any]):
         row = self._stored(hit, (PATH,))
@@ -782,7 +633,7 @@ class Gallery:
         if fragments > _MANY_FRAGMENTS:
             logger.warning("the gallery lies in %d pieces: optimize() joins them, searches are faster then", fragments)
 
-    def _writable(self) -> _View:
+    def _writable(self) -> View:
         if self._from_hub:
             raise UsageError("a gallery from the Hub can't be changed: save it to a folder, and change that one")
         if self._pinned is not None:
@@ -806,22 +657,21 @@ class Gallery:
         if (ids is None) == (where is None):
             raise UsageError("remove takes either ids or where: give one of them")
         view = self._writable()
-        if ids is None:
-            text = filter_of(where, values, view.searchable)
-            if text is None:
-                raise UsageError("the filter is empty: give a condition")
-            with _told_filter(view, where, text):
-                view.dataset.count_rows(text)  # before it is tried again and again
+        text = None
+        if ids is not None:
+            ids = ids_column(ids, view.schema)
+        elif not where:
+            raise UsageError("the filter is empty: give a condition")
         else:
-            text = None
-            ids = _ids_column(ids, view.schema)
+            with view.filtered(where, values) as text:
+                view.dataset.count_rows(text)  # a mistake is told before the table is opened for the change
 
         def delete() -> int:
             with one_writer(self.uri):
                 dataset = open_dataset(self.uri, storage_options=self._options)
                 if text is not None:
                     return dataset.delete(text)["num_deleted_rows"]
-                if len(ids) <= _AT_ONCE:
+                if len(ids) <= AT_ONCE:
                     return (
                         dataset.delete(f"{ID} IN {literal(ids.to_pylist(), ID)}")["num_deleted_rows"] if len(ids) else 0
                     )
@@ -871,17 +721,17 @@ class Gallery:
             changed(lambda: self._keep_index_settings(settings))
         seconds = time.perf_counter() - start
         view = self.refresh()._now()
-        indexed = tuple(one["fields"][0] for one in view.dataset.list_indices() if one["fields"] != [VECTOR])
-        report = IndexReport(view.rows, settings, tuple(dict.fromkeys(indexed)), seconds)
+        indexed = tuple(name for name in indexed_columns(view.dataset) if name != VECTOR)
+        report = IndexReport(view.rows, settings, indexed, seconds)
         if settings is not None and measure_recall:
-            report = replace(report, **self._recall(view, measure_recall))
+            report = replace(report, **view.measured_recall(measure_recall))
         if not quiet:
             print(report, flush=True)
         return report
 
     def _index_column(self, name: str) -> None:
         dataset = open_dataset(self.uri, storage_options=self._options)
-        if name != ID or not any(one["fields"] == [ID] for one in dataset.list_indices()):
+        if name != ID or ID not in indexed_columns(dataset):
             kind = dataset.schema.field(name).type
             if pa.types.is_nested(kind):
                 raise UsageError(f"the column {name!r} holds {kind}, which has no index: leave it out")
@@ -892,30 +742,6 @@ class Gallery:
         dataset = open_dataset(self.uri, storage_options=self._options)
         facts = replace(Facts.of(dataset.schema, self.uri), index=settings.as_json())
         dataset.update_schema_metadata(facts.as_lance_metadata())
-
-    def _recall(self, view: _View, count: int) -> dict[str, Any]:
-        positions = _some_positions(view, count, seed=0)
-        queries = torch.cat(
-            [
-                torch.from_numpy(
-                    view.dataset.scanner(columns=[VECTOR], filter=f"_rowid IN ({', '.join(map(str, some))})")
-                    .to_table()
-                    .column(VECTOR)
-                    .combine_chunks()
-                    .flatten()
-                    .to_numpy(zero_copy_only=False)
-                    .reshape(-1, view.facts.width)
-                    .copy()
-                )
-                for some in np.array_split(positions, -(-len(positions) // _AT_ONCE))
-            ]
-        )
-        start = time.perf_counter()
-        found = nearest(view.dataset, queries, RECALL_AT, view.index)
-        milliseconds = (time.perf_counter() - start) / len(queries) * 1000
-        wanted = search_exactly(view.dataset, queries, RECALL_AT, rows=view.rows, cache=self._cache)
-        share = recall([one for one, _ in found], [one for one, _ in wanted])
-        return {"queries": len(queries), "recall_at_10": share, "milliseconds": milliseconds}
 
     def optimize(self, keep: timedelta = timedelta(days=7)) -> None:
         """Join small pieces, put new rows into the indices, and remove versions that are older than `keep`.
@@ -991,73 +817,3 @@ class Gallery:
         place = tidy_uri(uri)
         write_vectors(rows, place, kind=kind, model=model, overwrite=overwrite, storage_options=storage_options)
         return cls.open(place, storage_options=storage_options)
-
-
-# --- helpers ----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _told_filter(view: _View, where: Where | None, text: str | None) -> Iterator[None]:
-    """Make a mistake in a filter a UsageError."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        if text is None:
-            raise
-        try:
-            view.dataset.count_rows(text)
-        except (OSError, ValueError, RuntimeError) as again:
-            if "not found" in str(again).lower():
-                raise
-            told = f"the filter {where!r} can't be used ({reason_of(again)}); {columns_told(view.searchable)}"
-            raise UsageError(told) from error
-        raise
-
-
-def _checked_queries(vectors: Tensor, width: int) -> Tensor:
-    """(Q, E) fp32 on the CPU."""
-    queries = torch.as_tensor(vectors).detach().cpu().float()
-    if queries.dim() == 1:
-        queries = queries[None]
-    if queries.dim() != 2 or queries.shape[1] != width:
-        raise UsageError(f"queries of shape {tuple(queries.shape)} given, the gallery takes (Q, {width})")
-    if queries.numel() and not torch.stack(queries.aminmax()).isfinite().all():
-        raise UsageError("the queries are not all finite: the model's weights or its precision are broken")
-    return queries.contiguous()
-
-
-def _some_positions(view: _View, count: int, seed: int) -> np.ndarray:
-    """Positions of `count` rows, randomly chosen, rising; of all where there are fewer."""
-    positions = view.dataset.scanner(columns=[], with_row_id=True).to_table().column("_rowid").to_numpy()
-    if count < len(positions):
-        positions = np.random.default_rng(seed).choice(positions, count, replace=False)
-    return np.sort(positions.astype(np.int64))
-
-
-def _with_positions(table: pa.Table) -> Iterator[dict[str, Any]]:
-    rows = table.drop_columns(["_rowid"]).to_pylist()
-    for position, row in zip(table.column("_rowid").to_pylist(), rows, strict=True):
-        yield {ID: row[ID], "position": position, **row}
-
-
-def _ids_column(ids: Iterable[str | int], schema: pa.Schema) -> pa.Array:
-    """Ids as a column, each once."""
-    if isinstance(ids, (str, bytes, int)):
-        raise UsageError(f"ids is {ids!r}: give a list")
-    kind = schema.field(ID).type
-    try:
-        return pa.array(dict.fromkeys(ids), kind)
-    except (pa.ArrowException, TypeError, OverflowError) as error:
-        what = "text" if pa.types.is_string(kind) else "whole numbers"
-        raise UsageError(f"the gallery's ids are {what}: give such ({error})") from error
-
-
-def photo_at(path: str):
-    """The photo at a path or an address, as PIL RGB.
-
-    Raises:
-        UnusableItem: it can't be read.
-    """
-    return decode(Row(0, path, None, 0, path), "images").image

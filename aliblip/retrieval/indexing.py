@@ -119,7 +119,7 @@ def nearest(
     if settings.refine_factor is not None:
         options["refine_factor"] = settings.refine_factor
     if settings.ef is not None:
-        options["ef"] = max(settings.ef, k)
+        options["ef"] = max(settings.ef, k * (settings.refine_factor or 1))
     found = []
     for query in queries.numpy():
         table = dataset.scanner(

@@ -56,6 +56,7 @@ __all__ = [
     "Facts",
     "LanceMissing",
     "changed",
+    "indexed_columns",
     "is_address",
     "lance_options",
     "library",
@@ -256,6 +257,11 @@ def _not_there(uri: str, version: int | None) -> str:
         if not os.path.exists(uri):
             return f"{uri} does not exist: give the folder of a gallery, its address or its Hub name"
     return f"{uri} is no gallery: give what python -m aliblip.gallery or Gallery.build made"
+
+
+def indexed_columns(dataset) -> dict[str, Any]:
+    """The columns that have an index, with what Lance says of it."""
+    return {one.field_names[0]: one for one in dataset.describe_indices() if len(one.field_names) == 1}
 
 
 def table_exists(uri: str, name: str = ITEMS, storage_options: Mapping | None = None) -> bool:
