@@ -266,6 +266,8 @@ def test_galleries_are_told_from_photos(tmp_path):
         ({"gallery": "me/gallery", "gallery_dir": "x"}, "--gallery_dir: me/gallery is a gallery already"),
         ({"gallery": "s3://b/g", "update_gallery": True}, "--update_gallery: s3://b/g is a gallery already"),
         ({"update_gallery": True}, "--update_gallery updates the gallery in --gallery_dir"),
+        ({"photo_root": "."}, "--photo_root is for a gallery"),
+        ({"gallery_dir": "s3://b/g"}, "--gallery_dir is the address s3://b/g: give a folder"),
         ({"storage_options": "{}"}, "--storage_options belong to a gallery at an address"),
         ({"gallery": "s3://b/g", "storage_options": "x"}, "--storage_options is not valid JSON"),
     ],
