@@ -40,7 +40,7 @@ from aliblip.retrieval.building import THUMBNAIL_SIDE, Build
 from aliblip.retrieval.galleries import Gallery
 from aliblip.retrieval.indexing import INDEX_KINDS, index_settings
 from aliblip.retrieval.plan import size_text
-from aliblip.retrieval.tables import KINDS, is_address, library
+from aliblip.retrieval.tables import ID, KINDS, is_address, library
 from aliblip.runtime.accelerator import build_accelerator, end, launched_precision
 from aliblip.runtime.arguments import check_range, json_mapping, option, parse
 from aliblip.runtime.distributed import is_main, launched_rank
@@ -180,20 +180,26 @@ def listed(text: str | None) -> list[str]:
 
 def open_data(data: GalleryDataArguments, kind: str, columns: Sequence[str] | None) -> Source:
     """The rows that are to be embedded. Raises UsageError for data that can't be used."""
-    named = None if columns is None else [*columns, *([data.id_column] if data.id_column else [])]
-    source = open_source(
-        dataset_name=data.dataset_name,
-        dataset_config_name=data.dataset_config_name,
-        data_dir=data.data_dir,
-        data_files=data.data_files,
-        image_dir=data.image_dir,
-        split=data.split_name,
-        any_split=True,
-        image_column=data.image_column,
-        caption_column=data.caption_column,
-        sides="images" if kind == "image" else "titles",
-        other_columns=ALL if named is None else list(dict.fromkeys(named)),
-    )
+
+    def opened(others: Sequence[str] | str) -> Source:
+        return open_source(
+            dataset_name=data.dataset_name,
+            dataset_config_name=data.dataset_config_name,
+            data_dir=data.data_dir,
+            data_files=data.data_files,
+            image_dir=data.image_dir,
+            split=data.split_name,
+            any_split=True,
+            image_column=data.image_column,
+            caption_column=data.caption_column,
+            sides="images" if kind == "image" else "titles",
+            other_columns=others,
+        )
+
+    source = opened(ALL)
+    if columns is not None:  # read no more than is needed
+        ids = [data.id_column] if data.id_column is not None else [name for name in source.columns if name == ID]
+        source = opened(list(dict.fromkeys([*columns, *ids])))
     require_usable_row(source)
     return source
 

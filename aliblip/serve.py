@@ -151,8 +151,16 @@ def _check_gallery(options: ServeArguments) -> None:
                 raise UsageError(
                     f"--{name}: {options.gallery} is a gallery already, there is nothing to build: leave it out"
                 )
-    elif options.update_gallery and options.gallery_dir is None:
+        return
+    if options.photo_root is not None:
+        raise UsageError(f"--photo_root is for a gallery, and {options.gallery} holds photos: leave it out")
+    if options.update_gallery and options.gallery_dir is None:
         raise UsageError("--update_gallery updates the gallery in --gallery_dir: give that folder too")
+    if options.gallery_dir is not None and is_address(options.gallery_dir):
+        raise UsageError(
+            f"--gallery_dir is the address {options.gallery_dir}: give a folder, or build the gallery there with "
+            "python -m aliblip.gallery --uri and give it as --gallery"
+        )
 
 
 def open_searcher(options: ServeArguments) -> Searcher:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -77,3 +78,7 @@ def by_hand(vectors: dict, positions: dict, query: np.ndarray, k: int) -> list:
     """The slow, obvious search: ids by falling score, then by position."""
     scores = {key: float(np.dot(vector.astype(np.float64), query)) for key, vector in vectors.items()}
     return sorted(scores, key=lambda key: (-round(scores[key], 6), positions[key]))[:k]
+
+
+def sys_executable() -> str:
+    return sys.executable

@@ -25,6 +25,7 @@ SLOW_HERE = {
     "test_a_run_leaves_its_best_model_on_the_hub",
     "test_a_second_start_with_other_slices_is_refused",
     "test_a_server_that_fails_for_good_ends_the_run",
+    "test_a_start_that_was_interrupted_goes_on",
     "test_all_pairs_equal_every_pair_scored_one_by_one",
     "test_another_model_is_refused_until_it_may_replace_what_is_there",
     "test_gallery_types",
@@ -34,6 +35,7 @@ SLOW_HERE = {
     "test_the_same_rows_in_the_same_order_over_a_bad_connection",
     "test_the_weight_is_tuned_on_another_split_and_used",
     "test_trainer_fine_tunes_and_evaluates",
+    "test_what_goes_wrong_in_a_search_is_logged_and_not_told",
     "test_what_fails_after_the_work_is_made_up_for_without_doing_it_again",
     "test_workers_leave_the_connections_of_their_parent_alone",
 }

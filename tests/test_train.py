@@ -385,7 +385,7 @@ def test_a_bug_of_ours_keeps_its_traceback(catalogue, tmp_path, place):
 
 
 @pytest.mark.parametrize("shown", [{}, {"ALIBLIP_TRACEBACK": "0"}, {"ALIBLIP_TRACEBACK": "1"}])
-def test_a_mistake_is_one_line_and_a_traceback_for_who_asks(catalogue, tmp_path, shown):
+def test_a_mistake_is_one_line_and_a_traceback_if_asked_for(catalogue, tmp_path, shown):
     flags = [*TINY, *catalogue, "--output_dir", tmp_path / "run", "--alpha", "2"]
     result = run_forked([sys.executable, "train.py", *flags], env=shown)
     assert result.returncode == 2

@@ -203,7 +203,7 @@ class Gallery:
             kind: "image" for photos, "text" for titles.
             columns: of the rows, to keep; None: all.
             id_column: of the ids, text or whole numbers, each once; None: "id" where there is one, otherwise the paths
-                of photos that are given as such, otherwise the numbers of the rows.
+                of photos that come without other columns, otherwise the numbers of the rows.
             image_column, caption_column: of the photo and the title; default "image", and "caption", then "text".
             thumbnails: keep a JPEG of each photo, with this longest side; True: 384.
             store_tokens: keep the image tokens too, so that re-ranking needs no photo: 0.9 MB a photo with a ViT-B/16
@@ -226,7 +226,10 @@ class Gallery:
         library()
         source = rows
         if not isinstance(rows, Source):
-            others = ALL if columns is None else list(dict.fromkeys([*columns, *([id_column] if id_column else [])]))
+            others: Any = ALL
+            if columns is not None and hasattr(rows, "column_names"):  # of a data set, read no more than is needed
+                ids = [id_column] if id_column is not None else [name for name in rows.column_names if name == ID]
+                others = list(dict.fromkeys([*columns, *ids]))
             source = open_rows(
                 rows,
                 sides="images" if kind == "image" else "titles",
@@ -487,7 +490,7 @@ class Gallery:
         if not is_relative:
             return path
         if root is None:
-            return os.path.join(self._now().facts.photo_root or "", path)
+            return os.path.join(self._now().photo_root or "", path)
         if os.path.normpath(path).split(os.sep)[0] == os.pardir:
             raise UnusableItem("its path leads out of the photo_root")
         return os.path.join(root, path)
@@ -603,6 +606,7 @@ class Gallery:
             self.uri,
             view.schema,
             view.facts,
+            view.photo_root,
             model,
             processor,
             id_column=id_column,

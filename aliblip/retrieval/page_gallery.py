@@ -65,9 +65,7 @@ def kept_gallery(
         UsageError: the folder holds something else, or a gallery of other photos that is not to be updated.
     """
     if not table_exists(folder) or Path(folder, BUILD, f"{BUILD}.json").is_file():
-        build = Build(
-            source, folder, id_column=id_column, thumbnails=True, store_tokens=store_tokens, num_workers=0, flag=flag
-        )
+        build = Build(source, folder, id_column=id_column, thumbnails=True, store_tokens=store_tokens, flag=flag)
         for note in build.kept.notes:
             print(f"note: {note}", flush=True)
         lost = build.run(model, processor, progress=True, before_end=lambda: _index(folder))

@@ -45,7 +45,7 @@ SCORES = ("id", "score", "itc", "itm_logit", "itm_probability")
 # The first of these that a gallery has, and that holds text, stands below its photos.
 _CAPTION_COLUMNS = ("caption", "title", "name", "text")
 _EXAMPLE_ROWS = 200
-_MOST_EXAMPLE_CHARACTERS = 60
+_MOST_EXAMPLE_CHARACTERS = 100
 _READABLE_ROWS = 8
 # Photos decoded at a time for all visitors together, and uploads.
 _PHOTOS_AT_ONCE = 4

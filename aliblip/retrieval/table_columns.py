@@ -245,7 +245,7 @@ def _where_ids_come_from(source: Source, id_column: str | None, found: Mapping, 
     if kind == "text":
         return "row", None
     if isinstance(source, PythonSource):
-        # Photos that are given as bare paths; other rows in memory have no name.
+        # Photos that are given as paths and nothing else; other rows in memory have no name.
         bare = source.columns == ["image"] and all(
             isinstance(row.image, str) for row in source.read_range(0, source.num_rows)
         )

@@ -195,7 +195,7 @@ class Log:
             sys.stdout.flush()  # a file is read while the run goes on
 
     def close(self) -> None:
-        """Take leave of the bar: what is printed afterwards begins on a line of its own."""
+        """End the bar, so that what is printed afterwards begins on a line of its own."""
         self.bar.close()
 
     @contextmanager

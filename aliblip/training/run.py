@@ -58,7 +58,7 @@ from aliblip.training.progress import Log, RunStatus, SkippedRows
 from aliblip.training.setup import Setup
 
 ROWS_TO_JUDGE = 1000  # before the end of an epoch, a few rows more or less say little about the data
-# A resumed run gives these anew, and nobody wonders.
+# These differ in every resumed run, and say nothing about its training.
 NOT_OF_THE_TRAINING = ("resume_from_checkpoint", "output_dir", "overwrite_output_dir")
 
 
