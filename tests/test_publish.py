@@ -24,7 +24,6 @@ from PIL import Image
 from remote_code_probe import scores
 from runs import TINY, write_split
 
-import gallery_aliblip
 import train
 from aliblip import publish
 from aliblip.models import card, upload
@@ -35,7 +34,6 @@ from aliblip.runtime.arguments import parse
 from aliblip.runtime.mistakes import UsageError, main_with_usage_errors
 from aliblip.training.arguments import ModelArguments, TrainDataArguments, TrainingArguments
 from aliblip.training.checkpoint import save_model
-from gallery_aliblip import Gallery
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
 
@@ -192,40 +190,6 @@ def test_a_stranger_gets_equal_outputs_and_every_snippet_runs(trained, tmp_path)
     assert compare.count("tensor(") == 2
     assert {line.split()[0] for line in search.splitlines()} == {"mug.jpg", "lamp.jpg"}
     assert gallery.count("'itm_probability'") == 1
-
-
-LOADED = """
-import sys, torch
-from gallery_aliblip import Gallery
-
-gallery = Gallery.load("me/gallery", verify=True)
-tokens = torch.stack([gallery.image_tokens([position], None)[0] for position in range(len(gallery))])
-torch.save({"ids": gallery.ids, "vectors": gallery.vectors(), "tokens": tokens}, sys.argv[1])
-"""
-
-
-def test_a_gallery_goes_up_and_comes_back(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(gallery_aliblip, "_UPLOAD_WAITS", (0.0, 0.0))
-    photos = tiny.photos(tmp_path / "photos", 7)
-    options = {"store_tokens": True, "unit_size": 3, "progress": False}
-    gallery = Gallery.build(tiny.spread_model(), tiny.processor(), photos, tmp_path / "gallery", **options)
-    hub.faults.append(("/commit/", 503))
-    for number, removed in enumerate(([], [photos[1]])):
-        gallery.remove(removed) if removed else None
-        address = gallery.push_to_hub("me/gallery", private=True, token=hub_stub.TOKEN)
-        assert address.startswith(f"{hub.url}/") and hub.private["me/gallery"]
-        stored = hub.commits["me/gallery"][-1]
-        named = json.loads(stored["gallery.json"])
-        files = {entry["name"] for entry in [*named["files"].values(), *named["tokens"]]}
-        assert set(stored) == files | {"gallery.json", ".gitattributes"}  # nothing is left of the one before
-        env = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        env |= {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
-        assert_succeeded(run([sys.executable, "-c", LOADED, tmp_path / "found.pt"], env=env, cwd=tmp_path))
-        found = torch.load(tmp_path / "found.pt", weights_only=True)
-        assert found["ids"] == gallery.ids and len(gallery) == 7 - number
-        assert torch.equal(found["vectors"], gallery.vectors())
-        expected = [gallery.image_tokens([position], None)[0] for position in range(len(gallery))]
-        assert torch.equal(found["tokens"], torch.stack(expected))
 
 
 def test_a_hub_that_dies_ends_no_run(catalogue, hub, tmp_path, capsys):

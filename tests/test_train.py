@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +17,12 @@ from runs import TINY, log_of, photo, steps_of, write_split
 from safetensors.torch import load_file
 
 import train
+from aliblip.retrieval.arguments import EvaluationArguments, EvaluationDataArguments
+from aliblip.runtime.arguments import parse
 from aliblip.runtime.mistakes import UsageError
+from aliblip.training.arguments import TrainDataArguments
 from aliblip.training.progress import ITM_PRIOR_LOSS, Log, MatchingHead, Unfailing
+from aliblip.training.run import evaluation_command
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
 
@@ -402,3 +407,26 @@ def test_mistakes_of_the_loop_are_one_line_too(catalogue, tmp_path):
 def test_trackers_are_looked_for_at_once(mistakes):
     assert mistakes("--report_to", "paper").startswith("--report_to is 'paper': give one of ")
     assert mistakes("--report_to", "aim") == "--report_to aim is not installed: pip install aim, or --report_to none"
+
+
+@pytest.mark.parametrize(
+    ("given", "evaluated"),
+    [
+        ({"data_dir": "my photos"}, {"data_dir": "my photos"}),
+        (
+            {"dataset_name": "me/mugs", "validation_split_name": "test", "dataloader_num_workers": 7},
+            {"dataset_name": "me/mugs", "split_name": "test"},
+        ),
+        (
+            {"train_file": "train.json", "validation_file": "val-*.json", "image_dir": "photos", "caption_column": "t"},
+            {"data_files": "val-*.json", "image_dir": "photos", "caption_column": "t"},
+        ),
+    ],
+)
+def test_the_next_command_evaluates_on_the_same_data(given, evaluated):
+    command = evaluation_command(Path("outputs/best"), TrainDataArguments(**given))
+    words = shlex.split(command)
+    place = next(index for index, word in enumerate(words) if word.endswith("evaluate_retrieval.py")) + 1
+    data, options = parse([EvaluationDataArguments, EvaluationArguments], words[place:])
+    assert options == EvaluationArguments(model_name_or_path="outputs/best")
+    assert data == EvaluationDataArguments(**evaluated)

@@ -93,9 +93,9 @@ from transformers import pipeline
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 search = pipeline("image-text-retrieval", model="{name}", trust_remote_code=True)
-Gallery = get_class_from_dynamic_module("gallery_aliblip.Gallery", "{name}")
-Gallery.build(search.model, search.processor, ["mug.jpg", "lamp.jpg"], "my_gallery", store_tokens=True)
-print(search("striped blue mug", gallery="my_gallery", top_k=1))
+MemoryGallery = get_class_from_dynamic_module("gallery_aliblip.MemoryGallery", "{name}")
+gallery = MemoryGallery.build(search.encoder, ["mug.jpg", "lamp.jpg"], store_tokens=True)
+print(search("striped blue mug", gallery=gallery, top_k=1))
 ```
 
 ## Training

@@ -43,6 +43,7 @@ from aliblip.retrieval.tables import (
     ITEMS,
     KINDS,
     PATH,
+    PHOTO_ROOT,
     SKIPPED,
     TEXT,
     THUMBNAIL,
@@ -265,7 +266,6 @@ class Build:
             renamed=self.kept.renamed,
             token_shape=token_shape(config) if self.store_tokens else None,
             thumbnail_side=self.thumbnail_side,
-            photo_root=photo_root(self.source) if self.kind == "image" else None,
         )
 
     def _schema(self, facts: Facts) -> pa.Schema:
@@ -346,7 +346,7 @@ class Build:
 
     def _write(self, units: list[EmbeddedUnit], schema: pa.Schema, facts: Facts) -> dict[str, Any]:
         """Write a block as a fragment; what `Parts` keeps of it."""
-        rows = embedded_rows(units, self.kept, schema, facts)
+        rows = embedded_rows(units, self.kept, schema, facts, photo_root(self.source))
         return {
             "fragments": [json.dumps(one.to_json()) for one in self._fragments(rows.table, schema)],
             "rows": rows.numbers,
@@ -472,12 +472,14 @@ class Build:
         """After the commit: few large fragments, and an index on the ids, for changes by id."""
         compact(self.uri, self.storage_options)
 
-        def index() -> None:
+        def complete() -> None:
             dataset = open_dataset(self.uri, storage_options=self.storage_options)
             if ID not in indexed_columns(dataset):
                 dataset.create_scalar_index(ID, "BTREE")
+            if self.kind == "image" and dataset.config().get(PHOTO_ROOT) != photo_root(self.source):
+                dataset.update_config({PHOTO_ROOT: photo_root(self.source)})
 
-        changed(index)
+        changed(complete)
         remove_skipped_of_others(self.uri, self.storage_options)
 
 
@@ -579,14 +581,20 @@ class EmbeddedRows:
     lost: Lost
 
 
-def embedded_rows(units: Sequence[EmbeddedUnit], kept: KeptColumns, schema: pa.Schema, facts: Facts) -> EmbeddedRows:
+def embedded_rows(
+    units: Sequence[EmbeddedUnit], kept: KeptColumns, schema: pa.Schema, facts: Facts, root: str | None
+) -> EmbeddedRows:
     """Embedded units as rows of the table.
+
+    Args:
+        root: the folder that paths of photos in it are kept relative to.
 
     Raises:
         UsageError: vectors that are not finite, an id of another type.
     """
     rows, tables = EmbeddedRows(schema.empty_table(), [], [], Lost()), []
     for unit in units:
+        unit.paths = [_stored_path(path, root) for path in unit.paths]
         rows.skipped += [{name: entry[name] for name in ("row", "name", "reason")} for entry in unit.skipped]
         unit.others = unit.others or [{}] * len(unit)
         numbers = unit.rows.tolist()
@@ -616,7 +624,7 @@ def _unit_table(
     columns[ID] = pa.array(ids, schema.field(ID).type)
     columns[VECTOR] = vector_column(taken(embeds), schema)
     if PATH in schema.names and facts.kind == "image":
-        columns[PATH] = pa.array([_stored_path(path, facts.photo_root) for path in taken(unit.paths)], pa.string())
+        columns[PATH] = pa.array(taken(unit.paths), pa.string())
     if facts.kind == "text":
         columns[TEXT] = pa.array(taken(unit.texts), pa.string())
     if facts.thumbnail_side is not None:

@@ -490,7 +490,7 @@ class Gallery:
         if not is_relative:
             return path
         if root is None:
-            return os.path.join(self._now().facts.photo_root or "", path)
+            return os.path.join(self._now().photo_root or "", path)
         if os.path.normpath(path).split(os.sep)[0] == os.pardir:
             raise UnusableItem("its path leads out of the photo_root")
         return os.path.join(root, path)
@@ -606,6 +606,7 @@ class Gallery:
             self.uri,
             view.schema,
             view.facts,
+            view.photo_root,
             model,
             processor,
             id_column=id_column,

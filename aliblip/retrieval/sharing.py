@@ -16,7 +16,16 @@ from huggingface_hub import HfApi, snapshot_download
 
 from aliblip.data.columns import one_line
 from aliblip.retrieval.building import read_skipped, write_skipped
-from aliblip.retrieval.tables import ITEMS, SKIPPED, Facts, is_address, lance_options, table_exists, table_uri
+from aliblip.retrieval.tables import (
+    ITEMS,
+    PHOTO_ROOT,
+    SKIPPED,
+    Facts,
+    is_address,
+    lance_options,
+    table_exists,
+    table_uri,
+)
 from aliblip.runtime.mistakes import UsageError
 from aliblip.runtime.retries import retried
 
@@ -117,6 +126,8 @@ def _clone(dataset, facts: Facts, folder: str, of_source: Mapping[str, Any] | No
     uri = os.path.dirname(dataset.uri)
     copied = dataset.deep_clone(table_uri(folder, ITEMS), dataset.version, {})
     copied.update_schema_metadata(facts.as_lance_metadata())
+    if facts.is_foreign and PHOTO_ROOT in copied.config():  # a folder of this machine is nobody else's affair
+        copied.delete_config_keys([PHOTO_ROOT])
     copied.cleanup_old_versions(timedelta(0))
     skipped = read_skipped(uri, facts.build, of_source)
     if skipped:
@@ -138,8 +149,7 @@ def push(
     api = HfApi(token=token)
     what = f"the upload to {name}"
     retried(lambda: api.create_repo(name, repo_type="dataset", private=private, exist_ok=True), what=what)
-    # What stands on the Hub is somebody else's for whoever opens it; and the folder of this machine is nobody's affair.
-    facts = replace(facts, is_foreign=True, photo_root=None)
+    facts = replace(facts, is_foreign=True)  # for whoever opens it
     with tempfile.TemporaryDirectory() as folder:
         copied = _clone(dataset, facts, folder, of_source)
         card = _CARD.format(

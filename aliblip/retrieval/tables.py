@@ -6,8 +6,9 @@ A gallery is a database of LanceDB, a folder or an address such as `s3://bucket/
                     `path` (of a photo) or `text` (a title), `thumbnail` (a JPEG file), `image_tokens` (bf16 as int16)
     skipped.lance   the rows that could not be used, with their reasons
 
-`Facts` stand in the metadata of the schema of `items`, so that table and facts change in one commit. Rows have stable
-row ids, which a gallery calls positions: a row keeps its number through updates and compaction.
+`Facts` stand in the metadata of the schema of `items`, so that table and facts change in one commit. The folder of the
+photos on this machine stands in the table's configuration, which no file of data repeats. Rows have stable row ids,
+which a gallery calls positions: a row keeps its number through updates and compaction.
 
 Lance's threads do not survive a fork: a process that was forked from one that has used Lance is refused.
 """
@@ -48,6 +49,7 @@ __all__ = [
     "KINDS",
     "OWN_COLUMNS",
     "PATH",
+    "PHOTO_ROOT",
     "SKIPPED",
     "TEXT",
     "THUMBNAIL",
@@ -72,6 +74,8 @@ FORMAT = 2  # 1 was the folder of gallery.json
 KINDS = ("image", "text")
 ITEMS, SKIPPED = "items", "skipped"
 ID, VECTOR, PATH, TEXT, THUMBNAIL, TOKENS = "id", "vector", "path", "text", "thumbnail", "image_tokens"
+# The folder that relative paths of photos are of, on the machine that built the gallery.
+PHOTO_ROOT = "aliblip.photo_root"
 OWN_COLUMNS = (ID, VECTOR, PATH, TEXT, THUMBNAIL, TOKENS)
 
 _METADATA = b"aliblip"
@@ -124,7 +128,6 @@ class Facts:
         renamed: from the data's names to the table's, where they differ.
         token_shape: (P, D) of the image tokens; None: there are none.
         thumbnail_side: longest side of the thumbnails; None: there are none.
-        photo_root: the folder that relative paths are of, on the machine that built the gallery.
         build: tells one build from another.
         skipped: how many rows of the build could not be used.
         is_foreign: whether it came from the Hub.
@@ -140,7 +143,6 @@ class Facts:
     renamed: dict[str, str] = field(default_factory=dict)
     token_shape: tuple[int, int] | None = None
     thumbnail_side: int | None = None
-    photo_root: str | None = None
     build: str = ""
     skipped: int = 0
     is_foreign: bool = False

@@ -54,6 +54,7 @@ def upserted(
     uri: str,
     schema: pa.Schema,
     facts: Facts,
+    root: str | None,
     model,
     processor,
     *,
@@ -71,6 +72,7 @@ def upserted(
     Args:
         source: with its further columns as `other_columns`.
         schema, facts: of the gallery's table.
+        root: the gallery's folder of photos.
         id_column: of the source; None: the one that the gallery was built with.
         duplicates: as in `Build`, among these rows.
 
@@ -94,7 +96,7 @@ def upserted(
             with undisturbed(model):
                 units = own_units(loader.num_units)
                 for unit in embedded_units(model, loader, units, dtype=dtype, progress=progress, what="rows"):
-                    own.append((unit.number, _spool(unit, kept, schema, facts, folder)))
+                    own.append((unit.number, _spool(unit, kept, schema, facts, root, folder)))
 
         together(True, embed, "embed its part of the rows")  # collective
         infos = gather_units("embedding", own, loader.num_units)  # collective
@@ -135,11 +137,13 @@ def _kept(source: Source, schema: pa.Schema, facts: Facts, id_column: str | None
     return KeptColumns(names, types, ids, column if ids == "column" else None, schema.field(ID).type)
 
 
-def _spool(unit: EmbeddedUnit, kept: KeptColumns, schema: pa.Schema, facts: Facts, folder: str) -> dict[str, Any]:
+def _spool(
+    unit: EmbeddedUnit, kept: KeptColumns, schema: pa.Schema, facts: Facts, root: str | None, folder: str
+) -> dict[str, Any]:
     """Write an embedded unit to a file; its name, and what was left out."""
     if unit.image_tokens is not None:
         unit.image_tokens = unit.image_tokens.to(TOKEN_TYPE).cpu()
-    rows = embedded_rows([unit], kept, schema, facts)
+    rows = embedded_rows([unit], kept, schema, facts, root)
     file = None
     if len(rows.table):
         file = os.path.join(folder, f"{unit.number:08d}.arrow")

@@ -23,7 +23,7 @@ from torch import Tensor
 from aliblip.data.rows import Row, decode
 from aliblip.retrieval.exact import VectorCache, search_exactly
 from aliblip.retrieval.indexing import FEW_MATCHES, IndexSettings, nearest, recall
-from aliblip.retrieval.tables import ID, THUMBNAIL, TOKENS, VECTOR, Facts, indexed_columns, reason_of
+from aliblip.retrieval.tables import ID, PHOTO_ROOT, THUMBNAIL, TOKENS, VECTOR, Facts, indexed_columns, reason_of
 from aliblip.retrieval.where import Where, columns_told, filter_of
 from aliblip.runtime.mistakes import UsageError, first_line
 from encoder_aliblip import TOKEN_TYPE
@@ -93,6 +93,11 @@ class View:
     @cached_property
     def schema(self) -> pa.Schema:
         return self.dataset.schema
+
+    @cached_property
+    def photo_root(self) -> str | None:
+        """The folder of the photos where the gallery was built."""
+        return self.dataset.config().get(PHOTO_ROOT)
 
     @cached_property
     def index(self) -> IndexSettings | None:

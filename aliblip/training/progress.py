@@ -158,7 +158,9 @@ class Log:
         self.accelerator = accelerator
         self.file = output_dir / "log.jsonl"
         on_terminal = accelerator.is_main_process and sys.stderr.isatty()
-        self.bar = tqdm(total=total_steps, initial=first_step, desc="train", unit="step", disable=not on_terminal)
+        self.bar = tqdm(
+            total=total_steps, initial=first_step, desc="train", unit="step", leave=False, disable=not on_terminal
+        )
         self.matching_head = MatchingHead(total_steps, warmup_steps)
         self.batches_of_step: list[tuple[torch.Tensor, int]] = []
         if accelerator.is_main_process and self.file.exists():

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -29,6 +30,8 @@ from signal import Signals
 import torch
 from torch import Tensor
 
+from aliblip.data.arguments import DataArguments
+from aliblip.retrieval.arguments import EvaluationDataArguments
 from aliblip.retrieval.evaluation import evaluate_retrieval
 from aliblip.runtime.accelerator import AliBlipAccelerator, describe_machine
 from aliblip.runtime.distributed import all_gather_objects, assert_equal_on_ranks
@@ -37,6 +40,7 @@ from aliblip.runtime.installation import script_command
 from aliblip.runtime.interrupts import StopSignals
 from aliblip.runtime.mistakes import UsageError
 from aliblip.runtime.sameness import changes, told
+from aliblip.training.arguments import TrainDataArguments
 from aliblip.training.checkpoint import (
     Progress,
     Training,
@@ -413,8 +417,7 @@ class Run:
             print(f"model: {last}")
         else:
             print(f"best model: {best} (mean recall {self.progress.best_mean_recall:.4f}); last model: {last}")
-            evaluate = script_command("evaluate_retrieval.py")
-            print(f"next: {evaluate} --model_name_or_path {best} and the same data flags")
+            print(f"next: {evaluation_command(best, self.setup.data_args)}")
 
     def _assert_equal(self, what: str, **more: Tensor) -> None:
         momentum = {
@@ -423,4 +426,17 @@ class Run:
         assert_equal_on_ranks(what, {**momentum, **more})
 
 
-__all__ = ["Run", "Step"]
+def evaluation_command(model: Path, data: TrainDataArguments) -> str:
+    """The command that evaluates a model on what its training was evaluated on."""
+    shared = {field.name: field.default for field in dataclasses.fields(DataArguments)}
+    flags = {name: getattr(data, name) for name, default in shared.items() if getattr(data, name) != default}
+    flags.pop("dataloader_num_workers", None)
+    if data.validation_file is not None:
+        flags["data_files"] = data.validation_file
+    if data.validation_split_name != EvaluationDataArguments.split_name:
+        flags["split_name"] = data.validation_split_name
+    typed = [f"--{name} {shlex.quote(str(value))}" for name, value in {"model_name_or_path": model, **flags}.items()]
+    return " ".join([script_command("evaluate_retrieval.py"), *typed])
+
+
+__all__ = ["Run", "Step", "evaluation_command"]
