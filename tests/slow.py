@@ -27,6 +27,7 @@ SLOW_HERE = {
     "test_a_server_that_fails_for_good_ends_the_run",
     "test_a_start_that_was_interrupted_goes_on",
     "test_all_pairs_equal_every_pair_scored_one_by_one",
+    "test_an_example_is_searched_for_and_no_other_number_is",
     "test_another_model_is_refused_until_it_may_replace_what_is_there",
     "test_gallery_types",
     "test_lora_trains_its_adapters_alone_and_they_load",
