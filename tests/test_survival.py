@@ -15,7 +15,7 @@ import test_files
 import tiny
 import torch
 from forks import FORK_RANKS
-from helpers import ROOT, assert_succeeded, launch, run, run_forked, run_ranks
+from helpers import PATIENCE, ROOT, assert_succeeded, launch, run, run_forked, run_ranks
 from runs import TINY, BackgroundRun, rows_of, steps_of, write_split
 from safetensors.torch import load_file
 
@@ -26,7 +26,6 @@ from aliblip.runtime.mistakes import UsageError
 from aliblip.training.checkpoint import checkpoints
 
 TRAIN_ROWS, BATCH, EPOCHS = 50, 4, 3
-PATIENCE = 300  # seconds until a test takes a run for hung; a machine may be busy with other things
 RECORDED = ROOT / "tests" / "recorded_train.py"
 
 
