@@ -1,165 +1,316 @@
-"""A gallery: building, saving, memory-mapped loading, and search in fp32, fp16, int8 and FAISS; speed, memory, recall.
+"""A gallery of millions: build, index, search, filters, changes; and beside it the store of version 0.1.0.
 
-    python benchmarks/bench_gallery.py --threads 1 --json benchmarks/results/gallery.json   # some minutes, 2 GB of disk
-    python benchmarks/bench_gallery.py --items 3000 --queries 8                               # seconds, to try it
+    python benchmarks/bench_gallery.py --json benchmarks/results/gallery.json         # 1,000,000 and 10,000,000 rows
+    python benchmarks/bench_gallery.py --rows 1000000 --before ../aliblip-0.1.0       # a checkout of that version
+    python benchmarks/bench_gallery.py --rows 3000 --queries 8 --rounds 1             # seconds, to try it
 
-Random unit vectors of width 256; 1,000,000 items by default. Two kinds of queries: random ones, for which recall@10 is
-hardest, since the ten best of them are hardly better than the next ones; and near ones, an item plus as much noise,
-for which it counts how often that item is found first. Recall is against exact search in fp32. All galleries are saved
-and loaded again; the memory is that of a fresh process (Linux only): what it adds when it loads the gallery, and when
-it has searched once, apart into what only it holds (anonymous) and pages of the files, which the system can take back.
+The vectors lie in clusters of 50, as the embeddings of a catalogue do (variants of a product): a random centre and, for
+each row, as much noise as `--spread` says, all of length 1. (Uniform noise has no near neighbours: it is the worst case
+of every index, and nobody's data.) Queries are further members of random clusters. Recall@10 is the share of the ten
+best of exact search that is found; times are of one query after another, medians.
 
-Speed is measured in turn, with one query and with `--queries` at a time. The last line is the time of the engine's
-search over the fp32 vectors in memory, over that of the memory-mapped fp32 gallery, with `--queries` at a time.
+Filters leave 10 %, 1 % and 0.1 % of the rows. An upsert embeds nothing here: it is the table's share. The last line is
+the time of an exact query over one by the index, at the largest size.
 """
 
 from __future__ import annotations
 
-import json
+import gc
+import importlib
+import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
+import pyarrow as pa
 import torch
-from torch import Tensor
 
-import retrieval_aliblip as engine
-from benchmarks.bench_search import unit_vectors
+from aliblip.retrieval.galleries import Gallery
+from aliblip.retrieval.indexing import IndexSettings, index_settings
 from benchmarks.common import finish, parser
-from gallery_aliblip import Gallery
-from storage_aliblip import VECTOR_TYPES
 
 ROOT = Path(__file__).resolve().parent.parent
 K = 10
+CLUSTER = 50
+BATCH = 50_000
+SELECTIVITIES = {"10 %": 10, "1 %": 1, "0.1 %": 0.1}
+CATEGORIES = 10
 
-FRESH_PROCESS = """
-import json, sys, time
-import torch
-from gallery_aliblip import Gallery
-from pathlib import Path
-
-def memory():
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {name: int(lines[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile")}
-
-torch.set_num_threads(1)
-torch.ones(64, 64) @ torch.ones(64, 64)  # what is set up at the first product is not measured
-before, start = memory(), time.perf_counter()
-gallery = Gallery.load(sys.argv[1])
-seconds, loaded = time.perf_counter() - start, memory()
-gallery.search(gallery.vectors(0, 1), 10)
-searched = memory()
-added = lambda after: {"anonymous": after["RssAnon"] - before["RssAnon"], "file": after["RssFile"] - before["RssFile"]}
-print(json.dumps({"load_seconds": seconds, "loaded": added(loaded), "searched": added(searched)}))
+OPEN = """
+import sys, time
+import numpy, torch
+from aliblip.retrieval.galleries import Gallery
+query = torch.from_numpy(numpy.load(sys.argv[2]))
+start = time.perf_counter()
+Gallery.open(sys.argv[1]).search(query, 10, columns=[])
+print(time.perf_counter() - start)
 """
+
+
+class Clusters:
+    """Rows that can be made again from their numbers, a batch at a time; (n, E) fp32 of length 1."""
+
+    def __init__(self, rows: int, width: int, spread: float):
+        self.rows, self.width, self.spread = rows, width, spread
+        self.count = max(rows // CLUSTER, 1)
+        self.centres = self._unit(np.random.default_rng(0).standard_normal((self.count, width), dtype=np.float32))
+
+    @staticmethod
+    def _unit(vectors: np.ndarray) -> np.ndarray:
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    def members(self, clusters: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        noise = self._unit(rng.standard_normal((len(clusters), self.width), dtype=np.float32))
+        return self._unit(self.centres[clusters] + self.spread * noise)
+
+    def batch(self, start: int) -> np.ndarray:
+        numbers = np.arange(start, min(start + BATCH, self.rows), dtype=np.int64)
+        # Neighbours do not lie side by side: the numbers are spread over the clusters.
+        return self.members((numbers * 7919) % self.count, np.random.default_rng((1, start)))
+
+    def batches(self) -> Iterator[tuple[int, np.ndarray]]:
+        for start in range(0, self.rows, BATCH):
+            yield start, self.batch(start)
+
+    def queries(self, count: int) -> torch.Tensor:
+        rng = np.random.default_rng(2)
+        return torch.from_numpy(self.members(rng.integers(0, self.count, count), rng))
+
+
+def numbered(first: int, vectors: np.ndarray) -> pa.RecordBatch:
+    return table_of(np.arange(first, first + len(vectors)), vectors)
+
+
+def table_of(ids: np.ndarray, vectors: np.ndarray) -> pa.RecordBatch:
+    numbers = ids.astype(np.int64)
+    mixed = (numbers * 2654435761) % 100_000  # 0 to 99,999, evenly
+    return pa.record_batch(
+        {
+            "id": numbers,
+            "price": mixed / 1000.0,  # 0 to 100: `price < 10` leaves 10 %
+            "category": pa.array([f"c{number}" for number in (mixed % CATEGORIES)]),
+            "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1]),
+        }
+    )
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def median_of(call: Callable[[int], object], rounds: int) -> float:
+    return statistics.median(seconds(lambda number=number: call(number)) for number in range(rounds))
+
+
+def ids_of(found: list[list[dict]]) -> list[set[int]]:
+    return [{hit["id"] for hit in hits} for hits in found]
+
+
+def recall(found: list[set], wanted: list[set]) -> float:
+    return float(np.mean([len(one & other) / len(other) for one, other in zip(found, wanted, strict=True)]))
+
+
+def one_by_one(search: Callable, queries: torch.Tensor) -> tuple[list[set], list[float]]:
+    found, taken = [], []
+    for query in queries:
+        start = time.perf_counter()
+        hits = search(query[None])
+        taken.append(time.perf_counter() - start)
+        found += ids_of(hits)
+    return found, taken
+
+
+def measure(rows: int, folder: Path, args) -> dict:
+    """Everything about one size."""
+    data = Clusters(rows, args.width, args.spread)
+    schema = numbered(0, data.batch(0)[:1]).schema
+    reader = pa.RecordBatchReader.from_batches(schema, (numbered(first, one) for first, one in data.batches()))
+    row: dict = {"rows": rows, "write_seconds": seconds(lambda: Gallery.from_vectors(reader, folder))}
+    gallery = Gallery.open(folder)
+    queries = data.queries(args.queries)
+    exact = args.exact_queries
+    wanted, taken = one_by_one(lambda q: gallery.search(q, K, approximate=False, columns=[]), queries[:exact])
+    row["exact"] = {"milliseconds": 1000 * statistics.median(taken), "queries": exact}
+    print(
+        f"{rows:,} rows: written in {row['write_seconds']:.0f} s; exact {row['exact']['milliseconds']:.1f} ms a query"
+    )
+    row["settings"] = []
+    default = index_settings(rows, args.width, "IVF_PQ" if rows >= args.index_rows else None)
+    tried = [IndexSettings(**{**default.as_json(), **change}) for change in variants(default)] if default else []
+    if tried:
+        report = gallery.create_index(columns=["price", "category"], measure_recall=0, settings=default, quiet=True)
+        row["index_seconds"] = report.seconds
+    for settings in tried:
+        row["settings"].append(by_index(gallery, settings, queries, wanted, args, settings == default))
+    row["bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    row["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    np.save(folder.parent / "query.npy", queries[:1].numpy())
+    command = [sys.executable, "-c", OPEN, str(folder), str(folder.parent / "query.npy")]
+    opened = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    row["open_and_first_query_seconds"] = float(opened.stdout)
+    row["filters"] = filtered(gallery, queries, args)
+    row["changes"] = changes(gallery, data, args)
+    return row
+
+
+def variants(default: IndexSettings) -> list[dict]:
+    """The default and, of the same index, other ways to ask it: they cost no second build."""
+    probes = default.nprobes
+    asked = [{"nprobes": max(probes // 4, 1)}, {"nprobes": max(probes // 2, 1)}, {}, {"nprobes": probes * 2}]
+    if default.refine_factor is not None:
+        asked += [{"refine_factor": max(default.refine_factor // 2, 1)}, {"refine_factor": default.refine_factor * 3}]
+    return asked
+
+
+def by_index(gallery: Gallery, settings: IndexSettings, queries, wanted, args, is_default: bool) -> dict:
+    gallery._keep_index_settings(settings)
+    gallery.refresh()
+    gallery.search(queries[:1], K, approximate=True, columns=[])  # what is opened at the first query
+    found, taken = one_by_one(lambda q: gallery.search(q, K, approximate=True, columns=[]), queries)
+    result = {
+        **settings.as_json(),
+        "default": is_default,
+        "milliseconds": 1000 * statistics.median(taken),
+        "milliseconds_95": 1000 * float(np.quantile(taken, 0.95)),
+        "queries_per_second": 1 / statistics.mean(taken),
+        "recall_at_10": recall(found[: len(wanted)], wanted),
+    }
+    print(f"  {settings}: {result['milliseconds']:.1f} ms, recall@10 {result['recall_at_10']:.3f}", flush=True)
+    return result
+
+
+def filtered(gallery: Gallery, queries, args) -> dict:
+    """Queries with filters of several selectivities, beside the same without one, in turn."""
+    if gallery.has_index:  # as `create_index` leaves it
+        gallery._keep_index_settings(index_settings(len(gallery), args.width, "IVF_PQ"))
+        gallery.refresh()
+    some = queries[: args.filtered_queries]
+    found = {}
+    _, plain = one_by_one(lambda q: gallery.search(q, K, columns=[]), some)
+    for name, percent in SELECTIVITIES.items():
+        where = {"where": "price < :most", "values": {"most": percent}}
+        approximate, taken = one_by_one(lambda q, where=where: gallery.search(q, K, columns=[], **where), some)
+        wanted, _ = one_by_one(
+            lambda q, where=where: gallery.search(q, K, columns=[], approximate=False, **where),
+            some[: args.exact_queries],
+        )
+        found[name] = {
+            "milliseconds": 1000 * statistics.median(taken),
+            "times_unfiltered": statistics.median(taken) / statistics.median(plain),
+            "recall_at_10": recall(approximate[: len(wanted)], wanted),
+        }
+        print(
+            f"  filter that leaves {name}: {found[name]['milliseconds']:.1f} ms, {found[name]['times_unfiltered']:.1f} "
+            f"times as long, recall@10 {found[name]['recall_at_10']:.3f}",
+            flush=True,
+        )
+    return found
+
+
+def changes(gallery: Gallery, data: Clusters, args) -> dict:
+    """Upserts of 1 and of 1,000 rows, half of them new, and deletes: seconds each."""
+    rng = np.random.default_rng(3)
+
+    def upsert(count: int) -> Callable[[int], object]:
+        def call(number: int) -> object:
+            vectors = data.members(rng.integers(0, data.count, count), rng)
+            ids = rng.choice(2 * data.rows, count, replace=False)
+            return gallery.upsert_vectors(pa.Table.from_batches([table_of(ids, vectors)]))
+
+        return call
+
+    found = {
+        "upsert_1_seconds": median_of(upsert(1), args.rounds),
+        "upsert_1000_seconds": median_of(upsert(1000), args.rounds),
+        "remove_1_seconds": median_of(lambda number: gallery.remove([int(rng.integers(0, data.rows))]), args.rounds),
+        "remove_1000_seconds": median_of(
+            lambda number: gallery.remove([int(one) for one in rng.integers(0, data.rows, 1000)]), args.rounds
+        ),
+    }
+    print("  " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()), flush=True)
+    return found
+
+
+# --- the store of version 0.1.0 ---------------------------------------------------------------------------------------
+
+
+def store_of_before(checkout: Path):
+    """The class `Gallery` of a checkout of version 0.1.0, under a package's name of its own."""
+    package = types.ModuleType("aliblip_before")
+    package.__path__ = [str(checkout)]  # its root files import each other as siblings in a package, as on the Hub
+    sys.modules["aliblip_before"] = package
+    return importlib.import_module("aliblip_before.gallery_aliblip").Gallery
+
+
+def measure_before(checkout: Path, rows: int, folder: Path, args) -> dict:
+    """The same of the store of before, as far as it has it: exact search, adding and removing."""
+    data = Clusters(rows, args.width, args.spread)
+    before = store_of_before(checkout)
+    vectors = torch.empty(rows, args.width)
+    for first, one in data.batches():
+        vectors[first : first + len(one)] = torch.from_numpy(one)
+
+    def build() -> None:
+        before.from_vectors(vectors).save(folder)
+
+    row = {"rows": rows, "write_seconds": seconds(build)}
+    gallery = before.load(folder)
+    queries = data.queries(args.exact_queries)
+    taken = [seconds(lambda q=q: gallery.search(q[None], K)) for q in queries]
+    row["exact"] = {"milliseconds": 1000 * statistics.median(taken)}
+    row["bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    # `add` embeds; what it costs beside that is to look at all ids, as `remove` does, and to write everything again.
+    row["remove_1_seconds"] = seconds(lambda: gallery.remove([17]))
+    row["save_again_seconds"] = seconds(lambda: gallery.save(folder))
+    print(
+        f"version 0.1.0, {rows:,} rows: written in {row['write_seconds']:.0f} s, exact "
+        f"{row['exact']['milliseconds']:.0f} ms, one row removed in "
+        f"{row['remove_1_seconds']:.2f} s and saved in {row['save_again_seconds']:.1f} s",
+        flush=True,
+    )
+    return row
 
 
 def main(command_line: list[str] | None = None) -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--threads", type=int, default=1)
-    arguments.add_argument("--rounds", type=int, default=5)
-    arguments.add_argument("--items", type=int, default=1_000_000)
-    arguments.add_argument("--queries", type=int, default=64, help="searched at a time; recall is of ten times as many")
+    arguments.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 10_000_000])
     arguments.add_argument("--width", type=int, default=256)
-    arguments.add_argument("--types", nargs="+", default=list(VECTOR_TYPES), choices=list(VECTOR_TYPES))
-    arguments.add_argument("--nprobe", type=int, default=32, help="lists that FAISS searches for a query")
+    arguments.add_argument("--spread", type=float, default=0.6, help="noise of a row, as a multiple of its centre")
+    arguments.add_argument("--queries", type=int, default=200)
+    arguments.add_argument("--exact_queries", type=int, default=50, help="of these, searched exactly too")
+    arguments.add_argument("--filtered_queries", type=int, default=50)
+    arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--index_rows", type=int, default=50_000, help="from how many rows on there is an index")
+    arguments.add_argument("--threads", type=int, default=2)
+    arguments.add_argument("--before", type=Path, help="a checkout of version 0.1.0: its store at the first size too")
+    arguments.add_argument("--folder", type=Path, help="where the tables lie meanwhile (default: a temporary folder)")
     args = arguments.parse_args(command_line)
-    if "float32" not in args.types:
-        arguments.error("--types: float32 is what the others are compared with")
     torch.set_num_threads(args.threads)
-    generator = torch.Generator().manual_seed(0)
-    vectors = unit_vectors(args.items, args.width, generator)
-    random = unit_vectors(10 * args.queries, args.width, generator)
-    own = torch.randint(args.items, (len(random),), generator=generator)
-    near = vectors[own] + unit_vectors(len(own), args.width, generator)
-    near /= near.norm(dim=1, keepdim=True)
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        galleries, table = {}, {}
-        for dtype in args.types:
-            galleries[dtype], table[dtype] = make(vectors, dtype, Path(folder) / dtype)
-        searches: dict[str, Callable] = {"engine, in memory": lambda q: engine.search(q, vectors, K)}
-        for dtype, gallery in galleries.items():
-            searches[dtype] = lambda q, gallery=gallery: gallery.search(q, K)
-        faiss_row = add_faiss(galleries["float32"], args.nprobe)
-        if faiss_row is not None:
-            table["faiss"] = faiss_row
-            searches["faiss"] = lambda q: galleries["float32"].search(q, K, approximate=True)
-        wanted = searches["float32"](random)[1]
-        for name, search in searches.items():
-            row = table.setdefault(name, {})
-            found, first = search(random)[1], search(near)[1][:, 0]
-            row["recall@10_random"] = (found[:, :, None] == wanted[:, None]).any(1).float().mean().item()
-            row["recall@1_near"] = (first == own).float().mean().item()
-        for size, queries in (("one", random[:1]), ("many", random[: args.queries])):
-            for name, seconds in in_turn(searches, queries, args.rounds).items():
-                table[name][f"seconds_{size}"] = [round(value, 4) for value in seconds]
-                table[name][f"queries_per_second_{size}"] = len(queries) / statistics.median(seconds)
-    for name, row in table.items():
-        print(describe(name, row, args.queries))
-    ratio = statistics.median(table["engine, in memory"]["seconds_many"]) / statistics.median(
-        table["float32"]["seconds_many"]
-    )
-    settings = {name: value for name, value in vars(args).items() if name != "json"}
-    finish("gallery", ratio, {"galleries": table, "settings": settings}, args.json)
-
-
-def make(vectors: Tensor, dtype: str, folder: Path) -> tuple[Gallery, dict]:
-    start = time.perf_counter()
-    gallery = Gallery.from_vectors(vectors, dtype=dtype)
-    built = time.perf_counter()
-    gallery.save(folder)
-    saved = time.perf_counter()
-    command = [sys.executable, "-c", FRESH_PROCESS, str(folder)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return Gallery.load(folder), {
-        "build_seconds": built - start,
-        "save_seconds": saved - built,
-        "file_bytes": sum(path.stat().st_size for path in folder.iterdir()),
-        **json.loads(ended.stdout.splitlines()[-1]),
-    }
-
-
-def add_faiss(gallery: Gallery, nprobe: int) -> dict | None:
-    start = time.perf_counter()
-    try:
-        gallery.add_faiss_index(nprobe=nprobe)
-    except ImportError:
-        return None
-    return {"build_seconds": time.perf_counter() - start, "nprobe": nprobe}
-
-
-def in_turn(searches: dict[str, Callable], queries: Tensor, rounds: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in searches}
-    for _ in range(rounds):
-        for name, search in searches.items():
-            start = time.perf_counter()
-            search(queries)
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def describe(name: str, row: dict, queries: int) -> str:
-    lines = [
-        f"{name}: recall@10 of random queries {row['recall@10_random']:.4f}, near queries' item first "
-        f"{row['recall@1_near']:.4f}; {row['queries_per_second_one']:.3g} queries per second one at a time, "
-        f"{row['queries_per_second_many']:.3g} by {queries}"
-    ]
-    if "build_seconds" in row:
-        lines.append(f"  built in {row['build_seconds']:.1f} s")
-    if "loaded" in row:
-        loaded, searched = row["loaded"], row["searched"]
-        lines.append(
-            f"  saved in {row['save_seconds']:.1f} s, {row['file_bytes'] / 1e6:,.0f} MB; loaded in "
-            f"{row['load_seconds'] * 1000:.0f} ms with {loaded['anonymous'] / 1e6:.0f} MB of memory, after a search "
-            f"{searched['anonymous'] / 1e6:.0f} MB and {searched['file'] / 1e6:,.0f} MB of file pages"
-        )
-    return "\n".join(lines)
+    table: dict = {"sizes": []}
+    with tempfile.TemporaryDirectory(dir=args.folder) as place:
+        if args.before is not None:
+            table["before"] = measure_before(args.before, args.rows[0], Path(place) / "before", args)
+            shutil.rmtree(Path(place) / "before")
+            gc.collect()
+        for rows in args.rows:
+            table["sizes"].append(measure(rows, Path(place) / f"rows-{rows}", args))
+            shutil.rmtree(Path(place) / f"rows-{rows}")
+    last = table["sizes"][-1]
+    chosen = next((one for one in last["settings"] if one["default"]), last["exact"])
+    ratio = last["exact"]["milliseconds"] / chosen["milliseconds"]
+    settings = {name: value for name, value in vars(args).items() if name not in ("json", "before", "folder")}
+    finish("gallery", ratio, {**table, "settings": settings}, args.json)
 
 
 if __name__ == "__main__":

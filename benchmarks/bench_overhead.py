@@ -27,7 +27,7 @@ from accelerate.utils import set_seed
 
 from aliblip.runtime.accelerator import build_accelerator, end
 from aliblip.runtime.interrupts import StopSignals
-from aliblip.training.checkpoint import Training, random_states, save_checkpoint
+from aliblip.training.checkpoint import Progress, Training, random_states, save_checkpoint
 from aliblip.training.momentum import MomentumState
 from aliblip.training.objective import RetrievalObjective
 from aliblip.training.optim import parameter_groups
@@ -35,7 +35,7 @@ from aliblip.training.step import backward_and_step, clamp_parameter
 from benchmarks.common import finish, parser
 from configuration_aliblip import AliBlipConfig
 from modeling_aliblip import AliBlipForImageTextRetrieval
-from train import TEMPERATURE_RANGE, Progress
+from train import TEMPERATURE_RANGE
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "demo.yaml"
 VOCABULARY, TITLE_TOKENS = 600, 16

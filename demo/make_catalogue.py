@@ -56,6 +56,11 @@ from PIL import Image, ImageDraw, ImageFilter
 # Raise it with every change of what is drawn or written: an older catalogue is then refused instead of silently kept.
 VERSION = 2
 
+
+class Mistake(ValueError):
+    """Of whoever gave the settings; the message is the one line to show."""
+
+
 # --- the attributes ---------------------------------------------------------------------------------------------------
 
 COLOURS = {
@@ -205,7 +210,7 @@ def choose_products(seed: int, num_train: int, num_validation: int) -> tuple[lis
     once, `num_validation` of both).
 
     Raises:
-        ValueError: more than can be drawn.
+        Mistake: more than can be drawn.
     """
     rng = random.Random(f"products {seed}")
     triples = list(itertools.product(*CHOICES[:3]))
@@ -218,7 +223,7 @@ def choose_products(seed: int, num_train: int, num_validation: int) -> tuple[lis
 
     pool = [product for product in products if product.held_out_by not in held_out]
     if num_train > len(pool):
-        raise ValueError(f"--num_train is {num_train}: at most {len(pool)} photos can be drawn; give a lower number")
+        raise Mistake(f"--num_train is {num_train}: at most {len(pool)} photos can be drawn; give a lower number")
     rng.shuffle(pool)
     train = [product for product in pool for _ in range(rng.choice((1, 2, 2, 3)))][:num_train]
     rng.shuffle(train)
@@ -246,7 +251,7 @@ def _draw_with_twins(
             drawn[product] = drawn[rng.choice(free)] = None
     if len(drawn) < count:
         most = len(drawn) + len(taken)
-        raise ValueError(
+        raise Mistake(
             f"--num_validation is {count}, and as many to test: at most {most} products have a twin; give a lower one"
         )
     return drawn
@@ -611,12 +616,12 @@ def make_catalogue(output_dir: str | Path, seed: int = 42, num_train: int = 1000
     """Make the catalogue, whole or not at all; returns one line that says what there is now.
 
     Raises:
-        ValueError: a number out of range, or a folder that holds something else.
+        Mistake: a number out of range, or a folder that holds something else.
     """
     if num_train < 1:
-        raise ValueError(f"--num_train is {num_train}: it must be at least 1")
+        raise Mistake(f"--num_train is {num_train}: it must be at least 1")
     if num_validation < 2 or num_validation % 2:
-        raise ValueError(
+        raise Mistake(
             f"--num_validation is {num_validation}: it must be an even number of at least 2 (products have twins)"
         )
     output = Path(output_dir)
@@ -657,9 +662,9 @@ def _finished(output: Path, settings: dict) -> bool:
     try:
         found = json.loads((output / "catalogue.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise ValueError(f"'{output}' exists and is not a catalogue: {advice}") from None
+        raise Mistake(f"'{output}' exists and is not a catalogue: {advice}") from None
     if found != settings:
-        raise ValueError(f"'{output}' holds a catalogue of other settings, {json.dumps(found)}: {advice}")
+        raise Mistake(f"'{output}' holds a catalogue of other settings, {json.dumps(found)}: {advice}")
     return True
 
 
@@ -672,7 +677,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         print(make_catalogue(args.output_dir, args.seed, args.num_train, args.num_validation))
-    except ValueError as error:
+    except Mistake as error:
         print(f"make_catalogue.py: error: {error}", file=sys.stderr)
         sys.exit(2)
 

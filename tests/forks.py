@@ -7,6 +7,10 @@ What runs is a process of its own: own id, session and environment, signals as P
 `__main__` and ends as Python ends. Only the libraries are imported already. That they can be imported in a fresh
 process, and what reading the environment at import does, is for the tests that start scripts plainly.
 
+A launcher begins like that too, and starts its ranks as always: seven seconds of imports for each. With `FORK_RANKS` in
+its environment it forks them, for tests of what happens to ranks and launcher, and not of how they begin. They are the
+launcher's own children, in sessions of their own.
+
 The server (this file as a script) has imported the libraries but never computed with them, so that no pool of threads
 is lost in the fork. It is the parent of all that it started, and ends with the process that uses it.
 """
@@ -21,11 +25,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-_LIBRARIES = ("evaluate_retrieval", "train", "accelerate.commands.launch", "torch.distributed.run", "deepspeed")
+_LAUNCHER = "accelerate.commands.launch"
+_LIBRARIES = ("evaluate_retrieval", "train", _LAUNCHER, "torch.distributed.run", "deepspeed")
+FORK_RANKS = "ALIBLIP_TESTS_FORK_RANKS"
 _STANDARD_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)
 
 
@@ -106,11 +113,16 @@ def start(
 # --- the server -------------------------------------------------------------------------------------------------------
 
 
+def _forget_signals() -> None:
+    """Meet signals as Python does at its begin."""
+    for number in _STANDARD_SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
 def _become(request: dict) -> None:
     """What lies between fork and the script: session, signals, streams, folder, environment."""
     os.setsid()
-    for number in _STANDARD_SIGNALS:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    _forget_signals()
     for stream, name in ((1, "stdout"), (2, "stderr")):
         file = os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(file, stream)
@@ -160,6 +172,8 @@ def _run(command: list[str]) -> None:
     if command[0] == "-m":
         sys.argv = command[1:]
         sys.modules.pop(command[1], None)  # it runs anew, as `__main__`
+        if command[1] == _LAUNCHER and FORK_RANKS in os.environ:
+            _fork_ranks()
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = command
@@ -168,10 +182,96 @@ def _run(command: list[str]) -> None:
         runpy.run_path(command[0], run_name="__main__")
 
 
+# --- ranks that a launcher forks --------------------------------------------------------------------------------------
+
+
+class _Rank:
+    """What launchers use of `subprocess.Popen`, for a script that begins as a fork of the launcher."""
+
+    def __init__(self, args: Sequence[str], env: Mapping[str, str], stdout=None, stderr=None, start_new_session=False):
+        self.args, self.returncode = args, None
+        command = [part for part in args[1:] if part != "-u"]
+        sys.stdout.flush()
+        sys.stderr.flush()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STANDARD_SIGNALS)  # none may meet the launcher's handlers in the rank
+        self.pid = os.fork()
+        if self.pid == 0:
+            _forget_signals()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _STANDARD_SIGNALS)
+            if start_new_session:
+                os.setsid()
+            for stream, file in ((1, stdout), (2, stderr)):
+                if file is not None:
+                    os.dup2(file.fileno(), stream)
+            os.environ.clear()
+            os.environ.update(env)
+            _run_and_exit(command)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STANDARD_SIGNALS)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        end = None if timeout is None else time.monotonic() + timeout
+        while self.poll() is None:
+            if end is not None and time.monotonic() > end:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(0.01)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+def _run_and_exit(command: list[str]) -> None:
+    """Run a script, deep in the launcher that was forked, and end as Python ends."""
+    code = 0
+    try:
+        _run(command)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if code and not isinstance(error.code, int):
+            print(error.code, file=sys.stderr)
+    except KeyboardInterrupt:
+        code = -signal.SIGINT
+        sys.excepthook(*sys.exc_info())
+    except BaseException:
+        code = 1
+        sys.excepthook(*sys.exc_info())
+    try:
+        threading._shutdown()  # waits for threads
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        if code < 0:
+            signal.signal(-code, signal.SIG_DFL)
+            os.kill(os.getpid(), -code)
+        os._exit(code)
+
+
+def _fork_ranks() -> None:
+    """Let the launcher that runs in this process fork our scripts."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    plain = subprocess.Popen
+
+    def popen(args, **options):
+        if args[0] != sys.executable:
+            return plain(args, **options)
+        return _Rank(args, **options)
+
+    subprocess.Popen = subprocess_handler.Popen = popen
+    os.register_at_fork(after_in_child=lambda: setattr(subprocess, "Popen", plain))
+
+
 if __name__ == "__main__":
     import gc
     import importlib
-    import threading
 
     for library in _LIBRARIES:
         importlib.import_module(library)

@@ -15,7 +15,8 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tiny
-from helpers import ROOT, environment, environments_of_ranks, launch_command, start_forked
+from forks import FORK_RANKS
+from helpers import PATIENCE, ROOT, environment, environments_of_ranks, launch_command, start_forked
 from PIL import Image
 
 TINY = [
@@ -76,8 +77,8 @@ def rows_of(folder: Path) -> dict[tuple[int, int, int], list[int]]:
 
 
 class BackgroundRun:
-    """A recorded training run that a test can signal or kill: under `accelerate launch`, or, for less time, its
-    processes alone (`launched=False`, see `helpers.run_ranks`)."""
+    """A recorded training run that a test can signal or kill: under `accelerate launch`, which forks its ranks (see
+    `forks`), or, for less time, its processes alone (`launched=False`, see `helpers.run_ranks`)."""
 
     def __init__(self, config: str, folder: Path, args: Sequence, launched: bool = True, **env: str):
         self.folder = folder
@@ -85,7 +86,7 @@ class BackgroundRun:
         script = [ROOT / "tests" / "recorded_train.py", *args, "--output_dir", folder]
         env["ALIBLIP_ROWS"] = str(folder)
         if launched:
-            starts = [([*launch_command(config), *script], environment(**env))]
+            starts = [([*launch_command(config), *script], environment(**env, **{FORK_RANKS: "1"}))]
         else:
             starts = [([sys.executable, *script], ranks_env) for ranks_env in environments_of_ranks(config, **env)]
         file = folder / "printed.txt"
@@ -103,7 +104,7 @@ class BackgroundRun:
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
         return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
 
-    def wait_until(self, condition: Callable[[], bool], timeout: float = 120) -> None:
+    def wait_until(self, condition: Callable[[], bool], timeout: float = PATIENCE) -> None:
         end = time.monotonic() + timeout
         while not condition():
             assert all(process.poll() is None for process in self.processes), f"the run is over\n{self.printed[-4000:]}"
@@ -111,17 +112,8 @@ class BackgroundRun:
             time.sleep(0.005)
 
     def ranks(self) -> list[psutil.Process]:
-        """The training processes, in rank order: children of the launcher that run the script."""
-        found = {}
-        for child in self.launcher.children(recursive=True):
-            try:
-                values = child.environ()
-                is_reader = child.parent().pid != self.launcher.pid
-            except psutil.Error:
-                continue
-            if not is_reader and "ALIBLIP_ROWS" in values:
-                found[int(values.get("RANK", "0"))] = child
-        return [found[rank] for rank in sorted(found)]
+        """The training processes, in rank order: the launcher's children, in the order in which it started them."""
+        return sorted(self.launcher.children(), key=lambda child: (child.create_time(), child.pid))
 
     def _started(self) -> list[psutil.Process]:
         """All processes of the run that are still there, those we started last."""
@@ -140,7 +132,7 @@ class BackgroundRun:
         for process in self.processes:
             process.wait()
 
-    def wait(self, timeout: float = 120) -> int:
+    def wait(self, timeout: float = PATIENCE) -> int:
         """The exit code, once all that was started is gone."""
         started = self._started()
         try:

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,10 @@ from PIL import Image
 sys.path.insert(0, str(ROOT / "demo"))
 
 import make_catalogue as demo  # noqa: E402
+import what_next  # noqa: E402
+
+from aliblip.runtime.arguments import parse  # noqa: E402
+from aliblip.serve import ServeArguments  # noqa: E402
 
 TRAIN, VALIDATION = 300, 40
 
@@ -90,10 +95,10 @@ def test_products_of_the_default_size(seed):
 
 
 def test_too_many_products():
-    with pytest.raises(ValueError, match="--num_train is 30000: at most 17280 photos"):
+    with pytest.raises(demo.Mistake, match="--num_train is 30000: at most 17280 photos"):
         demo.choose_products(0, 30_000, 40)
     for too_many in (9000, 4000):  # for the validation; for the test after it
-        with pytest.raises(ValueError, match=f"--num_validation is {too_many}, and as many to test: at most"):
+        with pytest.raises(demo.Mistake, match=f"--num_validation is {too_many}, and as many to test: at most"):
             demo.choose_products(0, 100, too_many)
 
 
@@ -249,7 +254,7 @@ def test_second_run(catalogue):
 
 def test_a_catalogue_of_an_older_version_is_refused(catalogue, monkeypatch):
     monkeypatch.setattr(demo, "VERSION", demo.VERSION + 1)
-    with pytest.raises(ValueError, match="holds a catalogue of other settings"):
+    with pytest.raises(demo.Mistake, match="holds a catalogue of other settings"):
         demo.make_catalogue(catalogue, 1, TRAIN, VALIDATION)
 
 
@@ -258,7 +263,7 @@ def test_a_folder_of_something_else_is_kept(tmp_path, content):
     (tmp_path / "notes.txt").write_text("mine")
     if content is not None:
         (tmp_path / "catalogue.json").write_text(content)
-    with pytest.raises(ValueError, match="delete it or give another --output_dir"):
+    with pytest.raises(demo.Mistake, match="delete it or give another --output_dir"):
         demo.make_catalogue(tmp_path, 1, 10, 4)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
@@ -268,9 +273,18 @@ def test_a_folder_of_something_else_is_kept(tmp_path, content):
     [((0, 4), "--num_train is 0"), ((10, 3), "--num_validation is 3"), ((10, 0), "--num_validation is 0")],
 )
 def test_numbers_out_of_range(tmp_path, numbers, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(demo.Mistake, match=message):
         demo.make_catalogue(tmp_path / "catalogue", 1, *numbers)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "write_tokenizer", lambda *args: int("a bug"))
+    monkeypatch.setattr(
+        sys, "argv", ["make_catalogue.py", "--output_dir", str(tmp_path / "catalogue"), "--num_train", "9"]
+    )
+    with pytest.raises(ValueError, match="a bug"):
+        demo.main()
 
 
 def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
@@ -284,3 +298,29 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.undo()
     (tmp_path / "catalogue").mkdir()  # an empty folder is as good as none
     assert "10 photos" in demo.make_catalogue(tmp_path / "catalogue", 1, 10, 4)
+
+
+# --- the last words ---------------------------------------------------------------------------------------------------
+
+
+def test_the_last_words_name_a_command_that_exists(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    evaluation = Path("demo/output/evaluation")
+    evaluation.mkdir(parents=True)
+    Path("demo/catalogue").mkdir()
+    Path("demo/catalogue/photos").write_bytes(bytes(3_000_000))
+    recalls = {"itc": {"recall@1": 0.64}, "itm": {"recall@1": 0.685}}
+    results = {"split": "test", "num_texts": 400, "fusion_weight": 32.0, "text_to_image": recalls}
+    (evaluation / "results.json").write_text(json.dumps(results))
+    what_next.main(["--started", str(time.time() - 545), "--python", ".venv/bin/python"])
+    *told, command = capsys.readouterr().out.splitlines()
+    assert told == [
+        "done in 9 minutes; demo/catalogue takes 3 MB, demo/output 0 MB",
+        "of 400 titles 68.5 % find their photo first (64.0 % without re-ranking)",
+        "to look at: demo/output/contact_sheet.png, demo/output/report.html",
+        "next, a page to search these photos with:",
+    ]
+    assert command.startswith(".venv/bin/python -m aliblip.serve ")
+    (flags,) = parse([ServeArguments], command.split()[3:])
+    assert (flags.model_name_or_path, flags.gallery) == ("demo/output/best", "demo/catalogue")
+    assert (flags.split_name, flags.fusion_weight) == ("test", 32.0)

@@ -83,10 +83,12 @@ def test_a_unit_comes_back_from_its_part_without_the_image_tokens(model, describ
         stage.add(unit.number, *unit.as_part())
     again = EmbeddedUnit.from_part(unit.number, *parts.stage("embed").load(unit.number))
     assert again.image_tokens is None
-    for name, value in vars(unit).items():
-        if isinstance(value, torch.Tensor) and name != "image_tokens":
+    # Paths and thumbnails are for the build of a gallery, which writes them into its table itself.
+    kept = {name: value for name, value in vars(unit).items() if name not in ("image_tokens", "paths", "thumbnails")}
+    for name, value in kept.items():
+        if isinstance(value, torch.Tensor):
             assert torch.equal(getattr(again, name), value), name
-        elif name != "image_tokens":
+        else:
             assert getattr(again, name) == json.loads(json.dumps(value)), name
 
 

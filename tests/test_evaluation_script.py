@@ -18,7 +18,7 @@ import evaluate_retrieval as script
 from aliblip.data.collate import Collator
 from aliblip.data.loader import EvalLoader
 from aliblip.data.sources import open_source
-from aliblip.runtime.mistakes import UsageError, main_with_usage_errors
+from aliblip.runtime.mistakes import UsageError
 
 TOO_MANY = "k_rerank is 1000, but the gallery has 29 items: give a number from 1 to 29, or leave it out"
 
@@ -115,13 +115,11 @@ def test_mistakes_give_one_line_before_any_work(more, message, model_folder, cat
     assert "\n" not in str(caught.value)
 
 
-def test_exit_code_two_and_one_line(model_folder, catalogue, tmp_path, monkeypatch, capsys):
+def test_exit_code_two_and_one_line(model_folder, catalogue, tmp_path):
     arguments = flags(model_folder, catalogue, tmp_path / "out", "--k_rerank", "1000")
-    monkeypatch.setattr(sys, "argv", ["evaluate_retrieval.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        main_with_usage_errors("evaluate_retrieval.py", script.main)
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err.splitlines() == [f"evaluate_retrieval.py: error: {TOO_MANY}"]
+    failed = run_forked([sys.executable, ROOT / "evaluate_retrieval.py", *arguments])
+    assert failed.returncode == 2
+    assert failed.stderr.splitlines() == [f"evaluate_retrieval.py: error: {TOO_MANY}"]
 
 
 PLANTED = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from aliblip.runtime import files
-from aliblip.runtime.files import NewFolder, repair, write_json_lines, write_tensors
+from aliblip.runtime.files import (
+    NewFolder,
+    append_json_line,
+    read_json_lines,
+    repair,
+    write_json_lines,
+    write_tensors,
+)
 
 
 def write(folder: Path, value: int, **options) -> None:
@@ -102,3 +110,29 @@ def test_lines_are_replaced_as_a_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         write_json_lines(file, [{"a": 2}])
     assert file.read_text() == '{"a": 1}\n' and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_line_is_added_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "log.jsonl"
+    append_json_line(file, {"a": 1})
+    append_json_line(file, {"a": "ä\u2028"})
+    assert read_json_lines(file) == [{"a": 1}, {"a": "ä\u2028"}]
+    whole = file.read_bytes()
+    # A limit on the size of a file stands for a full disk: the system takes the bytes that fit, and refuses the rest.
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 5, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            append_json_line(file, {"b": 12345})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert file.read_bytes() == whole
+
+
+def test_a_line_that_a_kill_cut_off_costs_no_other(tmp_path):
+    file = tmp_path / "log.jsonl"
+    append_json_line(file, {"a": 1})
+    with file.open("ab") as stream:
+        stream.write('{"a": "ä'.encode()[:-1])
+    append_json_line(file, {"a": 3})
+    assert read_json_lines(file) == [{"a": 1}, {"a": 3}]

@@ -5,7 +5,8 @@ import signal
 import sys
 
 import pytest
-from helpers import environment, run_forked, start_forked
+from forks import FORK_RANKS
+from helpers import environment, launch, run_forked, start_forked
 
 SCRIPT = """
 import os, sys, time
@@ -40,3 +41,30 @@ def test_once_started_it_has_its_files_and_hears_signals(script, tmp_path):
         assert process.poll() is None
         os.kill(process.pid, number)
         assert process.wait(30) == -number
+
+
+RANK = """
+import atexit, os, sys, threading, time
+rank, launcher = os.environ["RANK"], os.getppid()
+atexit.register(lambda: print(f"rank {rank} at its end", flush=True))
+threading.Thread(target=lambda: (time.sleep(0.5), print(f"rank {rank} in a thread", flush=True))).start()
+print(f"rank {rank}", __name__, sys.argv[1:], launcher, os.getsid(0) == os.getpid(), flush=True)
+if rank == "1" and sys.argv[1] == "raise":
+    raise ValueError("on purpose")
+sys.exit(int(rank) * int(sys.argv[1]) if sys.argv[1] != "raise" else 0)
+"""
+
+
+@pytest.mark.parametrize("argument, told", [("0", ""), ("7", "exitcode  : 7"), ("raise", "ValueError: on purpose")])
+def test_ranks_that_a_launcher_forks_end_as_scripts_do(tmp_path, argument, told):
+    (tmp_path / "script.py").write_text(RANK)
+    result = launch("cpu_2_processes.yaml", tmp_path / "script.py", [argument], env={FORK_RANKS: "1"})
+    assert (result.returncode == 0) is (argument == "0"), result.stderr
+    assert told in result.stderr
+    begun = [line.split(maxsplit=2)[2] for line in result.stdout.splitlines() if "__main__" in line]
+    (same,) = set(begun)  # children of one launcher, in sessions of their own
+    assert len(begun) == 2 and same.startswith(f"__main__ ['{argument}'] ") and same.endswith(" True")
+    if argument == "0":
+        for rank in (0, 1):
+            lines = [line for line in result.stdout.splitlines() if line.startswith(f"rank {rank}")]
+            assert lines[1:] == [f"rank {rank} in a thread", f"rank {rank} at its end"]

@@ -271,6 +271,29 @@ def test_what_the_index_does_not_find_is_searched_exactly(tmp_path, monkeypatch)
     assert found_ids(gallery, queries, 10) == found_ids(gallery, queries, 10, approximate=False)
 
 
+def test_a_filter_that_leaves_few_rows_is_searched_exactly_and_one_that_leaves_more_in_more_lists(
+    tmp_path, monkeypatch
+):
+    gallery = stored(tmp_path, clustered(2000), price=[n % 100 for n in range(2000)])
+    # One list of 40 for a query: what lies in the others is not found.
+    gallery.create_index(settings=IndexSettings("IVF_FLAT", 40, nprobes=1), measure_recall=0, quiet=True)
+    queries = unit_vectors(20, seed=6)
+    wanted = found_ids(gallery, queries, 10, approximate=False, where="price < 5")
+    assert found_ids(gallery, queries, 10, where="price < 5") == wanted
+
+    monkeypatch.setattr(views, "FEW_MATCHES", 0)
+    asked = []
+    monkeypatch.setattr(views, "nearest", lambda *args: asked.append(args[5]) or nearest(*args))
+    in_more = found_ids(gallery, queries, 10, where="price < 5")
+    assert asked == [0.05]
+    shared = [len(set(one) & set(other)) for one, other in zip(in_more, wanted, strict=True)]
+    plain = nearest(
+        gallery._now().dataset, queries, 10, gallery._now().index, "price < 5"
+    )  # as if nothing was left out
+    ids = [{row["id"] for row in gallery._now().take(positions, ["id"]).values()} for positions, _ in plain]
+    assert sum(shared) > sum(len(one & set(other)) for one, other in zip(ids, wanted, strict=True))
+
+
 # --- threads and processes --------------------------------------------------------------------------------------------
 
 

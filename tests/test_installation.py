@@ -45,3 +45,15 @@ def test_without_an_activated_environment_this_python_is_named(found, wheel, mon
     monkeypatch.setattr(shutil, "which", lambda name: found)
     monkeypatch.setattr(sys, "executable", str(Path("/home/me/my venv/bin/python")))
     assert installation.install_hint("peft") == "'/home/me/my venv/bin/python' -m pip install \"aliblip[peft]\""
+    assert installation.script_command("train.py") == "'/home/me/my venv/bin/aliblip-train'"
+
+
+def test_an_environment_in_this_folder_is_named_briefly(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(installation, "ROOT", tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    assert installation.this_python() == ".venv/bin/python"
+    assert installation.install_hint("serve") == '.venv/bin/python -m pip install -e ".[serve]"'
+    assert installation.script_command("train.py") == ".venv/bin/python train.py"

@@ -9,6 +9,7 @@ import tiny
 import torch
 from transformers import get_scheduler
 
+from aliblip.runtime.mistakes import UsageError
 from aliblip.training.optim import (
     alpha_schedule,
     learning_rate_schedule,
@@ -64,9 +65,9 @@ def test_cosine_per_epoch_is_the_published_one():
 
 
 def test_unknown_schedules_are_refused():
-    with pytest.raises(ValueError, match="no lr_scheduler_type 'cosin': choose one of .*cosine"):
+    with pytest.raises(UsageError, match="no lr_scheduler_type 'cosin': choose one of .*cosine"):
         learning_rate_schedule("cosin", 1.0, 0, 10, 5)
-    with pytest.raises(ValueError, match="reduce_lr_on_plateau"):
+    with pytest.raises(UsageError, match="reduce_lr_on_plateau"):
         learning_rate_schedule("reduce_lr_on_plateau", 1.0, 0, 10, 5)
 
 
@@ -78,5 +79,5 @@ def test_durations():
     assert total_optimizer_steps(10, 2.5, None) == 25
     assert total_optimizer_steps(10, 0.01, None) == 1
     assert total_optimizer_steps(10, 3, 7) == 7
-    with pytest.raises(ValueError, match="nothing to train"):
+    with pytest.raises(UsageError, match="nothing to train"):
         total_optimizer_steps(10, 0, None)

@@ -54,7 +54,10 @@ def connected():
     patch.setattr(constants, "HF_HUB_OFFLINE", False)
     patch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # a protocol of its own, in native code
     patch.setattr(constants, "HF_TOKEN_PATH", "/nonexistent")
-    patch.setattr(publish, "WAITS", (0.0, 0.0, 0.0, 0.0))
+    for module in (publish, upload):
+        patch.setattr(module, "WAITS", (0.0, 0.0, 0.0, 0.0))
+    wait = upload.Publisher._wait
+    patch.setattr(upload.Publisher, "_wait", lambda self, seconds: wait(self, 0.0))
     patch.setattr(_http, "time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
     yield to
     patch.undo()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +17,12 @@ from runs import TINY, log_of, photo, steps_of, write_split
 from safetensors.torch import load_file
 
 import train
+from aliblip.retrieval.arguments import EvaluationArguments, EvaluationDataArguments
+from aliblip.runtime.arguments import parse
 from aliblip.runtime.mistakes import UsageError
-from aliblip.training.progress import Log
+from aliblip.training.arguments import TrainDataArguments
+from aliblip.training.progress import ITM_PRIOR_LOSS, Log, MatchingHead, Unfailing
+from aliblip.training.run import evaluation_command
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
 
@@ -70,6 +76,16 @@ def test_a_run_leaves_models_that_load_and_says_what_happened(whole_run):
     assert list((folder / "logs").rglob("events.out.tfevents*"))
 
 
+def test_a_run_that_goes_well_says_nothing_else(whole_run):
+    """Nothing of other libraries, no bar where no terminal is, no empty line between log lines."""
+    _, printed = whole_run
+    assert "warning" not in printed.lower() and "\r" not in printed and "it/s" not in printed
+    lines = printed.splitlines()
+    steps = [number for number, line in enumerate(lines) if line.startswith("step ")]
+    assert len(steps) == 10
+    assert all(lines[number - 1] and lines[number + 1] for number in steps)
+
+
 def test_broken_rows_are_listed_by_name(whole_run):
     folder, printed = whole_run
     skipped = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
@@ -93,8 +109,42 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(whole_run, catalogue, tmp_p
 def test_resuming_with_another_order_of_rows_is_refused(whole_run, mistakes):
     folder, _ = whole_run
     message = mistakes("--resume_from_checkpoint", folder / "checkpoint-3", "--seed", "7", "--shuffle_window", "16")
-    assert "in another order" in message and "seed was 42, here it is 7" in message
+    assert "in another order" in message and "seed was 42, is 7" in message
     assert message.endswith("resume with --shuffle_window 4096 --seed 42")
+
+
+class Terminal(io.StringIO):
+    """What a terminal shows, line by line."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def shown(self) -> list[str]:
+        lines = []
+        for written in self.getvalue().split("\n"):
+            line = ""
+            for part in written.split("\r"):
+                line = part + line[len(part) :]
+            lines.append(line.rstrip())
+        return lines
+
+
+def test_on_a_terminal_the_bar_makes_way_for_every_line(tmp_path, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", Unfailing(terminal))
+    log = Log(SimpleNamespace(is_main_process=True), tmp_path, total_steps=3, warmup_steps=0, first_step=0)
+    for step in range(2):
+        log.end_step(left_out=False)
+        log.tell(f"line {step}")
+    assert terminal.shown()[:2] == ["line 0", "line 1"]
+    assert terminal.shown()[2].startswith("train:") and "2/3" in terminal.shown()[2]
+    log.close()
+    print("an error", file=sys.stderr)
+    assert terminal.shown() == ["line 0", "line 1", "an error", ""]  # and nothing of the bar
+    # Another process tells nothing.
+    Log(SimpleNamespace(is_main_process=False), tmp_path, total_steps=3, warmup_steps=0, first_step=0).tell("line 2")
+    assert len(terminal.shown()) == 4
 
 
 # --- two processes ----------------------------------------------------------------------------------------------------
@@ -222,19 +272,57 @@ def test_a_second_run_does_not_touch_the_first(whole_run, mistakes):
     assert (folder / "log.jsonl").read_text() == before
 
 
-def test_a_matching_head_that_always_says_no_is_told(tmp_path):
-    """Five log lines at the loss of the prior."""
+def told_at(losses: list[float], accuracy: float, *, every: int, total_steps: int, warmup_steps: int = 0) -> list[int]:
+    """The steps at which log lines with these losses make the warning appear."""
+    head = MatchingHead(total_steps, warmup_steps)
+    steps = range(every, every * len(losses) + 1, every)
+    return [step for step, loss in zip(steps, losses, strict=True) if head.looks_dead(step, loss, accuracy)]
+
+
+def test_a_dead_matching_head_is_told_once():
+    at_prior = [ITM_PRIOR_LOSS + 0.001 * (-1) ** i for i in range(40)]
+    assert told_at(at_prior, 0.0, every=50, total_steps=2000) == [750]  # the fifth line after the first quarter
+    assert told_at(at_prior, 0.0, every=50, total_steps=2000, warmup_steps=800) == [1050]
+    # One that came back to life is dead again later.
+    later = [*at_prior[:20], 0.60, *at_prior[:10]]
+    assert told_at(later, 0.02, every=50, total_steps=1550) == [600, 1300]
+
+
+def test_a_young_matching_head_is_left_alone():
+    # The demo's losses at every 50th of its 624 steps: it answers "no match" for 250 of them, and learns all the while.
+    demo = [0.6396, 0.6371, 0.6345, 0.6315, 0.6292, 0.6126, 0.5772, 0.5366, 0.4702, 0.4066, 0.3649, 0.3077]
+    assert told_at(demo, 0.0, every=50, total_steps=624) == []
+    # A short run is over before anything can be told.
+    assert told_at([ITM_PRIOR_LOSS] * 18, 0.0, every=1, total_steps=18) == []
+    assert told_at([ITM_PRIOR_LOSS] * 200, 0.0, every=1, total_steps=200) == []
+    # At the prior's loss, but with answers of both kinds; or far above it: both are no dead head.
+    assert told_at([ITM_PRIOR_LOSS] * 40, 0.3, every=50, total_steps=2000) == []
+    assert told_at([0.69] * 40, 0.0, every=50, total_steps=2000) == []
+
+
+def test_the_warning_stands_in_the_log_and_its_count_in_the_checkpoint(tmp_path):
+    accelerator = SimpleNamespace(is_main_process=True, num_processes=1, log=lambda *args, **kwargs: None)
     written = []
-    log = Log(SimpleNamespace(is_main_process=False), tmp_path, total_steps=1, first_step=0)
-    log.bar = SimpleNamespace(write=written.append)
-    for _ in range(4):
-        log._watch_itm({"loss_itm": 0.6371, "itm_accuracy_positive": 0.0})
-    log._watch_itm({"loss_itm": 0.6371, "itm_accuracy_positive": 0.3})
-    assert not written
-    for _ in range(5):
-        log._watch_itm({"loss_itm": 0.6360, "itm_accuracy_positive": 0.01})
-    (warning,) = written
+
+    def lines(log: Log, steps: range) -> None:
+        log.bar = SimpleNamespace(write=written.append)
+        for step in steps:
+            log.sums, log.batches = torch.tensor([1.0, ITM_PRIOR_LOSS, 0.0, 1.0, 1.0, 0.0]), 1
+            log.line(step, 1.0, learning_rate=0.1, temperature=0.07, queue_fill=1.0, grad_norm=1.0)
+
+    options = {"total_steps": 800, "warmup_steps": 0}
+    first = Log(accelerator, tmp_path, **options, first_step=0)
+    lines(first, range(150, 251, 10))  # the young ones, and four that count: 210 to 240, and 250
+    (warning,) = [line for line in written if line.startswith("warning")]
     assert "0.6365" in warning and '"no match"' in warning
+    written.clear()
+    stopped = Log(accelerator, tmp_path, **options, first_step=0)
+    lines(stopped, range(210, 241, 10))
+    resumed = Log(accelerator, tmp_path, **options, first_step=240)
+    resumed.load_state(stopped.state())
+    assert not [line for line in written if line.startswith("warning")]
+    lines(resumed, range(250, 251, 10))
+    assert [line for line in written if line.startswith("warning")] == [warning]
 
 
 def test_a_trained_model_at_a_size_that_does_not_fit_is_told(whole_run, mistakes):
@@ -258,3 +346,87 @@ def test_mistakes_end_with_exit_code_2_and_one_line(catalogue, tmp_path):
     )
     assert result.returncode != 0
     assert (result.stdout + result.stderr).count("train.py: error: k_rerank is 99") == 1
+
+
+PLANTED = """
+import sys
+
+import train
+from aliblip.runtime.mistakes import main_with_usage_errors
+from {module} import {owner}
+
+
+def broken(*args, **kwargs):
+    raise ValueError("planted\\non two lines")
+
+
+{owner}.{name} = broken
+main_with_usage_errors("train.py", train.main)
+"""
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        {"module": "aliblip.data.loader", "owner": "TrainLoader", "name": "__init__"},  # while it is set up
+        {"module": "aliblip.training.objective", "owner": "RetrievalObjective", "name": "forward"},  # in the loop
+    ],
+    ids=["set-up", "loop"],
+)
+def test_a_bug_of_ours_keeps_its_traceback(catalogue, tmp_path, place):
+    script = tmp_path / "planted.py"
+    script.write_text(PLANTED.format(**place))
+    flags = [*TINY, *catalogue, "--output_dir", tmp_path / "run", "--max_skipped_fraction", "0.2"]
+    result = run_forked([sys.executable, script, *flags])
+    assert result.returncode == 1
+    assert "Traceback (most recent call last)" in result.stderr and "planted.py" in result.stderr
+    assert result.stderr.endswith("ValueError: planted\non two lines\n")
+    assert "train.py: error" not in result.stderr
+
+
+@pytest.mark.parametrize("shown", [{}, {"ALIBLIP_TRACEBACK": "0"}, {"ALIBLIP_TRACEBACK": "1"}])
+def test_a_mistake_is_one_line_and_a_traceback_if_asked_for(catalogue, tmp_path, shown):
+    flags = [*TINY, *catalogue, "--output_dir", tmp_path / "run", "--alpha", "2"]
+    result = run_forked([sys.executable, "train.py", *flags], env=shown)
+    assert result.returncode == 2
+    line = "train.py: error: --alpha is 2.0: it must be from 0 to 1\n"
+    if shown.get("ALIBLIP_TRACEBACK") == "1":
+        assert result.stderr.endswith(line) and "Traceback (most recent call last)" in result.stderr
+    else:
+        assert result.stderr == line
+
+
+def test_mistakes_of_the_loop_are_one_line_too(catalogue, tmp_path):
+    flags = [*TINY, *catalogue, "--output_dir", tmp_path / "run", "--max_skipped_fraction", "0.01"]
+    result = run_forked([sys.executable, "train.py", *flags, "--evaluate_every", "0"])
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if "error" in line]
+    assert line.startswith("train.py: error: ") and "more than --max_skipped_fraction 0.01" in line
+
+
+def test_trackers_are_looked_for_at_once(mistakes):
+    assert mistakes("--report_to", "paper").startswith("--report_to is 'paper': give one of ")
+    assert mistakes("--report_to", "aim") == "--report_to aim is not installed: pip install aim, or --report_to none"
+
+
+@pytest.mark.parametrize(
+    ("given", "evaluated"),
+    [
+        ({"data_dir": "my photos"}, {"data_dir": "my photos"}),
+        (
+            {"dataset_name": "me/mugs", "validation_split_name": "test", "dataloader_num_workers": 7},
+            {"dataset_name": "me/mugs", "split_name": "test"},
+        ),
+        (
+            {"train_file": "train.json", "validation_file": "val-*.json", "image_dir": "photos", "caption_column": "t"},
+            {"data_files": "val-*.json", "image_dir": "photos", "caption_column": "t"},
+        ),
+    ],
+)
+def test_the_next_command_evaluates_on_the_same_data(given, evaluated):
+    command = evaluation_command(Path("outputs/best"), TrainDataArguments(**given))
+    words = shlex.split(command)
+    place = next(index for index, word in enumerate(words) if word.endswith("evaluate_retrieval.py")) + 1
+    data, options = parse([EvaluationDataArguments, EvaluationArguments], words[place:])
+    assert options == EvaluationArguments(model_name_or_path="outputs/best")
+    assert data == EvaluationDataArguments(**evaluated)

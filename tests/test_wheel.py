@@ -32,13 +32,16 @@ for module in modules:
     importlib.import_module(module)
 pipe = pipeline("image-text-retrieval", model=sys.argv[1], top_k=2)
 found = pipe("red cup", gallery=sys.argv[2:], direction="text-to-image")
+gallery = aliblip.Gallery.build(sys.argv[2:], "gallery", model=pipe.model, processor=pipe.processor)
+kept = pipe("red cup", gallery=gallery, direction="text-to-image")
 embedded = pipe.model.get_image_features(**pipe.processor(images=[Image.open(sys.argv[2])], return_tensors="pt"))
 files = [module.__file__ for module in sys.modules.values() if getattr(module, "__file__", None)]
 print(json.dumps({
     "modules": modules,
     "ours": [file for file in files if "aliblip" in file],
     "path": sys.path,
-    "found": [result["id"] for result in found],
+    "found": [result["itc"] for result in found],
+    "kept": [result["itc"] for result in kept],
     "embedded": list(embedded.pooler_output.shape),
     "install_hint": install_hint("gallery"),
     "script_command": script_command("train.py"),
@@ -73,10 +76,11 @@ def installed(wheel, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("installed") / "venv"
     assert_succeeded(run([sys.executable, "-m", "venv", folder]))
     python = folder / "bin" / "python"
-    pip = (python, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", "--disable-pip-version-check")
-    assert_succeeded(run([*pip, wheel]))
+    # -I: the checkout's own aliblip.egg-info, in the working directory, would count as an installed aliblip.
+    pip = (python, "-I", "-m", "pip")
+    assert_succeeded(run([*pip, "install", "--no-deps", "--no-index", "--quiet", "--disable-pip-version-check", wheel]))
     # An old setuptools, which Python before 3.12 puts there, would hide the one that torch asks for.
-    assert_succeeded(run([python, "-m", "pip", "uninstall", "--yes", "--quiet", "setuptools"]))
+    assert_succeeded(run([*pip, "uninstall", "--yes", "--quiet", "setuptools"]))
     (packages,) = folder.glob("lib/python*/site-packages")
     shared = [path for path in (*site.getsitepackages(), site.getusersitepackages()) if Path(path).is_dir()]
     (packages / "shared.pth").write_text("".join(f"{path}\n" for path in shared))
@@ -138,6 +142,7 @@ def test_a_model_is_trained_evaluated_and_searched_with(installed, elsewhere, tr
     assert_succeeded(result)
     told = json.loads(result.stdout.splitlines()[-1])
     assert len(told["found"]) == 2 and told["embedded"] == [1, 16]
+    assert told["kept"] == pytest.approx(told["found"], abs=1e-5)
     assert {"aliblip.serve", "aliblip.retrieval.metrics"} <= set(told["modules"])
     packages = installed.parent / "lib"
     assert told["ours"] and all(packages in Path(file).parents for file in told["ours"])

@@ -92,6 +92,8 @@ def load_pretrained(
         return _load_original(name, tokenizer_name, max_length, vision_config, text_config, attn_implementation)
     if vision_config or text_config:
         raise UsageError("--vision_config and --text_config: the model brings its own, leave them out")
+    if _is_a_path(name) and not os.path.exists(name):  # for transformers it would be a wrong name on the Hub
+        raise UsageError(f"there is no folder {name}: give the folder of a model, its name on the Hub, or a .pth file")
     with usage_errors(*LOADING_ERRORS, told=f"can't load the model {name}: {{}}"):
         model = AliBlipForImageTextRetrieval.from_pretrained(
             name, dtype=torch.float32, attn_implementation=attn_implementation
@@ -105,6 +107,11 @@ def load_pretrained(
     processor.max_length = max_length or processor.max_length
     check_vocabulary(name, processor, model.config.text_config.vocab_size, model.config.enc_token_id)
     return model, processor, None
+
+
+def _is_a_path(name: str) -> bool:
+    """Whether a name can't be one of the Hub, which is `name` or `owner/name`."""
+    return os.path.isabs(name) or name.count("/") > 1 or name.startswith((".", "~"))
 
 
 def _load_original(

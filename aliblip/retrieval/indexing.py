@@ -22,11 +22,15 @@ from torch import Tensor
 from aliblip.retrieval.tables import VECTOR
 from aliblip.runtime.mistakes import UsageError
 
-__all__ = ["INDEX_KINDS", "IndexSettings", "create_index", "index_settings", "nearest"]
+__all__ = ["FEW_MATCHES", "INDEX_KINDS", "IndexSettings", "create_index", "index_settings", "nearest", "recall"]
 
 INDEX_KINDS = ("IVF_FLAT", "IVF_PQ", "IVF_SQ", "IVF_HNSW_SQ", "IVF_HNSW_PQ")
 # Below it, all vectors are compared in less time than a page takes to show the photos.
 FEWEST_ROWS = 50_000
+# A filter that leaves no more rows is faster, and exact, without the index.
+FEW_MATCHES = 5_000
+# At most so many times `nprobes` lists are looked at for a filter: the best of what it leaves lie further away.
+MOST_PROBES = 16
 # Of a product quantiser, which learns so many codes a part.
 PQ_ROWS = 256
 
@@ -39,7 +43,7 @@ class IndexSettings:
         kind: one of `INDEX_KINDS`.
         num_partitions: lists.
         num_sub_vectors: parts that a vector's short form has; None: no PQ.
-        nprobes: lists that a query looks at, and more where a filter leaves too few rows.
+        nprobes: lists that a query looks at; with a filter more, see `nearest`.
         refine_factor: so many times k of the found are compared again by their true vectors; None: none.
         ef: candidates that a graph (HNSW) keeps during a search; None: no graph.
     """
@@ -104,18 +108,22 @@ def create_index(dataset, settings: IndexSettings) -> None:
 
 
 def nearest(
-    dataset, queries: Tensor, k: int, settings: IndexSettings, where: str | None = None
+    dataset, queries: Tensor, k: int, settings: IndexSettings, where: str | None = None, share: float = 1.0
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """The k best of each query by the index, with a filter applied before; rows that came after it are compared too.
 
     Args:
         queries: (Q, E) fp32.
+        share: of the rows that the filter leaves. The smaller, the further away are the best of them, and the more
+            lists are looked at.
 
     Returns:
         For each query the positions (int64) and scores (fp32) of at most k rows, best first, of equal scores the lower
         position first.
     """
-    options: dict[str, Any] = {"column": VECTOR, "k": k, "metric": "dot", "minimum_nprobes": settings.nprobes}
+    probes = min(settings.num_partitions, round(settings.nprobes * min(1 / share, MOST_PROBES)))
+    # Not `minimum_nprobes`: with it Lance ends the search by a rule of its own, which finds less.
+    options: dict[str, Any] = {"column": VECTOR, "k": k, "metric": "dot", "nprobes": probes}
     if settings.refine_factor is not None:
         options["refine_factor"] = settings.refine_factor
     if settings.ef is not None:

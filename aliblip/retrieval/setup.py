@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers.utils.logging import disable_progress_bar
 
 from aliblip.data.collate import Collator
 from aliblip.data.loader import EvalLoader
@@ -46,12 +45,10 @@ from processing_aliblip import AliBlipProcessor
 
 
 def set_up_logging() -> None:
+    """Messages of ours to the terminal, from the first process alone."""
     # by the launcher's variable: the processes are not joined yet
-    is_first = launched_rank() == 0
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("aliblip").setLevel(logging.INFO if is_first else logging.ERROR)
-    if not is_first:
-        disable_progress_bar()
+    logging.getLogger("aliblip").setLevel(logging.INFO if launched_rank() == 0 else logging.ERROR)
 
 
 # --- what the flags say by themselves ---------------------------------------------------------------------------------

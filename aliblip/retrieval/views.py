@@ -22,7 +22,7 @@ from torch import Tensor
 
 from aliblip.data.rows import Row, decode
 from aliblip.retrieval.exact import VectorCache, search_exactly
-from aliblip.retrieval.indexing import IndexSettings, nearest, recall
+from aliblip.retrieval.indexing import FEW_MATCHES, IndexSettings, nearest, recall
 from aliblip.retrieval.tables import ID, PHOTO_ROOT, THUMBNAIL, TOKENS, VECTOR, Facts, indexed_columns, reason_of
 from aliblip.retrieval.where import Where, columns_told, filter_of
 from aliblip.runtime.mistakes import UsageError, first_line
@@ -186,7 +186,13 @@ class View:
             raise UsageError("the gallery has no index: call create_index(), or leave approximate out")
         if self.index is None or approximate is False:
             return self._exactly(queries, k, where)
-        found = nearest(self.dataset, queries, k, self.index, where)
+        share = 1.0
+        if where is not None:
+            matches = self.dataset.count_rows(where)
+            if matches <= FEW_MATCHES:
+                return self._exactly(queries, k, where)
+            share = matches / self.rows
+        found = nearest(self.dataset, queries, k, self.index, where, share)
         lacking = [query for query, (positions, _) in enumerate(found) if len(positions) < min(k, self.rows)]
         if lacking:  # the filter leaves no more, or the index has not found them
             for query, result in zip(lacking, self._exactly(queries[lacking], k, where), strict=True):

@@ -1,11 +1,9 @@
-"""The only place where an Accelerator is built, and the one step that differs between DDP and DeepSpeed.
+"""The only place where an Accelerator is built, and how a run leaves it.
 
     accelerator = build_accelerator(max_grad_norm=1.0, per_device_train_batch_size=16)
     objective, optimizer = accelerator.prepare(objective, optimizer)  # no data loader, no schedule: both are ours
-    for batch in batches:
-        with accelerator.accumulate(objective):
-            output = objective(batch)
-            grad_norm = backward_and_step(accelerator, objective, optimizer, output.loss, max_grad_norm=1.0)
+    ...
+    end(accelerator)
 
 What a launcher promises and what it starts are not always the same (a CPU flag can silently make one process out of
 two, or DDP out of DeepSpeed), so the built Accelerator is compared with the launcher's environment.
@@ -34,8 +32,9 @@ from accelerate.utils import (
 )
 
 from aliblip.runtime.distributed import launched_world_size
+from aliblip.runtime.mistakes import UsageError, usage_errors
 
-__all__ = ["AliBlipAccelerator", "build_accelerator", "describe_machine", "end", "launched_precision"]
+__all__ = ["AliBlipAccelerator", "build_accelerator", "describe_machine", "end", "is_deepspeed", "launched_precision"]
 
 MIXED_PRECISIONS = ("no", "bf16")
 
@@ -49,6 +48,11 @@ class AliBlipAccelerator(Accelerator):
 
     def prepare_data_loader(self, *args, **kwargs):
         raise RuntimeError("data loaders are not prepared: aliblip.data.loader already reads only this rank's rows")
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """In which a module that is not prepared runs under autocast; None: in fp32, without."""
+        return torch.bfloat16 if self.mixed_precision == "bf16" else None
 
 
 def build_accelerator(
@@ -77,14 +81,15 @@ def build_accelerator(
             dies ends the others at once, through the launcher.)
 
     Raises:
-        ValueError: in one line, before any process is contacted, for values that contradict each other or the
-            launcher's configuration; afterwards, when the launcher started something else than it says.
+        UsageError: before any process is contacted, for values that contradict each other or the launcher's
+            configuration, and for what this machine can't do; afterwards, when the launcher started something else
+            than it says.
     """
     requested = _requested_precision(mixed_precision)
     launched_as_deepspeed = _launched_as_deepspeed()
     accumulation_of_launcher = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto")
     if accumulation_of_launcher not in ("auto", str(gradient_accumulation_steps)):
-        raise ValueError(
+        raise UsageError(
             f"the launcher sets {accumulation_of_launcher} gradient accumulation steps and the arguments "
             f"{gradient_accumulation_steps}: leave it out of the launcher's configuration"
         )
@@ -108,21 +113,23 @@ def build_accelerator(
             train_micro_batch_size_per_gpu=per_device_train_batch_size,
             gradient_accumulation_steps=gradient_accumulation_steps,
         )
-    accelerator = AliBlipAccelerator(
-        mixed_precision=mixed_precision,
-        # cpu=True would silently turn DeepSpeed into DDP.
-        cpu=without_gpu and not launched_as_deepspeed,
-        deepspeed_plugin=plugin,
-        # A plugin, since the bare argument is overridden by an environment variable. Our loader is not prepared, so
-        # there is no end of a data loader to react to.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=gradient_accumulation_steps, sync_with_dataloader=False
-        ),
-        log_with=log_with,
-        project_dir=project_dir,
-        step_scheduler_with_optimizer=False,
-        kwargs_handlers=kwargs_handlers,
-    )
+    # Packages and hardware that the arguments or the launcher ask for, and that are not there.
+    with usage_errors(ImportError, ValueError):
+        accelerator = AliBlipAccelerator(
+            mixed_precision=mixed_precision,
+            # cpu=True would silently turn DeepSpeed into DDP.
+            cpu=without_gpu and not launched_as_deepspeed,
+            deepspeed_plugin=plugin,
+            # A plugin, since the bare argument is overridden by an environment variable. Our loader is not prepared, so
+            # there is no end of a data loader to react to.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=gradient_accumulation_steps, sync_with_dataloader=False
+            ),
+            log_with=log_with,
+            project_dir=project_dir,
+            step_scheduler_with_optimizer=False,
+            kwargs_handlers=kwargs_handlers,
+        )
     _check_launch(accelerator, launched_as_deepspeed)
     return accelerator
 
@@ -131,7 +138,7 @@ def launched_precision(mixed_precision: str | None) -> str:
     """`"no"` or `"bf16"`, what `build_accelerator` will run in, without building anything.
 
     Raises:
-        ValueError: as `build_accelerator` does.
+        UsageError: as `build_accelerator` does.
     """
     requested = _requested_precision(mixed_precision)
     if _launched_as_deepspeed():
@@ -182,7 +189,7 @@ def _requested_precision(mixed_precision: str | None) -> str | None:
         if given == "no":
             return None
     if given not in MIXED_PRECISIONS:
-        raise ValueError(f"{where} is {given!r}; accepted are {', '.join(MIXED_PRECISIONS)}: use bf16")
+        raise UsageError(f"{where} is {given!r}; accepted are {', '.join(MIXED_PRECISIONS)}: use bf16")
     return given
 
 
@@ -194,12 +201,13 @@ def _deepspeed_config() -> tuple[dict[str, Any], str]:
     """The launcher's DeepSpeed configuration, and what it is called in messages."""
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if path == "none":  # configured by the fields of the accelerate YAML
-        return DeepSpeedPlugin().deepspeed_config, "the launcher's deepspeed_config"
+        with usage_errors(ImportError, ValueError, told="the launcher's deepspeed_config can't be used ({})"):
+            return DeepSpeedPlugin().deepspeed_config, "the launcher's deepspeed_config"
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file), path
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(
+        raise UsageError(
             f"cannot read the DeepSpeed configuration {path} ({error}): the path is taken from the folder in "
             "which the launcher was started"
         ) from error
@@ -209,10 +217,10 @@ def _agreed_precision(requested: str | None, config: dict[str, Any], path: str) 
     """What flag, launcher and DeepSpeed configuration say together; None where none says anything."""
     precision = _precision_of(config)
     if precision == "fp16":
-        raise ValueError(f"{path} enables fp16; accepted are {', '.join(MIXED_PRECISIONS)}: enable bf16 instead")
+        raise UsageError(f"{path} enables fp16; accepted are {', '.join(MIXED_PRECISIONS)}: enable bf16 instead")
     if requested is not None and precision is not None and requested != precision:
         # accelerate takes the JSON's value without a word
-        raise ValueError(
+        raise UsageError(
             f"mixed precision {requested} contradicts {path}, which says {precision}: leave out --mixed_precision or "
             "take another DeepSpeed configuration"
         )
@@ -224,14 +232,14 @@ def _deepspeed_plugin(requested: str | None, **settings: float | int) -> DeepSpe
     config, path = _deepspeed_config()
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage not in (1, 2):
-        raise ValueError(f"{path} asks for ZeRO stage {stage}; accepted are 1 and 2: set zero_optimization.stage to 2")
+        raise UsageError(f"{path} asks for ZeRO stage {stage}; accepted are 1 and 2: set zero_optimization.stage to 2")
     precision = _agreed_precision(requested, config, path)
 
     for key, value in settings.items():
         in_file = config.get(key, "auto")
         # 1 is what accelerate fills in for accumulation steps that nobody set
         if in_file not in ("auto", value) and not (key == "gradient_accumulation_steps" and in_file == 1):
-            raise ValueError(
+            raise UsageError(
                 f"{path} sets {key} to {in_file} and the arguments to {value}: leave it out of the DeepSpeed file"
             )
         config[key] = value
@@ -239,11 +247,12 @@ def _deepspeed_plugin(requested: str | None, **settings: float | int) -> DeepSpe
     if precision == "bf16":
         # A step with a non-finite gradient is left out, as without DeepSpeed.
         config["bf16"] = {**config.get("bf16", {}), "enabled": True, "check_grad_overflow": True}
-    return DeepSpeedPlugin(
-        hf_ds_config=config,
-        gradient_accumulation_steps=settings["gradient_accumulation_steps"],
-        gradient_clipping=settings["gradient_clipping"],
-    )
+    with usage_errors(ImportError, ValueError, told=f"{path} can't be used ({{}})"):
+        return DeepSpeedPlugin(
+            hf_ds_config=config,
+            gradient_accumulation_steps=settings["gradient_accumulation_steps"],
+            gradient_clipping=settings["gradient_clipping"],
+        )
 
 
 def _precision_of(config: dict[str, Any]) -> str | None:
@@ -260,12 +269,12 @@ def _check_launch(accelerator: Accelerator, launched_as_deepspeed: bool) -> None
     promised = launched_world_size()
     grouped = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if not accelerator.num_processes == grouped == promised:
-        raise ValueError(
+        raise UsageError(
             f"the launcher started {promised} processes, the process group has {grouped} and accelerate counts "
             f"{accelerator.num_processes}: use one of the files in accelerate_configs/"
         )
     if launched_as_deepspeed and accelerator.distributed_type != DistributedType.DEEPSPEED:
-        raise ValueError(
+        raise UsageError(
             f"the launcher asks for DeepSpeed but accelerate runs {accelerator.distributed_type.value}: remove "
             "use_cpu from its configuration"
         )

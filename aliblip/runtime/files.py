@@ -1,4 +1,4 @@
-"""Writing files and folders so that a reader, or a crash, never finds half of one."""
+"""The one place that writes files and folders to keep: a reader, or a crash, never finds half of one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,36 @@ def write_json(path: Path, value: Any) -> None:
 def write_json_lines(path: Path, rows: list[dict]) -> None:
     """`write_text` of one JSON object a line."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def append_json_line(path: Path, row: dict) -> None:
+    """Add one JSON object to a file of lines. What a kill or a full disk cut off stays a line of its own, which
+    `read_json_lines` passes over.
+
+    Raises:
+        OSError: writing failed; the file ends as it did before.
+    """
+    line = json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"
+    with open(path, "ab+", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if end:
+            file.seek(end - 1)
+            line = line if file.read(1) == b"\n" else b"\n" + line
+        try:
+            while line:  # a nearly full disk takes a part, and refuses the rest
+                line = line[file.write(line) :]
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """The whole lines of a file that `append_json_line` or `write_json_lines` wrote."""
+    rows = []
+    for line in path.read_bytes().splitlines():
+        with suppress(ValueError):  # cut off, perhaps in the middle of a character
+            rows.append(json.loads(line))
+    return rows
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -134,4 +165,14 @@ def repair(parent: Path) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-__all__ = ["NewFolder", "repair", "write_bytes", "write_json", "write_json_lines", "write_tensors", "write_text"]
+__all__ = [
+    "NewFolder",
+    "append_json_line",
+    "read_json_lines",
+    "repair",
+    "write_bytes",
+    "write_json",
+    "write_json_lines",
+    "write_tensors",
+    "write_text",
+]

@@ -20,15 +20,28 @@ def is_checkout() -> bool:
     return (ROOT / "pyproject.toml").is_file()
 
 
+def _is_activated() -> bool:
+    """Whether `python` is this Python, so that what is beside it is found by its name too."""
+    found = shutil.which("python")
+    return found is not None and Path(found).absolute() == Path(sys.executable).absolute()
+
+
+def _typed(path: Path) -> str:
+    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
+
+
+def this_python() -> str:
+    """How this Python is typed: `python` in an activated environment, else its path."""
+    return "python" if _is_activated() else _typed(Path(sys.executable).absolute())
+
+
 def install_hint(extra: str) -> str:
     """The command that installs what an extra of ours needs: "gallery", "serve", "peft", "deepspeed", "tensorboard".
 
     A checkout is installed in place; a wheel is named, and pip adds the extra to what is there. A bare `pip` may belong
     to another Python, so it is named only where `python` is this one.
     """
-    found = shutil.which("python")
-    ours = found is not None and Path(found).absolute() == Path(sys.executable).absolute()
-    pip = "pip" if ours else f"{shlex.quote(sys.executable)} -m pip"
+    pip = "pip" if _is_activated() else f"{this_python()} -m pip"
     if not is_checkout():
         return f'{pip} install "aliblip[{extra}]"'
     checkout = "." if Path.cwd() == ROOT else ROOT
@@ -38,8 +51,9 @@ def install_hint(extra: str) -> str:
 def script_command(script: str) -> str:
     """How "train.py" or "evaluate_retrieval.py" is typed here: `python train.py`, or `aliblip-train` of a wheel."""
     if not is_checkout():
-        return _INSTALLED_NAMES[script]
-    return f"python {script if Path.cwd() == ROOT else ROOT / script}"
+        name = _INSTALLED_NAMES[script]
+        return name if _is_activated() else _typed(Path(sys.executable).absolute().with_name(name))
+    return f"{this_python()} {_typed(ROOT / script)}"
 
 
 def _run(script: str) -> None:
@@ -56,4 +70,4 @@ def evaluate() -> None:
     _run("evaluate_retrieval.py")
 
 
-__all__ = ["ROOT", "evaluate", "install_hint", "is_checkout", "script_command", "train"]
+__all__ = ["ROOT", "evaluate", "install_hint", "is_checkout", "script_command", "this_python", "train"]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from aliblip.models.original import ENCODER_NAMES, NOT_FILLED, Original, check_weights, original_name
-from aliblip.runtime.mistakes import UsageError
+from aliblip.runtime.mistakes import UsageError, usage_errors
 from aliblip.training.momentum import QUEUES, UNUSED, MomentumState
 from modeling_aliblip import AliBlipForImageTextRetrieval
 
@@ -27,15 +27,13 @@ def read_momentum(model_name_or_path: str | os.PathLike) -> dict[str, Tensor] | 
     """The tensors of the `momentum.safetensors` in a local model folder; None where there is none.
 
     Raises:
-        ValueError: a file that is not what its name says.
+        UsageError: a file that is not what its name says.
     """
     file = os.path.join(model_name_or_path, MOMENTUM_FILE)
     if not os.path.isfile(file):
         return None
-    try:
+    with usage_errors(SafetensorError, told=f"{file} is no safetensors file ({{}})"):
         return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is no safetensors file ({error})") from error
 
 
 def check_momentum(tensors: dict[str, Tensor], model: nn.Module, queue_size: int | None = None) -> None:
@@ -47,11 +45,11 @@ def check_momentum(tensors: dict[str, Tensor], model: nn.Module, queue_size: int
         queue_size: slots that the queues are to have; None: any.
 
     Raises:
-        ValueError: names what is missing, too many or of another shape, or says both lengths of the queues.
+        UsageError: names what is missing, too many or of another shape, or says both lengths of the queues.
     """
     carried = tensors["image_queue"].shape[0] if "image_queue" in tensors else None
     if None not in (carried, queue_size) and carried != queue_size:
-        raise ValueError(
+        raise UsageError(
             f"{MOMENTUM_FILE} beside the model has queues of {carried} slots, --queue_size is {queue_size}: give "
             f"--queue_size {carried}, or remove that file to start with the model's own encoders and empty queues"
         )
@@ -68,7 +66,7 @@ def check_momentum(tensors: dict[str, Tensor], model: nn.Module, queue_size: int
         if name in tensors and tuple(tensors[name].shape) != shape
     ]
     if wrong:
-        raise ValueError(
+        raise UsageError(
             f"{MOMENTUM_FILE} beside the model is of another model or photo size ({'; '.join(wrong)}): convert again, "
             "or remove that file to start with the model's own encoders"
         )

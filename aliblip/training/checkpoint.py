@@ -19,8 +19,8 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ from torch import Tensor
 
 from aliblip.runtime.distributed import all_gather_objects, barrier, broadcast_object, is_main, rank
 from aliblip.runtime.files import NewFolder, write_json, write_tensors
-from aliblip.runtime.mistakes import UsageError
+from aliblip.runtime.mistakes import UsageError, usage_errors
+from aliblip.runtime.sameness import changes, told, way_back
 from aliblip.training.step import fp32_state_dict, load_fp32_state_dict, load_optimizer_state, optimizer_state
 
 STATE = "state.json"
@@ -122,6 +123,25 @@ def set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
 
 
 @dataclass
+class Progress:
+    """The counters of a run, as they stand in a checkpoint."""
+
+    step: int = 0  # optimizer steps whose rows are used up: the position in the data
+    left_out: int = 0  # of these, steps that changed nothing; schedules count the others
+    left_out_in_a_row: int = 0
+    average_is_due: bool = True  # the momentum encoders have not followed the last step yet
+    best_mean_recall: float = -1.0
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Progress:
+        return cls(**{field.name: state[field.name] for field in fields(cls)})
+
+
+# What stands in every state.json beside its format.
+ENTRIES = ("files", "ranks", "momentum", "order", "manifest", "arguments", *(field.name for field in fields(Progress)))
+
+
+@dataclass
 class Training:
     """The parts of a run whose state a checkpoint holds. `model` is the plain one, the optimizer the prepared one."""
 
@@ -145,7 +165,7 @@ def save_checkpoint(
     Args:
         training: whose state is saved.
         output_dir: the folder of the run.
-        progress: the run's own counters, with "step", "order" (see `read_progress`) and "manifest"; JSON values only.
+        progress: the run's own counters, with "step", "order" (see `read_state`) and "manifest"; JSON values only.
         of_rank: JSON values that differ from rank to rank.
         random: `random_states` of this rank.
         limit: checkpoints to keep, this one included; None: all.
@@ -190,37 +210,40 @@ def load_checkpoint(folder: Path, training: Training) -> dict[str, Any]:
     """Bring a run to where a checkpoint was written, this rank's random states included. A collective under ZeRO.
 
     Args:
-        folder: found by `find_checkpoint` and accepted by `read_progress`.
+        folder: found by `find_checkpoint` and accepted by `read_state`.
         training: built as for a new run.
 
     Returns:
         What this rank gave to `save_checkpoint` as `of_rank`.
 
     Raises:
-        ValueError: weights or queues of another model, or a file that is not what its name says.
+        UsageError: weights or queues of another model, or a file that is not what its name says.
     """
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    load_fp32_state_dict(training.model, _tensors(folder, "model"))
-    load_optimizer_state(training.model, training.optimizer, _tensors(folder, "optimizer"))
-    momentum = _tensors(folder, "momentum")
     try:
-        training.momentum.load_state_dict({**momentum, **state["momentum"]})
-    except RuntimeError as error:
-        raise ValueError(
-            f"the momentum encoders or queues are of another model or size: {' '.join(str(error).split())}"
-        ) from error
+        load_fp32_state_dict(training.model, _tensors(folder, "model"))
+        load_optimizer_state(training.model, training.optimizer, _tensors(folder, "optimizer"))
+        _load_momentum(training.momentum, {**_tensors(folder, "momentum"), **state["momentum"]})
+        states = _tensors(folder, "ranks")
+    except UsageError as error:
+        raise UsageError(f"{folder} does not fit: {error}") from error
     own = f"{rank()}."
-    states = _tensors(folder, "ranks")
     set_random_states({k[len(own) :]: v for k, v in states.items() if k.startswith(own)}, training.device)
     barrier()
     return state["ranks"][rank()]
 
 
-def _tensors(folder: Path, name: str) -> dict[str, Tensor]:
+def _load_momentum(momentum: torch.nn.Module, state: dict[str, Any]) -> None:
     try:
+        momentum.load_state_dict(state)
+    except RuntimeError as error:  # on many lines
+        reason = " ".join(str(error).split())
+        raise UsageError(f"the momentum encoders or queues are of another model or size: {reason}") from error
+
+
+def _tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    with usage_errors(SafetensorError, told=f"{name}.safetensors is no safetensors file ({{}})"):
         return load_file(folder / f"{name}.safetensors")
-    except SafetensorError as error:
-        raise ValueError(f"{name}.safetensors is no safetensors file ({error})") from error
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -256,13 +279,13 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path:
     return folder
 
 
-def read_progress(
+def read_state(
     folder: Path,
     order: dict[str, Any],
     flags: dict[str, str],
     manifest_changes: Callable[[dict[str, Any]], list[str]],
 ) -> dict[str, Any]:
-    """The counters of a checkpoint, once it is clear that a run may go on from it.
+    """The `state.json` of a checkpoint, once it is clear that a run may go on from it.
 
     Args:
         folder: the checkpoint.
@@ -274,37 +297,40 @@ def read_progress(
         UsageError: the checkpoint is damaged, of another version of its format, or its rows are in another order, so
             that some would be lost or seen twice.
     """
-    try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        damaged = [
-            f"{name} has {_size(folder / name):,} bytes instead of {size:,}"
-            for name, size in state["files"].items()
-            if _size(folder / name) != size
-        ]
-        if state["format"] != FORMAT:
-            raise UsageError(
-                f"{folder} is of format {state['format']}, this version reads {FORMAT}: use the version that wrote it"
-            )
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        if isinstance(error, UsageError):
-            raise
-        damaged = [f"{STATE} can't be read"]
-    if damaged:
-        raise UsageError(f"{folder} is damaged ({'; '.join(damaged)}): resume from another checkpoint")
-    if changes := manifest_changes(state["manifest"]):
+    state = _whole_state(folder)
+    if data := manifest_changes(state["manifest"]):
         raise UsageError(
-            f"the data is not what {folder} was trained on: {'; '.join(changes)}. Bring the old data back, or start a "
-            f"new run from the model in {folder.parent / 'last'}"
+            f"the data is not what {folder} was trained on: {told(data)}. Bring the old data back, or start a new run "
+            f"from the model in {folder.parent / 'last'}"
         )
-    before = state["order"]
-    changed = [name for name in order if before.get(name) != order[name]]
-    if changed:
-        listed = "; ".join(f"{name} was {before.get(name)}, here it is {order[name]}" for name in changed)
-        values = " ".join(f"{flags[name]} {before.get(name)}" for name in changed if name in flags)
+    if changed := changes(state["order"], order, order):
+        values = way_back(changed, flags)
         raise UsageError(
-            f"{folder} reads its rows in another order ({listed}), and rows would be lost or seen twice: "
+            f"{folder} reads its rows in another order ({told(changed)}), and rows would be lost or seen twice: "
             + (f"resume with {values}" if values else "bring the old data back")
         )
+    return state
+
+
+def _whole_state(folder: Path) -> dict[str, Any]:
+    """The `state.json` of a checkpoint of which everything is there."""
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        of_format = state["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{folder} is damaged ({STATE} can't be read): resume from another checkpoint") from error
+    if of_format != FORMAT:
+        raise UsageError(
+            f"{folder} is of format {of_format}, this version reads {FORMAT}: use the version that wrote it"
+        )
+    damaged = [f"{STATE} has no {name!r}" for name in ENTRIES if name not in state]
+    damaged += [
+        f"{name} has {_size(folder / name):,} bytes instead of {size:,}"
+        for name, size in state.get("files", {}).items()
+        if _size(folder / name) != size
+    ]
+    if damaged:
+        raise UsageError(f"{folder} is damaged ({'; '.join(damaged)}): resume from another checkpoint")
     return state
 
 
@@ -313,12 +339,13 @@ def _size(file: Path) -> int:
 
 
 __all__ = [
+    "Progress",
     "Training",
     "checkpoints",
     "find_checkpoint",
     "load_checkpoint",
     "random_states",
-    "read_progress",
+    "read_state",
     "remove_later_checkpoints",
     "save_checkpoint",
     "save_model",

@@ -13,6 +13,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import SchedulerType, get_scheduler
 
+from aliblip.runtime.mistakes import UsageError, usage_errors
+
 COSINE_PER_EPOCH = "cosine_per_epoch"
 
 
@@ -62,7 +64,7 @@ def learning_rate_schedule(
         steps_per_epoch: optimizer steps of an epoch.
 
     Raises:
-        ValueError: an unknown name, or a schedule of transformers that is no function of the step.
+        UsageError: an unknown name, or a schedule of transformers that is no function of the step.
     """
     if name == COSINE_PER_EPOCH:
         epochs = math.ceil(total_steps / steps_per_epoch)
@@ -73,15 +75,15 @@ def learning_rate_schedule(
     else:
         accepted = sorted([COSINE_PER_EPOCH, *(kind.value for kind in SchedulerType)])
         if name not in accepted:
-            raise ValueError(f"there is no lr_scheduler_type {name!r}: choose one of {', '.join(accepted)}")
+            raise UsageError(f"there is no lr_scheduler_type {name!r}: choose one of {', '.join(accepted)}")
         # transformers builds its schedules around an optimizer; only the function inside is wanted.
         carrier = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-        try:
+        with usage_errors(
+            TypeError, ValueError, told=f"lr_scheduler_type {name!r} needs settings that no flag sets: {{}}"
+        ):
             scheduler = get_scheduler(name, carrier, num_warmup_steps=warmup_steps, num_training_steps=total_steps)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"lr_scheduler_type {name!r} needs settings that are not offered here: {error}") from error
         if not isinstance(scheduler, LambdaLR):
-            raise ValueError(f"lr_scheduler_type {name!r} is no function of the step alone: choose cosine or linear")
+            raise UsageError(f"lr_scheduler_type {name!r} is no function of the step alone: choose cosine or linear")
         factor = scheduler.lr_lambdas[0]
     return lambda step: learning_rate * factor(step)
 
@@ -103,11 +105,11 @@ def total_optimizer_steps(steps_per_epoch: int, num_train_epochs: float, max_tra
     up.
 
     Raises:
-        ValueError: nothing to train.
+        UsageError: nothing to train.
     """
     total = max_train_steps if max_train_steps is not None else math.ceil(num_train_epochs * steps_per_epoch)
     if total < 1:
-        raise ValueError(
+        raise UsageError(
             f"nothing to train: num_train_epochs {num_train_epochs}, max_train_steps {max_train_steps}; give more "
             "than 0"
         )

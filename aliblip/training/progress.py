@@ -21,11 +21,13 @@ from tqdm.auto import tqdm
 
 from aliblip.retrieval.results import format_table
 from aliblip.runtime.distributed import all_gather_objects, is_main, rank, reduce_sum
-from aliblip.runtime.files import write_json, write_json_lines
+from aliblip.runtime.files import append_json_line, read_json_lines, write_json, write_json_lines
 from aliblip.runtime.mistakes import UsageError
 
 # What a head scores that always answers the prior, one match in three pairs.
 ITM_PRIOR_LOSS = -(math.log(1 / 3) + 2 * math.log(2 / 3)) / 3
+LINES_TO_BE_DEAD = 5
+STEPS_TO_BE_YOUNG = 200
 PARTS = (
     "loss_itc",
     "loss_itm",
@@ -117,22 +119,54 @@ class SkippedRows:
             )
 
 
-class Log:
-    """Log lines: means over all steps and ranks since the last one, to the screen, to `log.jsonl` and to the
-    trackers."""
+class MatchingHead:
+    """Notices a matching head that is dead: it answers "no match" to every pair, and does not learn.
 
-    def __init__(self, accelerator, output_dir: Path, total_steps: int, first_step: int):
+    A head answers so at first in every run from scratch, and scores the loss of the prior. One that learns goes below
+    it, by little, long before it calls the first pair a match; a dead one stays. So only lines after the first quarter
+    of the run and after the warm-up count, and only those that are not below the prior; `LINES_TO_BE_DEAD` of them in
+    a row tell.
+
+    Args:
+        total_steps, warmup_steps: of the run.
+    """
+
+    def __init__(self, total_steps: int, warmup_steps: int):
+        self.young_until = max(STEPS_TO_BE_YOUNG, total_steps / 4, warmup_steps)
+        self.lines = 0  # in a row that look dead
+
+    def looks_dead(self, step: int, loss_itm: float, accuracy_positive: float) -> bool:
+        """Judge one log line; True once for each row of lines."""
+        at_prior = -0.002 < loss_itm - ITM_PRIOR_LOSS < 0.01 and accuracy_positive < 0.05
+        self.lines = self.lines + 1 if at_prior and step > self.young_until else 0
+        return self.lines == LINES_TO_BE_DEAD
+
+
+class Log:
+    """Log lines: means over all steps and ranks since the last one, to the screen, to `log.jsonl` and to the trackers.
+
+    The bar is for a terminal alone: in a file it would leave a line, or an empty one, at every step.
+
+    Args:
+        accelerator: of the run.
+        output_dir: where `log.jsonl` stands.
+        total_steps, warmup_steps: of the run.
+        first_step: the position of a resumed run; later lines of its log are taken out.
+    """
+
+    def __init__(self, accelerator, output_dir: Path, *, total_steps: int, warmup_steps: int, first_step: int):
         self.accelerator = accelerator
         self.file = output_dir / "log.jsonl"
+        on_terminal = accelerator.is_main_process and sys.stderr.isatty()
         self.bar = tqdm(
-            total=total_steps, initial=first_step, desc="train", unit="step", disable=not accelerator.is_main_process
+            total=total_steps, initial=first_step, desc="train", unit="step", leave=False, disable=not on_terminal
         )
-        self.near_prior = 0
+        self.matching_head = MatchingHead(total_steps, warmup_steps)
         self.batches_of_step: list[tuple[torch.Tensor, int]] = []
         if accelerator.is_main_process and self.file.exists():
             # A resumed run repeats the steps after its checkpoint, and an evaluation at it: their lines would stand
             # there twice.
-            entries = [entry for entry in _whole_lines(self.file) if entry["step"] <= first_step]
+            entries = [entry for entry in read_json_lines(self.file) if entry["step"] <= first_step]
             entries = [entry for entry in entries if entry["step"] < first_step or "evaluation" not in entry]
             tell_if_not_written(self.file.name, lambda: write_json_lines(self.file, entries))
         self._restart()
@@ -146,12 +180,23 @@ class Log:
     def state(self) -> dict:
         """What the next line has gathered so far, for a run that stops before it is written."""
         sums = None if self.sums is None else self.sums.tolist()
-        return {"sums": sums, "batches": self.batches, "left_out": self.left_out, "near_prior": self.near_prior}
+        near_prior = self.matching_head.lines
+        return {"sums": sums, "batches": self.batches, "left_out": self.left_out, "near_prior": near_prior}
 
     def load_state(self, state: dict) -> None:
-        self.batches, self.left_out, self.near_prior = state["batches"], state["left_out"], state["near_prior"]
+        self.batches, self.left_out, self.matching_head.lines = state["batches"], state["left_out"], state["near_prior"]
         if state["sums"] is not None:
             self.sums = torch.tensor(state["sums"], device=self.accelerator.device)
+
+    def tell(self, text: str) -> None:
+        """Print a line, in the main process; the bar makes way for it."""
+        if self.accelerator.is_main_process:
+            self.bar.write(text)
+            sys.stdout.flush()  # a file is read while the run goes on
+
+    def close(self) -> None:
+        """End the bar, so that what is printed afterwards begins on a line of its own."""
+        self.bar.close()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -193,14 +238,19 @@ class Log:
             entry["steps_left_out"] = self.left_out
         if self.accelerator.is_main_process:
             self.write(entry)
-            if self.batches:
-                self.bar.write(LINE.format(**entry))
-                self._watch_itm(entry)
-            if self.left_out:
-                self.bar.write(
-                    f"warning: {self.left_out} steps up to step {step} had a loss or gradient that is not finite: they "
-                    "changed nothing"
+        if self.batches:
+            self.tell(LINE.format(**entry))
+            if self.matching_head.looks_dead(step, entry["loss_itm"], entry["itm_accuracy_positive"]):
+                self.tell(
+                    f"warning: loss_itm sits at {ITM_PRIOR_LOSS:.4f} since {LINES_TO_BE_DEAD} log lines: the matching "
+                    'head answers "no match" to everything. Usual causes: a learning rate that is too high, or titles '
+                    "that don't fit their photos."
                 )
+        if self.left_out:
+            self.tell(
+                f"warning: {self.left_out} steps up to step {step} had a loss or gradient that is not finite: they "
+                "changed nothing"
+            )
         self._track({key: value for key, value in entry.items() if key != "step"}, step)
         self._restart()
 
@@ -210,29 +260,15 @@ class Log:
         except (
             Exception
         ) as error:  # trackers raise all sorts of things, TensorBoard that of its thread; none ends a run
-            self.bar.write(f"warning: the trackers could not be written: {type(error).__name__}: {error}")
-
-    def _watch_itm(self, entry: dict) -> None:
-        stuck = abs(entry["loss_itm"] - ITM_PRIOR_LOSS) < 0.01 and entry["itm_accuracy_positive"] < 0.05
-        self.near_prior = self.near_prior + 1 if stuck else 0
-        if self.near_prior and self.near_prior % 5 == 0:
-            self.bar.write(
-                f"warning: loss_itm sits at {ITM_PRIOR_LOSS:.4f} since {self.near_prior} log lines: the matching head "
-                'answers "no match" to everything. Usual causes: a learning rate that is too high, too little training '
-                "yet, or titles that don't fit their photos."
-            )
+            self.tell(f"warning: the trackers could not be written: {type(error).__name__}: {error}")
 
     def write(self, entry: dict) -> None:
-        def append() -> None:
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-
-        tell_if_not_written("a line of log.jsonl", append)
+        tell_if_not_written("a line of log.jsonl", lambda: append_json_line(self.file, entry))
 
     def evaluation(self, step: int, epoch: int, results: dict) -> None:
         if self.accelerator.is_main_process:
             self.write({"step": step, "epoch": epoch, "evaluation": results})
-            self.bar.write(f"evaluation after epoch {epoch} (step {step})\n{format_table(results)}")
+            self.tell(f"evaluation after epoch {epoch} (step {step})\n{format_table(results)}")
         flat = {"eval/mean_recall": results["mean_recall"]}
         for direction in ("text_to_image", "image_to_text"):
             for stage in ("itc", "itm"):
@@ -240,17 +276,9 @@ class Log:
         self._track(flat, step)
 
 
-def _whole_lines(file: Path) -> list[dict]:
-    """The entries of a log; a line that a kill or a full disk cut off is none."""
-    entries = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        with suppress(json.JSONDecodeError):
-            entries.append(json.loads(line))
-    return entries
-
-
 class RunStatus:
-    """`status.json`: how a run stands, or how it ended; launchers change exit codes and drop messages.
+    """`status.json`: how a run stands, or how it ended; launchers change exit codes and drop messages. A context
+    manager that writes down the error with which the run ends.
 
     `status` is "running" (also of a run that was killed: `pid` and `host` tell which process to look for),
     "completed", "stopped" (a signal; `checkpoint` is where it goes on) or "failed" (`reason`).
@@ -259,6 +287,18 @@ class RunStatus:
     def __init__(self, file: Path):
         self.file = file
         self.entry: dict = {}
+        self.began = time.perf_counter()
+
+    def __enter__(self) -> RunStatus:
+        return self
+
+    def __exit__(self, kind, error: BaseException | None, traceback) -> None:
+        if error is not None:
+            self.failed(error)
+
+    def minutes(self) -> float:
+        """Since the run began, in this process."""
+        return (time.perf_counter() - self.began) / 60
 
     def write(self, status: str, **values) -> None:
         """Write, in the main process, the status with all values so far."""
@@ -285,4 +325,4 @@ class RunStatus:
         tell_if_not_written(self.file.name, write)
 
 
-__all__ = ["ITM_PRIOR_LOSS", "Log", "RunStatus", "SkippedRows", "Unfailing", "tell_if_not_written"]
+__all__ = ["ITM_PRIOR_LOSS", "Log", "MatchingHead", "RunStatus", "SkippedRows", "Unfailing", "tell_if_not_written"]

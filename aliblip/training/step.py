@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from aliblip.runtime.accelerator import is_deepspeed
+from aliblip.runtime.mistakes import UsageError
 
 
 def backward_and_step(
@@ -102,14 +103,14 @@ def load_fp32_state_dict(module: torch.nn.Module, state: dict[str, torch.Tensor]
         state: its parameters and buffers by name, whole, on the CPU; the same on every rank.
 
     Raises:
-        ValueError: names or shapes that are not those of the module.
+        UsageError: names or shapes that are not those of the module.
     """
     own = module.state_dict(keep_vars=True)
     shapes = {name: tuple(value.shape) for name, value in own.items()}
     given = {name: tuple(value.shape) for name, value in state.items()}
     if shapes != given:
         differing = sorted(name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name))
-        raise ValueError(
+        raise UsageError(
             f"the weights are those of another model: {', '.join(differing[:3])}"
             f"{f' and {len(differing) - 3} more' if len(differing) > 3 else ''} differ in name or shape"
         )
@@ -167,7 +168,7 @@ def load_optimizer_state(
     """The way back of `optimizer_state`, into a prepared optimizer of any kind and any number of processes.
 
     Raises:
-        ValueError: a parameter of the state that the module does not have.
+        UsageError: a parameter of the state that the module does not have.
     """
     by_name: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in state.items():
@@ -175,7 +176,7 @@ def load_optimizer_state(
         by_name.setdefault(name, {})[kind] = value
     parameters = dict(module.named_parameters())
     if unknown := sorted(by_name.keys() - parameters.keys()):
-        raise ValueError(f"the optimizer's state is of another model: it knows {unknown[0]!r}")
+        raise UsageError(f"the optimizer's state is of another model: it knows {unknown[0]!r}")
     if not by_name:
         return
     if not _is_sharded(optimizer):

@@ -1,0 +1,442 @@
+"""What happens around a step: the position in the data, undoing, the log, checkpoints, signals, evaluation, publishing.
+
+    with Run(setup, accelerator, training, signals, status) as run:
+        for epoch in run.epochs():
+            for step in run.steps(epoch):
+                for batch, alpha in run.batches(step):
+                    ...
+                    run.after_batch(step, batch, targets, output)
+                run.after_step(step, output, grad_norm)
+            if run.stopped_by:
+                return run.stop()
+            run.after_epoch(epoch)
+        run.finish()
+
+What a step is stands in `train.py`. All methods are collectives unless they say otherwise: every rank calls them, in
+the same order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shlex
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from signal import Signals
+
+import torch
+from torch import Tensor
+
+from aliblip.data.arguments import DataArguments
+from aliblip.retrieval.arguments import EvaluationDataArguments
+from aliblip.retrieval.evaluation import evaluate_retrieval
+from aliblip.runtime.accelerator import AliBlipAccelerator, describe_machine
+from aliblip.runtime.distributed import all_gather_objects, assert_equal_on_ranks
+from aliblip.runtime.files import write_json
+from aliblip.runtime.installation import script_command
+from aliblip.runtime.interrupts import StopSignals
+from aliblip.runtime.mistakes import UsageError
+from aliblip.runtime.sameness import changes, told
+from aliblip.training.arguments import TrainDataArguments
+from aliblip.training.checkpoint import (
+    Progress,
+    Training,
+    checkpoints,
+    load_checkpoint,
+    random_states,
+    remove_later_checkpoints,
+    save_checkpoint,
+    save_model,
+)
+from aliblip.training.momentum import Targets
+from aliblip.training.objective import ObjectiveOutput
+from aliblip.training.optim import alpha_schedule
+from aliblip.training.progress import Log, RunStatus, SkippedRows
+from aliblip.training.setup import Setup
+
+ROWS_TO_JUDGE = 1000  # before the end of an epoch, a few rows more or less say little about the data
+# These differ in every resumed run, and say nothing about its training.
+NOT_OF_THE_TRAINING = ("resume_from_checkpoint", "output_dir", "overwrite_output_dir")
+
+
+@dataclasses.dataclass
+class Step:
+    """An optimizer step: what it begins with, and what its micro-batches leave for its end."""
+
+    batches: Iterator[dict]
+    average_is_due: bool  # False after a step that was left out: the average has followed the one before
+    taken: int  # steps before this one that changed something; schedules count these
+    learning_rate: float
+    waited: float = 0.0  # seconds for the last micro-batch
+    targets: Targets | None = None  # of the first micro-batch, with the queues as they were then
+    rows: list[Tensor] = dataclasses.field(default_factory=list)
+
+
+class Run:
+    """A run in its course. A context manager, so that the screen is in order for what is told about an error.
+
+    Args:
+        setup: what was asked for.
+        accelerator: the processes that have met.
+        training: the state that a checkpoint holds.
+        signals: that ask the run to stop.
+        status: `status.json`.
+
+    Raises:
+        UsageError: the checkpoint to go on from does not fit the model.
+        RuntimeError: the ranks do not begin with the same state.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        accelerator: AliBlipAccelerator,
+        training: Training,
+        signals: StopSignals,
+        status: RunStatus,
+    ):
+        self.setup, self.args, self.output_dir = setup, setup.args, setup.output_dir
+        self.accelerator, self.training, self.signals, self.status = accelerator, training, signals, status
+        self.progress = setup.progress
+        self.stopped_by: Signals | None = None
+        self.log = Log(
+            accelerator,
+            self.output_dir,
+            total_steps=setup.total_steps,
+            warmup_steps=self.args.warmup_steps,
+            first_step=self.progress.step,
+        )
+        fraction, device = setup.data_args.max_skipped_fraction, accelerator.device
+        self.skipped = SkippedRows(fraction, device, self.output_dir / "skipped.jsonl")
+        self._results: dict | None = None  # of the last evaluation
+        self._problem: str | None = None  # why the last model could not be written
+        self._last_norm = 0.0
+        if setup.checkpoint is not None:
+            self._resume(setup.checkpoint)
+        # On several machines this finds a folder that is not the same for all of them, too.
+        self._assert_equal("step, momentum encoders and queues", step=torch.tensor(self.progress.step))
+        self._write_what_it_is()
+        self._announce()
+        self._before = self._position()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.log.close()
+
+    # --- the begin ----------------------------------------------------------------------------------------------------
+
+    def _resume(self, checkpoint: Path) -> None:
+        of_rank = load_checkpoint(checkpoint, self.training)
+        self.log.load_state(of_rank["log"])
+        self.skipped.load_state(of_rank["skipped"])
+        step, arguments = self.progress.step, self.setup.arguments
+        names = [name for name in arguments if name not in NOT_OF_THE_TRAINING]
+        changed = changes(self.setup.arguments_before, arguments, names)
+        differently = f"; other than before: {told(changed, len(changed))}" if changed else ""
+        self.log.tell(f"resumed from {checkpoint} at step {step}{differently}")
+        goes_back = checkpoint.resolve().parent == self.output_dir.resolve()  # else they are of another run
+        if goes_back and self.accelerator.is_main_process:
+            later = remove_later_checkpoints(self.output_dir, step)
+            if later:
+                self.log.tell(f"removed, since they were written after that step: {', '.join(later)}")
+
+    def _write_what_it_is(self) -> None:
+        if self.accelerator.is_main_process:
+            write_json(self.output_dir / "arguments.json", self.setup.arguments)
+            write_json(self.output_dir / "manifest.json", self.setup.manifest)
+            write_json(self.output_dir / "machine.json", describe_machine(self.accelerator))
+        if self.accelerator.log_with:
+            settings = {
+                key: value for key, value in vars(self.args).items() if isinstance(value, bool | int | float | str)
+            }
+            self.accelerator.init_trackers("aliblip", config=settings)
+
+    def _announce(self) -> None:
+        processes, accumulation = self.accelerator.num_processes, self.args.gradient_accumulation_steps
+        parameters = sum(parameter.numel() for parameter in self.training.model.parameters())
+        self.log.tell(
+            f"training {parameters / 1e6:.1f} M parameters for {self.setup.total_steps} steps "
+            f"({self.setup.total_steps / self.setup.steps_per_epoch:.4g} epochs) of "
+            f"{self.args.per_device_train_batch_size} rows x {processes} process{'es' if processes > 1 else ''}"
+            f"{f' x {accumulation} batches' if accumulation > 1 else ''}, "
+            f"{self.accelerator.distributed_type.value}, {self.accelerator.mixed_precision} mixed precision\n"
+            f"{self.setup.loader.describe()}"
+        )
+        checkpoint = None if self.setup.checkpoint is None else str(self.setup.checkpoint)
+        total_steps = self.setup.total_steps
+        self.status.write("running", step=self.progress.step, total_steps=total_steps, checkpoint=checkpoint)
+
+    # --- the position -------------------------------------------------------------------------------------------------
+
+    def epochs(self) -> range:
+        """Epochs that are still to do. A run that comes back to the end of one does again what is due there; the
+        training is not changed by it. No collective."""
+        per_epoch = self.setup.steps_per_epoch
+        return range(max(self.progress.step - 1, 0) // per_epoch, math.ceil(self.setup.total_steps / per_epoch))
+
+    def steps(self, epoch: int) -> Iterator[Step]:
+        """Steps of an epoch that are still to do, until a signal stops the run."""
+        per_epoch = self.setup.steps_per_epoch
+        last = min(self.setup.total_steps, (epoch + 1) * per_epoch)
+        first_batch = (self.progress.step - epoch * per_epoch) * self.args.gradient_accumulation_steps
+        with closing(self.setup.loader.epoch(epoch, start_step=first_batch)) as batches:
+            while self.progress.step < last and not self.stopped_by:
+                yield self._begin_step(batches)
+
+    def _begin_step(self, batches: Iterator[dict]) -> Step:
+        progress = self.progress
+        average_is_due, progress.average_is_due = progress.average_is_due, False  # the loop lets it follow at once
+        if not progress.left_out_in_a_row:
+            self._before = self._position()
+        taken = progress.step - progress.left_out
+        return Step(batches, average_is_due, taken, self.setup.learning_rate(taken))
+
+    def _position(self) -> tuple[Progress, dict[str, Tensor]]:
+        """Counters and random states: with the state of the training, which a step that is left out does not change,
+        all that a run goes back to."""
+        return dataclasses.replace(self.progress), random_states(self.accelerator.device)
+
+    def batches(self, step: Step) -> Iterator[tuple[dict[str, Tensor], float]]:
+        """The micro-batches of a step, on the device, each with its weight of the momentum encoders' opinion. No
+        collective."""
+        accumulation = self.args.gradient_accumulation_steps
+        batches_per_epoch = self.setup.steps_per_epoch * accumulation
+        for micro_step in range(accumulation):
+            waiting = time.perf_counter()
+            batch = next(step.batches)
+            step.waited = time.perf_counter() - waiting
+            self.skipped.add(batch)
+            alpha = alpha_schedule(self.args.alpha, step.taken * accumulation + micro_step, batches_per_epoch)
+            yield {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}, alpha
+
+    def after_batch(self, step: Step, batch: dict[str, Tensor], targets: Targets, output: ObjectiveOutput) -> None:
+        """Keep of a micro-batch what the end of its step needs. No collective."""
+        step.targets = step.targets or targets
+        step.rows.append(batch["row"])
+        self.log.add_batch(output, batch["row"].shape[0], step.waited)
+
+    def after_step(self, step: Step, output: ObjectiveOutput, grad_norm: float) -> None:
+        """All that is due once the weights have moved, or were kept from it."""
+        self.progress.step += 1
+        is_finite = math.isfinite(grad_norm)
+        self.log.end_step(left_out=not is_finite)
+        if is_finite:
+            self._take(grad_norm)
+        else:
+            self._leave_out(step)
+        if self._log_line_is_due():
+            self._log_line(step, output)
+        self.stopped_by = self.signals.received_by_any_rank(self.accelerator.device)
+        if self.stopped_by or self._checkpoint_is_due():
+            self._save_checkpoint(*self._position())
+
+    # --- steps that are not finite ------------------------------------------------------------------------------------
+
+    def _take(self, grad_norm: float) -> None:
+        self.progress.average_is_due, self.progress.left_out_in_a_row = True, 0
+        self._last_norm = grad_norm
+
+    def _leave_out(self, step: Step) -> None:
+        """The optimizer has changed nothing; put the queues back too, and give up when that happened too often."""
+        self.training.momentum.rewind(step.targets)
+        self.progress.left_out += 1
+        self.progress.left_out_in_a_row += 1
+        if self.progress.left_out_in_a_row >= self.args.max_non_finite_steps:
+            self._give_up(step)
+
+    def _give_up(self, step: Step) -> None:
+        """Leave a checkpoint from before the first of these steps, and end the run with the rows of the last."""
+        before = self._before[0].step
+        is_saved = self._save_checkpoint(*self._before)
+        if is_saved and self.accelerator.is_main_process:
+            remove_later_checkpoints(self.output_dir, before)
+        rows = sorted(sum(all_gather_objects(torch.cat(step.rows).tolist()), []))
+        kept = f"checkpoint-{before} is from before them" if is_saved else "no checkpoint was written"
+        raise UsageError(
+            f"no finite loss or gradient in {self.progress.left_out_in_a_row} steps in a row (up to step "
+            f"{self.progress.step}, whose rows are {', '.join(map(str, rows))}); {kept}: look at the rows, or resume "
+            "with a lower --learning_rate"
+        )
+
+    # --- the log ------------------------------------------------------------------------------------------------------
+
+    def _log_line_is_due(self) -> bool:
+        return self.progress.step % self.args.logging_steps == 0 or self.progress.step == self.setup.total_steps
+
+    def _log_line(self, step: Step, output: ObjectiveOutput) -> None:
+        self.log.line(
+            self.progress.step,
+            self.progress.step / self.setup.steps_per_epoch,
+            learning_rate=step.learning_rate,
+            temperature=float(output.report["temperature"]),
+            queue_fill=self.training.momentum.queue_fill(),
+            grad_norm=self._last_norm,
+        )
+        self.skipped.check(at_least=ROWS_TO_JUDGE)
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _checkpoint_is_due(self) -> bool:
+        """Every so many steps, and at the end of an epoch: before its evaluation, which can take longer than a launcher
+        waits."""
+        step, every = self.progress.step, self.args.checkpointing_steps
+        if every is None:
+            return False
+        ends_epoch = step % self.setup.steps_per_epoch == 0 or step == self.setup.total_steps
+        return step % every == 0 or ends_epoch
+
+    def _save_checkpoint(self, at: Progress, random: dict[str, Tensor]) -> bool:
+        """Write a checkpoint; one that can't be written is told, and the run goes on."""
+        with self.log.paused():
+            self.skipped.write()
+            counters = {
+                **dataclasses.asdict(at),
+                "epoch": at.step / self.setup.steps_per_epoch,
+                "samples": at.step * self.setup.rows_per_step,
+                "order": self.setup.order,
+                "manifest": self.setup.manifest,
+                "arguments": self.setup.arguments,
+            }
+            of_rank = {"log": self.log.state(), "skipped": self.skipped.state()}
+            limit = self.args.save_total_limit
+            problem = save_checkpoint(
+                self.training, self.output_dir, counters, of_rank=of_rank, random=random, limit=limit
+            )
+            if problem is None:
+                self.status.write("running", step=at.step, checkpoint=str(self.output_dir / f"checkpoint-{at.step}"))
+            else:
+                last = self.status.entry["checkpoint"]
+                kept = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
+                self.log.tell(
+                    f"warning: checkpoint-{at.step} could not be written ({problem}): the run goes on, {kept}"
+                )
+            return problem is None
+
+    # --- the end of an epoch ------------------------------------------------------------------------------------------
+
+    def after_epoch(self, epoch: int) -> None:
+        """Judge the data, evaluate, keep the models, publish."""
+        self.skipped.check()
+        with self.log.paused():
+            self.skipped.write()
+            results = self._evaluate(epoch) if self._evaluation_is_due(epoch) else None
+            self._problem = self._save_best(results)
+            self._problem = self._save("last", results) or self._problem
+            if self._problem is not None:
+                self.log.tell(f"warning: the model of epoch {epoch + 1} could not be written ({self._problem})")
+            self._publish(epoch)
+
+    def _evaluation_is_due(self, epoch: int) -> bool:
+        every, is_last = self.args.evaluate_every, self.progress.step == self.setup.total_steps
+        return every > 0 and (is_last or (epoch + 1) % every == 0)
+
+    def _evaluate(self, epoch: int) -> dict:
+        source = self.setup.validation_loader.source
+        self._results = evaluate_retrieval(
+            self.training.model,
+            self.setup.validation_loader,
+            model_name=str(self.output_dir / "last"),
+            dataset_name=source.name,
+            split=source.split,
+            k_rerank=self.args.k_rerank,
+            dtype=self.accelerator.autocast_dtype,
+        )
+        self.log.evaluation(self.progress.step, epoch + 1, self._results)
+        return self._results
+
+    def _save_best(self, results: dict | None) -> str | None:
+        """Keep the model if it is the best so far; why it could not be written."""
+        if results is None or not results["mean_recall"] > self.progress.best_mean_recall:
+            return None
+        problem = self._save("best", {**results, "model": str(self.output_dir / "best")})
+        if problem is None:
+            self.progress.best_mean_recall = results["mean_recall"]
+        return problem
+
+    def _save(self, name: str, results: dict | None) -> str | None:
+        return save_model(self.training.model, self.setup.processor, self.output_dir / name, results)
+
+    def _publish(self, epoch: int) -> None:
+        if self.setup.publisher is None:  # of the main process
+            return
+        # A resumed run comes by here with the best model of before, which may not be on the Hub yet.
+        kept = self.output_dir / ("best" if (self.output_dir / "best").exists() else "last")
+        if kept.exists():
+            self.setup.publisher.push(kept, f"Model of epoch {epoch + 1}")
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def stop(self) -> Signals:
+        """Tell how a signal stopped the run, and how it goes on. The signal."""
+        self.log.close()
+        step, checkpoint = self.progress.step, self.status.entry["checkpoint"]
+        self.status.write("stopped", step=step, reason=self.stopped_by.name)
+        if checkpoint is None:
+            goes_on = "no checkpoint could be written"
+        else:
+            is_new = checkpoint.endswith(f"checkpoint-{step}")
+            goes_on = f"{checkpoint} is {'written' if is_new else 'the last checkpoint'}; the same command with "
+            goes_on += "--resume_from_checkpoint last goes on"
+        self.accelerator.print(f"stopped by {self.stopped_by.name} after step {step}: {goes_on}")
+        return self.stopped_by
+
+    def finish(self) -> None:
+        """The run is through: tell what came of it.
+
+        Raises:
+            UsageError: the last model could not be written.
+            RuntimeError: the ranks do not end with the same momentum encoders and queues.
+        """
+        self.log.close()
+        self._assert_equal("momentum encoders and queues")
+        if self._problem is not None:
+            has_any = bool(checkpoints(self.output_dir))
+            way_out = "resume from the last checkpoint" if has_any else "use --checkpointing_steps next time"
+            raise UsageError(
+                f"the run is through, but its model could not be written to {self.output_dir} ({self._problem}): make "
+                f"room, and {way_out}"
+            )
+        unusable = self.skipped.collect()
+        self.status.write("completed", step=self.progress.step)
+        if self.accelerator.is_main_process:
+            self._tell_what_came_of_it(unusable)
+
+    def _tell_what_came_of_it(self, unusable: list[dict]) -> None:
+        step, last, best = self.progress.step, self.output_dir / "last", self.output_dir / "best"
+        samples = step * self.setup.rows_per_step
+        print(f"done in {self.status.minutes():.1f} minutes: {step} steps, {samples} samples")
+        if unusable:
+            names = ", ".join(row["name"] for row in unusable[:5]) + (", ..." if len(unusable) > 5 else "")
+            print(f"{len(unusable)} rows could not be used ({names}): see {self.skipped.file}")
+        if self._results is None or not best.exists():
+            print(f"model: {last}")
+        else:
+            print(f"best model: {best} (mean recall {self.progress.best_mean_recall:.4f}); last model: {last}")
+            print(f"next: {evaluation_command(best, self.setup.data_args)}")
+
+    def _assert_equal(self, what: str, **more: Tensor) -> None:
+        momentum = {
+            name: value for name, value in self.training.momentum.state_dict().items() if torch.is_tensor(value)
+        }
+        assert_equal_on_ranks(what, {**momentum, **more})
+
+
+def evaluation_command(model: Path, data: TrainDataArguments) -> str:
+    """The command that evaluates a model on what its training was evaluated on."""
+    shared = {field.name: field.default for field in dataclasses.fields(DataArguments)}
+    flags = {name: getattr(data, name) for name, default in shared.items() if getattr(data, name) != default}
+    flags.pop("dataloader_num_workers", None)
+    if data.validation_file is not None:
+        flags["data_files"] = data.validation_file
+    if data.validation_split_name != EvaluationDataArguments.split_name:
+        flags["split_name"] = data.validation_split_name
+    typed = [f"--{name} {shlex.quote(str(value))}" for name, value in {"model_name_or_path": model, **flags}.items()]
+    return " ".join([script_command("evaluate_retrieval.py"), *typed])
+
+
+__all__ = ["Run", "Step", "evaluation_command"]
