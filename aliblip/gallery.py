@@ -271,7 +271,7 @@ def change(options: GalleryArguments) -> None:
         print(f"optimized: {gallery!r}")
     else:
         count = gallery.remove(where=options.remove_where)
-        print(f"{count:,} rows removed: {gallery!r}")
+        print(f"rows removed: {count:,}; {gallery!r}")
 
 
 def build(data: GalleryDataArguments, options: GalleryArguments) -> int:
@@ -337,7 +337,7 @@ def put_in(data: GalleryDataArguments, options: GalleryArguments) -> int:
     model, processor, _ = load_pretrained(options.model_name_or_path, tokenizer_name=options.tokenizer_name)
     precision = launched_precision(options.mixed_precision)
     if launched_rank() == 0:
-        print(f"{source.num_rows:,} rows for {gallery!r}", flush=True)
+        print(f"rows of the data: {source.num_rows:,}; {gallery!r}", flush=True)
 
     def run(accelerator) -> None:
         report = gallery.upsert(
@@ -378,7 +378,7 @@ def tell_result(options: GalleryArguments, seconds: float, processes: int) -> No
         print(f"  skipped row {entry['row']}, {entry['name']!r}: {entry['reason']}")
     if len(skipped) > SHOWN_SKIPPED:
         print(f"  and {len(skipped) - SHOWN_SKIPPED:,} more: Gallery.open({options.place!r}).skipped")
-    print(f"{gallery!r}; {len(skipped):,} rows could not be used")
+    print(f"{gallery!r}; rows that could not be used: {len(skipped):,}")
     print(f"written: {options.place}   ({seconds:.1f} s, {processes} process{'es' if processes > 1 else ''})")
     model, place = shlex.quote(options.model_name_or_path), shlex.quote(options.place)
     if gallery.kind == "image":

@@ -56,8 +56,8 @@ def test_changes_equal_a_new_gallery(paths, built, tmp_path):
     assert (report.inserted, report.updated) == (5, 1)
     assert [(entry["row"], entry["reason"]) for entry in report.skipped] == [(6, "the image file is missing")]
     assert str(report) == (
-        f"5 rows inserted; 1 replaced; 1 could not be used, the first '{tmp_path / 'gone.png'}': "
-        "the image file is missing"
+        f"rows inserted: 5; replaced: 1; could not be used: 1, the first '{tmp_path / 'gone.png'}' "
+        "(the image file is missing)"
     )
     assert built.remove(["sku-0", "new-1", "nowhere"]) == 2
     wanted = [row for row in [*rows, *new] if row["id"] not in ("sku-0", "new-1", f"sku-{BROKEN}")]
@@ -80,8 +80,8 @@ def test_rows_lose_no_values_in_silence(paths, built, caplog):
     row = {**case.rows_of(paths)[1], "price": "dear", "colour": "red"}
     report = upsert(built, [row, {**row, "id": "x", "colour": None}])
     assert str(report) == (
-        "1 rows inserted; 1 replaced; values of another type than their column are left out: price (2); "
-        "columns that the gallery does not have are left out: colour (1)"
+        "rows inserted: 1; replaced: 1; values of another type than their column, which are left out: price (2); "
+        "columns that the gallery does not have, which are left out: colour (1)"
     )
     assert str(report) in caplog.text and built.get(["x"])[0]["price"] is None
 
@@ -116,7 +116,7 @@ def test_changes_that_are_refused_change_nothing(paths, built, tmp_path):
     version, rows = built.version, case.rows_of(paths)
     by_rows = build([{"image": path, "price": 1} for path in paths[:3]], tmp_path / "rows")
     for gallery, given, options, message in (
-        (built, [rows[3], rows[3]], {}, "1 ids come twice among these rows, such as 'sku-3'.*duplicates='first'"),
+        (built, [rows[3], rows[3]], {}, "some ids come twice among these rows: 'sku-3'. Make.*duplicates='first'"),
         (built, [{"image": paths[0]}], {}, "the data has no column 'id' with the gallery's ids: there are 'image'"),
         (built, rows, {"id_column": "sku"}, "no column 'sku' with the gallery's ids"),
         (built, [{**rows[3], "id": 3}], {}, "the id of row 0 is 3, and ids of this gallery are text"),

@@ -18,6 +18,10 @@ from aliblip.gallery import main
 from aliblip.runtime.mistakes import UsageError, main_with_usage_errors
 
 
+# Of readers, which are forks that never touch a table.
+pytestmark = pytest.mark.filterwarnings("ignore:lance is not fork-safe")
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A model in a folder."""
@@ -66,7 +70,10 @@ def test_the_command_gives_the_same_gallery_with_any_number_of_processes(saved, 
     )
     assert "20 rows: no index of the vectors, exact search is fast enough; indexed for filters: " in one.stdout
     assert f"  skipped row {BROKEN}, '005.png': the file is not an image of a known format" in one.stdout
-    assert f"Gallery of 20 image items, 16 wide, with image tokens: {tmp_path / 'one'}; 1 rows could not" in one.stdout
+    assert (
+        f"Gallery of 20 image items, 16 wide, with image tokens: {tmp_path / 'one'}; rows that could not be used: 1"
+        in one.stdout
+    )
     assert printed[-1] == f"next: python -m aliblip.serve --model_name_or_path {saved} --gallery {tmp_path / 'one'}"
     assert "Warning" not in one.stderr
     two = launch("cpu_2_processes.yaml", "-m", ["aliblip.gallery", *command(*given, "--output_dir", tmp_path / "two")])
@@ -101,12 +108,12 @@ def test_a_folder_of_photos_then_changes(saved, paths, catalogue, tmp_path, caps
     given = [*model, "--data_files", tmp_path / "new.jsonl", "--image_dir", Path(paths[0]).parent, "--id_column", "id"]
     assert main(command(*given, "--output_dir", place, "--upsert")) == 0
     printed = capsys.readouterr().out
-    assert f"2 rows for Gallery of 20 image items, 16 wide: {place}" in printed
-    assert "1 rows inserted; 1 replaced; columns that the gallery does not have are left out: x (1)" in printed
+    assert f"rows of the data: 2; Gallery of 20 image items, 16 wide: {place}" in printed
+    assert "rows inserted: 1; replaced: 1; columns that the gallery does not have, which are left out: x (1)" in printed
     assert "Gallery of 21 image items" in printed
 
     assert main(["--output_dir", str(place), "--remove_where", "id IN ('new', '001.png') OR id = 'none'"]) == 0
-    assert capsys.readouterr().out == f"2 rows removed: Gallery of 19 image items, 16 wide: {place}\n"
+    assert capsys.readouterr().out == f"rows removed: 2; Gallery of 19 image items, 16 wide: {place}\n"
     assert main(["--output_dir", str(place), "--optimize"]) == 0
     assert capsys.readouterr().out == f"optimized: Gallery of 19 image items, 16 wide: {place}\n"
     assert len(made) == 19
@@ -198,7 +205,7 @@ def test_ids_that_come_twice_are_told_in_the_words_of_the_command(saved, paths, 
     with pytest.raises(UsageError) as raised:
         main(command(*given, "--output_dir", tmp_path / "g"))
     assert str(raised.value) == (
-        "1 ids come twice (the column 'id'), such as 7: make them unique, name another column with --id_column, or "
+        "some ids come twice (the column 'id'): 7. Make them unique, name another column with --id_column, or "
         "keep the first of each with --duplicates first"
     )
 

@@ -96,7 +96,7 @@ def test_a_kept_gallery_is_brought_up_to_date(photos, tmp_path, capsys):
         serve.open_searcher(photos.options)
     capsys.readouterr()
     photos.options.update_gallery = True
-    for told in (["updating", "new photos: 3, gone: 2", "2 rows inserted", "broken.jpg"], []):  # then nothing is left
+    for told in (["updating", "new photos: 3, gone: 2", "rows inserted: 2", "broken.jpg"], []):  # then nothing is left
         searcher = serve.open_searcher(photos.options)
         printed = capsys.readouterr().out
         assert all(part in printed for part in told) and ("updating" in printed) == bool(told)

@@ -92,6 +92,11 @@ def in_python(name: str, value: Any = None) -> str:
     return name if value is None else f"{name}={value!r}"
 
 
+def some_of(values: Sequence[Any]) -> str:
+    """The first of some values, and how many more there are."""
+    return ", ".join(map(repr, values[:5])) + (f" and {len(values) - 5:,} more" if len(values) > 5 else "")
+
+
 def token_shape(config) -> tuple[int, int]:
     """(P, D) of the image tokens of one photo."""
     return tokens_per_image(config), config.vision_config.hidden_size
@@ -187,7 +192,7 @@ class Build:
         missing = [row for row, value in zip(rows, ids, strict=True) if value is None]
         if missing:
             self.kept.notes.append(
-                f"{len(missing):,} of {len(ids):,} rows have no id and are left out, the first is row {missing[0]}"
+                f"{len(missing):,} of {len(ids):,} rows are left out for lack of an id, the first is row {missing[0]}"
             )
         if self.duplicates == "first":
             return False
@@ -200,9 +205,8 @@ class Build:
         which = {"name": "the names of the photos", "row": "the numbers of the rows"}.get(
             self.kept.ids, f"the column {self.kept.id_column!r}"
         )
-        some = ", ".join(map(repr, twice[:5])) + (f" and {len(twice) - 5:,} more" if len(twice) > 5 else "")
         return (
-            f"{len(twice):,} ids come twice ({which}), such as {some}: make them unique, name another column with "
+            f"some ids come twice ({which}): {some_of(twice)}. Make them unique, name another column with "
             f"{self.flag('id_column')}, or keep the first of each with {self.flag('duplicates', 'first')}"
         )
 
@@ -283,7 +287,6 @@ class Build:
             width=facts.width,
             token_shape=facts.token_shape,
             thumbnails=self.thumbnail_side is not None,
-            paths=True,
         )
 
     def _made_from(self, facts: Facts, processor) -> dict[str, Any]:

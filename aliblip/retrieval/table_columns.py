@@ -81,16 +81,11 @@ class KeptColumns:
     def renamed(self) -> dict[str, str]:
         return {name: kept for name, kept in self.names.items() if name != kept}
 
-    def schema(
-        self, *, kind: str, width: int, token_shape: tuple[int, int] | None, thumbnails: bool, paths: bool
-    ) -> pa.Schema:
+    def schema(self, *, kind: str, width: int, token_shape: tuple[int, int] | None, thumbnails: bool) -> pa.Schema:
         """Of the table: ids first, own columns last."""
         fields = [pa.field(ID, self.id_type, nullable=False, metadata=PRIMARY_KEY)]
         fields += [pa.field(self.names[name], self.types[name]) for name in self.names]
-        if kind == "text":
-            fields.append(pa.field(TEXT, pa.string()))
-        elif paths:
-            fields.append(pa.field(PATH, pa.string()))
+        fields.append(pa.field(TEXT if kind == "text" else PATH, pa.string()))
         fields.append(pa.field(VECTOR, pa.list_(pa.float32(), width), nullable=False))
         if thumbnails:
             fields.append(pa.field(THUMBNAIL, pa.binary()))
@@ -162,9 +157,9 @@ class Lost:
         """For the user, a line each."""
         lines = []
         if misfits := +self.misfits:
-            lines.append(f"values of another type than their column are left out: {_counted(misfits)}")
+            lines.append(f"values of another type than their column, which are left out: {_counted(misfits)}")
         if columns := +self.columns:
-            lines.append(f"columns that the gallery does not have are left out: {_counted(columns)}")
+            lines.append(f"columns that the gallery does not have, which are left out: {_counted(columns)}")
         return lines
 
 

@@ -14,7 +14,7 @@ import torch
 
 from aliblip.data.loader import EvalLoader
 from aliblip.data.rows import Source
-from aliblip.retrieval.building import collator_of, embedded_rows
+from aliblip.retrieval.building import collator_of, embedded_rows, some_of
 from aliblip.retrieval.embedding import EmbeddedUnit, embedded_units, undisturbed
 from aliblip.retrieval.table_columns import FromTool, KeptColumns, Lost
 from aliblip.retrieval.tables import ID, Facts, changed, one_writer, open_dataset
@@ -42,10 +42,10 @@ class UpsertReport:
     lost: Lost = field(default_factory=Lost)
 
     def __str__(self) -> str:
-        told = [f"{self.inserted:,} rows inserted", f"{self.updated:,} replaced"]
+        told = [f"rows inserted: {self.inserted:,}", f"replaced: {self.updated:,}"]
         if self.skipped:
             first = self.skipped[0]
-            told.append(f"{len(self.skipped):,} could not be used, the first {first['name']!r}: {first['reason']}")
+            told.append(f"could not be used: {len(self.skipped):,}, the first {first['name']!r} ({first['reason']})")
         return "; ".join([*told, *self.lost.told()])
 
 
@@ -170,10 +170,9 @@ def _each_id_once(table: pa.Table, duplicates: str, flag: FromTool) -> tuple[pa.
         return table, []
     twice = list(dict.fromkeys(value for value, is_first in zip(ids, keep, strict=True) if not is_first))
     if duplicates == "error":
-        some = ", ".join(map(repr, twice[:5])) + (f" and {len(twice) - 5:,} more" if len(twice) > 5 else "")
         raise UsageError(
-            f"{len(twice):,} ids come twice among these rows, such as {some}: make them unique, or keep the first of "
-            f"each with {flag('duplicates', 'first')}"
+            f"some ids come twice among these rows: {some_of(twice)}. Make them unique, or keep the first of each with "
+            f"{flag('duplicates', 'first')}"
         )
     dropped = [{"row": None, "name": str(value), "reason": "the id comes twice"} for value in twice]
     return table.filter(pa.array(keep)), dropped

@@ -67,7 +67,7 @@ def write_vectors(
     if not total:
         raise UsageError("no rows given: a gallery has at least one")
     if twice := total - pc.count_distinct(pa.chunked_array(ids)).as_py():
-        raise UsageError(f"{twice:,} ids come twice: make them unique")
+        raise UsageError(f"some ids come twice ({twice:,} of {total:,} rows are too many): make them unique")
     operation = lance.LanceOperation.Overwrite(facts.in_metadata(schema), fragments)
     dataset = lance.LanceDataset.commit(place, operation, storage_options=options, enable_stable_row_ids=True)
     dataset.create_scalar_index(ID, "BTREE")
