@@ -221,6 +221,28 @@ def test_moved_photos_are_found_below_photo_root(model, tmp_path, capsys):
     assert all(isinstance(example, bytes) for example in searcher.examples()) and len(searcher.examples()) == 4
 
 
+def test_an_example_is_searched_for_and_no_other_number_is(photos):
+    import gradio as gr
+
+    from aliblip.retrieval.page_layout import _Page
+
+    searcher = serve.open_searcher(photos.options)
+    drawn = _Page(gr, searcher, 12, 64)
+    assert len(drawn._examples) == 5  # photos, since their names are numbers
+
+    def clicked(data) -> list:
+        return drawn._show_example(SimpleNamespace(_data=data), 3, 8)
+
+    tabs, title, photo, tiles, *_, asked = clicked({"example": 2})
+    assert (tabs.selected, photo.size, asked) == ("photo", (40, 30), "photo")
+    assert "1. 002.png" in tiles and "ordered by ITC similarity" in tiles
+    drawn._examples = ["red cup", "blue shoe"]
+    tabs, title, photo, tiles, *_, asked = clicked({"example": 1})
+    assert (tabs.selected, title, asked) == ("title", "blue shoe", "title") and "match logit" in tiles
+    for data in ({"example": 2}, {"example": -1}, {"example": "1"}, {"example": None}, {}, None, [1], "1"):
+        assert clicked(data) == [gr.skip()] * 7
+
+
 def test_galleries_that_the_page_cannot_search_are_refused(model, tmp_path):
     options = ServeArguments(model_name_or_path=str(model), gallery=str(tmp_path / "titles"))
     built(model, TITLES, tmp_path / "titles", kind="text")
