@@ -17,7 +17,6 @@ from aliblip import Gallery, gallery
 from aliblip.gallery import main
 from aliblip.runtime.mistakes import UsageError, main_with_usage_errors
 
-
 # Of readers, which are forks that never touch a table.
 pytestmark = pytest.mark.filterwarnings("ignore:lance is not fork-safe")
 
