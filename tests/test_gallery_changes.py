@@ -1,5 +1,6 @@
 """Changes of a stored gallery: rows put in and taken out by id, versions, copies, and several writers at once."""
 
+import decimal
 import multiprocessing
 import os
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import gallery_case as case
 import numpy as np
+import pyarrow as pa
 import pytest
 import tiny
 import torch
@@ -102,6 +104,35 @@ def test_an_encoder_stands_for_model_and_processor(paths, built, monkeypatch):
     assert built.upsert(case.rows_of(paths)[:1], encoder=encoder).updated == 1
     with pytest.raises(UsageError, match="upsert needs model and processor, or encoder"):
         built.upsert(case.rows_of(paths)[:1], model=encoder.model)
+
+
+def test_values_of_a_mapped_file_are_put_in(tmp_path):
+    """Lance takes decimals only from where 16 bytes begin, and in a file they lie where 8 do."""
+    prices = pa.array([decimal.Decimal(n) / 100 for n in range(50)], pa.decimal128(9, 2))
+    gallery = stored(tmp_path, price=prices, exact=prices.cast(pa.decimal256(50, 2)))
+    for shift in range(3):
+        table = vector_table(
+            unit_vectors(5), ["a" * (n + shift) for n in range(5)], price=prices[5:10], exact=prices[:5]
+        )
+        with pa.OSFile(str(tmp_path / f"{shift}.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        mapped = pa.ipc.open_file(pa.memory_map(str(tmp_path / f"{shift}.arrow"))).read_all()
+        gallery.upsert_vectors(mapped)
+        assert gallery.get(["aaa"])[0]["price"] == prices[5 + 3 - shift].as_py()
+    model, processor = case.model_and_processor()
+    made = build(
+        [
+            {"image": path, "id": n, "price": decimal.Decimal("1.25")}
+            for n, path in enumerate(tiny.photos(tmp_path / "photos", 3))
+        ],
+        tmp_path / "built",
+    )
+    made.upsert(
+        [{"image": str(tmp_path / "photos" / "000.png"), "id": 1, "price": decimal.Decimal("3.50")}],
+        model=model,
+        processor=processor,
+    )
+    assert made.get([1])[0]["price"] == decimal.Decimal("3.50") and made.count({"price": ("<", 2)}) == 2
 
 
 def test_titles_are_put_in(tmp_path):

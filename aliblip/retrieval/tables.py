@@ -59,6 +59,7 @@ __all__ = [
     "WRITER_LOCK",
     "Facts",
     "LanceMissing",
+    "aligned",
     "changed",
     "indexed_columns",
     "is_address",
@@ -283,6 +284,18 @@ def table_exists(uri: str, name: str = ITEMS, storage_options: Mapping | None = 
             return False
         raise UsageError(f"the place {uri} can't be reached: {reason_of(error)}") from error
     return True
+
+
+def aligned(table: pa.Table) -> pa.Table:
+    """The same in memory as Lance wants it: values of 16 bytes, such as decimals, can't lie just anywhere. What was
+    read from a mapped file may."""
+    columns = []
+    for column in table.columns:
+        buffers = (buffer for chunk in column.chunks for buffer in chunk.buffers() if buffer is not None)
+        if any(buffer.address % 64 for buffer in buffers):
+            column = column.take(pa.array(range(len(column)), pa.int64()))
+        columns.append(column)
+    return pa.Table.from_arrays(columns, schema=table.schema)
 
 
 # --- changes ----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from aliblip.data.rows import Source
 from aliblip.retrieval.building import collator_of, embedded_rows, some_of
 from aliblip.retrieval.embedding import EmbeddedUnit, embedded_units, undisturbed
 from aliblip.retrieval.table_columns import FromTool, KeptColumns, Lost
-from aliblip.retrieval.tables import ID, Facts, changed, one_writer, open_dataset
+from aliblip.retrieval.tables import ID, Facts, aligned, changed, one_writer, open_dataset
 from aliblip.runtime.distributed import broadcast_object, is_main, rank, together, world_size
 from aliblip.runtime.mistakes import UsageError
 from aliblip.runtime.units import gather_units, own_units
@@ -159,7 +159,7 @@ def _read(file: str, schema: pa.Schema) -> pa.Table:
         raise UsageError(
             "rows are put in by processes of one machine, and a file of another process is not here: start them on one"
         ) from error
-    return pa.ipc.open_file(source).read_all().cast(schema)
+    return aligned(pa.ipc.open_file(source).read_all().cast(schema))
 
 
 def _each_id_once(table: pa.Table, duplicates: str, flag: FromTool) -> tuple[pa.Table, list[dict]]:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from aliblip.retrieval.building import check_place
 from aliblip.retrieval.table_columns import PRIMARY_KEY, storable, table_names
-from aliblip.retrieval.tables import ID, ITEMS, KINDS, VECTOR, Facts, lance_options, library, table_uri
+from aliblip.retrieval.tables import ID, ITEMS, KINDS, VECTOR, Facts, aligned, lance_options, library, table_uri
 from aliblip.runtime.mistakes import UsageError, first_line
 
 __all__ = ["as_rows", "write_vectors"]
@@ -101,7 +101,7 @@ def as_rows(table: pa.Table, schema: pa.Schema, names: Mapping[str, str]) -> pa.
             made.append(pa.nulls(len(table), field.type) if column is None else column.cast(field.type))
         except pa.ArrowException as error:
             raise UsageError(f"the column {field.name!r} does not fit {field.type}: {first_line(error)}") from error
-    rows = pa.Table.from_arrays(made, schema=schema)
+    rows = aligned(pa.Table.from_arrays(made, schema=schema))
     for chunk in rows.column(VECTOR).chunks:
         if not np.isfinite(chunk.flatten().to_numpy(zero_copy_only=False)).all():
             raise UsageError("the vectors are not all finite")
