@@ -273,6 +273,7 @@ def test_mistakes_come_before_the_work(nothing_is_embedded, model, paths, tmp_pa
             {},
             "the column 'id' of the data holds double: an id is text or",
         ),
+        ([{"image": path, "id": None} for path in paths], {}, "the column 'id' of the data is null in every row"),
         (rows, {"id_column": "sku"}, "the data has no column 'sku'"),
         (rows, {"columns": ["colour"]}, "the data has no column 'colour'"),
         (rows, {"image_column": "photo"}, "the data has no column 'photo' .image_column."),
@@ -358,6 +359,16 @@ def test_duplicates_that_only_the_end_can_tell(paths, tmp_path, monkeypatch):
     monkeypatch.setattr(building, "embedded_units", lambda model, loader, units, **_: iter([]) if not units else 1 / 0)
     gallery = build(rows, tmp_path / "g", duplicates="first")
     assert case.ids_of(gallery) == [0, 1, 2, 3, 4, 6, 7, 8, 9]
+
+
+def test_names_of_photos_that_are_no_text(paths, tmp_path, caplog):
+    name = os.fsdecode(bytes(tmp_path) + b"/caf\xe9.png")
+    shutil.copy(paths[0], name)
+    gallery = build([name, paths[1]], tmp_path / "g")
+    ids = case.ids_of(gallery)
+    assert ids == [f"{tmp_path}/caf\\udce9.png", paths[1]]
+    assert [row["path"] for row in gallery.get(ids)] == [None, paths[1]]
+    assert "values of another type than their column, which are left out: path (1)" in caplog.text
 
 
 def test_rows_without_id_are_left_out_and_told(paths, tmp_path, caplog):

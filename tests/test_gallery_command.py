@@ -1,6 +1,7 @@
 """The command `python -m aliblip.gallery`: one process or several, and what it says."""
 
 import json
+import os
 import re
 import shlex
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import gallery_case as case
 import pytest
+import s3_stub
 import tiny
 from datasets import Dataset
 from gallery_case import BROKEN, COUNT, build
@@ -150,6 +152,20 @@ def test_an_index_by_name_and_none(saved, paths, catalogue, tmp_path, capsys):
     assert not Gallery.open(tmp_path / "none").has_index
     assert main(command(*given, "--output_dir", tmp_path / "bare", "--index", "none")) == 0
     assert "indexed" not in capsys.readouterr().out
+
+
+def test_a_gallery_at_an_address(saved, paths, catalogue, tmp_path, capsys):
+    given = ["--model_name_or_path", saved, "--data_files", catalogue, "--image_dir", Path(paths[0]).parent]
+    assert main(command(*given, "--output_dir", tmp_path / "folder")) == 0
+    with s3_stub.ObjectStore() as store:
+        place = ["--uri", "s3://bucket/mine", "--storage_options", json.dumps(store.storage_options)]
+        assert main(command(*given, *place, "--parts_dir", tmp_path / "parts")) == 0
+        assert "written: s3://bucket/mine" in capsys.readouterr().out
+        made = Gallery.open("s3://bucket/mine", storage_options=store.storage_options)
+        same_rows(made, Gallery.open(tmp_path / "folder"))
+        assert main([*place, "--remove_where", "price < 3"]) == 0
+        assert "rows removed: 2" in capsys.readouterr().out and len(made.refresh()) == COUNT - 3
+    assert os.listdir(tmp_path) == ["folder"]
 
 
 @pytest.mark.parametrize(

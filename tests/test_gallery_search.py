@@ -90,6 +90,7 @@ def test_scores_and_fields_of_hits(tmp_path):
     assert [set(hit) for hit in gallery.search(query, 1, columns=["price"])[0]] == [{"id", "itc", "position", "price"}]
     assert [set(hit) for hit in gallery.search(query, 1, columns=[])[0]] == [{"id", "itc", "position"}]
     assert gallery.search(query[0], 3) == [hits]  # one vector
+    assert gallery.search(query, 10**12)[0][:3] == hits
     assert gallery.search(query.double().numpy(), 3) == [hits]
     assert gallery.search(torch.empty(0, WIDTH), 3) == []
 

@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import secrets
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -32,7 +33,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from aliblip.data.collate import Collator
+from aliblip.data.collate import Collator, printable
 from aliblip.data.loader import EvalLoader
 from aliblip.data.rows import Source
 from aliblip.retrieval.embedding import EmbeddedUnit, embedded_units, undisturbed
@@ -190,6 +191,11 @@ class Build:
             rows.append(row)
             ids.append(value)
         missing = [row for row, value in zip(rows, ids, strict=True) if value is None]
+        if len(missing) == len(ids):
+            raise UsageError(
+                f"the column {self.kept.id_column!r} of {self.source.name} is null in every row: name another one with "
+                f"{self.flag('id_column')}"
+            )
         if missing:
             self.kept.notes.append(
                 f"{len(missing):,} of {len(ids):,} rows are left out for lack of an id, the first is row {missing[0]}"
@@ -314,10 +320,12 @@ class Build:
         if not is_main():
             yield
             return
-        folder = self.parts_dir.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        name = BUILD_LOCK if folder == Path(self.uri) else f"{self.parts_dir.name}{BUILD_LOCK}"
-        lock = FileLock(folder / name, timeout=0)
+        if is_address(self.uri):
+            place = Path(tempfile.gettempdir(), f"aliblip-{_digest(self.uri)}{BUILD_LOCK}")
+        else:
+            os.makedirs(self.uri, exist_ok=True)
+            place = Path(self.uri, BUILD_LOCK)
+        lock = FileLock(place, timeout=0)
         try:
             lock.acquire()
         except Timeout as error:
@@ -333,8 +341,6 @@ class Build:
         if self.overwrite:
             parts.drop_others()
         parts.check(f"give another place ({self.flag('uri')}), or {self.flag('overwrite', True)} to drop it")
-        if not is_address(self.uri):
-            os.makedirs(self.uri, exist_ok=True)
 
     def _committed(self, facts: Facts) -> bool:
         """Whether a start before this one was killed after its commit."""
@@ -574,9 +580,12 @@ def _refuse_something_else(folder: Path) -> None:
 def _parts_dir(uri: str) -> Path:
     if not is_address(uri):
         return Path(uri) / BUILD
-    digest = hashlib.blake2b(uri.encode(), digest_size=8).hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "aliblip" / "galleries" / digest
+    return cache / "aliblip" / "galleries" / _digest(uri)
+
+
+def _digest(uri: str) -> str:
+    return hashlib.blake2b(uri.encode(), digest_size=8).hexdigest()
 
 
 # --- rows of a table --------------------------------------------------------------------------------------------------
@@ -635,7 +644,7 @@ def embedded_rows(
     """
     rows, tables = EmbeddedRows(schema.empty_table(), [], [], Lost()), []
     for unit in units:
-        unit.paths = [_stored_path(path, root) for path in unit.paths]
+        unit.paths = [_stored_path(path, root, rows.lost) for path in unit.paths]
         rows.skipped += [{name: entry[name] for name in ("row", "name", "reason")} for entry in unit.skipped]
         unit.others = unit.others or [{}] * len(unit)
         numbers = unit.rows.tolist()
@@ -689,10 +698,13 @@ def vector_column(vectors: Tensor, schema: pa.Schema) -> pa.Array:
     )
 
 
-def _stored_path(path: str | None, root: str | None) -> str | None:
+def _stored_path(path: str | None, root: str | None, lost: Lost) -> str | None:
     """A photo's path as the table has it: relative to the data's folder where it lies in there."""
     if path is None or "://" in path or root is None:
         return path
+    if printable(path) != path:  # a name that is no text; the photo can't be found again by another one
+        lost.misfits[PATH] += 1
+        return None
     relative = os.path.relpath(os.path.abspath(path), root)
     if relative.startswith(os.pardir):
         return os.path.abspath(path)

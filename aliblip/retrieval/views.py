@@ -182,6 +182,7 @@ class View:
         self, queries: Tensor, k: int, where: str | None, approximate: bool | None
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Positions and scores of the k best of each query."""
+        k = min(k, max(self.rows, 1))
         if approximate and self.index is None:
             raise UsageError("the gallery has no index: call create_index(), or leave approximate out")
         if self.index is None or approximate is False:
@@ -258,7 +259,7 @@ class View:
         """Positions of `count` rows, randomly chosen, rising; of all where there are fewer."""
         positions = self.dataset.scanner(columns=[], with_row_id=True).to_table().column("_rowid").to_numpy()
         if count < len(positions):
-            positions = np.random.default_rng(seed).choice(positions, count, replace=False)
+            positions = np.random.default_rng(seed).choice(positions, max(count, 0), replace=False)
         return np.sort(positions.astype(np.int64))
 
     def distinct(self, column: str, limit: int) -> list[Any] | None:
