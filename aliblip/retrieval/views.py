@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -106,8 +106,10 @@ class View:
         if found is None:
             return None
         kept = self.facts.index or {}
-        if kept.get("kind") == found.index_type:
-            return IndexSettings.from_json(kept)
+        numbers = [value for name, value in kept.items() if name != "kind"]
+        if kept.get("kind") == found.index_type and all(isinstance(value, int) and value > 0 for value in numbers):
+            with suppress(TypeError):  # one is missing
+                return IndexSettings.from_json(kept)
         return IndexSettings(found.index_type, 1, nprobes=64, refine_factor=10)  # made by somebody else
 
     @cached_property
