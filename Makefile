@@ -13,7 +13,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # The demo runs on two CPU processes everywhere, so that it is the same run on every machine.
-LAUNCH := CUDA_VISIBLE_DEVICES= $(BIN)/accelerate launch --config_file accelerate_configs/cpu_2_processes.yaml
+LAUNCH := CUDA_VISIBLE_DEVICES= $(BIN)/accelerate launch --config_file accelerate_configs/cpu_2_processes.yaml \
+	--main_process_port 0
 
 # Side by side, a file to each process; what is slow comes first (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder

@@ -146,7 +146,7 @@ def measure(rows: int, folder: Path, args) -> dict:
         f"{rows:,} rows: written in {row['write_seconds']:.0f} s; exact {row['exact']['milliseconds']:.1f} ms a query"
     )
     row["settings"] = []
-    default = index_settings(rows, args.width)
+    default = index_settings(rows, args.width, "IVF_PQ" if rows >= args.index_rows else None)
     tried = [IndexSettings(**{**default.as_json(), **change}) for change in variants(default)] if default else []
     if tried:
         report = gallery.create_index(columns=["price", "category"], measure_recall=0, settings=default, quiet=True)
@@ -192,10 +192,8 @@ def by_index(gallery: Gallery, settings: IndexSettings, queries, wanted, args, i
 
 def filtered(gallery: Gallery, queries, args) -> dict:
     """Queries with filters of several selectivities, beside the same without one, in turn."""
-    gallery_is_indexed = gallery.has_index
-    default = index_settings(len(gallery), args.width)
-    if gallery_is_indexed:
-        gallery._keep_index_settings(default)
+    if gallery.has_index:  # as `create_index` leaves it
+        gallery._keep_index_settings(index_settings(len(gallery), args.width, "IVF_PQ"))
         gallery.refresh()
     some = queries[: args.filtered_queries]
     found = {}
@@ -293,6 +291,7 @@ def main(command_line: list[str] | None = None) -> None:
     arguments.add_argument("--exact_queries", type=int, default=50, help="of these, searched exactly too")
     arguments.add_argument("--filtered_queries", type=int, default=50)
     arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--index_rows", type=int, default=50_000, help="from how many rows on there is an index")
     arguments.add_argument("--threads", type=int, default=2)
     arguments.add_argument("--before", type=Path, help="a checkout of version 0.1.0: its store at the first size too")
     arguments.add_argument("--folder", type=Path, help="where the tables lie meanwhile (default: a temporary folder)")

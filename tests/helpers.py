@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "accelerate_configs"
+PATIENCE = 600  # seconds until what a test has started is taken for hung; a machine may be busy with other things
 
 # Of a launcher that may be around the test run: what it says is not about the processes started here.
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -71,7 +72,7 @@ def run(
     *,
     env: dict[str, str] | None = None,
     cwd: str | os.PathLike = ROOT,
-    timeout: float = 300,
+    timeout: float = PATIENCE,
 ) -> subprocess.CompletedProcess:
     """Run a command in its own process group and return its output as text.
 
@@ -83,6 +84,7 @@ def run(
         [str(part) for part in command],
         cwd=cwd,
         env=environment(**(env or {})),
+        stdin=subprocess.DEVNULL,  # nobody is there to be asked
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -103,7 +105,7 @@ def _run_forked(
     commands: Sequence[Sequence[str | os.PathLike]],
     envs: Sequence[dict[str, str]],
     cwd: str | os.PathLike = ROOT,
-    timeout: float = 300,
+    timeout: float = PATIENCE,
 ) -> subprocess.CompletedProcess:
     """Run commands side by side, by fork, until all have ended or one has failed: then the others have 30 s to end.
 
@@ -167,7 +169,7 @@ def launch(
     script: str | os.PathLike,
     args: Sequence[str | os.PathLike] = (),
     env: dict[str, str] | None = None,
-    timeout: float = 300,
+    timeout: float = PATIENCE,
     launcher_args: Sequence[str] = (),
 ) -> subprocess.CompletedProcess:
     """Run `accelerate launch --config_file CONFIG SCRIPT ARGS` from the repository root.
@@ -214,7 +216,7 @@ def run_ranks(
     script: str | os.PathLike,
     args: Sequence[str | os.PathLike] = (),
     env: dict[str, str] | None = None,
-    timeout: float = 300,
+    timeout: float = PATIENCE,
 ) -> subprocess.CompletedProcess:
     """The processes that `launch` would start, without a launcher and by fork: for what runs compute, not for how they
     start and end."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import socket
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 OURS = {"aliblip", *(path.stem for path in Path(__file__).resolve().parent.parent.glob("*_aliblip.py"))}
@@ -60,6 +61,21 @@ class NoSocket(socket.socket):
         raise OSError("this process has no network")
 
 
+def no_addresses(*args, **kwargs):
+    attempts.append(repr(args))
+    raise OSError("this process has no network")
+
+
+@contextmanager
+def offline(wanted: bool):
+    """As HF_HUB_OFFLINE: with `local_files_only` alone transformers still asks the Hub for adapters."""
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE = wanted
+    yield
+    constants.HF_HUB_OFFLINE = False
+
+
 def error_of(call, *args, **kwargs) -> str:
     try:
         call(*args, **kwargs)
@@ -88,7 +104,8 @@ def main(plan: dict) -> dict:
 
     found = {"loaded": {}, "searched": {}, "refused": {}}
     for name, (folder, options) in plan["load"].items():
-        found["loaded"][name] = load(folder, **options)
+        with offline(options.get("local_files_only", False)):
+            found["loaded"][name] = load(folder, **options)
     for name, folder in plan["search"].items():
         pipe = pipeline("image-text-retrieval", model=folder, trust_remote_code=True, device="cpu")
         found["searched"][name] = {"module": type(pipe).__module__, **searched(pipe)}
@@ -96,8 +113,9 @@ def main(plan: dict) -> dict:
         found["refused"][name] = error_of(AutoModel.from_pretrained, folder, trust_remote_code=name != "not trusted")
 
     for source, target, options in plan["save_again"]:
-        for auto in (AutoModel, AutoProcessor):
-            auto.from_pretrained(source, trust_remote_code=True, **options).save_pretrained(target)
+        with offline(options.get("local_files_only", False)):
+            for auto in (AutoModel, AutoProcessor):
+                auto.from_pretrained(source, trust_remote_code=True, **options).save_pretrained(target)
 
     # The root files as plain modules, beside a config.json that does not name them.
     sys.meta_path.remove(NotInstalled)
@@ -118,7 +136,7 @@ def main(plan: dict) -> dict:
 
 if __name__ == "__main__":
     sys.meta_path.insert(0, NotInstalled)
-    socket.socket = NoSocket
+    socket.socket, socket.getaddrinfo = NoSocket, no_addresses
     import torch
 
     torch.save(main(json.loads(Path(sys.argv[1]).read_text())), sys.argv[2])

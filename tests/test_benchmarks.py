@@ -54,18 +54,19 @@ def test_search_against_the_whole_matrix(tmp_path, capsys):
     ]
 
 
-def test_gallery_types(tmp_path, capsys):
+def test_gallery_in_small(tmp_path, capsys):
     file = tmp_path / "table.json"
-    options = ["--items", "3000", "--queries", "4", "--rounds", "1", "--types", "float32", "--json", str(file)]
+    options = ["--rows", "3000", "--queries", "4", "--rounds", "1", "--index_rows", "1000", "--json", str(file)]
     bench_gallery.main(options)
     table = json.loads(file.read_text())
     assert capsys.readouterr().out.splitlines()[-1] == f"gallery ratio={table['ratio']:.4g}"
-    row = table["galleries"]["float32"]
-    assert row["file_bytes"] > 3000 * 256 * 4
-    assert row["recall@10_random"] == table["galleries"]["engine, in memory"]["recall@10_random"] == 1
-    assert row["recall@1_near"] == 1
-    # mapped, not read: before the first search fewer pages than the file has
-    assert row["loaded"]["file"] < row["file_bytes"] / 2 < row["searched"]["file"]
+    (size,) = table["sizes"]
+    assert size["rows"] == 3000 and size["bytes"] > 3000 * 256 * 4
+    assert (
+        all(one["recall_at_10"] > 0.9 for one in size["settings"])
+        and sum(one["default"] for one in size["settings"]) == 1
+    )
+    assert [one["recall_at_10"] for one in size["filters"].values()] == [1, 1, 1]  # few rows are searched exactly
 
 
 def test_full_scale_in_small(tmp_path, capsys):

@@ -1,8 +1,12 @@
 """Building a stored gallery: what it holds, what is refused before the work, and what a stopped build leaves."""
 
+import json
 import os
+import shutil
+import tarfile
 from pathlib import Path
 
+import data_stub
 import gallery_case as case
 import hostile
 import numpy as np
@@ -18,9 +22,10 @@ from PIL import Image
 
 import retrieval_aliblip as engine
 from aliblip import Gallery
+from aliblip.data import webdataset
 from aliblip.data.rows import Row, decode
 from aliblip.data.sources import ALL, open_source
-from aliblip.retrieval import building
+from aliblip.retrieval import building, table_columns
 from aliblip.runtime import parts
 from aliblip.runtime.mistakes import UsageError
 from encoder_aliblip import Encoder
@@ -181,6 +186,28 @@ def test_every_source_gives_the_same(paths, tmp_path):
         assert list(vectors) == [skus[number] for number in GOOD] and gallery.columns == ["sku"]
         assert [entry["row"] for entry in gallery.skipped] == [BROKEN]
         assert gallery.get(["sku-0"])[0]["path"] is None
+
+
+def test_tars_whose_later_samples_bring_other_columns(paths, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(table_columns, "SURVEYED_ROWS", 4)
+    monkeypatch.setattr(webdataset, "PROBED_SAMPLES", 4)
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        for number, path in enumerate(paths[:8]):
+            fields = {"sku": f"sku-{number}", "price": number if number < 6 else "dear"}
+            fields |= {"late": 1} if number > 5 else {}
+            data_stub.add_member(tar, f"{number:03}.png", Path(path).read_bytes())
+            data_stub.add_member(tar, f"{number:03}.json", json.dumps(fields).encode())
+    source = open_source(data_files=str(tmp_path / "train-0.tar"), split="train", sides="images", other_columns=ALL)
+    gallery = build(source, tmp_path / "g", id_column="sku")
+    assert gallery.columns == ["sku", "price"]
+    assert [row["price"] for row in gallery.get(["sku-4", "sku-6"])] == [4, None]
+    assert "values of another type than their column are left out: price (2)" in caplog.text
+    assert "columns that the gallery does not have are left out: late (2)" in caplog.text
+    shutil.copy(tmp_path / "train-0.tar", tmp_path / "train-1.tar")
+    files = [str(tmp_path / f"train-{number}.tar") for number in range(2)]
+    twice = open_source(data_files=files, split="train", sides="images", other_columns=ALL)
+    with pytest.raises(UsageError, match="7 ids come twice"):
+        build(twice, tmp_path / "h", id_column="sku")
 
 
 def test_ids_come_from_the_column_the_names_or_the_rows(paths, tmp_path):
@@ -450,6 +477,29 @@ def test_an_overwrite_leaves_the_gallery_before_until_the_commit(paths, tmp_path
     # the numbers of rows go on where the old ones ended, in the order of the data
     positions = [row["position"] for row in new.get(case.ids_of(new))]
     assert positions == sorted(positions)
+
+
+def test_two_builds_at_once_in_one_place_are_refused(paths, tmp_path, monkeypatch):
+    """The second would take the files of the first for those of a dead one."""
+    real = building.Build._embed
+
+    def embed(self, *args):
+        with pytest.raises(UsageError, match="another process is building .*: wait until it has ended"):
+            build(paths, tmp_path / "g")
+        return real(self, *args)
+
+    monkeypatch.setattr(building.Build, "_embed", embed)
+    assert len(build(paths, tmp_path / "g")) == COUNT - 1
+
+
+def test_a_folder_that_holds_another_gallery_by_now(paths, tmp_path):
+    gallery = build(paths[:3], tmp_path / "g")
+    assert len(gallery.search(case.unit_vectors(1), 9)[0]) == 3
+    shutil.rmtree(tmp_path / "g")
+    with pytest.raises(UsageError, match="does not exist"):
+        gallery.search(case.unit_vectors(1), 9)
+    build(paths[:5], tmp_path / "g")
+    assert len(gallery.search(case.unit_vectors(1), 9)[0]) == 5
 
 
 # --- processes --------------------------------------------------------------------------------------------------------

@@ -95,6 +95,15 @@ def test_rows_whose_columns_have_other_names(paths, tmp_path):
     assert gallery.get([7])[0]["sku"] == 9
 
 
+def test_an_encoder_stands_for_model_and_processor(paths, built, monkeypatch):
+    encoder = Encoder(*case.model_and_processor())
+    assert encoder.fingerprint == built.model
+    monkeypatch.setattr(galleries, "fingerprint", None)  # it takes seconds, and is known
+    assert built.upsert(case.rows_of(paths)[:1], encoder=encoder).updated == 1
+    with pytest.raises(UsageError, match="upsert needs model and processor, or encoder"):
+        built.upsert(case.rows_of(paths)[:1], model=encoder.model)
+
+
 def test_titles_are_put_in(tmp_path):
     gallery = build(
         [{"caption": title, "id": n} for n, title in enumerate(tiny.titles(5))], tmp_path / "g", kind="text"

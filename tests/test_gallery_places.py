@@ -234,7 +234,8 @@ def test_a_copy_that_fails_leaves_nothing(built, tmp_path, monkeypatch):
 
 def test_lancedb_opens_the_same_table(built):
     lancedb = pytest.importorskip("lancedb", reason="lancedb is not installed")
-    table = lancedb.connect(built.uri).open_table("items")
+    assert lancedb.connect(built.uri).open_table("items").count_rows() == len(built)
+    table = built.table
     assert table.count_rows() == len(built) and table.schema.names == built.schema.names
     query = unit_vectors(1)[0].numpy()
     found = table.search(query).distance_type("dot").bypass_vector_index().where("price < 9", prefilter=True).limit(3)

@@ -48,6 +48,14 @@ def test_without_an_activated_environment_this_python_is_named(found, wheel, mon
     assert installation.script_command("train.py") == "'/home/me/my venv/bin/aliblip-train'"
 
 
+def test_another_name_of_the_same_python_is_activated_too(tmp_path, monkeypatch):
+    (tmp_path / "python").symlink_to(sys.executable)
+    (tmp_path / "python3").symlink_to("python")
+    monkeypatch.setattr(shutil, "which", lambda name: str(tmp_path / name))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python3"))
+    assert installation.this_python() == "python"
+
+
 def test_an_environment_in_this_folder_is_named_briefly(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(installation, "ROOT", tmp_path)

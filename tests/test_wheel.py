@@ -76,10 +76,11 @@ def installed(wheel, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("installed") / "venv"
     assert_succeeded(run([sys.executable, "-m", "venv", folder]))
     python = folder / "bin" / "python"
-    pip = (python, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", "--disable-pip-version-check")
-    assert_succeeded(run([*pip, wheel]))
+    # -I: the checkout's own aliblip.egg-info, in the working directory, would count as an installed aliblip.
+    pip = (python, "-I", "-m", "pip")
+    assert_succeeded(run([*pip, "install", "--no-deps", "--no-index", "--quiet", "--disable-pip-version-check", wheel]))
     # An old setuptools, which Python before 3.12 puts there, would hide the one that torch asks for.
-    assert_succeeded(run([python, "-m", "pip", "uninstall", "--yes", "--quiet", "setuptools"]))
+    assert_succeeded(run([*pip, "uninstall", "--yes", "--quiet", "setuptools"]))
     (packages,) = folder.glob("lib/python*/site-packages")
     shared = [path for path in (*site.getsitepackages(), site.getusersitepackages()) if Path(path).is_dir()]
     (packages / "shared.pth").write_text("".join(f"{path}\n" for path in shared))

@@ -11,7 +11,6 @@ on the number of processes nor on what an earlier start had finished, so the row
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -20,6 +19,7 @@ import os
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from aliblip.data.collate import Collator
@@ -38,6 +39,7 @@ from aliblip.retrieval.embedding import EmbeddedUnit, embedded_units, undisturbe
 from aliblip.retrieval.plan import tokens_per_image
 from aliblip.retrieval.table_columns import FromTool, KeptColumns, Lost, ids_told_ahead, kept_columns
 from aliblip.retrieval.tables import (
+    BUILD_LOCK,
     FORMAT,
     ID,
     ITEMS,
@@ -49,10 +51,12 @@ from aliblip.retrieval.tables import (
     THUMBNAIL,
     TOKENS,
     VECTOR,
+    WRITER_LOCK,
     Facts,
     changed,
     indexed_columns,
     is_address,
+    is_conflict,
     lance_options,
     library,
     one_writer,
@@ -66,7 +70,7 @@ from aliblip.runtime.mistakes import UsageError
 from aliblip.runtime.parts import Parts
 from encoder_aliblip import TOKEN_TYPE, fingerprint
 
-__all__ = ["BUILD", "Build", "BuildPlan", "EmbeddedRows", "check_place", "embedded_rows", "in_python"]
+__all__ = ["BUILD", "Build", "BuildPlan", "EmbeddedRows", "check_options", "check_place", "embedded_rows", "in_python"]
 
 # The folder of parts in that of the gallery.
 BUILD = "build"
@@ -153,7 +157,7 @@ class Build:
         parts_dir: str | os.PathLike | None = None,
         flag: FromTool = in_python,
     ):
-        _check_options(kind, thumbnails, store_tokens, batch_size, unit_size, duplicates, num_workers, flag)
+        check_options(kind, thumbnails, store_tokens, batch_size, unit_size, duplicates, num_workers, flag)
         self.source, self.uri, self.kind, self.flag = source, tidy_uri(uri), kind, flag
         self.thumbnail_side = THUMBNAIL_SIDE if thumbnails is True else (thumbnails or None)
         self.store_tokens, self.dtype, self.duplicates = store_tokens, dtype, duplicates
@@ -230,6 +234,11 @@ class Build:
             UsageError: no usable row, ids that come twice, the beginning of another gallery.
             RuntimeError: another rank has failed; the message says which and why.
         """
+        with ExitStack() as stack:
+            together(True, lambda: stack.enter_context(self._alone()), "begin the build")  # collective
+            return self._run(model, processor, progress, before_end)
+
+    def _run(self, model, processor, progress: bool, before_end: Callable[[], None] | None) -> Lost:
         config = model.config
         facts = self._facts(config)
         model_print = together(is_main(), lambda: fingerprint(model, processor), "look at the model")  # collective
@@ -296,6 +305,25 @@ class Build:
         }
         return made_from | ({"max_length": processor.max_length} if self.kind == "text" else {})
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Refuse to build beside another build of the same gallery, whose files this one would take for left ones."""
+        if not is_main():
+            yield
+            return
+        folder = self.parts_dir.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        name = BUILD_LOCK if folder == Path(self.uri) else f"{self.parts_dir.name}{BUILD_LOCK}"
+        lock = FileLock(folder / name, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UsageError(f"another process is building {self.uri}: wait until it has ended, or end it") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
     def _begin(self, parts: Parts) -> None:
         """Look again, since it may be long ago, and find whether what is there can go on. Main process only."""
         self._check_place()
@@ -310,7 +338,7 @@ class Build:
         if not table_exists(self.uri, storage_options=self.storage_options):
             return False
         schema = open_dataset(self.uri, storage_options=self.storage_options).schema
-        with contextlib.suppress(UsageError):  # a table of somebody else, which is to be overwritten
+        with suppress(UsageError):  # a table of somebody else, which is to be overwritten
             return Facts.of(schema, self.uri).build == facts.build
         return False
 
@@ -483,7 +511,17 @@ class Build:
         remove_skipped_of_others(self.uri, self.storage_options)
 
 
-def _check_options(kind, thumbnails, store_tokens, batch_size, unit_size, duplicates, num_workers, flag) -> None:
+def check_options(
+    kind: str,
+    thumbnails: bool | int,
+    store_tokens: bool,
+    batch_size: int,
+    unit_size: int,
+    duplicates: str,
+    num_workers: int,
+    flag: FromTool = in_python,
+) -> None:
+    """Raises UsageError for options of `Build` that can't be, without opening anything."""
     for name, value, choices in (("kind", kind, KINDS), ("duplicates", duplicates, DUPLICATES)):
         if value not in choices:
             raise UsageError(f"{flag(name)} is {value!r}: choose one of {', '.join(choices)}")
@@ -523,7 +561,7 @@ def _refuse_something_else(folder: Path) -> None:
     if not folder.is_dir():
         return
     ours = (f"{ITEMS}.lance", f"{SKIPPED}.lance", BUILD)
-    found = [path.name for path in folder.iterdir()]
+    found = [path.name for path in folder.iterdir() if path.name not in (WRITER_LOCK, BUILD_LOCK)]
     if "gallery.json" in found:
         raise UsageError(f"{folder} holds a gallery of version 0.1, in another format: give a new folder")
     if found and not any(name in found for name in ours):
@@ -706,7 +744,13 @@ def compact(uri: str, storage_options: Mapping | None) -> None:
             batch_size=int(min(max(BATCH_BYTES // size, 16), 8192)),
         )
 
-    changed(joined)
+    try:
+        changed(joined, tries=3)
+    except (OSError, RuntimeError, ValueError) as error:
+        if not is_conflict(error):
+            raise
+        with one_writer(uri):  # which keeps the others waiting
+            changed(joined)
 
 
 def bytes_of(dataset) -> int:

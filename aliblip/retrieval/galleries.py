@@ -66,9 +66,11 @@ from aliblip.retrieval.tables import (
     THUMBNAIL,
     VECTOR,
     Facts,
+    LanceMissing,
     changed,
     indexed_columns,
     is_address,
+    lance_options,
     library,
     one_writer,
     open_dataset,
@@ -78,8 +80,9 @@ from aliblip.retrieval.upserting import UpsertReport, merged, upserted
 from aliblip.retrieval.vector_rows import as_rows, write_vectors
 from aliblip.retrieval.views import AT_ONCE, IndexReport, View, checked_queries, ids_column, photo_at
 from aliblip.retrieval.where import Where, literal
+from aliblip.runtime.installation import install_hint
 from aliblip.runtime.mistakes import UsageError
-from encoder_aliblip import fingerprint
+from encoder_aliblip import Encoder, fingerprint
 from reading_aliblip import UnusableItem, read_photo
 
 __all__ = ["Gallery", "IndexReport", "UpsertReport"]
@@ -154,6 +157,8 @@ class Gallery:
         library()
         from_hub = is_hub_name(uri)
         place = downloaded(uri, revision, token) if from_hub else tidy_uri(uri)
+        if from_hub:
+            check_foreign(place)
         gallery = cls(place, version=version, photo_root=photo_root, storage_options=storage_options, from_hub=from_hub)
         gallery._now()
         return gallery
@@ -281,17 +286,18 @@ class Gallery:
 
     def _newest(self, view: View) -> View:
         self._looked = time.monotonic()
-        if view.dataset.latest_version == view.dataset.version:
-            return view
-        dataset = copy.copy(view.dataset)  # others may be reading the old one
-        dataset.checkout_latest()
+        try:
+            if view.dataset.latest_version == view.dataset.version:
+                return view
+            dataset = copy.copy(view.dataset)  # others may be reading the old one
+            dataset.checkout_latest()
+        except OSError:  # the folder is gone; maybe another gallery was put there
+            self._cache = VectorCache()
+            dataset = open_dataset(self.uri, storage_options=self._options)
         return self._opened(dataset)
 
     def _opened(self, dataset) -> View:
-        view = View(dataset, Facts.of(dataset.schema, self.uri), self._cache)
-        if self._from_hub:
-            check_foreign(dataset, self.uri)
-        return view
+        return View(dataset, Facts.of(dataset.schema, self.uri), self._cache)
 
     def refresh(self) -> Gallery:
         """Look for a newer version now, at an address too."""
@@ -349,6 +355,22 @@ class Gallery:
     def schema(self) -> pa.Schema:
         """Of the whole table."""
         return self._now().schema.remove_metadata()
+
+    @property
+    def table(self):
+        """LanceDB's own table, at the gallery's version now, for what a gallery has no method for.
+
+        Raises:
+            LanceMissing: its client is not installed.
+        """
+        version = self.version
+        try:
+            import lancedb
+        except ImportError as error:
+            raise LanceMissing(f"the client of LanceDB is missing: {install_hint('gallery')}") from error
+        table = lancedb.connect(self.uri, storage_options=lance_options(self._options)).open_table(ITEMS)
+        table.checkout(version)
+        return table
 
     @property
     def has_tokens(self) -> bool:
@@ -419,10 +441,9 @@ class Gallery:
         return self._reading(lambda view: view.hits(queries, int(k), where, values, approximate, columns))
 
     def _reading(self, work: Any) -> Any:
-        """Do `work(view)`; once more where an `optimize` has meanwhile removed that version."""
-        view = self._now()
+        """Do `work(view)`; once more where the files of that version have meanwhile been removed."""
         try:
-            return work(view)
+            return work(self._now())
         except UsageError:
             raise
         except (OSError, ValueError) as error:  # Arrow makes ValueErrors of some of Lance's
@@ -432,7 +453,9 @@ class Gallery:
                 raise UsageError(
                     f"version {self._pinned} of the gallery {self.uri} has been removed by optimize(): open it again"
                 ) from error
-        return work(self.refresh()._now())
+        with self._lock:  # the folder may hold another gallery by now
+            self._view, self._cache = None, VectorCache()
+        return work(self._now())
 
     def count(self, where: Where | None = None, values: Mapping[str, Any] | None = None) -> int:
         """How many items a filter leaves."""
@@ -569,8 +592,9 @@ class Gallery:
         self,
         rows: Any,
         *,
-        model,
-        processor,
+        model=None,
+        processor=None,
+        encoder: Encoder | None = None,
         id_column: str | None = None,
         image_column: str | None = None,
         caption_column: str | None = None,
@@ -583,8 +607,12 @@ class Gallery:
     ) -> UpsertReport:
         """Embed rows and put them in, in place of rows of equal id, in one commit (collective, as `build`).
 
-        The arguments are those of `build`; the rows need the gallery's ids and have the columns that the gallery keeps.
-        A column that they lack is null.
+        The rows need the gallery's ids and have the columns that the gallery keeps. A column that they lack is null.
+
+        Args:
+            model, processor, and the others: as in `build`.
+            encoder: instead of model and processor; it knows the model's fingerprint, which takes a second or two to
+                compute. A pipeline has one.
 
         Raises:
             UsageError: another model than the gallery's, rows without its ids, an id that comes twice; nothing is
@@ -600,7 +628,11 @@ class Gallery:
                 caption_column=caption_column,
                 other_columns=ALL,
             )
-        self.check_model(fingerprint(model, processor))
+        if encoder is not None:
+            model, processor, dtype = encoder.model, encoder.processor, dtype or encoder.dtype
+        if model is None or processor is None:
+            raise UsageError("upsert needs model and processor, or encoder: give those that the gallery was built with")
+        self.check_model(fingerprint(model, processor) if encoder is None else encoder.fingerprint)
         report = upserted(
             source,
             self.uri,

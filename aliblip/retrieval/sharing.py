@@ -23,6 +23,7 @@ from aliblip.retrieval.tables import (
     Facts,
     is_address,
     lance_options,
+    open_dataset,
     table_exists,
     table_uri,
 )
@@ -76,16 +77,20 @@ def downloaded(name: str, revision: str | None, token: str | bool | None) -> str
         raise UsageError(f"{name} is neither a folder nor a data set that the Hub gives: {one_line(error)}") from error
 
 
-def check_foreign(dataset, uri: str) -> None:
-    """Refuse a table from somebody else that names files elsewhere.
+def check_foreign(uri: str) -> None:
+    """Refuse tables from somebody else that name files elsewhere.
 
     Raises:
-        UsageError: it does.
+        UsageError: they do.
     """
-    names = [file for one in dataset.get_fragments() for file in one.metadata.files]
-    elsewhere = any(getattr(file, "base_id", None) is not None for file in names)
-    if dataset.base_paths() or elsewhere or not all(re.fullmatch(r"[\w-]+\.lance", str(file.path)) for file in names):
-        raise UsageError(f"the gallery {uri} names files outside of its own folder: it is not opened")
+    for name in (ITEMS, SKIPPED):
+        if not table_exists(uri, name):
+            continue
+        dataset = open_dataset(uri, name)
+        files = [file for one in dataset.get_fragments() for file in one.metadata.files]
+        elsewhere = dataset.base_paths() or any(getattr(file, "base_id", None) is not None for file in files)
+        if elsewhere or not all(re.fullmatch(r"[\w-]+\.lance", str(file.path)) for file in files):
+            raise UsageError(f"the gallery {uri} names files outside of its own folder: it is not opened")
 
 
 def save_copy(

@@ -43,6 +43,7 @@ except ImportError:
 warnings.filterwarnings("ignore", message="lance is not fork-safe")
 
 __all__ = [
+    "BUILD_LOCK",
     "FORMAT",
     "ID",
     "ITEMS",
@@ -55,11 +56,13 @@ __all__ = [
     "THUMBNAIL",
     "TOKENS",
     "VECTOR",
+    "WRITER_LOCK",
     "Facts",
     "LanceMissing",
     "changed",
     "indexed_columns",
     "is_address",
+    "is_conflict",
     "lance_options",
     "library",
     "one_writer",
@@ -77,6 +80,9 @@ ID, VECTOR, PATH, TEXT, THUMBNAIL, TOKENS = "id", "vector", "path", "text", "thu
 # The folder that relative paths of photos are of, on the machine that built the gallery.
 PHOTO_ROOT = "aliblip.photo_root"
 OWN_COLUMNS = (ID, VECTOR, PATH, TEXT, THUMBNAIL, TOKENS)
+
+# Files in a gallery's folder by which processes keep out of each other's way.
+WRITER_LOCK, BUILD_LOCK = ".writer.lock", ".build.lock"
 
 _METADATA = b"aliblip"
 _CONFLICTS = ("commit conflict", "concurrent writers", "preempted by concurrent")
@@ -292,10 +298,15 @@ def changed(change: Callable[[], T], tries: int = _TRIES) -> T:
         try:
             return change()
         except (OSError, RuntimeError, ValueError) as error:
-            if number == tries or not any(words in str(error).lower() for words in _CONFLICTS):
+            if number == tries or not is_conflict(error):
                 raise
             time.sleep(random.SystemRandom().uniform(0, min(0.02 * 2**number, 1.0)))
     raise AssertionError("the last try returns or raises")
+
+
+def is_conflict(error: BaseException) -> bool:
+    """Whether another writer was faster."""
+    return any(words in str(error).lower() for words in _CONFLICTS)
 
 
 @contextmanager
@@ -309,7 +320,7 @@ def one_writer(uri: str) -> Iterator[bool]:
     if is_address(uri):
         yield False
         return
-    lock = FileLock(os.path.join(uri, ".writer.lock"))
+    lock = FileLock(os.path.join(uri, WRITER_LOCK))
     try:
         lock.acquire()
     except (OSError, NotImplementedError):

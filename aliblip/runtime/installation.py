@@ -22,8 +22,11 @@ def is_checkout() -> bool:
 
 def _is_activated() -> bool:
     """Whether `python` is this Python, so that what is beside it is found by its name too."""
-    found = shutil.which("python")
-    return found is not None and Path(found).absolute() == Path(sys.executable).absolute()
+    found, ours = shutil.which("python"), Path(sys.executable).absolute()
+    # An environment's `python3` is its `python`.
+    return (
+        found is not None and Path(found).absolute().parent == ours.parent and Path(found).resolve() == ours.resolve()
+    )
 
 
 def _typed(path: Path) -> str:

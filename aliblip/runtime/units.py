@@ -8,6 +8,7 @@ What is computed together never depends on the number of processes, and so the r
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -39,8 +40,9 @@ def gather_units(name: str, results: list[tuple[int, Any]], count: int) -> list:
 
 
 def unit_bar(units: Iterable, total: int, name: str, shown: bool) -> Iterable:
-    """The same units, with a progress bar on the main process if it is to be `shown`."""
-    return tqdm(units, total=total, desc=name, unit="unit", leave=False, disable=not (shown and is_main()))
+    """The same units, with a progress bar on the terminal of the main process if it is to be `shown`."""
+    shown = shown and is_main() and sys.stderr.isatty()
+    return tqdm(units, total=total, desc=name, unit="unit", leave=False, disable=not shown)
 
 
 __all__ = ["gather_units", "own_units", "unit_bar"]
