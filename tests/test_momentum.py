@@ -94,7 +94,7 @@ def test_queue_of_any_size_wraps_like_a_list(sizes):
             pointer = (pointer + 1) % 10
     assert momentum.pointer == pointer
     assert momentum.queue_filled.tolist() == [slot is not None for slot in slots]
-    assert momentum.queue_fill() == pytest.approx(sum(slot is not None for slot in slots) / 10)
+    assert momentum.queue_fill().item() == pytest.approx(sum(slot is not None for slot in slots) / 10)
     for i, slot in enumerate(slots):
         if slot is None:
             assert torch.equal(momentum.image_queue[i], random_vectors[i])

@@ -159,7 +159,7 @@ class MomentumState(nn.Module):
         self.image_queue[slots] = image[dropped:]
         self.text_queue[slots] = text[dropped:]
         self.queue_ids[slots] = product_id[dropped:]
-        self.queue_filled[slots] = True
+        self.queue_filled.index_fill_(0, slots, True)  # an assignment would copy the True to the device, and wait
         self.pointer = (self.pointer + dropped + rows) % self.queue_size
 
     @torch.no_grad()
@@ -170,9 +170,9 @@ class MomentumState(nn.Module):
             getattr(self, name).copy_(getattr(targets, name))
         self.pointer = targets.queue_pointer
 
-    def queue_fill(self) -> float:
-        """Share of the slots that hold features, 0 to 1."""
-        return self.queue_filled.float().mean().item()
+    def queue_fill(self) -> Tensor:
+        """Share of the slots that hold features, 0 to 1; a scalar on the device."""
+        return self.queue_filled.float().mean()
 
 
 __all__ = ["MomentumState", "Targets"]

@@ -6,7 +6,7 @@
                 for batch, alpha in run.batches(step):
                     ...
                     run.after_batch(step, batch, targets, output)
-                run.after_step(step, output, grad_norm)
+                run.after_step(step, output, outcome)
             if run.stopped_by:
                 return run.stop()
             run.after_epoch(epoch)
@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from signal import Signals
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,7 @@ from aliblip.training.objective import ObjectiveOutput
 from aliblip.training.optim import alpha_schedule
 from aliblip.training.progress import Log, RunStatus, SkippedRows
 from aliblip.training.setup import Setup
+from aliblip.training.step import Outcome
 
 ROWS_TO_JUDGE = 1000  # before the end of an epoch, a few rows more or less say little about the data
 # These differ in every resumed run, and say nothing about its training.
@@ -201,7 +203,7 @@ class Run:
         all that a run goes back to."""
         return dataclasses.replace(self.progress), random_states(self.accelerator.device)
 
-    def batches(self, step: Step) -> Iterator[tuple[dict[str, Tensor], float]]:
+    def batches(self, step: Step) -> Iterator[tuple[dict[str, Any], float]]:
         """The micro-batches of a step, on the device, each with its weight of the momentum encoders' opinion. No
         collective."""
         accumulation = self.args.gradient_accumulation_steps
@@ -212,16 +214,25 @@ class Run:
             step.waited = time.perf_counter() - waiting
             self.skipped.add(batch)
             alpha = alpha_schedule(self.args.alpha, step.taken * accumulation + micro_step, batches_per_epoch)
-            yield {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}, alpha
+            yield self._on_device(batch), alpha
 
-    def after_batch(self, step: Step, batch: dict[str, Tensor], targets: Targets, output: ObjectiveOutput) -> None:
+    def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        """A batch where it is computed with; what the host alone asks for stays there."""
+        moved = {name: batch.pop(name) for name in ("pixel_values", "input_ids", "attention_mask", "product_id")}
+        title_lengths = moved["attention_mask"].sum(dim=1).tolist()
+        device = self.accelerator.device
+        moved = {name: value.to(device, non_blocking=True) for name, value in moved.items()}
+        return {**batch, **moved, "title_lengths": title_lengths}
+
+    def after_batch(self, step: Step, batch: dict[str, Any], targets: Targets, output: ObjectiveOutput) -> None:
         """Keep of a micro-batch what the end of its step needs. No collective."""
         step.targets = step.targets or targets
         step.rows.append(batch["row"])
         self.log.add_batch(output, batch["row"].shape[0], step.waited)
 
-    def after_step(self, step: Step, output: ObjectiveOutput, grad_norm: float) -> None:
+    def after_step(self, step: Step, output: ObjectiveOutput, outcome: Outcome) -> None:
         """All that is due once the weights have moved, or were kept from it."""
+        grad_norm, number = outcome.read()
         self.progress.step += 1
         is_finite = math.isfinite(grad_norm)
         self.log.end_step(left_out=not is_finite)
@@ -231,7 +242,7 @@ class Run:
             self._leave_out(step)
         if self._log_line_is_due():
             self._log_line(step, output)
-        self.stopped_by = self.signals.received_by_any_rank(self.accelerator.device)
+        self.stopped_by = self.signals.known_to_all(number)
         if self.stopped_by or self._checkpoint_is_due():
             self._save_checkpoint(*self._position())
 
@@ -272,9 +283,8 @@ class Run:
         self.log.line(
             self.progress.step,
             self.progress.step / self.setup.steps_per_epoch,
+            {"temperature": output.report["temperature"], "queue_fill": self.training.momentum.queue_fill()},
             learning_rate=step.learning_rate,
-            temperature=float(output.report["temperature"]),
-            queue_fill=self.training.momentum.queue_fill(),
             grad_norm=self._last_norm,
         )
         self.skipped.check(at_least=ROWS_TO_JUDGE)
