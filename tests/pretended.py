@@ -83,7 +83,7 @@ class PretendedDevice(TorchDispatchMode):
 
     Attributes:
         waits: Counter of "file:function operator" of the innermost line of the product that made the host wait.
-        operators: operators dispatched to the device, views left out.
+        operators: operators dispatched to the device, views left out. A GPU has fewer: it fuses dropout and attention.
     """
 
     def __init__(self):
@@ -112,6 +112,9 @@ class PretendedDevice(TorchDispatchMode):
         # A list of these is asked whether all are plain tensors; on a GPU they are.
         kinds = [*_foreach_utils._foreach_supported_types, Pretended]
         self._stack.enter_context(mock.patch.object(_foreach_utils, "_foreach_supported_types", kinds))
+        devices = [*_foreach_utils._get_foreach_kernels_supported_devices(), _UNDERNEATH]
+        name = "_get_foreach_kernels_supported_devices"
+        self._stack.enter_context(mock.patch.object(_foreach_utils, name, lambda: devices))
         self._stack.enter_context(mock.patch.object(Pretended, "record_stream", lambda *_: None, create=True))
         return super().__enter__()
 

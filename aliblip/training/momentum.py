@@ -118,8 +118,15 @@ class MomentumState(nn.Module):
         `encode`."""
         keep = min(self.momentum, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.momentum
         trained = dict(model.named_parameters())
-        for name, average in self.encoders.named_parameters():
-            average.lerp_(trained[name].detach().to(average.dtype), 1.0 - keep)
+        averages = dict(self.encoders.named_parameters())
+        weights = [trained[name].detach() for name in averages]
+        averages = list(averages.values())
+        if any(weight.dtype != torch.float32 for weight in weights):  # of an engine in bf16
+            copies = [torch.empty_like(average) for average in averages]
+            torch._foreach_copy_(copies, weights)
+            weights = copies
+        # The same numbers as parameter by parameter; on a GPU in a few launches instead of hundreds.
+        torch._foreach_lerp_(averages, weights, 1.0 - keep)
         self.updates += 1
 
     @torch.no_grad()

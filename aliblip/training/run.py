@@ -21,7 +21,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import shlex
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -52,6 +51,7 @@ from aliblip.training.checkpoint import (
     save_checkpoint,
     save_model,
 )
+from aliblip.training.feed import Feed
 from aliblip.training.momentum import Targets
 from aliblip.training.objective import ObjectiveOutput
 from aliblip.training.optim import alpha_schedule
@@ -68,11 +68,10 @@ NOT_OF_THE_TRAINING = ("resume_from_checkpoint", "output_dir", "overwrite_output
 class Step:
     """An optimizer step: what it begins with, and what its micro-batches leave for its end."""
 
-    batches: Iterator[dict]
+    feed: Feed
     average_is_due: bool  # False after a step that was left out: the average has followed the one before
     taken: int  # steps before this one that changed something; schedules count these
     learning_rate: float
-    waited: float = 0.0  # seconds for the last micro-batch
     targets: Targets | None = None  # of the first micro-batch, with the queues as they were then
     rows: list[Tensor] = dataclasses.field(default_factory=list)
 
@@ -187,16 +186,17 @@ class Run:
         last = min(self.setup.total_steps, (epoch + 1) * per_epoch)
         first_batch = (self.progress.step - epoch * per_epoch) * self.args.gradient_accumulation_steps
         with closing(self.setup.loader.epoch(epoch, start_step=first_batch)) as batches:
+            feed = Feed(batches, self.accelerator.device)
             while self.progress.step < last and not self.stopped_by:
-                yield self._begin_step(batches)
+                yield self._begin_step(feed)
 
-    def _begin_step(self, batches: Iterator[dict]) -> Step:
+    def _begin_step(self, feed: Feed) -> Step:
         progress = self.progress
         average_is_due, progress.average_is_due = progress.average_is_due, False  # the loop lets it follow at once
         if not progress.left_out_in_a_row:
             self._before = self._position()
         taken = progress.step - progress.left_out
-        return Step(batches, average_is_due, taken, self.setup.learning_rate(taken))
+        return Step(feed, average_is_due, taken, self.setup.learning_rate(taken))
 
     def _position(self) -> tuple[Progress, dict[str, Tensor]]:
         """Counters and random states: with the state of the training, which a step that is left out does not change,
@@ -209,26 +209,17 @@ class Run:
         accumulation = self.args.gradient_accumulation_steps
         batches_per_epoch = self.setup.steps_per_epoch * accumulation
         for micro_step in range(accumulation):
-            waiting = time.perf_counter()
-            batch = next(step.batches)
-            step.waited = time.perf_counter() - waiting
+            batch = step.feed.take()
             self.skipped.add(batch)
             alpha = alpha_schedule(self.args.alpha, step.taken * accumulation + micro_step, batches_per_epoch)
-            yield self._on_device(batch), alpha
-
-    def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        """A batch where it is computed with; what the host alone asks for stays there."""
-        moved = {name: batch.pop(name) for name in ("pixel_values", "input_ids", "attention_mask", "product_id")}
-        title_lengths = moved["attention_mask"].sum(dim=1).tolist()
-        device = self.accelerator.device
-        moved = {name: value.to(device, non_blocking=True) for name, value in moved.items()}
-        return {**batch, **moved, "title_lengths": title_lengths}
+            yield batch, alpha
 
     def after_batch(self, step: Step, batch: dict[str, Any], targets: Targets, output: ObjectiveOutput) -> None:
-        """Keep of a micro-batch what the end of its step needs. No collective."""
+        """Keep of a micro-batch what the end of its step needs, and fetch the next. No collective."""
         step.targets = step.targets or targets
         step.rows.append(batch["row"])
-        self.log.add_batch(output, batch["row"].shape[0], step.waited)
+        self.log.add_batch(output, batch["row"].shape[0], step.feed.waited)
+        step.feed.fetch()
 
     def after_step(self, step: Step, output: ObjectiveOutput, outcome: Outcome) -> None:
         """All that is due once the weights have moved, or were kept from it."""
