@@ -587,7 +587,7 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
         itm_logits = loss = None
         if paired:
             own = torch.arange(len(image_embeds), device=device)
-            image_index, text_index, is_match = own, own, None
+            image_index, text_index, is_match, weight = own, own, None, None
             if return_loss:
                 product_id = own if product_id is None else product_id.to(device)
                 if product_id.shape != own.shape:
@@ -598,7 +598,7 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
                 positive = positives(product_id, product_id)
                 targets = soft_targets(positive)
                 itc = (itc_loss(logits_per_image, targets) + itc_loss(logits_per_image.t(), targets)) / 2
-                image_index, text_index, is_match = itm_pairs(
+                image_index, text_index, is_match, weight = itm_pairs(
                     *hard_negatives(logits_per_image.t(), positive), *hard_negatives(logits_per_image, positive)
                 )
             text_index = text_index.to(input_ids.device)
@@ -607,7 +607,7 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
             pair_logits = self.match(input_ids[text_index], mask, image_kv, image_index)
             itm_logits = pair_logits[: len(own)]
             if return_loss:
-                loss = itc + itm_loss(pair_logits.to(device), is_match)
+                loss = itc + itm_loss(pair_logits.to(device), is_match, weight)
         return AliBlipRetrievalOutput(
             loss=loss,
             logits_per_image=logits_per_image,

@@ -6,7 +6,7 @@
                 for batch, alpha in run.batches(step):
                     ...
                     run.after_batch(step, batch, targets, output)
-                run.after_step(step, output, grad_norm)
+                run.after_step(step, output, outcome)
             if run.stopped_by:
                 return run.stop()
             run.after_epoch(epoch)
@@ -21,11 +21,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import shlex
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from signal import Signals
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,11 +51,13 @@ from aliblip.training.checkpoint import (
     save_checkpoint,
     save_model,
 )
+from aliblip.training.feed import Feed
 from aliblip.training.momentum import Targets
 from aliblip.training.objective import ObjectiveOutput
 from aliblip.training.optim import alpha_schedule
 from aliblip.training.progress import Log, RunStatus, SkippedRows
 from aliblip.training.setup import Setup
+from aliblip.training.step import Outcome
 
 ROWS_TO_JUDGE = 1000  # before the end of an epoch, a few rows more or less say little about the data
 # These differ in every resumed run, and say nothing about its training.
@@ -66,11 +68,10 @@ NOT_OF_THE_TRAINING = ("resume_from_checkpoint", "output_dir", "overwrite_output
 class Step:
     """An optimizer step: what it begins with, and what its micro-batches leave for its end."""
 
-    batches: Iterator[dict]
+    feed: Feed
     average_is_due: bool  # False after a step that was left out: the average has followed the one before
     taken: int  # steps before this one that changed something; schedules count these
     learning_rate: float
-    waited: float = 0.0  # seconds for the last micro-batch
     targets: Targets | None = None  # of the first micro-batch, with the queues as they were then
     rows: list[Tensor] = dataclasses.field(default_factory=list)
 
@@ -185,43 +186,44 @@ class Run:
         last = min(self.setup.total_steps, (epoch + 1) * per_epoch)
         first_batch = (self.progress.step - epoch * per_epoch) * self.args.gradient_accumulation_steps
         with closing(self.setup.loader.epoch(epoch, start_step=first_batch)) as batches:
+            feed = Feed(batches, self.accelerator.device)
             while self.progress.step < last and not self.stopped_by:
-                yield self._begin_step(batches)
+                yield self._begin_step(feed)
 
-    def _begin_step(self, batches: Iterator[dict]) -> Step:
+    def _begin_step(self, feed: Feed) -> Step:
         progress = self.progress
         average_is_due, progress.average_is_due = progress.average_is_due, False  # the loop lets it follow at once
         if not progress.left_out_in_a_row:
             self._before = self._position()
         taken = progress.step - progress.left_out
-        return Step(batches, average_is_due, taken, self.setup.learning_rate(taken))
+        return Step(feed, average_is_due, taken, self.setup.learning_rate(taken))
 
     def _position(self) -> tuple[Progress, dict[str, Tensor]]:
         """Counters and random states: with the state of the training, which a step that is left out does not change,
         all that a run goes back to."""
         return dataclasses.replace(self.progress), random_states(self.accelerator.device)
 
-    def batches(self, step: Step) -> Iterator[tuple[dict[str, Tensor], float]]:
+    def batches(self, step: Step) -> Iterator[tuple[dict[str, Any], float]]:
         """The micro-batches of a step, on the device, each with its weight of the momentum encoders' opinion. No
         collective."""
         accumulation = self.args.gradient_accumulation_steps
         batches_per_epoch = self.setup.steps_per_epoch * accumulation
         for micro_step in range(accumulation):
-            waiting = time.perf_counter()
-            batch = next(step.batches)
-            step.waited = time.perf_counter() - waiting
+            batch = step.feed.take()
             self.skipped.add(batch)
             alpha = alpha_schedule(self.args.alpha, step.taken * accumulation + micro_step, batches_per_epoch)
-            yield {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}, alpha
+            yield batch, alpha
 
-    def after_batch(self, step: Step, batch: dict[str, Tensor], targets: Targets, output: ObjectiveOutput) -> None:
-        """Keep of a micro-batch what the end of its step needs. No collective."""
+    def after_batch(self, step: Step, batch: dict[str, Any], targets: Targets, output: ObjectiveOutput) -> None:
+        """Keep of a micro-batch what the end of its step needs, and fetch the next. No collective."""
         step.targets = step.targets or targets
         step.rows.append(batch["row"])
-        self.log.add_batch(output, batch["row"].shape[0], step.waited)
+        self.log.add_batch(output, batch["row"].shape[0], step.feed.waited)
+        step.feed.fetch()
 
-    def after_step(self, step: Step, output: ObjectiveOutput, grad_norm: float) -> None:
+    def after_step(self, step: Step, output: ObjectiveOutput, outcome: Outcome) -> None:
         """All that is due once the weights have moved, or were kept from it."""
+        grad_norm, number = outcome.read()
         self.progress.step += 1
         is_finite = math.isfinite(grad_norm)
         self.log.end_step(left_out=not is_finite)
@@ -231,7 +233,7 @@ class Run:
             self._leave_out(step)
         if self._log_line_is_due():
             self._log_line(step, output)
-        self.stopped_by = self.signals.received_by_any_rank(self.accelerator.device)
+        self.stopped_by = self.signals.known_to_all(number)
         if self.stopped_by or self._checkpoint_is_due():
             self._save_checkpoint(*self._position())
 
@@ -272,9 +274,8 @@ class Run:
         self.log.line(
             self.progress.step,
             self.progress.step / self.setup.steps_per_epoch,
+            {"temperature": output.report["temperature"], "queue_fill": self.training.momentum.queue_fill()},
             learning_rate=step.learning_rate,
-            temperature=float(output.report["temperature"]),
-            queue_fill=self.training.momentum.queue_fill(),
             grad_norm=self._last_norm,
         )
         self.skipped.check(at_least=ROWS_TO_JUDGE)
