@@ -39,6 +39,8 @@ RERANK_BATCH_TOKENS = 8192
 RERANK_BATCH_TOKENS_OF_A_GPU = 65536
 # Keys and values of an image take about as much memory as so many text tokens of a pass.
 TOKENS_PER_IMAGE = 1024
+# Attention kernels of GPUs take no more than 65,535 titles in a batch.
+_MOST_PAIRS = 2**15
 # Beyond which it is no gain on a CPU that several images share a pass.
 _SHARED_TOKENS_OF_A_CPU = 1024
 
@@ -243,7 +245,7 @@ class Reranker:
         counts = torch.tensor([len(ids) for ids in text_ids])
         pairs_of = torch.arange(len(titles)).split(counts.tolist())  # of each image
         ends = F.pad(self._lengths[titles].cumsum(0), (1, 0))[F.pad(counts.cumsum(0), (1, 0))]
-        logits = torch.empty(len(titles), 2, device=self.device)
+        logits = torch.empty(len(titles), 2, dtype=torch.float32, device=self.device)
         with autocast(self.device, self.dtype):
             for images in self._groups(ends.diff().tolist()):
                 image_kv = self.model.project_image_kv(self._tokens_of(images, image_tokens))
@@ -276,12 +278,13 @@ class Reranker:
     def _tokens_of(self, images: list[int], image_tokens: Tensor | Callable[[list[int]], Tensor]) -> Tensor:
         if not isinstance(image_tokens, Tensor):
             return _to_device(image_tokens(images), self.device)
-        if image_tokens.device.type == "cpu" and len(images) == 1:
+        if len(images) == 1:
             return _to_device(image_tokens[images[0], None], self.device)
-        chosen = torch.tensor(images)
-        if image_tokens.device.type == "cpu":
-            return _to_device(image_tokens[chosen], self.device)
-        return image_tokens[_to_device(chosen, image_tokens.device)].to(self.device)
+        chosen, source = torch.tensor(images), image_tokens.device
+        if source.type == "cpu" and self.device.type == "cuda":  # gathered where a copy to the device begins
+            pinned = torch.empty(len(images), *image_tokens.shape[1:], dtype=image_tokens.dtype, pin_memory=True)
+            return _to_device(torch.index_select(image_tokens.detach(), 0, chosen, out=pinned), self.device)
+        return _to_device(image_tokens[_to_device(chosen, source)], self.device)
 
     def _cut(self, pairs: Tensor, titles: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The pairs of one image in passes that hold no more text tokens than they may, by falling length."""
@@ -325,7 +328,11 @@ class Reranker:
                 RowsByImage(pairs_rows.view(images, -1), pairs_places),
             )
         of_length, counts = sorted_lengths.unique_consecutive(return_counts=True)
-        sizes = list(zip(counts.tolist(), of_length.tolist(), strict=True))
+        sizes = [
+            (min(_MOST_PAIRS, count - start), length)
+            for count, length in zip(counts.tolist(), of_length.tolist(), strict=True)
+            for start in range(0, count, _MOST_PAIRS)
+        ]
         return ids_at, places, PackedPairs(sizes, positions, first, *by_image)
 
 

@@ -35,6 +35,7 @@ class StubModel(nn.Module):
         images = image_kv[0][0]
         lengths = [length for pairs, length in packed.sizes for _ in range(pairs)]
         self.called_with.append((len(images), lengths))
+        assert all(0 < pairs <= engine._MOST_PAIRS for pairs, _ in packed.sizes)
         assert packed.first.tolist() == [sum(lengths[:pair]) for pair in range(len(lengths))]
         assert packed.positions.tolist() == [place for length in lengths for place in range(length)]
         of_pairs = [0] * len(lengths)
@@ -172,6 +173,7 @@ def test_search_refuses_widths_that_differ_and_takes_no_queries():
 @pytest.mark.parametrize("images_per_pass", [1, 3, None])
 @pytest.mark.parametrize("batch_tokens", [1, 30, 100, 1500, 10_000])
 def test_rerank_equals_one_pair_at_a_time(batch_tokens, images_per_pass, monkeypatch):
+    monkeypatch.setattr(engine, "_MOST_PAIRS", 3)
     monkeypatch.setattr(engine, "_SHARED_TOKENS_OF_A_CPU", 10_000)
     model = StubModel()
     input_ids, attention_mask = titles(60, 2, 20)
@@ -247,15 +249,21 @@ def test_rerank_of_nothing_is_empty_and_lists_without_images_are_refused():
         engine.rerank(model, tokens, [none], input_ids, attention_mask)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("batch_tokens", [40, 10_000])
 @torch.no_grad()
-def test_rerank_of_the_real_model_equals_its_plain_pair_forward(batch_tokens):
+def test_rerank_of_the_real_model_equals_its_plain_pair_forward(batch_tokens, attention, monkeypatch):
+    monkeypatch.setattr(engine, "_SHARED_TOKENS_OF_A_CPU", 10_000)
     model = tiny_model()
     input_ids, attention_mask = titles(40, 4, 35)
     pixel_values = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     _, tokens = engine.embed_images(model, pixel_values)
     text_ids = [torch.arange(40), torch.tensor([39, 3, 5]), torch.arange(7, 20)]
-    got = engine.rerank(model, tokens, text_ids, input_ids, attention_mask, batch_tokens)[:, 1].split([40, 3, 13])
+    model.set_attn_implementation(attention)
+    try:
+        got = engine.rerank(model, tokens, text_ids, input_ids, attention_mask, batch_tokens)[:, 1].split([40, 3, 13])
+    finally:
+        model.set_attn_implementation("sdpa")
     for image, ids in enumerate(text_ids):
         for place, title in enumerate(ids.tolist()):
             # all 35 positions, padding and mask: what is cut away may not matter
