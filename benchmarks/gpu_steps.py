@@ -20,6 +20,7 @@ import traceback
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -140,10 +141,11 @@ class Steps:
             for module in (self.model, self.momentum.encoders):
                 module.vision_model.compile()
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, weight_decay=0.05, fused=True)
-        self.objective, self.optimizer = self.accelerator.prepare(RetrievalObjective(self.model).train(), optimizer)
+        objective = RetrievalObjective(self.model, longest_title=LONGEST).train()
+        self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.batches = [self._batch(number) for number in range(4)]
 
-    def _batch(self, number: int) -> dict[str, torch.Tensor]:
+    def _batch(self, number: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(number)
         rows, size = self.batch_size, self.model.config.vision_config.image_size
         lengths = torch.randint(SHORTEST, LONGEST + 1, (rows,), generator=generator)
@@ -153,6 +155,7 @@ class Steps:
             "input_ids": torch.randint(5, vocabulary - 2, (rows, LONGEST), generator=generator).to(self.device),
             "attention_mask": (torch.arange(LONGEST) < lengths[:, None]).long().to(self.device),
             "product_id": (torch.arange(rows) + number * rows).to(self.device),
+            "title_lengths": lengths.tolist(),
         }
 
     def step(self, number: int) -> None:
@@ -161,9 +164,10 @@ class Steps:
         with self.accelerator.accumulate(self.objective):
             targets = self.momentum.encode(batch)
             output = self.objective(batch, targets, 0.4)
-            backward_and_step(self.accelerator, self.objective, self.optimizer, output.loss, 1.0)
+            outcome = backward_and_step(self.accelerator, self.objective, self.optimizer, output.loss, 1.0)
         self.momentum.enqueue(targets, batch["product_id"])
         clamp_parameter(self.model.temp, 0.001, 0.5)
+        outcome.read()
 
     def measure(self, steps: int, rate: float) -> dict:
         seconds = []
