@@ -13,6 +13,7 @@ The first token of every pass with cross-attention becomes `[ENC]` inside the mo
 the text-only pass keeps `[CLS]`. Callers never swap tokens.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, GradientCheckpointingLayer, PreTrainedModel
 from transformers import initialization as init
@@ -90,6 +92,14 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: 
         module, query, key, value, mask, scaling=query.shape[-1] ** -0.5, dropout=dropout, is_causal=False
     )
     return context.flatten(2)  # (B, L, H, C) -> (B, L, D)
+
+
+def _any_shape(device: torch.device) -> AbstractContextManager:
+    """For attention over titles, whose numbers and lengths change from call to call: cuDNN's kernels, which torch takes
+    first on some GPUs, are prepared for each shape anew, and that takes longer than the attention itself."""
+    if device.type != "cuda":
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def _split_heads(states: Tensor, heads: int) -> Tensor:
@@ -460,12 +470,16 @@ class AliBlipTextModel(AliBlipPreTrainedModel):
         if given > longest:
             raise ValueError(f"titles of {given} tokens given, the model takes at most {longest}")
         if packed is not None:
-            return self.encoder(self.embeddings(input_ids, packed.positions), None, image_kv, None, first_only, packed)
+            hidden = self.embeddings(input_ids, packed.positions)
+            with _any_shape(hidden.device):
+                return self.encoder(hidden, None, image_kv, None, first_only, packed)
         hidden = self.embeddings(input_ids)
         # Under autocast the attention runs in the autocast type, whatever the weights are.
         autocast = torch.is_autocast_enabled(hidden.device.type)
         dtype = torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype
-        return self.encoder(hidden, self._attention_mask(attention_mask, dtype), image_kv, image_index, first_only)
+        mask = self._attention_mask(attention_mask, dtype)
+        with _any_shape(hidden.device):
+            return self.encoder(hidden, mask, image_kv, image_index, first_only)
 
 
 # --- retrieval --------------------------------------------------------------------------------------------------------
