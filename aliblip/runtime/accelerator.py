@@ -35,7 +35,15 @@ from aliblip.runtime.distributed import launched_world_size
 from aliblip.runtime.extensions import release_left_locks
 from aliblip.runtime.mistakes import UsageError, usage_errors
 
-__all__ = ["AliBlipAccelerator", "build_accelerator", "describe_machine", "end", "is_deepspeed", "launched_precision"]
+__all__ = [
+    "AliBlipAccelerator",
+    "build_accelerator",
+    "describe_machine",
+    "end",
+    "is_deepspeed",
+    "launched_precision",
+    "sum_in_order",
+]
 
 MIXED_PRECISIONS = ("no", "bf16")
 
@@ -135,6 +143,13 @@ def build_accelerator(
         )
     _check_launch(accelerator, launched_as_deepspeed)
     return accelerator
+
+
+def sum_in_order() -> None:
+    """Let a GPU add in the same order each time, so that equal runs give equal bits. Many kernels add in whatever order
+    their threads come in; torch takes slower ones then, and raises where there is none. Before a GPU is first used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
 
 
 def launched_precision(mixed_precision: str | None) -> str:
