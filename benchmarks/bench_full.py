@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import retrieval_aliblip as engine
-from aliblip.retrieval.plan import MemoryPlan, available_memory, expected_time, memory_plan
+from aliblip.retrieval.embedding import TokenMemory
+from aliblip.retrieval.plan import MemoryPlan, available_memory, expected_time, free_for_tokens, memory_plan
 from aliblip.retrieval.rankings import candidate_pairs
 from benchmarks.common import finish, parser
 from configuration_aliblip import AliBlipConfig
@@ -100,7 +101,7 @@ def _of_device(device: torch.device) -> dict[str, float]:
     """What a re-ranking pass may fill, in bytes, and the text tokens that suit the device."""
     if device.type != "cuda":
         return {}
-    memory = {"device_memory": torch.cuda.mem_get_info(device)[0] / 2}
+    memory = {"device_memory": torch.cuda.mem_get_info(device)[0] / 2, "token_device_memory": free_for_tokens(device)}
     return {**memory, "most_batch_tokens": engine.default_batch_tokens(device)}
 
 
@@ -120,13 +121,12 @@ def run(model, args, plan: MemoryPlan, unit: int, count: int) -> tuple[dict[str,
         return torch.randn(number, 3, size, size, generator=seeded, device=device, dtype=dtype)
 
     clock = _Clock(device)
-    kept: dict[int, torch.Tensor] = {}
+    memory = TokenMemory(plan.images_kept * plan.image_tokens / plan.num_images, free_for_tokens(device))
     images = []
     for start in starts:
         embeds, tokens = engine.embed_images(model, photos(start))
         images.append(embeds)
-        if start + unit <= plan.images_kept:
-            kept[start] = tokens.cpu()
+        memory.offer(start, tokens)
     titles = [
         engine.embed_texts(model, input_ids[start : start + 512], attention_mask[start : start + 512])
         for start in range(0, args.num_texts, 512)
@@ -141,7 +141,7 @@ def run(model, args, plan: MemoryPlan, unit: int, count: int) -> tuple[dict[str,
     reranker = engine.Reranker(model, input_ids, attention_mask, plan.rerank_batch_tokens)
     logits = []
     for start in starts:
-        tokens = kept.pop(start, None)
+        tokens = memory.take(start)
         if tokens is None:
             _, tokens = engine.embed_images(model, photos(start))
         chosen = [pairs.texts_of(image) for image in range(start, min(start + unit, count))]

@@ -87,3 +87,20 @@ def test_memory_plan_chooses_the_size_of_a_pass_by_the_memory():
     nothing = memory_plan(config, 9, 30, 0)
     assert nothing.rerank_flops == 0 and "none re-ranked" in str(nothing)
     assert "every pair scored" in str(memory_plan(config, 9, 30, 9))
+
+
+def test_image_tokens_are_kept_on_the_device_first():
+    config = AliBlipConfig.from_size("base")
+    one = 577 * 768 * 2
+    shared = {"k": 128, "token_dtype": torch.bfloat16, "device_memory": 2e9}
+
+    def kept(images: int, on_device: int, in_host: int) -> str:
+        memory = {"token_device_memory": on_device * one, "host_memory": in_host * one}
+        plan = memory_plan(config, images, 100, **shared, **memory)
+        return next(line for line in str(plan).splitlines() if "image tokens" in line).partition("an image; ")[2]
+
+    assert kept(50, 60, 60) == "all are kept on the device"
+    assert kept(50, 0, 60) == "all are kept in host memory"
+    assert kept(50, 30, 60) == "30 images' are kept on the device, 20 images' are kept in host memory"
+    assert kept(50, 30, 5).endswith("5 images' are kept in host memory, the others are encoded again to re-rank")
+    assert kept(50, 0, 0) == "all are encoded again to re-rank"

@@ -24,7 +24,7 @@ import torch
 
 import retrieval_aliblip as engine
 from aliblip.retrieval.embedding import TokenMemory, embed, undisturbed
-from aliblip.retrieval.plan import batch_tokens_now
+from aliblip.retrieval.plan import batch_tokens_now, free_for_tokens
 from aliblip.retrieval.rankings import MATRIX, Direction, Retrieval, final_order, ranks_of
 from aliblip.retrieval.reranking import Reranking
 from aliblip.retrieval.results import measure
@@ -136,8 +136,8 @@ def retrieve(
         rerank_batch_tokens: bound on the text tokens of one re-ranking pass; None: what suits the device and its free
             memory.
         gallery_chunk: gallery items scored at a time in the search.
-        image_token_memory_gb: host memory that each process may fill with image tokens between the stages. Images
-            beyond it are read and encoded once more. Either way gives the same results.
+        image_token_memory_gb: host memory that each process may fill with image tokens between the stages, beside what
+            is free on its GPU. Images beyond are read and encoded once more. Either way gives the same results.
         list_at_least: items that the rankings hold of every query, where fewer are re-ranked.
         parts: where finished units are kept, and those of an earlier start are found; None: nowhere.
         progress: show a progress bar on the main process.
@@ -156,7 +156,7 @@ def retrieve(
     seconds: dict[str, float] = {}
     with undisturbed(model), _timed(seconds, "total"):
         with _timed(seconds, "embed"):
-            memory = TokenMemory(image_token_memory_gb * 1e9)
+            memory = TokenMemory(image_token_memory_gb * 1e9, free_for_tokens(next(model.parameters()).device))
             images, titles, resumed = embed(
                 model, loader, queries, dtype=dtype, memory=memory, parts=parts, progress=progress
             )

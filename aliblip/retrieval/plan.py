@@ -37,10 +37,11 @@ class MemoryPlan:
     """What a two-stage retrieval needs of memory (bytes) and of work (FLOPs, in matrix products); `str` makes it
     readable.
 
-    `image_tokens`: of all images; `images_kept`: how many images' tokens stay in host memory; `embeddings`: of both
-    galleries, fp32; `candidates`: scores and ids of both directions; `search_block`: the scores of one block of queries
-    with one chunk of the gallery; `image_kv`: keys and values of one image; `images_per_pass`: whose keys and values
-    are there together; `rerank_pass`: one call of the model, beside them; `pairs_per_pass`: in such a call, at the
+    `image_tokens`: of all images; `images_on_device`, `images_kept`: how many images' tokens stay on the device, and
+    how many of the others in host memory; `embeddings`: of both galleries, fp32; `candidates`: scores and ids of both
+    directions; `search_block`: the scores of one block of queries with one chunk of the gallery; `image_kv`: keys and
+    values of one image; `images_per_pass`: whose keys and values are there together; `rerank_pass`: one call of the
+    model, beside them; `pairs_per_pass`: in such a call, at the
     longest title; `max_pairs`: re-ranked if no pair is a candidate of both directions.
     """
 
@@ -49,6 +50,7 @@ class MemoryPlan:
     k: int
     token_dtype: torch.dtype
     image_tokens: int
+    images_on_device: int
     images_kept: int
     embeddings: int
     candidates: int
@@ -66,11 +68,16 @@ class MemoryPlan:
     def __str__(self) -> str:
         one_image = self.image_tokens // self.num_images
         dtype = str(self.token_dtype).removeprefix("torch.")
-        kept = (
-            "all are kept in host memory"
-            if self.images_kept == self.num_images
-            else f"{self.images_kept:,} images' are kept in host memory, the others are encoded again to re-rank"
-        )
+        places = {"on the device": self.images_on_device, "in host memory": self.images_kept}
+        if self.num_images in places.values():
+            kept = f"all are kept {next(place for place, count in places.items() if count == self.num_images)}"
+        else:
+            counted = [f"{count:,} images' are kept {place}" for place, count in places.items() if count]
+            if sum(places.values()) < self.num_images:
+                counted.append(
+                    "the others are encoded again to re-rank" if counted else "all are encoded again to re-rank"
+                )
+            kept = ", ".join(counted)
         if self.max_pairs == self.num_images * self.num_texts:
             reranked = "every pair scored"
         else:
@@ -102,6 +109,7 @@ def memory_plan(
     token_dtype: torch.dtype = torch.float32,
     host_memory: float = 4e9,
     device_memory: float = 2e9,
+    token_device_memory: float = 0.0,
     rerank_batch_tokens: int | None = None,
     most_batch_tokens: int = engine.RERANK_BATCH_TOKENS,
     chunk_size: int = engine.GALLERY_CHUNK,
@@ -115,8 +123,9 @@ def memory_plan(
         both_directions: photos for titles and titles for photos, or the first alone.
         title_tokens, longest_title: mean and largest length of the titles.
         token_dtype: type in which the image tokens are kept and the passes run.
-        host_memory: bytes that image tokens may fill.
+        host_memory: bytes that image tokens may fill there, beside those on the device.
         device_memory: bytes that keys, values and one re-ranking pass may fill, beside the weights.
+        token_device_memory: bytes of the device that image tokens may fill, beside `device_memory`.
         rerank_batch_tokens: text tokens of a pass; None: as many as `device_memory` holds, up to `most_batch_tokens`.
         most_batch_tokens: beyond which a pass is not faster, see `engine.default_batch_tokens`.
         chunk_size: of the search.
@@ -140,13 +149,15 @@ def memory_plan(
     candidates = num_texts * text_k + (num_images * image_k if both_directions else 0)
     max_pairs = min(candidates, num_images * num_texts)
     length = math.ceil(title_tokens)
+    on_device = min(num_images, int(token_device_memory // one_image))
     return MemoryPlan(
         num_images=num_images,
         num_texts=num_texts,
         k=k,
         token_dtype=token_dtype,
         image_tokens=num_images * one_image,
-        images_kept=min(num_images, int(host_memory // one_image)),
+        images_on_device=on_device,
+        images_kept=min(num_images - on_device, int(host_memory // one_image)),
         embeddings=(num_images + num_texts) * E * 4,
         candidates=candidates * (4 + 8),
         search_block=min(engine.QUERY_BLOCK, max(num_images, num_texts))
@@ -162,6 +173,12 @@ def memory_plan(
         search_flops=(2 if both_directions else 1) * 2 * num_images * num_texts * E,
         rerank_flops=min(num_images, max_pairs) * image_kv_flops(config) + max_pairs * match_flops(config, length),
     )
+
+
+def free_for_tokens(device: torch.device) -> float:
+    """Bytes of the device that image tokens may fill between the stages: 0 where it is the host itself. Beside them
+    there has to be room for a re-ranking pass, which may take half of what is free."""
+    return 0.4 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0.0
 
 
 def fitting_batch_tokens(config, dtype: torch.dtype, device_memory: float, longest_title: int, most: int) -> int:
@@ -271,6 +288,7 @@ def make_plan(
         host_memory=host,
         # The rest is left to the weights and the allocator, and on a CPU to the image tokens.
         device_memory=free / 2 if device.type == "cuda" else free / 4,
+        token_device_memory=free_for_tokens(device),
         rerank_batch_tokens=rerank_batch_tokens,
         most_batch_tokens=engine.default_batch_tokens(device),
     )
@@ -368,6 +386,7 @@ __all__ = [
     "available_memory",
     "batch_tokens_now",
     "expected_time",
+    "free_for_tokens",
     "fitting_batch_tokens",
     "image_flops",
     "image_kv_flops",
