@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
+from helpers import ROOT, assert_succeeded, run
 
 from benchmarks import bench_full, bench_gallery, bench_retrieval, bench_search, bench_step
 
@@ -105,3 +107,13 @@ def test_step_refuses_sides_that_differ(monkeypatch, accelerate_as_before):
     monkeypatch.setattr(bench_step, "draw_one_by_one", wrong)
     with pytest.raises(RuntimeError, match="plain: the losses differ by "):
         bench_step.main(["--tiny", "--rounds", "1", "--threads", "1"])
+
+
+def test_the_script_for_a_gpu_in_small(tmp_path):
+    script = ROOT / "benchmarks" / "gpu.sh"
+    result = run([script, tmp_path, "--tiny"], env={"PYTHON": sys.executable})
+    assert_succeeded(result)
+    tables = {name: json.loads((tmp_path / f"gpu_{name}.json").read_text()) for name in ("checks", "steps", "rerank")}
+    assert {one["result"] for one in tables["checks"]["checks"].values()} == {"held"}
+    assert all(row["samples_per_second"] > 0 and row["profile"]["launches"] for row in tables["steps"]["variants"])
+    assert (tmp_path / "summary.md").read_text() in result.stdout

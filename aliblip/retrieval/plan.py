@@ -39,9 +39,9 @@ class MemoryPlan:
 
     `image_tokens`: of all images; `images_kept`: how many images' tokens stay in host memory; `embeddings`: of both
     galleries, fp32; `candidates`: scores and ids of both directions; `search_block`: the scores of one block of queries
-    with one chunk of the gallery; `image_kv`: keys and values of one image; `rerank_pass`: one call of `match`, beside
-    them; `pairs_per_pass`: in such a call, at the longest title; `max_pairs`: re-ranked if no pair is a candidate of
-    both directions.
+    with one chunk of the gallery; `image_kv`: keys and values of one image; `images_per_pass`: whose keys and values
+    are there together; `rerank_pass`: one call of the model, beside them; `pairs_per_pass`: in such a call, at the
+    longest title; `max_pairs`: re-ranked if no pair is a candidate of both directions.
     """
 
     num_images: int
@@ -54,6 +54,7 @@ class MemoryPlan:
     candidates: int
     search_block: int
     image_kv: int
+    images_per_pass: int
     rerank_batch_tokens: int
     rerank_pass: int
     pairs_per_pass: int
@@ -79,7 +80,8 @@ class MemoryPlan:
             f"  image tokens: {size_text(self.image_tokens)} in {dtype}, {size_text(one_image)} an image; {kept}",
             f"  embeddings: {size_text(self.embeddings)}; candidates: {size_text(self.candidates)}",
             f"  search: {size_text(self.search_block)} of scores at a time",
-            f"  re-ranking: {size_text(self.image_kv)} of keys and values, an image at a time; "
+            f"  re-ranking: {size_text(self.image_kv)} of keys and values an image, at most {self.images_per_pass} at "
+            f"a time; "
             f"{size_text(self.rerank_pass)} for a pass of {self.rerank_batch_tokens:,} text tokens, "
             f"{self.pairs_per_pass:,} of the longest titles",
             f"  work: {self.embed_flops:.3g} FLOPs to embed, {self.search_flops:.3g} to search, at most "
@@ -101,6 +103,7 @@ def memory_plan(
     host_memory: float = 4e9,
     device_memory: float = 2e9,
     rerank_batch_tokens: int | None = None,
+    most_batch_tokens: int = engine.RERANK_BATCH_TOKENS,
     chunk_size: int = engine.GALLERY_CHUNK,
 ) -> MemoryPlan:
     """Memory and work of a retrieval, known before any of it is done.
@@ -114,8 +117,8 @@ def memory_plan(
         token_dtype: type in which the image tokens are kept and the passes run.
         host_memory: bytes that image tokens may fill.
         device_memory: bytes that keys, values and one re-ranking pass may fill, beside the weights.
-        rerank_batch_tokens: text tokens of a pass; None: as many as `device_memory` holds, up to
-            `engine.RERANK_BATCH_TOKENS`, beyond which a pass is not faster.
+        rerank_batch_tokens: text tokens of a pass; None: as many as `device_memory` holds, up to `most_batch_tokens`.
+        most_batch_tokens: beyond which a pass is not faster, see `engine.default_batch_tokens`.
         chunk_size: of the search.
 
     Raises:
@@ -126,22 +129,12 @@ def memory_plan(
         raise ValueError(
             f"{num_images} images, {num_texts} titles and k = {k} given: at least 1 image and 1 title, k of at least 0"
         )
-    vision, text = config.vision_config, config.text_config
+    vision = config.vision_config
     element, P, E = token_dtype.itemsize, tokens_per_image(config), config.image_text_hidden_size
     one_image = P * vision.hidden_size * element
-    image_kv = text.num_hidden_layers * 2 * P * text.hidden_size * element
-    # Alive at the widest point of a layer: both sides of the activation function, and in D-wide states up to eight
-    # (measured in fp32 and under bf16 autocast), here one more. Fused attention keeps no scores.
-    per_token = (2 * text.intermediate_size + 9 * text.hidden_size) * element
-    fitting = int(device_memory - image_kv) // per_token
+    image_kv, per_token = _rerank_bytes(config, element)
     if rerank_batch_tokens is None:
-        if fitting < longest_title:
-            needed = image_kv + longest_title * per_token
-            raise UsageError(
-                f"{size_text(device_memory)} of device memory given, re-ranking one title of {longest_title} tokens "
-                f"takes {size_text(needed)}: give at least that"
-            )
-        rerank_batch_tokens = min(fitting, engine.RERANK_BATCH_TOKENS)
+        rerank_batch_tokens = fitting_batch_tokens(config, token_dtype, device_memory, longest_title, most_batch_tokens)
     pairs_per_pass = max(1, rerank_batch_tokens // longest_title)
     text_k, image_k = min(k, num_images), min(k, num_texts)  # candidates of a title, of an image
     candidates = num_texts * text_k + (num_images * image_k if both_directions else 0)
@@ -160,6 +153,7 @@ def memory_plan(
         * min(chunk_size, max(num_images, num_texts))
         * 4,
         image_kv=image_kv,
+        images_per_pass=engine.most_images(rerank_batch_tokens),
         rerank_batch_tokens=rerank_batch_tokens,
         rerank_pass=max(rerank_batch_tokens, longest_title) * per_token,
         pairs_per_pass=pairs_per_pass,
@@ -168,6 +162,51 @@ def memory_plan(
         search_flops=(2 if both_directions else 1) * 2 * num_images * num_texts * E,
         rerank_flops=min(num_images, max_pairs) * image_kv_flops(config) + max_pairs * match_flops(config, length),
     )
+
+
+def fitting_batch_tokens(config, dtype: torch.dtype, device_memory: float, longest_title: int, most: int) -> int:
+    """Text tokens of a re-ranking pass that so many bytes hold together with the keys and values of its images, at most
+    `most`.
+
+    Raises:
+        UsageError: the memory is too small for one image and one title.
+    """
+    image_kv, per_token = _rerank_bytes(config, dtype.itemsize)
+    fitting = int(device_memory - image_kv) // per_token  # beside those of one image
+    if fitting < longest_title:
+        raise UsageError(
+            f"{size_text(device_memory)} of device memory given, re-ranking one title of {longest_title} tokens "
+            f"takes {size_text(image_kv + longest_title * per_token)}: give at least that"
+        )
+    fitting = min(fitting, most)
+    return max(  # by the number of images, whose keys and values leave the less for tokens the more there are
+        min(fitting, (images + 1) * engine.TOKENS_PER_IMAGE - 1, int(device_memory - images * image_kv) // per_token)
+        for images in range(1, engine.most_images(fitting) + 1)
+    )
+
+
+def batch_tokens_now(model, longest_title: int, dtype: torch.dtype | None) -> int:
+    """Text tokens of a re-ranking pass for a model where it is: what suits the device and its free memory.
+
+    Raises:
+        UsageError: the memory is too small for one image and one title.
+    """
+    device = next(model.parameters()).device
+    most = engine.default_batch_tokens(device)
+    if device.type != "cuda":
+        return most
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept for what comes next
+    free = torch.cuda.mem_get_info(device)[0] + unused
+    return fitting_batch_tokens(model.config, dtype or model.dtype, free / 2, longest_title, most)
+
+
+def _rerank_bytes(config, element: int) -> tuple[int, int]:
+    """Of the keys and values of one image, and of one text token in a re-ranking pass."""
+    text = config.text_config
+    image_kv = text.num_hidden_layers * 2 * tokens_per_image(config) * text.hidden_size * element
+    # Alive at the widest point of a layer: both sides of the activation function, and in D-wide states up to eight
+    # (measured in fp32 and under bf16 autocast), here one more. Fused attention keeps no scores.
+    return image_kv, (2 * text.intermediate_size + 9 * text.hidden_size) * element
 
 
 # --- of this process --------------------------------------------------------------------------------------------------
@@ -233,6 +272,7 @@ def make_plan(
         # The rest is left to the weights and the allocator, and on a CPU to the image tokens.
         device_memory=free / 2 if device.type == "cuda" else free / 4,
         rerank_batch_tokens=rerank_batch_tokens,
+        most_batch_tokens=engine.default_batch_tokens(device),
     )
 
 
@@ -326,7 +366,9 @@ def _duration(seconds: float) -> str:
 __all__ = [
     "MemoryPlan",
     "available_memory",
+    "batch_tokens_now",
     "expected_time",
+    "fitting_batch_tokens",
     "image_flops",
     "image_kv_flops",
     "make_plan",

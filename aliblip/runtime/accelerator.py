@@ -32,9 +32,18 @@ from accelerate.utils import (
 )
 
 from aliblip.runtime.distributed import launched_world_size
+from aliblip.runtime.extensions import release_left_locks
 from aliblip.runtime.mistakes import UsageError, usage_errors
 
-__all__ = ["AliBlipAccelerator", "build_accelerator", "describe_machine", "end", "is_deepspeed", "launched_precision"]
+__all__ = [
+    "AliBlipAccelerator",
+    "build_accelerator",
+    "describe_machine",
+    "end",
+    "is_deepspeed",
+    "launched_precision",
+    "sum_in_order",
+]
 
 MIXED_PRECISIONS = ("no", "bf16")
 
@@ -107,6 +116,8 @@ def build_accelerator(
     if launched_as_deepspeed:
         if without_gpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the others wait for what it leaves
+            release_left_locks()
         plugin = _deepspeed_plugin(
             requested,
             gradient_clipping=float(max_grad_norm),
@@ -132,6 +143,13 @@ def build_accelerator(
         )
     _check_launch(accelerator, launched_as_deepspeed)
     return accelerator
+
+
+def sum_in_order() -> None:
+    """Let a GPU add in the same order each time, so that equal runs give equal bits. Many kernels add in whatever order
+    their threads come in; torch takes slower ones then, and raises where there is none. Before a GPU is first used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
 
 
 def launched_precision(mixed_precision: str | None) -> str:

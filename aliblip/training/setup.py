@@ -25,7 +25,7 @@ from aliblip.data.sources import open_source, require_usable_row
 from aliblip.models.original import is_original
 from aliblip.models.upload import HubArguments, Publisher, check_hub_arguments, connect
 from aliblip.retrieval.evaluation import check_k_rerank
-from aliblip.runtime.accelerator import AliBlipAccelerator, build_accelerator
+from aliblip.runtime.accelerator import AliBlipAccelerator, build_accelerator, sum_in_order
 from aliblip.runtime.arguments import check_range
 from aliblip.runtime.distributed import launched_rank, launched_world_size
 from aliblip.runtime.files import repair
@@ -154,6 +154,8 @@ def meet(setup: Setup) -> AliBlipAccelerator:
         UsageError: the launcher and the arguments contradict each other.
     """
     args = setup.args
+    if args.deterministic:
+        sum_in_order()
     accelerator = build_accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
