@@ -112,10 +112,12 @@ class DropPath(nn.Module):
     def __init__(self, rate: float):
         super().__init__()
         self.rate = rate
+        self.drops = rate > 0.0
 
     def forward(self, branch: Tensor) -> Tensor:
-        if self.rate == 0.0 or not self.training:
-            return branch
+        return self.dropped(branch) if self.drops and self.training else branch
+
+    def dropped(self, branch: Tensor) -> Tensor:
         keep = 1.0 - self.rate
         kept = branch.new_empty((branch.shape[0],) + (1,) * (branch.dim() - 1)).bernoulli_(keep)
         return branch * kept / keep

@@ -34,6 +34,7 @@ from aliblip.runtime.mistakes import main_with_usage_errors
 from aliblip.training.arguments import ModelArguments, TrainDataArguments, TrainingArguments
 from aliblip.training.building import build_momentum, build_objective, build_optimizer
 from aliblip.training.checkpoint import Training
+from aliblip.training.compiling import CompiledTowers
 from aliblip.training.optim import set_learning_rate
 from aliblip.training.progress import RunStatus, Unfailing
 from aliblip.training.run import Run
@@ -72,12 +73,13 @@ def train(setup: Setup, accelerator: AliBlipAccelerator, signals: StopSignals, s
     model = setup.model.to(accelerator.device)
     # The momentum state and the loaders are not prepared: DDP would broadcast the queues at every forward.
     momentum = build_momentum(model, args, accelerator, setup.momentum_start)
+    compiled = CompiledTowers(model, momentum.encoders) if args.compile else None
     objective, optimizer = accelerator.prepare(
         build_objective(model, args, setup.processor.max_length), build_optimizer(model, args)
     )
     set_seed(args.seed + accelerator.process_index)  # dropout and hard negatives differ from rank to rank
     training = Training(model, optimizer, momentum, accelerator.device)
-    with Run(setup, accelerator, training, signals, status) as run:
+    with Run(setup, accelerator, training, signals, status, compiled) as run:
         for epoch in run.epochs():
             for step in run.steps(epoch):
                 if step.average_is_due:

@@ -14,7 +14,6 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, GradientState
 from pretended import DEVICE, PretendedDevice, accelerator_on_it
 from runs import TINY, write_split
 
@@ -40,13 +39,6 @@ def flags(tmp_path_factory) -> list:
     tiny.tokenizer().save_pretrained(folder / "tokenizer")
     flags = [*TINY, "--data_dir", folder / "data", "--tokenizer_name", folder / "tokenizer", "--evaluate_every", 0]
     return [*flags, "--max_train_steps", STEPS, "--logging_steps", STEPS]
-
-
-@pytest.fixture
-def accelerate_as_before() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture

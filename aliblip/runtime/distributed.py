@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from aliblip.runtime.arrival import Arrival
+
 __all__ = [
     "all_gather",
     "all_gather_objects",
@@ -196,7 +198,7 @@ def sum_numbers(numbers: Sequence[int], device: torch.device | str = "cpu") -> l
     single process has nothing to wait for there."""
     if not _is_active():
         return list(numbers)
-    return reduce_sum(torch.tensor(numbers).to(device, non_blocking=True)).tolist()
+    return Arrival(reduce_sum(torch.tensor(numbers).to(device, non_blocking=True))).read()
 
 
 def broadcast_object(obj: Any, src: int = 0) -> Any:

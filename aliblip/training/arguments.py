@@ -99,6 +99,7 @@ class TrainingArguments:
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: slower, less memory.")
     gradient_checkpointing_vision_layers: int | None = option(None, "Only the last so many ViT layers (default: all).")
     gradient_checkpointing_text_layers: int | None = option(None, "Only the last so many BERT layers (default: all).")
+    compile: bool = option(False, "Run the layers of both towers through torch.compile: a slow start, then faster.")
     mixed_precision: str | None = option(None, "no or bf16 (default: as the launcher says).", choices=["no", "bf16"])
     deterministic: bool = option(False, "On a GPU: equal runs give equal bits, and resumed ones too; slower.")
     seed: int = option(42, "Seed of weights, order, augmentation, dropout and negatives.")

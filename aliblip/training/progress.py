@@ -20,6 +20,7 @@ import torch
 from tqdm.auto import tqdm
 
 from aliblip.retrieval.results import format_table
+from aliblip.runtime.arrival import Arrival
 from aliblip.runtime.distributed import all_gather_objects, is_main, rank, reduce_sum, sum_numbers
 from aliblip.runtime.files import append_json_line, read_json_lines, write_json, write_json_lines
 from aliblip.runtime.mistakes import UsageError
@@ -238,7 +239,8 @@ class Log:
         entry = {"step": step, "epoch": round(epoch, 4)}
         if self.batches:  # equal on all ranks
             sums, counts = reduce_sum(self.sums)
-            read = torch.cat([sums / counts, torch.stack([value.float() for value in on_device.values()])]).tolist()
+            values_of_now = torch.stack([value.float() for value in on_device.values()])
+            read = Arrival(torch.cat([sums / counts, values_of_now])).read()
             read = [None if math.isnan(value) else value for value in read]
             entry |= {
                 **dict(zip([*PARTS, *on_device], read, strict=True)),

@@ -1,6 +1,6 @@
 """What happens around a step: the position in the data, undoing, the log, checkpoints, signals, evaluation, publishing.
 
-    with Run(setup, accelerator, training, signals, status) as run:
+    with Run(setup, accelerator, training, signals, status, compiled) as run:
         for epoch in run.epochs():
             for step in run.steps(epoch):
                 for batch, alpha in run.batches(step):
@@ -22,7 +22,7 @@ import dataclasses
 import math
 import shlex
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -51,6 +51,7 @@ from aliblip.training.checkpoint import (
     save_checkpoint,
     save_model,
 )
+from aliblip.training.compiling import CompiledTowers
 from aliblip.training.feed import Feed
 from aliblip.training.momentum import Targets
 from aliblip.training.objective import ObjectiveOutput
@@ -85,6 +86,7 @@ class Run:
         training: the state that a checkpoint holds.
         signals: that ask the run to stop.
         status: `status.json`.
+        compiled: the towers, if they are.
 
     Raises:
         UsageError: the checkpoint to go on from does not fit the model.
@@ -98,9 +100,11 @@ class Run:
         training: Training,
         signals: StopSignals,
         status: RunStatus,
+        compiled: CompiledTowers | None = None,
     ):
         self.setup, self.args, self.output_dir = setup, setup.args, setup.output_dir
         self.accelerator, self.training, self.signals, self.status = accelerator, training, signals, status
+        self.compiled = compiled
         self.progress = setup.progress
         self.stopped_by: Signals | None = None
         self.log = Log(
@@ -338,15 +342,16 @@ class Run:
 
     def _evaluate(self, epoch: int) -> dict:
         source = self.setup.validation_loader.source
-        self._results = evaluate_retrieval(
-            self.training.model,
-            self.setup.validation_loader,
-            model_name=str(self.output_dir / "last"),
-            dataset_name=source.name,
-            split=source.split,
-            k_rerank=self.args.k_rerank,
-            dtype=self.accelerator.autocast_dtype,
-        )
+        with nullcontext() if self.compiled is None else self.compiled.paused():
+            self._results = evaluate_retrieval(
+                self.training.model,
+                self.setup.validation_loader,
+                model_name=str(self.output_dir / "last"),
+                dataset_name=source.name,
+                split=source.split,
+                k_rerank=self.args.k_rerank,
+                dtype=self.accelerator.autocast_dtype,
+            )
         self.log.evaluation(self.progress.step, epoch + 1, self._results)
         return self._results
 
@@ -411,6 +416,8 @@ class Run:
         step, last, best = self.progress.step, self.output_dir / "last", self.output_dir / "best"
         samples = step * self.setup.rows_per_step
         print(f"done in {self.status.minutes():.1f} minutes: {step} steps, {samples} samples")
+        if self.compiled is not None:
+            print(self.compiled.told())
         if unusable:
             names = ", ".join(row["name"] for row in unusable[:5]) + (", ..." if len(unusable) > 5 else "")
             print(f"{len(unusable)} rows could not be used ({names}): see {self.skipped.file}")

@@ -17,36 +17,27 @@ import torch
 from accelerate import Accelerator
 
 from aliblip.runtime.accelerator import is_deepspeed
+from aliblip.runtime.arrival import Arrival
 from aliblip.runtime.distributed import reduce_max, world_size
 from aliblip.runtime.mistakes import UsageError
 
 
 class Outcome:
     """What came of a step, on its way from the device: the gradient norm, and a number that the ranks told each other.
-
-    The copy begins at once, and `read` waits for it alone: what the device was given to do in between goes on, and the
-    host can give it the next step before it has run dry.
-    """
+    While it is read the device moves the weights, and the host can give it the next step before it has run dry."""
 
     def __init__(self, norm: torch.Tensor, number: int = 0):
         """A collective."""
-        if world_size() > 1:
-            numbers = reduce_max(torch.full((1,), float(number), device=norm.device))
-            self._values = torch.cat([norm.detach().float().reshape(1), numbers]).to("cpu", non_blocking=True)
-        else:
-            self._values = norm.detach().float().reshape(1).to("cpu", non_blocking=True)
         self._number = number
-        self._arrived = None
-        if norm.device.type == "cuda":
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
+        values = norm.detach().float().reshape(1)
+        if world_size() > 1:
+            values = torch.cat([values, reduce_max(torch.full((1,), float(number), device=norm.device))])
+        self._values = Arrival(values)
 
     def read(self) -> tuple[float, int]:
         """The global gradient norm before clipping, `inf` when the step was left out, and the largest number of any
         rank; equal on all ranks. The one time in a step that the host waits for the device."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        norm, number = [*self._values.tolist(), self._number][:2]
+        norm, number = [*self._values.read(), self._number][:2]
         return norm if math.isfinite(norm) else math.inf, int(number)
 
 
