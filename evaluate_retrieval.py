@@ -38,6 +38,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from aliblip.data.collate import Collator, printable
 from aliblip.data.loader import EvalLoader
+from aliblip.data.products import tell_sources
 from aliblip.data.sources import Source, open_source, require_usable_row
 from aliblip.retrieval.arguments import EvaluationArguments, EvaluationDataArguments
 from aliblip.retrieval.evaluation import (
@@ -92,6 +93,7 @@ def main() -> int:
         check_k_rerank(depths, photos.num_rows)
         for source in {id(source): source for source in (photos, titles)}.values():
             require_usable_row(source)
+        tell_sources(photos, titles)
         tuned_on = open_tuning_data(data, options) if options.tune_fusion else None
         if tuned_on is not None and tuned_on.manifest()["files"] == photos.manifest()["files"]:
             raise UsageError(f"--tune_fusion {options.tune_fusion} are the rows that are measured: name another split")
