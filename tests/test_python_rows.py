@@ -125,9 +125,10 @@ def test_every_other_column(folder):
     assert second.others == {"caption": None, "price": None, "nested": None, "late": True}
     # a key that comes after the columns were looked at is given all the same
     rows = [{"image": "a.png"}] * 1000 + [{"image": "b.png", "new": 1}]
-    source = open_rows(rows, other_columns=ALL)
+    source = open_rows(np.array(rows, dtype=object), other_columns=ALL)
     assert source.columns == ["image"]
     assert [row.others for row in source.read_range(999, 1001)] == [{}, {"new": 1}]
+    assert open_rows(rows, other_columns=ALL).columns == ["image", "new"]  # of what is in memory all is looked at
     source = open_rows(given(folder, "a data set"), other_columns=ALL)
     assert source.schema_of_others() == pa.schema({"sku": pa.string()})
     assert [row.others["sku"] for row in source.read_range(0, 5)] == list("abcde")

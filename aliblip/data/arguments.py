@@ -14,7 +14,9 @@ class DataArguments:
     dataset_name: str | None = option(None, "Data set on the Hub, read by streaming.")
     dataset_config_name: str | None = option(None, "Configuration of the Hub data set.")
     data_dir: str | None = option(None, "Local folder: Parquet files, WebDataset tars or an image folder.")
-    image_dir: str | None = option(None, "Folder of the photos that JSON lists name (default: that of each list).")
+    image_dir: str | None = option(
+        None, "Folder of the photos that a JSON list or a column names (default: that of the list)."
+    )
     image_column: str | None = option(None, "Column of the photo (default: image).")
     caption_column: str | None = option(None, "Column of the title (default: caption, then text).")
     product_id_column: str | None = option(

@@ -34,7 +34,7 @@ __all__ = ["ALL", "PythonSource", "open_rows"]
 SHARD_ROWS = 64
 # Whose keys are the columns, of dictionaries that are not in memory.
 PROBED_ROWS = 1000
-# Of a data set on the disk; of rows in memory all are looked at.
+# Rows that the digest of a data set on the disk covers; of rows in memory it covers all.
 DIGESTED_ROWS = 1000
 
 

@@ -36,7 +36,7 @@ __all__ = [
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 # Rows of a folder can be read in any order at no cost: small shards mix them well.
 SHARD_ROWS = 64
-# Whose keys are the columns.
+# The keys of the first rows are the columns.
 PROBED_ROWS = 1000
 # Of which one read looks for a key that the first rows lack.
 SEARCHED_BYTES = 2**22
@@ -99,7 +99,7 @@ class RecordSource(Source):
 
 
 class Records:
-    """Records of one metadata file: where each begins and ends, parsed when read.
+    """Records of one file: where each begins and ends. They are parsed when they are read.
 
     Args:
         file: the file, of `size` bytes, whose BLAKE2 is `digest`.
@@ -116,6 +116,7 @@ class Records:
         return len(self._spans)
 
     def read(self, start: int, stop: int) -> Iterator[Any]:
+        """Records [start, stop); None for one that can't be parsed."""
         with io.BytesIO(self._data) if self._data is not None else open_file(self.file) as stream:
             for begin, end in self._spans[start:stop]:
                 stream.seek(int(begin))
@@ -143,6 +144,11 @@ class Records:
 
     @classmethod
     def open(cls, file: str, image_dir: str) -> Records:
+        """Find the records of a .csv, .txt, .json or .jsonl file.
+
+        Raises:
+            UsageError: a JSON list that can't be parsed.
+        """
         content = hashlib.blake2b(digest_size=16)
 
         def told(data: bytes) -> bytes:
@@ -198,7 +204,7 @@ def _spans_of_lines(lines: Iterable[bytes]) -> np.ndarray:
 
 
 def _spans_of_list(data: bytes, name: str) -> np.ndarray:
-    """Byte ranges of the elements of a JSON list, found by parsing them one after the other."""
+    """Where each element of a JSON list begins and ends, in bytes; found by parsing one after the other."""
     # Latin-1 keeps one character per byte, so that positions are byte offsets; strings are decoded properly when read.
     text, decoder, gap = data.decode("latin-1"), json.JSONDecoder(strict=False), re.compile(r"[ \t\r\n]*")
     position = gap.match(text, 3 if text.startswith("\xef\xbb\xbf") else 0).end() + 1

@@ -177,7 +177,7 @@ class Source:
             {"name", "split", "columns": {"image", "caption", "product_id"}, "rows",
             "files": [{"file", "rows", "size", "digest"}]}, the files as `file_names` calls them. The digest is BLAKE2
             of the footer of a Parquet file, of the member names, offsets and lengths of a tar, and of all bytes of a
-            metadata file or list. The photos that a metadata file, a list or a column names are not looked at.
+            metadata file or list. Photos that are only named, by a list or a column, are not looked at.
         """
         names = file_names([file.file for file in self.files], self.folder)
         return {
@@ -281,7 +281,7 @@ def _folder_of_all(files: Sequence[str]) -> str | None:
 def path_inside(folder: str, file: Any) -> tuple[str | None, str | None]:
     """(path, None) of a file name inside the folder, or (None, the reason why not).
 
-    By the name alone: links that stand in the folder were put there by its owner (the Hub cache consists of them).
+    Only the name counts: links in the folder were put there by its owner (the Hub's cache consists of links).
     """
     if not isinstance(file, str) or not file.strip():
         return None, "the image file name is empty" if isinstance(file, str) else "the image file name is not text"

@@ -82,8 +82,8 @@ def open_source(
             `dataset_name`, a folder inside that data set.
         data_files: paths, globs or addresses of Parquet files, tars, metadata files or JSON lists of
             `{"product": file name, "caption": text}`; or a dict of them by split. An HTTP server has no globs: name
-            every file. The way to open a folder of millions of photos is its `metadata.jsonl`: `datasets` looks at
-            every file of a `data_dir`.
+            every file. Of a folder of millions of photos name its `metadata.jsonl` here: `datasets` looks at every file
+            of a `data_dir`.
         image_dir: the folder that file names in a JSON list, or in a Parquet column, are relative to (default: where
             the JSON list lies).
         split: e.g. "train" or "validation".
@@ -95,7 +95,7 @@ def open_source(
             of their names) or only the "titles" (a text file with a title a line, or a JSON list of strings will do).
         other_columns: further columns to read, for `Row.others`; or `ALL`, every one but the photo's. Of JSON, whose
             columns only reading it all would tell, a row then also gives keys that are not in `Source.columns`.
-        any_split: take the only split there is, if it is not the one that was named.
+        any_split: where `split` does not exist and there is only one, take that.
         cache_dir: cache of `datasets`.
         index_dir: folder to keep where the samples of tars lie, so that no later run or other process of this machine
             has to scan them; default: they are scanned each time.
