@@ -352,10 +352,14 @@ def test_a_product_of_an_unlikely_share_is_told(tmp_path, ids, warned):
 
 def test_a_photo_of_an_unlikely_share_is_told(tmp_path):
     """A stand-in for photos that are not there, for instance."""
-    rows = [{"image": "none.png" if i < 20 else f"{i}.png", "caption": "t", "price": 1} for i in range(40)]
+    rows = [
+        {"image": "none.png" if i < 20 else f"{i}.png", "caption": "t", "price": 1, "Item ID": i} for i in range(40)
+    ]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     lines = told(open_source(data_files=str(tmp_path / "rows.jsonl"), split="train"))
-    assert "no product column (--product_id_column names one of: price): each photo is a product, 21 photos" in lines[0]
+    assert (
+        "no product column (--product_id_column names one of: Item ID): each photo is a product, 21 photos" in lines[0]
+    )
     assert lines[1].startswith("warning: ") and "'none.png' (50% of the rows)" in lines[1]
 
 

@@ -389,7 +389,7 @@ def test_bad_samples_of_a_tar_are_holes(tmp_path):
         ("b", "field 'json' can't be read as text or JSON"),
         ("c", "the image is null"),
         ("d", "the title is null"),
-        ("folder/e", "the title is null"),
+        ("folder/e.f", "the title is null"),
         ("g", "good too"),
     ]
 

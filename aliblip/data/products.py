@@ -71,6 +71,10 @@ NO_ID = frozenset(
     + ("#null!", "#value!", "#ref!", "#name?", "#num!", "#div/0!")
 )
 _WHOLE_NUMBER = re.compile(r"(0|-?[1-9][0-9]*)(\.0)?", re.ASCII)
+# Names of columns that may hold product ids.
+_IDS = re.compile(
+    r"(?i)(^|[^a-z])(id|ids|sku|spu|asin|gtin|ean|upc|isbn|mpn|pid|handle|product|item|article|group)($|[^a-z])"
+)
 # Rows whose ids are counted at once.
 CHUNK_ROWS = 65536
 # A product of more rows than these is told: a text that means "no id" in one shop, or a column of categories.
@@ -245,7 +249,7 @@ class ProductReport:
         without: rows without an id; where photos are the products, rows without a photo.
         absent: what stands in their place, and how often.
         photos: different photos of the rows without an id, or None if only reading them would tell.
-        columns: that there are, for a hint.
+        columns: that may hold ids, for a hint.
         why_not: why nothing was counted, if so.
     """
 
@@ -316,8 +320,7 @@ def report(source: Any) -> ProductReport:
         OSError: the ids can't be read.
     """
     about = {"source": f"{source.name} ({source.split})", "column": source.selected.product_id, "rows": source.num_rows}
-    photo = source.selected.photos | {"file_name"}
-    about["columns"] = tuple(column for column in source.columns if column not in {*photo, source.selected.caption})
+    about["columns"] = tuple(column for column in source.columns if _IDS.search(column))
     chunks = source.product_ids()
     if chunks is None:
         return ProductReport(**about, why_not="since that would read every photo")
