@@ -20,6 +20,6 @@ class DataArguments:
     image_column: str | None = option(None, "Column of the photo (default: image).")
     caption_column: str | None = option(None, "Column of the title (default: caption, then text).")
     product_id_column: str | None = option(
-        None, "Column of the product; equal values are positives (default: product_id, otherwise each row is one)."
+        None, "Column of the product; equal values are positives (default: product_id, otherwise each photo is one)."
     )
     dataloader_num_workers: int = option(2, "Processes that read and decode, per rank; 0: in the main process.")

@@ -35,6 +35,11 @@ class Asked:
         """How the user writes an argument."""
         return f"--{argument}" if self.by_flags else argument
 
+    def looked_for(self) -> set[str]:
+        """Columns that are worth looking for beyond the first rows: those that were named, and that of product ids."""
+        named = {self.image, self.caption, self.product_id or "product_id"}
+        return named - {None} | (set() if self.others == ALL else set(self.others))
+
 
 @dataclass(frozen=True)
 class Request:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,8 @@ import pyarrow.parquet as pq
 
 from aliblip.data.columns import ALL, Columns, Request, choose_columns, listed
 from aliblip.data.manifest import DataFile
-from aliblip.data.remote import open_file, read_patiently, storage_options, take_over_retries
+from aliblip.data.products import CHUNK_ROWS, ProductIds, photo_id_of, shown
+from aliblip.data.remote import open_file, read_patiently, resumed, storage_options, take_over_retries
 from aliblip.data.rows import Row, Shard, Source, path_inside
 from aliblip.runtime.mistakes import UsageError, usage_errors
 
@@ -116,6 +119,49 @@ class ParquetSource(Source):
         streams = (groups.shard(num_shards=groups.num_shards, index=index, contiguous=True) for index in wanted)
         return int(begins[group]), _cells(streams)
 
+    def product_ids(self) -> Iterator[ProductIds] | None:
+        key = self.selected.product_id
+        # Only where the photos are paths is their column small enough to be read for this.
+        photo = self.selected.image if self._holds_paths(self.selected.image) else None
+        if photo is None and (key is None or key in self.photo_keys):
+            return None
+        return self._product_ids(key if key not in self.photo_keys else None, photo)
+
+    def _holds_paths(self, column: str | None) -> bool:
+        kinds = [schema.field(column).type for schema in self._schemas if column in schema.names]
+        return bool(kinds) and all(pa.types.is_string(kind) or pa.types.is_large_string(kind) for kind in kinds)
+
+    def _product_ids(self, key: str | None, photo: str | None) -> Iterator[ProductIds]:
+        for file, schema in zip(self.files, self._schemas, strict=True):
+            columns = [name for name in (key, photo) if name in schema.names]
+            if columns:
+                yield from resumed(functools.partial(self._product_ids_in, file.file, columns, key, photo), file.file)
+            elif file.rows:
+                yield ProductIds.of([None] * file.rows)
+
+    def _product_ids_in(self, file: str, columns: list[str], key: str | None, photo: str | None, done: int):
+        with open_file(file) as stream, pq.ParquetFile(stream) as table:
+            batches = table.iter_batches(CHUNK_ROWS, columns=columns)
+            for batch in islice(batches, done, None):
+                cells = {name: _values(batch.column(name)) for name in batch.schema.names}
+                nothing = [None] * batch.num_rows
+                photos = (self._photo_id(value) for value in cells[photo]) if photo in cells else None
+                yield ProductIds.of(cells.get(key, nothing), photos)
+
+    def product_name(self, row: int) -> str:
+        key, before = self.selected.product_id, 0
+        if key is None or key in self.photo_keys:
+            return super().product_name(row)
+        for file in self.files:
+            if row < before + file.rows:
+                break
+            before += file.rows
+        return read_patiently(lambda: _cell(file.file, key, row - before), file.file)
+
+    def _photo_id(self, value: Any) -> int | None:
+        image = path_inside(self._image_dir, value)[0] if self._image_dir is not None else None
+        return photo_id_of(image, self._photo_root)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cursors": {}}  # an open stream can't travel to another process
 
@@ -155,6 +201,32 @@ def _cells(streams: Iterable[Any]) -> Iterator[tuple[Any, int]]:
                 yield table, i
 
 
+def _values(column: pa.Array) -> list[Any]:
+    """Cells as Python has them; one that can't be read is null."""
+    try:
+        return column.to_pylist()
+    except (UnicodeDecodeError, pa.ArrowException, OverflowError):
+        pass
+    values = []
+    for cell in column:
+        try:
+            values.append(cell.as_py())
+        except (UnicodeDecodeError, pa.ArrowException, OverflowError):
+            values.append(None)
+    return values
+
+
+def _cell(file: str, column: str, row: int) -> str:
+    """One cell as a message shows it, of the one column chunk that holds it."""
+    with open_file(file) as stream, pq.ParquetFile(stream) as table:
+        for group in range(table.num_row_groups):
+            rows = table.metadata.row_group(group).num_rows
+            if row < rows:
+                return shown(_values(table.read_row_group(group, columns=[column]).column(0).slice(row, 1))[0])
+            row -= rows
+    raise IndexError(f"{file} has no row {row}")
+
+
 def _stream_row_groups(file: str, schema, cache_dir: str | None):
     """A streamed dataset of one Parquet file whose shards are its row groups (where `datasets` can do that).
 
@@ -190,12 +262,10 @@ def open_parquet(request: Request) -> ParquetSource:
     """
     with ThreadPoolExecutor(max_workers=8) as pool:
         footers = list(pool.map(_open_footer, request.files))
-    columns = footers[0].schema.names
-    if request.asked.others == ALL:  # also what only later files have
-        columns = list(dict.fromkeys(name for footer in footers for name in footer.schema.names))
+    columns = list(dict.fromkeys(name for footer in footers for name in footer.schema.names))
     selected = choose_columns(request, columns, ("image",))
     selected = _without_unreadable(request, selected, footers)
-    pieces = [piece for footer in footers for piece in _pieces(footer, selected)]
+    pieces = [piece for footer in footers for piece in _pieces(footer, selected, footers[0].schema.names)]
     return ParquetSource(request, columns, selected, pieces, footers)
 
 
@@ -236,16 +306,15 @@ def _is_readable(field: pa.Field) -> bool:
     return True
 
 
-def _pieces(footer: _Footer, selected: Columns) -> Iterator[_Piece]:
-    """The shards of one file."""
+def _pieces(footer: _Footer, selected: Columns, of_the_first: Sequence[str]) -> Iterator[_Piece]:
+    """The shards of one file; `of_the_first` are the columns of the first file."""
     file, groups, schema = footer.file.file, footer.group_rows, footer.schema
-    needed = {selected.image, selected.caption, selected.product_id}
+    needed = {selected.image, selected.caption}  # rows of a file without product ids are products of their own
     needed |= set() if selected.takes_all else set(selected.others)
     wanted = [key for key in selected.names() if key in schema.names or key in needed]
     if missing := [key for key in wanted if key not in schema.names]:
-        raise UsageError(
-            f"{file} has no column '{missing[0]}' that the first file has: there are {listed(schema.names)}"
-        )
+        whose = "the first file has" if missing[0] in of_the_first else "another file has"
+        raise UsageError(f"{file} has no column '{missing[0]}' that {whose}: there are {listed(schema.names)}")
     schema = pa.schema([schema.field(key) for key in wanted], metadata=schema.metadata)
     label, first, rows, before = os.path.basename(file), 0, [], 0
     for index, num_rows in enumerate(groups):

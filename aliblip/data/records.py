@@ -11,12 +11,13 @@ import os
 import posixpath
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
-from aliblip.data.columns import Columns, Request, choose_columns
+from aliblip.data.columns import Asked, Columns, Request, choose_columns
 from aliblip.data.manifest import DataFile
 from aliblip.data.remote import is_remote, open_file, read_patiently, resumed
 from aliblip.data.rows import Row, Shard, Source, path_inside
@@ -37,6 +38,8 @@ METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 SHARD_ROWS = 64
 # The keys of the first rows are the columns.
 PROBED_ROWS = 1000
+# Of which one read looks for a key that the first rows lack.
+SEARCHED_BYTES = 2**22
 
 
 class RecordSource(Source):
@@ -72,6 +75,7 @@ class RecordSource(Source):
         self._pieces = pieces
         self._tables = tables
         self._image_keys = image_keys
+        self.photo_keys |= frozenset(key for key in image_keys if key)
 
     def _file_of(self, shard: Shard) -> str:
         return self._tables[self._pieces[shard.index][0]].file
@@ -88,8 +92,10 @@ class RecordSource(Source):
                 continue
             file = next((record[key] for key in self._image_keys if record.get(key) is not None), None)
             image, problem = (None, None) if file is None else path_inside(table.image_dir, file)
-            name = file if isinstance(file, str) else None
-            yield self._row(number, image, record.get(self.selected.caption), record, name, problem)
+            name, photo = file if isinstance(file, str) else None, image
+            if self.selected.image is None:  # of titles: the photo is not read, but may tell the product
+                image = problem = name = None
+            yield self._row(number, image, record.get(self.selected.caption), record, name, problem, photo)
 
 
 class Records:
@@ -118,6 +124,23 @@ class Records:
                     yield json.loads(stream.read(int(end - begin)), strict=False)
                 except (ValueError, RecursionError):  # bad JSON or bad UTF-8: one bad row, not the end of the stream
                     yield None
+
+    def has_key(self, key: str, start: int) -> bool:
+        """Whether a record from `start` on has a key. Only records near one that spells it are parsed."""
+        # What is not ASCII can be written in many ways: then every record is parsed.
+        spelling = json.dumps(key).encode() if key.isascii() else b"{"
+        with io.BytesIO(self._data) if self._data is not None else open_file(self.file) as stream:
+            while start < len(self):
+                begin = int(self._spans[start][0])
+                stop = max(int(np.searchsorted(self._spans[:, 1], begin + SEARCHED_BYTES)), start + 1)
+                stream.seek(begin)
+                data = stream.read(int(self._spans[stop - 1][1]) - begin)
+                if spelling in data and any(
+                    isinstance(record, dict) and key in record for record in self.read(start, stop)
+                ):
+                    return True
+                start = stop
+        return False
 
     @classmethod
     def open(cls, file: str, image_dir: str) -> Records:
@@ -216,10 +239,12 @@ def open_image_folder(request: Request) -> RecordSource:
         )
     tables = [_open_records(file, _folder_of(file)) for file in metadata]
     # datasets calls the photo of file_name "image".
-    columns = ["image" if column == "file_name" else column for column in _record_columns(tables)]
+    asked, is_default = request.asked, request.asked.image in (None, "image")
+    if is_default and asked.product_id == "file_name":
+        request = replace(request, asked=replace(asked, product_id="image"))
+    columns = ["image" if column == "file_name" else column for column in _record_columns(tables, asked)]
     selected = choose_columns(request, columns, ("image",), photos=("file_name",))
-    key = "file_name" if selected.image == "image" else selected.image
-    return RecordSource(request, columns, selected, tables, (key,))
+    return RecordSource(request, columns, selected, tables, ("file_name" if is_default else asked.image,))
 
 
 def open_list(request: Request) -> RecordSource:
@@ -231,7 +256,7 @@ def open_list(request: Request) -> RecordSource:
     # All lists of a data set lie together: photos are looked for beside the first.
     image_dir = request.image_dir or _folder_of(request.files[0])
     tables = [_open_records(file, image_dir) for file in request.files]
-    columns = _record_columns(tables, titles_only=request.asked.sides == "titles")
+    columns = _record_columns(tables, request.asked)
     if not columns:
         if any(len(table) for table in tables):
             raise UsageError(
@@ -259,12 +284,24 @@ def _open_records(file: str, image_dir: str) -> Records:
     return read_patiently(lambda: Records.open(file, image_dir), file)
 
 
-def _record_columns(tables: Sequence[Records], titles_only: bool = False) -> list[str]:
+def _record_columns(tables: Sequence[Records], asked: Asked) -> list[str]:
+    """The keys of the first records, and of those that are asked for also the ones that come later."""
     columns: dict[str, None] = {}
     for table in tables:
         for record in resumed(functools.partial(table.read, stop=PROBED_ROWS), table.file):
             if isinstance(record, dict):
                 columns.update(dict.fromkeys(record))
-            elif isinstance(record, str) and titles_only:
+            elif isinstance(record, str) and asked.sides == "titles":
                 columns["caption"] = None
+    # What a folder calls "image" is the "file_name" of its records.
+    for key in sorted(asked.looked_for() - {"image", "file_name", *columns}):
+        if any(read_patiently(functools.partial(table.has_key, key, PROBED_ROWS), table.file) for table in tables):
+            columns[key] = None
+        elif key != "product_id" or asked.product_id:  # which is about to be refused, with all that there are
+            columns.update(dict.fromkeys(key for table in tables for key in _all_keys(table)))
     return list(columns)
+
+
+def _all_keys(table: Records) -> dict[str, None]:
+    records = resumed(lambda done: table.read(done, len(table)), table.file)
+    return dict.fromkeys(key for record in records if isinstance(record, dict) for key in record)
