@@ -26,9 +26,10 @@ from PIL import Image
 
 from aliblip.data.columns import Columns, Request
 from aliblip.data.manifest import DataFile, file_names
-from aliblip.data.remote import RemoteReadError, read_file, resumed
+from aliblip.data.missing import why_missing
+from aliblip.data.remote import RemoteReadError, is_remote, read_file, resumed
 from aliblip.runtime.mistakes import UsageError
-from reading_aliblip import UnusableItem, clean_title, read_photo
+from reading_aliblip import MissingFile, UnusableItem, clean_title, read_photo
 
 __all__ = [
     "Example",
@@ -106,7 +107,12 @@ def decode(row: Row, sides: str = "both") -> Example:
     if row.problem is not None:
         raise UnusableItem(row.problem)
     text = clean_title(row.text) if sides != "images" else None  # first, since it costs nothing
-    image = read_photo(row.image, _fetch) if sides != "titles" else None
+    try:
+        image = read_photo(row.image, _fetch) if sides != "titles" else None
+    except MissingFile:
+        if not isinstance(row.image, str) or is_remote(row.image):
+            raise
+        raise MissingFile(why_missing(row.image)) from None
     return Example(image, text, row.product_id, row.row)
 
 
@@ -170,6 +176,7 @@ class Source:
         sides: what its rows have: "both", or only "images" or "titles".
         selected: the `Columns` that are read.
         random_access: whether rows can be read in any order at no cost (folders), rather than shard by shard.
+        told: what is to be said of the data at the start, a line each: see `report`.
     """
 
     random_access = False
@@ -188,6 +195,7 @@ class Source:
         self.sides = request.asked.sides
         self.columns = list(columns)
         self.selected = selected
+        self.told = request.told
         self.shards: list[Shard] = []
         first_row = 0
         for index, (shard_name, num_rows) in enumerate(sizes):
@@ -198,6 +206,13 @@ class Source:
         self.num_rows = first_row
         if not first_row:
             raise UsageError(f"{self.name} has no rows in split '{self.split}': give data with at least one row")
+
+    def report(self) -> list[str]:
+        """What was found, read and left, for people: one line, and further ones that are indented."""
+        head = f"{self.name} ({self.split}): {self.num_rows:,} rows"
+        columns = {"photo": self.selected.image, "title": self.selected.caption, "product": self.selected.product_id}
+        columns = ", ".join(f"{role} in '{column}'" for role, column in columns.items() if column is not None)
+        return [head, *(f"  {line}" for line in ([columns] if columns else []) + self.told)]
 
     def manifest(self) -> dict[str, Any]:
         """What the rows come from, as JSON can hold it: to be kept beside a run, and compared when it goes on.
@@ -253,11 +268,20 @@ class Source:
         return shard.name
 
     def _row(
-        self, number: int, image: Any, text: Any, fields: dict, name: str | None, problem: str | None = None
+        self,
+        number: int,
+        image: Any,
+        text: Any,
+        fields: dict,
+        name: str | None,
+        problem: str | None = None,
+        record: int | None = None,
     ) -> Row:
+        """A row; `record` is the first of the rows that one record gives, which are one product."""
         key = self.selected.product_id
+        record = number if record is None else record
         # A photo and a title without id, of two sources, have the same row number and are not the same product.
-        product_id = number if key is None else product_id_of(fields.get(key), number, self.sides)
+        product_id = record if key is None else product_id_of(fields.get(key), record, self.sides)
         others = {column: fields.get(column) for column in self.selected.others}
         if self.selected.takes_all:
             others |= {key: value for key, value in fields.items() if key not in self.selected.photos}
