@@ -563,6 +563,20 @@ def test_compressed_tars_give_the_same_rows_in_any_part(tmp_path, packing, order
     assert "1 tar compressed" in told(source)
 
 
+def test_compressed_tars_are_found_by_name_and_not_read_beside_their_unpacked_ones(tmp_path):
+    members = list(pairs(LAYOUTS["plain"]))
+    for name, packing, part in (("a.tar.gz", "gzip", members[:40]), ("b.tbz2", "bzip2", members[40:])):
+        (tmp_path / name).write_bytes(PACKERS[packing](tar_of(part)))
+    assert_pairs(open_source(data_dir=str(tmp_path), split="train"))
+    (tmp_path / "b.tar").write_bytes(tar_of(members[40:]))
+    source = open_source(data_dir=str(tmp_path), split="train")
+    assert_pairs(source)
+    assert "left: tars that lie unpacked beside them" in told(source) and "b.tbz2" in told(source)
+    (tmp_path / "b.tar").rename(tmp_path / "b.tar.zst")
+    with pytest.raises(UsageError, match="b.tar.zst is a tar packed by zstd, which is not read: unpack it"):
+        open_source(data_files=str(tmp_path / "b.tar.zst"), split="train")
+
+
 def test_reading_on_in_a_compressed_tar_does_not_start_again(tmp_path, monkeypatch):
     source = opened(tmp_path, gzip.compress(tar_of(pairs(LAYOUTS["plain"]))))
     opens = []

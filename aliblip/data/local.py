@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from aliblip.data.columns import Asked, Reading, Roles, listed
 from aliblip.data.folders import Survey, count_of
-from aliblip.data.kinds import kind_by_content, kind_by_name
+from aliblip.data.kinds import PACKED_TARS, kind_by_content, kind_by_name
 from aliblip.data.splits import TRAIN, Splits, plain_split, splits_of
 from aliblip.data.tables import base_name, is_table_of_text
 from aliblip.runtime.mistakes import UsageError
@@ -127,6 +127,9 @@ def _of_split(splits: Splits, split: str, name: str, any_split: bool) -> tuple[s
 
 def _leave_side_files(survey: Survey) -> None:
     """Leave what img2dataset writes beside its tars, and beside its folders of photos."""
+    packed = [tar for tar in survey.data["tar"] if not tar.lower().endswith(".tar")]
+    plain = {tar for tar in survey.data["tar"] if tar not in packed}
+    survey.leave_data("tar", "tars that lie unpacked beside them", [tar for tar in packed if _unpacked(tar) in plain])
     tars = {os.path.splitext(tar)[0] for tar in survey.data["tar"]}
     folders = {posixpath.dirname(photo) for photo, _ in survey.sided_photos()}
     stems = tars | {folder for folder in folders if base_name(folder).isdecimal()}
@@ -139,6 +142,11 @@ def _leave_side_files(survey: Survey) -> None:
     ]
     survey.leave_data("parquet", "side files of img2dataset", sides)
     survey.leave_data("table", "side files of img2dataset", statistics)
+
+
+def _unpacked(tar: str) -> str:
+    stem, extension = os.path.splitext(tar)
+    return f"{stem}.tar" if extension.lower() in PACKED_TARS else stem
 
 
 def _has_keys(survey: Survey, file: str) -> bool:
@@ -274,9 +282,7 @@ def kind_of_files(files: Sequence[str], name: str, asked: Asked, reading: Readin
     if len(kinds) == 1 and (kind := next(iter(kinds))) in SOURCES:
         return SOURCES[kind]
     if "packed tar" in kinds:
-        raise UsageError(
-            f"{kinds['packed tar']} is a compressed tar, whose rows can't be read in any order: unpack it (gunzip)"
-        )
+        raise UsageError(f"{kinds['packed tar']} is a tar packed by zstd, which is not read: unpack it (zstd -d)")
     if "sheet" in kinds:
         raise UsageError(f"{kinds['sheet']} is a spreadsheet, of no known kind for us: save it as CSV in UTF-8")
     if "archive" in kinds:
