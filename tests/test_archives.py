@@ -64,7 +64,8 @@ def opened(folder, data, **options):
 def told(source):
     lines = []
     tell_sources(source, tell=lines.append)
-    return lines
+    assert all("\n" not in line for line in lines)
+    return "\n".join(lines)
 
 
 def rows_of(source):
@@ -299,7 +300,7 @@ def test_further_fields_stay_fields(tmp_path):
     source = opened(tmp_path, data, other_columns=["area", "cls", "en.txt"])
     assert_pairs(source)
     assert rows_of(source)[3].others == {"area": 7, "cls": 7, "en.txt": "english"}
-    assert any("40 photos beside another one of their sample" in line for line in told(source))
+    assert "40 photos beside another one of their sample" in told(source)
     assert [row.text for row in rows_of(opened(tmp_path, data, caption_column="en.txt"))] == ["english"] * COUNT
     assert rows_of(opened(tmp_path, data, image_column="seg.png"))[5].image == b"mask"
 
@@ -328,8 +329,8 @@ def test_a_lost_photo_is_not_replaced_by_its_neighbour(tmp_path):
     rows = {row.name: row for row in rows_of(source)}
     assert len(rows) == COUNT and rows["AB.0007"].image is None and rows["AB.0009"].text is None
     lines = told(source)
-    assert any("1 photo without a title ('AB.0009.jpg'): rows that can't be used" in line for line in lines)
-    assert any("1 title without a photo ('AB.0007.txt')" in line for line in lines)
+    assert "1 photo without a title ('AB.0009.jpg'): rows that can't be used" in lines
+    assert "1 title without a photo ('AB.0007.txt')" in lines
 
 
 def test_photos_and_titles_in_folders_of_their_own(tmp_path):
@@ -337,7 +338,7 @@ def test_photos_and_titles_in_folders_of_their_own(tmp_path):
     members += [(f"titles/{i:03d}.txt", title(i).encode()) for i in range(COUNT)]
     source = opened(tmp_path, tar_of(members))
     assert_pairs(source, names=[f"images/{i:03d}" for i in range(COUNT)])
-    assert "40 photos in one folder, and the title of that name in another: taken as pairs" in told(source)[0]
+    assert "40 photos in one folder, and the title of that name in another: taken as pairs" in told(source)
 
 
 def test_names_that_never_meet_are_one_sentence_with_counts(tmp_path):
@@ -363,7 +364,7 @@ def test_a_member_that_comes_twice_is_told(tmp_path):
     data = tar_of([*members, ("003.txt", b"another title"), ("004.JPG", PHOTOS[0]), members[10]])
     source = opened(tmp_path, data)
     assert_pairs(source)  # the first counts
-    assert "3 members belong to no sample: 3 with a name that was there before ('003.txt')" in told(source)[0]
+    assert "3 members belong to no sample: 3 with a name that was there before ('003.txt')" in told(source)
 
 
 # ---------------------------------------------------------------------------------------------------------------- links
@@ -395,7 +396,7 @@ def test_links_that_lead_nowhere_are_told(tmp_path):
     source = opened(tmp_path, tar_of(members))
     rows = rows_of(source)
     assert [row.name for row in rows] == ["000", "001", "002", "003"] and rows[2].image is rows[3].image is None
-    assert any("3 links that lead nowhere ('002.jpg')" in line for line in told(source))
+    assert "3 links that lead nowhere ('002.jpg')" in told(source)
 
 
 # --------------------------------------------------------------------------------------------- what lies beside samples
@@ -410,7 +411,7 @@ def test_what_is_no_sample_is_named_and_counted(tmp_path):
     beside += [(".thumbnails/000.jpg", PHOTOS[0]), ("Thumbs.db", b"\xd0\xcf"), ("notes.pdf", b"%PDF")]
     source = opened(tmp_path, tar_of([*beside[:6], *pairs(LAYOUTS["plain"]), *beside[6:]]))
     assert_pairs(source)
-    (line,) = [line for line in told(source) if "belong to no sample" in line]
+    (line,) = [line for line in told(source).splitlines() if "belong to no sample" in line]
     assert "13 members belong to no sample" in line
     for part in (
         "1 without an ending ('README')",
@@ -425,7 +426,7 @@ def test_what_is_no_sample_is_named_and_counted(tmp_path):
 
 
 def test_nothing_to_tell_is_not_told(tmp_path):
-    assert len(told(opened(tmp_path, tar_of(pairs(LAYOUTS["plain"]))))) == 1  # the products
+    assert not opened(tmp_path, tar_of(pairs(LAYOUTS["plain"]))).told
 
 
 # --------------------------------------------------------------------------------------------------- titles and columns
@@ -444,7 +445,7 @@ def test_titles_may_stand_in_several_places(tmp_path):
         members.append((f"{i:03d}.json", json_of(caption=title(i) if i % 4 > 1 else [None, ""][i % 2], width=64)))
     source = opened(tmp_path, tar_of(members))
     assert_pairs(source)
-    assert "of a sample the first of 'caption', 'txt' that has a text is the title" in told(source)[0]
+    assert "of a sample the first of 'caption', 'txt' that has a text is the title" in told(source)
     source = opened(tmp_path, tar_of(members), caption_column="txt")  # one that was named is the only one
     assert sum(row.text is not None and bool(row.text.strip()) for row in rows_of(source)) == 20
     for ending in ("title", "transcript", "text", "caption"):
@@ -559,7 +560,21 @@ def test_compressed_tars_give_the_same_rows_in_any_part(tmp_path, packing, order
     next(iter(source.read_range(8, 20)))  # left half-read
     again = pickle.loads(pickle.dumps(source))
     assert rows_of(again) == rows_of(source) == plain
-    assert any("1 tar compressed" in line for line in told(source))
+    assert "1 tar compressed" in told(source)
+
+
+def test_compressed_tars_are_found_by_name_and_not_read_beside_their_unpacked_ones(tmp_path):
+    members = list(pairs(LAYOUTS["plain"]))
+    for name, packing, part in (("a.tar.gz", "gzip", members[:40]), ("b.tbz2", "bzip2", members[40:])):
+        (tmp_path / name).write_bytes(PACKERS[packing](tar_of(part)))
+    assert_pairs(open_source(data_dir=str(tmp_path), split="train"))
+    (tmp_path / "b.tar").write_bytes(tar_of(members[40:]))
+    source = open_source(data_dir=str(tmp_path), split="train")
+    assert_pairs(source)
+    assert "left: tars that lie unpacked beside them" in told(source) and "b.tbz2" in told(source)
+    (tmp_path / "b.tar").rename(tmp_path / "b.tar.zst")
+    with pytest.raises(UsageError, match="b.tar.zst is a tar packed by zstd, which is not read: unpack it"):
+        open_source(data_files=str(tmp_path / "b.tar.zst"), split="train")
 
 
 def test_reading_on_in_a_compressed_tar_does_not_start_again(tmp_path, monkeypatch):

@@ -332,7 +332,7 @@ def test_bad_records_are_holes_with_a_name(tmp_path):
         b'{"file_name": "", "caption": "empty"}',
         b'{"caption": "no file"}',
         b'{"file_name": "a.png"}',
-        b'{"file_name": "a.png", "caption": ["list"]}',
+        b'{"file_name": "a.png", "caption": [["list"]]}',
         b"[" * 100_000,
         b"   ",
         b'{"file_name": "z.png", "caption": "good too"}',

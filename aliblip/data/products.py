@@ -26,7 +26,7 @@ import posixpath
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -213,17 +213,20 @@ class ProductIds:
     absent: Counter[str] = field(default_factory=Counter)
 
     @classmethod
-    def of(cls, values: Iterable[Any], photos: Iterable[int | None] | None = None) -> ProductIds:
-        """Of stored values, and the ids of the photos beside them if these are known."""
+    def of(
+        cls, values: Iterable[Any], photos: Iterable[int | None] | None = None, counts: np.ndarray | None = None
+    ) -> ProductIds:
+        """Of stored values, and the ids of the photos beside them if these are known; each of `counts` rows."""
         values = list(values)
         ids, absent = [product_id_of(value) for value in values], Counter()
         known = np.array([value is not None for value in ids], dtype=bool)
         of_photos = [None] * len(ids) if photos is None else list(photos)
         for position in np.flatnonzero(~known):
-            absent[shown(values[position])] += 1
+            absent[shown(values[position])] += 1 if counts is None else int(counts[position])
             ids[position] = of_photos[position]
         by_photo = ~known & np.array([value is not None for value in ids], dtype=bool)
-        return cls(np.array([value or 0 for value in ids], dtype=np.int64), known, by_photo, absent)
+        columns = (np.array([value or 0 for value in ids], dtype=np.int64), known, by_photo)
+        return cls(*(column if counts is None else np.repeat(column, counts) for column in columns), absent)
 
 
 def shown(value: Any) -> str:
@@ -265,28 +268,27 @@ class ProductReport:
     why_not: str | None = None
 
     def lines(self) -> list[str]:
-        """For people: what was understood, and what is unlikely."""
-        return [*self._told(), *(f"warning: {warning}" for warning in self.warnings())]
+        """For people: what was understood."""
+        return list(self._told())
 
     def _told(self) -> Iterator[str]:
-        start = f"{self.source}: {_count(self.rows, 'row')}, "
         if self.column is None:
             hint = f" (--product_id_column names one of: {', '.join(self.columns[:8])})" if self.columns else ""
             if self.products is None:
-                yield f"{start}no product column{hint}: each photo is a product; not counted, {self.why_not}"
+                yield f"no product column{hint}: each photo is a product; not counted, {self.why_not}"
                 return
             photos = _count(self.products, "photo")
-            yield f"{start}no product column{hint}: each photo is a product, {photos}{self._most()}"
+            yield f"no product column{hint}: each photo is a product, {photos}{self._most()}"
             return
         if self.products is None:
-            yield f"{start}products by the column '{self.column}'; not counted, {self.why_not}"
+            yield f"products by the column '{self.column}'; not counted, {self.why_not}"
             return
-        yield f"{start}{_count(self.products, 'product')} by the column '{self.column}'{self._most()}"
+        yield f"{_count(self.products, 'product')} by the column '{self.column}'{self._most()}"
         if self.without and self.column is not None:
             names = ", ".join(f"{value} {count:,}" for value, count in self.absent[:5])
             names += f", {len(self.absent) - 5} other texts" if len(self.absent) > 5 else ""
             of = "" if self.photos is None else f", {_count(self.photos, 'photo')}"
-            yield f"{self.source}: {_count(self.without, 'row')} without an id ({names}){of}: each photo is a product"
+            yield f"{_count(self.without, 'row')} without an id ({names}){of}: each photo is a product"
 
     def _most(self) -> str:
         if not self.largest:
@@ -347,24 +349,27 @@ def report(source: Any) -> ProductReport:
 
 
 def tell_sources(*sources: Any, tell: Callable[[str], object] = print) -> None:
-    """Tell, by the first process of a launch, what was understood of each `Source`: its notes and its products.
+    """Tell, by the first process of a launch, what was understood of each `Source`: what was read and left, products.
 
     What can't be counted ends no run.
     """
     if launched_rank() != 0:
         return
     for source in dict.fromkeys(source for source in sources if source is not None):
-        for note in source.notes:
-            tell(f"{source.name} ({source.split}): {note}")
+        for line in source.report():
+            tell(line)
         if source.sides == "titles" and source.selected.product_id is None:
             continue  # titles without photos are no products
         try:
-            lines: Sequence[str] = report(source).lines()
+            found = report(source)
         except OSError as error:
             reason = " ".join(str(error).split())[:300]
-            lines = [f"warning: {source.name} ({source.split}): the products were not counted ({reason})"]
-        for line in lines:
-            tell(line)
+            tell(f"warning: {source.name} ({source.split}): the products were not counted ({reason})")
+            continue
+        for line in found.lines():
+            tell(f"  {line}")
+        for warning in found.warnings():
+            tell(f"warning: {warning}")
 
 
 def _count(number: int, what: str) -> str:

@@ -24,10 +24,11 @@ from PIL import Image
 
 from aliblip.data.columns import Columns, Request
 from aliblip.data.manifest import DataFile, file_names
+from aliblip.data.missing import why_missing
 from aliblip.data.products import CHUNK_ROWS, ProductIds, own_id, photo_id_of, product_id_of, shown
 from aliblip.data.remote import RemoteReadError, is_remote, read_file, resumed
 from aliblip.runtime.mistakes import UsageError
-from reading_aliblip import UnusableItem, clean_title, read_photo
+from reading_aliblip import MissingFile, UnusableItem, clean_title, read_photo
 
 __all__ = [
     "Example",
@@ -106,7 +107,12 @@ def decode(row: Row, sides: str = "both") -> Example:
     if row.problem is not None:
         raise UnusableItem(row.problem)
     text = clean_title(row.text) if sides != "images" else None  # first, since it costs nothing
-    image = read_photo(row.image, _fetch) if sides != "titles" else None
+    try:
+        image = read_photo(row.image, _fetch) if sides != "titles" else None
+    except MissingFile:
+        if not isinstance(row.image, str) or is_remote(row.image):
+            raise
+        raise MissingFile(why_missing(row.image)) from None
     return Example(image, text, row.product_id, row.row)
 
 
@@ -135,7 +141,7 @@ class Source:
         sides: what its rows have: "both", or only "images" or "titles".
         selected: the `Columns` that are read.
         random_access: whether rows can be read in any order at no cost (folders), rather than shard by shard.
-        notes: sentences on what was left out, merged or guessed, to be told before a long run.
+        told: what is to be said of the data at the start, a line each: see `report`.
         photo_keys: columns that name the photo itself; as a product column, equal photos are one product.
     """
 
@@ -155,6 +161,7 @@ class Source:
         self.sides = request.asked.sides
         self.columns = list(columns)
         self.selected = selected
+        self.told = request.told
         self.shards: list[Shard] = []
         first_row = 0
         for index, (shard_name, num_rows) in enumerate(sizes):
@@ -163,12 +170,18 @@ class Source:
         self._firsts = np.array([shard.first_row for shard in self.shards], dtype=np.int64)
         self.files = list(files)
         self.num_rows = first_row
-        self.notes: list[str] = []
         self.photo_keys = frozenset({selected.image} if selected.image else ())
         # What the names of photos are relative to, so that a catalogue that moves keeps the ids of its photos.
         self._photo_root = request.image_dir or request.folder or _folder_of_all([file.file for file in files])
         if not first_row:
             raise UsageError(f"{self.name} has no rows in split '{self.split}': give data with at least one row")
+
+    def report(self) -> list[str]:
+        """What was found, read and left, for people: one line, and further ones that are indented."""
+        head = f"{self.name} ({self.split}): {self.num_rows:,} rows"
+        columns = {"photo": self.selected.image, "title": self.selected.caption, "product": self.selected.product_id}
+        columns = ", ".join(f"{role} in '{column}'" for role, column in columns.items() if column is not None)
+        return [head, *(f"  {line}" for line in ([columns] if columns else []) + self.told)]
 
     def manifest(self) -> dict[str, Any]:
         """What the rows come from, as JSON can hold it: to be kept beside a run, and compared when it goes on.
@@ -252,16 +265,22 @@ class Source:
         fields: dict,
         name: str | None,
         problem: str | None = None,
+        record: int | None = None,
         photo: Any = None,
     ) -> Row:
-        """A row; `photo` is what tells its photo from others where `image` is not read."""
-        key = self.selected.product_id
+        """A row.
+
+        Args:
+            record: the first of the rows that one record gives, which are one product.
+            photo: what tells the photo of that record from others, where it is not `image`.
+        """
+        key, record = self.selected.product_id, number if record is None else record
         stored = None if key is None or key in self.photo_keys else fields.get(key)
         product_id = product_id_of(stored)
         if product_id is None:
             product_id = photo_id_of(image if photo is None else photo, self._photo_root)
         if product_id is None:
-            product_id = number if key is None else own_id(number, self.sides)
+            product_id = record if key is None else own_id(record, self.sides)
         others = {column: fields.get(column) for column in self.selected.others}
         if self.selected.takes_all:
             others |= {key: value for key, value in fields.items() if key not in self.selected.photos}

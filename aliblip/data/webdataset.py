@@ -216,7 +216,7 @@ def open_tars(request: Request) -> TarSource:
     unusual = sorted({field for index in indexes for field in index.about["photo_fields"]})
     images = [field for field in (*IMAGE_FIELDS, *unusual) if field in fields and "." not in field]
     any_photo = not images and any(_has_one_photo(index) for index in indexes)
-    there = [*columns, KEY] if KEY in asked.looked_for() else list(columns)
+    there = [*columns, KEY] if KEY in (asked.product_id, *asked.others) else list(columns)
     if asked.image in (None, "image"):
         if images or any_photo:
             request = replace(request, asked=replace(asked, image="image"))
@@ -232,7 +232,7 @@ def open_tars(request: Request) -> TarSource:
         captions += [name for name in CAPTION_FIELDS if captions and name in columns and name not in captions]
     tars = list(zip(request.files, indexes, strict=True))
     source = TarSource(request, columns, selected, tars, images, captions, any_photo)
-    source.notes += _notes(indexes, asked.sides, images, captions)
+    source.told.extend(_notes(indexes, asked.sides, images, captions))
     return source
 
 
