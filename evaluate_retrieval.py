@@ -38,7 +38,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from aliblip.data.collate import Collator, printable
 from aliblip.data.loader import EvalLoader
-from aliblip.data.sources import Source, open_source, require_usable_row
+from aliblip.data.sources import Source, open_source, require_usable_row, tell_data
 from aliblip.retrieval.arguments import EvaluationArguments, EvaluationDataArguments
 from aliblip.retrieval.evaluation import (
     ALL,
@@ -89,6 +89,7 @@ def main() -> int:
         output_dir = check_output(options)
         depths = parse_k_rerank(options.k_rerank)
         photos, titles = open_data(data, slices_of(options))
+        tell_data(photos, titles)
         check_k_rerank(depths, photos.num_rows)
         for source in {id(source): source for source in (photos, titles)}.values():
             require_usable_row(source)
@@ -347,6 +348,7 @@ def open_table(data: EvaluationDataArguments, *, split: str, data_files: str | N
         image_column=data.image_column,
         caption_column=data.caption_column,
         product_id_column=data.product_id_column,
+        reading=data.reading,
         **options,
     )
 

@@ -37,7 +37,7 @@ from aliblip.data.augment import TrainAugmentation
 from aliblip.data.collate import Collator
 from aliblip.data.loader import EvalLoader, TrainLoader
 from aliblip.data.manifest import manifest_changes
-from aliblip.data.sources import open_source, require_usable_row
+from aliblip.data.sources import open_source, require_usable_row, tell_data
 from aliblip.models.backbones import (
     Backbone,
     check_backbone_vocabulary,
@@ -184,6 +184,7 @@ def open_sources(data_args: TrainDataArguments, args: TrainingArguments):
         "image_column",
         "caption_column",
         "product_id_column",
+        "reading",
     )
     options = {name: getattr(data_args, name) for name in shared}
     options["index_dir"] = str(Path(args.output_dir) / "tar_index")
@@ -364,6 +365,7 @@ def set_up(
     processor.image_processor.size = {"height": image_size, "width": image_size}
 
     train_source, validation_source = open_sources(data_args, args)
+    tell_data(*(source for source in (train_source, validation_source) if source is not None))
     # By the launcher's word: there is no process group yet. The accelerator compares both when it is built.
     shared = {
         "rank": launched_rank(),

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from aliblip.data.arguments import DataArguments
-from aliblip.data.sources import open_source, require_usable_row
+from aliblip.data.sources import open_source, require_usable_row, tell_data
 from aliblip.models.loading import load_pretrained
 from aliblip.retrieval.galleries import SourceItems, build_gallery
 from aliblip.runtime.accelerator import build_accelerator, end, launched_precision
@@ -123,7 +123,9 @@ def open_items(data: GalleryDataArguments, kind: str) -> SourceItems:
         caption_column=data.caption_column,
         sides="images" if kind == "image" else "titles",
         other_columns=() if data.id_column is None else (data.id_column,),
+        reading=data.reading,
     )
+    tell_data(source)
     require_usable_row(source)
     return SourceItems(source, data.id_column)
 

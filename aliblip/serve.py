@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from aliblip.data.sources import open_source, require_usable_row
+from aliblip.data.sources import open_source, require_usable_row, tell_data
 from aliblip.models.loading import load_pretrained
 from aliblip.retrieval.galleries import SourceItems
 from aliblip.runtime.arguments import check_range, option, parse
@@ -228,6 +228,7 @@ def open_searcher(options: ServeArguments) -> Searcher:
             gallery = Gallery.load(options.gallery, photo_root=options.photo_root)
         else:
             source = open_source(data_dir=options.gallery, split=options.split_name, any_split=True, sides="images")
+            tell_data(source)
             require_usable_row(source)
         model, processor, _ = load_pretrained(options.model_name_or_path, tokenizer_name=options.tokenizer_name)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

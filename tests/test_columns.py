@@ -119,7 +119,10 @@ def test_keys_of_records_that_come_late(tmp_path):
     (tmp_path / "list.json").write_text(json.dumps(rows))
     source = open_source(data_files=str(tmp_path / "list.json"), split="train", other_columns=ALL)
     assert source.columns == ["product", "caption", "late"]
-    assert [row.others for row in rows_of(source)][2999:] == [{"caption": "t", "late": None}, {"caption": "u", "late": 1}]
+    assert [row.others for row in rows_of(source)][2999:] == [
+        {"caption": "t", "late": None},
+        {"caption": "u", "late": 1},
+    ]
 
 
 def test_every_field_of_a_tar(tmp_path):

@@ -173,7 +173,7 @@ def _place(request: Request, place: Place, sample: list[Any]) -> Place:
     others = [own, *([request.folder] if request.folder else [])]
     if request.survey is not None:
         others += [os.path.join(request.survey.root, each) for each in sorted(request.survey.photo_folders())[:64]]
-    others += folders_below(own)
+    others += [*folders_below(own), *([] if request.image_dir else folders_below(os.path.join(own, "..")))]
     start = place if place.folder is not None else Place(own, place.roots)
     found, told = find_place(sample, start, dict.fromkeys(each for each in others if each != start.folder))
     if told is None and place.folder is None and not _any_there(found, sample):

@@ -144,6 +144,7 @@ def _is_private(address: str) -> bool:
 
 def folders_below(folder: str) -> list[str]:
     """Some sub-folders of a folder, by name: those in which photos may lie."""
+    folder = os.path.normpath(folder)
     try:
         with os.scandir(folder) as entries:
             found = sorted(entry.path for entry in entries if not entry.name.startswith(".") and entry.is_dir())

@@ -34,10 +34,11 @@ from aliblip.data.records import open_metadata, open_records
 from aliblip.data.remote import RemoteReadError, is_remote, read_patiently
 from aliblip.data.rows import Source, decode
 from aliblip.data.webdataset import open_tars
+from aliblip.runtime.distributed import launched_rank
 from aliblip.runtime.mistakes import UsageError
 from reading_aliblip import UnusableItem
 
-__all__ = ["ALL", "Reading", "open_source", "require_usable_row"]
+__all__ = ["ALL", "Reading", "open_source", "require_usable_row", "tell_data"]
 
 OPENERS: dict[str, Callable[[Request], Source]] = {
     "parquet": open_parquet,
@@ -155,7 +156,7 @@ def open_source(
 def _tell_survey(source: Source, found: Found) -> None:
     """Add to what is said of the source what was found in its folder, and what is left of that and why."""
     survey = found.survey
-    if found.kind in ("parquet", "webdataset") and survey.num_photos and "photos that no row names" not in survey.left:
+    if found.kind in ("parquet", "webdataset") and survey.num_photos and not survey.is_compared:
         first = next(survey.photo_names())
         survey.leave("photos beside rows that hold theirs", first, survey.num_photos)
     if found.kind not in ("sided",) and survey.num_sided:
@@ -163,6 +164,13 @@ def _tell_survey(source: Source, found: Found) -> None:
         survey.leave("files beside photos of the same name", sides[0], survey.num_sided)
     source.told.insert(0, f"found: {survey.found()}")
     source.told.extend(f"left: {reason}: {entry.told()}" for reason, entry in survey.left.items())
+
+
+def tell_data(*sources: Source) -> None:
+    """Print what was found, read and left of some data, each source once, in the first process of a launch."""
+    if launched_rank() == 0:
+        for source in {id(source): source for source in sources}.values():
+            print("\n".join(source.report()))
 
 
 def require_usable_row(source: Source, tries: int = 1000) -> None:
