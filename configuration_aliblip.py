@@ -281,7 +281,7 @@ def _with_our_pipelines(given: dict | None) -> dict[str, dict[str, Any]]:
 
 
 def training_defaults(hidden_size: int, num_hidden_layers: int) -> dict[str, Any]:
-    """What the named size of this width and depth trains with and no weight tells, drop-path; empty for others."""
+    """Settings of the named size of this width and depth that its weights don't tell (drop-path); empty for others."""
     for size in SIZES.values():
         vision = size["vision_config"]
         if (vision["hidden_size"], vision["num_hidden_layers"]) == (hidden_size, num_hidden_layers):
@@ -319,8 +319,7 @@ def _from_blip(config: dict[str, Any]) -> dict[str, Any]:
         },
         "image_text_hidden_size": blip.image_text_hidden_size,
     }
-    # "enc_token_id" stands in folders that AliBLIP wrote; the others have [ENC] at the end (30523 with BERT's
-    # vocabulary).
+    # Folders that AliBLIP wrote have an "enc_token_id". The others have [ENC] at the end, 30523 with BERT's vocabulary.
     kept = ("enc_token_id", "dtype", "torch_dtype", "_commit_hash")
     return taken | {"model_type": AliBlipConfig.model_type} | {k: config[k] for k in kept if k in config}
 

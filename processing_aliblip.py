@@ -18,6 +18,9 @@ class AliBlipProcessor(ProcessorMixin):
             None for 384 px.
         tokenizer: a fast WordPiece tokenizer; `[DEC]` and `[ENC]` are added where it lacks them.
         max_length: longest title in tokens, `[CLS]` and `[SEP]` included; longer ones are cut.
+
+    Raises:
+        ValueError: no tokenizer, or a `max_length` that leaves no room for a word.
     """
 
     def __init__(self, image_processor=None, tokenizer=None, max_length: int = 35, **kwargs):

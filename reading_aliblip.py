@@ -1,9 +1,9 @@
-"""Photos and titles as they come, to what the model's processor takes: PIL RGB and clean text.
+"""Turns photos and titles, in whatever form they come, into what the model's processor takes: PIL RGB and clean text.
 
     photo = read_photo("mug.jpg")          # or bytes, an http(s) address, a PIL image, {"bytes", "path"} of `datasets`
     title = clean_title("  striped blue mug ")
 
-The one reading of training, evaluation, galleries and pipeline, so that all of them see the same pixels. What can't be
+Training, evaluation, galleries and pipeline all read with this file, so that they see the same pixels. What can't be
 used raises `UnusableItem` with a plain reason, whatever the bytes are.
 """
 
@@ -33,15 +33,16 @@ try:  # photos of phones, as Pillow alone does not read them
 except ImportError:
     pillow_heif = None
 
-# Pillow's remarks on odd EXIF, palettes and sizes: the photo decides, and the limits below. Once and for all, since
-# `catch_warnings` in several threads can leave a process without any warnings.
+# Pillow warns of odd EXIF, palettes and sizes; here only the pixels and the limits below count. Switched off for the
+# whole process, since `catch_warnings` in several threads can leave a process without any warnings.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-# Pillow warns above this size and refuses only twice of it; a product photo of 90 megapixels is an attack or a mistake.
+# Pillow warns above this size and refuses only above twice as much; a product photo of 90 megapixels is an attack or a
+# mistake.
 MAX_PIXELS = 89_478_485
 # More than any photo of that many pixels takes, and little enough to be read by every worker at once.
 MAX_FILE_BYTES = 512 * 2**20
-# Usual encoders write about ten. Every scan goes over the whole photo, so that a few kilobytes of them take minutes.
+# Encoders usually write about ten. Each scan covers the whole photo, so that a few kilobytes of scans can take minutes.
 MAX_JPEG_SCANS = 100
 # A title keeps about 35 tokens: what follows this many characters can't matter, but would take the tokenizer seconds.
 MAX_TITLE_CHARACTERS = 10_000
@@ -49,7 +50,7 @@ MAX_TITLE_CHARACTERS = 10_000
 IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "HEIF")
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 EXIF_ORIENTATION = 0x0112
-# Without an answer until a photo's address counts as unreachable.
+# After so long without an answer a photo's address counts as unreachable.
 TIMEOUT_SECONDS = 60
 
 
@@ -77,7 +78,7 @@ def clean_title(value: Any) -> str:
     if not isinstance(value, str):
         raise UnusableItem(f"the title is not text but {type(value).__name__}")
     # Lone surrogates (half an emoji) can't be encoded, and would make the tokenizer fail for the whole batch.
-    # Stripped before it is cut, lest a title that begins with many blanks seem to have no others.
+    # Stripped before it is cut: a title that begins with very many blanks would seem to be empty.
     text = value.strip()[:MAX_TITLE_CHARACTERS].encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
     if not any(_is_visible(character) for character in text):
         raise UnusableItem("the title is empty" if not value else "the title has no visible character")
@@ -90,10 +91,10 @@ def _is_visible(character: str) -> bool:
 
 
 def fetch(address: str, most_bytes: int) -> bytes:
-    """The beginning, at most `most_bytes`, of what an http(s) address gives.
+    """The first bytes, at most `most_bytes`, of what an http(s) address gives.
 
     Raises:
-        UnusableItem: it gives nothing.
+        UnusableItem: it can't be fetched.
     """
     if not address.startswith(("http://", "https://")):
         raise UnusableItem(f"the address {address} is neither http:// nor https://")
@@ -218,7 +219,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _load(image: Image.Image) -> Image.Image:
-    """The decoded picture, mended where Pillow understands transparency otherwise than viewers do."""
+    """The decoded picture, corrected where Pillow reads transparency differently from viewers."""
     tile = image.tile[0] if getattr(image, "tile", None) else None  # which loading forgets
     image.load()
     key = image.info.get("transparency")
@@ -232,7 +233,7 @@ def _load(image: Image.Image) -> Image.Image:
         elif stored == "RGB;16B":
             image.info["transparency"] = tuple(value >> 8 for value in key)
     if image.format == "GIF" and key is None and box != (0, 0, *image.size):
-        # The first picture of a GIF need not cover it all: the rest is empty, not of the palette's first colour.
+        # The first picture of a GIF may cover only a part: the rest is empty, and not the palette's first colour.
         white = Image.new("RGB", image.size, (255, 255, 255))
         white.paste(image.crop(box), box)
         return white
@@ -276,7 +277,7 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, profile: Any) -> Image.Image:
-    """RGB of the colours that the profile, if there is one, gives to the stored values."""
+    """The image in RGB, by its colour profile if it has one that can be read."""
     if image.mode not in ("RGB", "L", "CMYK"):
         image = image.convert("RGB")
     convert = _conversion(profile, image.mode) if isinstance(profile, bytes) else None

@@ -10,15 +10,15 @@ What is read:
 - **Original files**: `{"model": state dict}` of the BLIP code or of the published AliProduct-BLIP (`epoch_N_nccl.pth`,
   with or without `module.` before the names). Retrieval checkpoints and the base ones (`model_base.pth`, ...) fit:
   both have the two encoders, both projections, the matching head and the temperature. The text decoder of base
-  checkpoints is dropped: retrieval generates no text. Captioning and VQA checkpoints lack the matching head and are
-  refused. Sizes are read off the tensors; heads are 64 wide, as in all of BLIP, unless `--vision_config` /
-  `--text_config` say otherwise.
+  checkpoints is dropped, since retrieval generates no text. Captioning and VQA checkpoints lack the matching head and
+  are refused. Sizes are read off the tensors; heads are 64 wide, as in all of BLIP, unless `--vision_config` /
+  `--text_config` give another number.
 - **transformers' `BlipForImageTextRetrieval`**, folder or Hub name (model type `blip`). It has no temperature: ours
   starts at 0.07. Its ViT has a LayerNorm epsilon of 1e-5 where the original code has 1e-6; each is kept.
   `AliBlipForImageTextRetrieval.from_pretrained` takes these directly too.
 - **AliBLIP folders**, for the way back or another `--image_size`.
 
-A weight that is missing, too many or of another shape is refused with its name. `--momentum encoders` writes the
+A weight that is missing, unexpected or of another shape is refused by its name. `--momentum encoders` writes the
 momentum encoders of an original file into `momentum.safetensors` beside the weights, `--momentum all` its queues too;
 `train.py` starts from that file where it finds it, with a `--queue_size` of as many slots. The queues hold product ids:
 carry them only to go on with the same data under the same ids, since an equal id makes a photo of the queue a positive.
@@ -43,14 +43,15 @@ import torch
 from torch import Tensor
 
 from aliblip.models.loading import load_pretrained
-from aliblip.models.original import ORIGINAL_FILE, is_original, plain_copy, to_original, to_transformers
+from aliblip.models.original import ORIGINAL_FILE, Original, is_original, plain_copy, to_original, to_transformers
 from aliblip.runtime.arguments import check_range, json_mapping, option, parse
 from aliblip.runtime.files import NewFolder, write_tensors
-from aliblip.runtime.mistakes import UsageError, first_line, main_with_usage_errors
+from aliblip.runtime.mistakes import UsageError, main_with_usage_errors, usage_errors
 from aliblip.training.carried import MOMENTUM_FILE, check_momentum, momentum_of_original, read_momentum
 from aliblip.training.checkpoint import save_model
-from configuration_aliblip import AliBlipConfig
+from configuration_aliblip import AliBlipConfig, AliBlipVisionConfig
 from modeling_aliblip import AliBlipForImageTextRetrieval
+from processing_aliblip import AliBlipProcessor
 
 
 @dataclass
@@ -83,6 +84,11 @@ class ConvertArguments:
 
 
 def check_arguments(args: ConvertArguments) -> None:
+    """Check what can be checked without reading the model.
+
+    Raises:
+        UsageError: a flag is missing, out of its range, or does not go with the others.
+    """
     for name in ("model_name_or_path", "output_dir"):
         if getattr(args, name) is None:
             raise UsageError(f"--{name} is missing; see --help")
@@ -100,7 +106,7 @@ def convert(args: ConvertArguments) -> list[str]:
     """Do what the arguments ask for. Returns lines that tell what was taken, dropped and lost.
 
     Raises:
-        UsageError, ValueError, OSError: nothing is written then.
+        UsageError: nothing is written then.
     """
     check_arguments(args)
     model, processor, original = load_pretrained(
@@ -110,69 +116,100 @@ def convert(args: ConvertArguments) -> list[str]:
         vision_config=json_mapping("vision_config", args.vision_config),
         text_config=json_mapping("text_config", args.text_config),
     )
-    image_size = args.image_size or model.config.vision_config.image_size
+    before = model.config.vision_config.image_size
+    image_size = args.image_size or before
+    with usage_errors(ValueError, told="--image_size: {}"):
+        AliBlipVisionConfig(**{**model.config.vision_config.to_dict(), "image_size": image_size})
     momentum = None
     if args.momentum != "none":
         momentum = momentum_of_original(original, model, image_size, with_queues=args.momentum == "all")
-    before = model.config.vision_config.image_size
     model.resize_image(image_size)
     processor.image_processor.size = {"height": image_size, "width": image_size}
-    output_dir = Path(args.output_dir)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
     told = [describe(model)]
     if before != image_size:
         told.append(f"position embedding interpolated from {before} to {image_size} px")
     if original is not None:
-        told += [f"dropped: {kind} ({count} tensors)" for kind, count in original.dropped.items()]
-        if original.momentum and args.momentum == "none":
-            told.append("not carried over: momentum encoders (see --momentum)")
-        if original.queues and args.momentum != "all":
-            told.append("not carried over: queues (see --momentum)")
-    with NewFolder(output_dir) as beside:
-        if args.to == "aliblip":
-            problem = save_model(model, processor, beside)
-            if problem is not None:
-                raise OSError(problem)
-            if momentum is not None:
-                write_tensors(beside / MOMENTUM_FILE, momentum)
-                told.append(f"{MOMENTUM_FILE}: momentum encoders{_queues_told(momentum)}")
-        elif args.to == "transformers":
-            theirs, their_processor = to_transformers(model, processor)
-            theirs.save_pretrained(beside)
-            their_processor.save_pretrained(beside)
-            told.append(f"lost: the temperature, {model.temp.item():.4f} (transformers' BLIP has none)")
-            told.append(
-                f"for the same ITM logits set input_ids[:, 0] = {model.config.enc_token_id} ([ENC]) yourself, for ITC "
-                "leave them as they are"
-            )
-        else:
-            carried = read_momentum(args.model_name_or_path)
-            if carried is not None:
-                check_momentum(carried, model)
-            torch.save(to_original(model, carried), beside / ORIGINAL_FILE)
-            plain_copy(processor.tokenizer).save_pretrained(beside)
-            source = f"of {MOMENTUM_FILE}" if carried else "copies of the encoders"
-            told.append(f"{ORIGINAL_FILE} with momentum encoders ({source})")
-            told += _not_in_original(model.config)
+        told += _not_carried_over(original, args.momentum)
+    output_dir = Path(args.output_dir)
+    with usage_errors(OSError, told=f"{output_dir} could not be written: {{}}"):
+        output_dir.parent.mkdir(parents=True, exist_ok=True)
+        with NewFolder(output_dir) as beside:
+            if args.to == "aliblip":
+                told += _write_aliblip(beside, model, processor, momentum)
+            elif args.to == "transformers":
+                told += _write_transformers(beside, model, processor)
+            else:
+                told += _write_original(beside, model, processor, read_momentum(args.model_name_or_path))
     return [*told, f"written: {output_dir}"]
 
 
+def _not_carried_over(original: Original, momentum: str) -> list[str]:
+    told = [f"dropped: {kind} ({count} tensors)" for kind, count in original.dropped.items()]
+    if original.momentum and momentum == "none":
+        told.append("not carried over: momentum encoders (see --momentum)")
+    if original.queues and momentum != "all":
+        told.append("not carried over: queues (see --momentum)")
+    return told
+
+
+# Each writes one form into an empty folder, and returns lines that tell what was written and lost.
+
+
+def _write_aliblip(
+    folder: Path,
+    model: AliBlipForImageTextRetrieval,
+    processor: AliBlipProcessor,
+    momentum: dict[str, Tensor] | None,
+) -> list[str]:
+    if (problem := save_model(model, processor, folder)) is not None:
+        raise OSError(problem)
+    if momentum is None:
+        return []
+    write_tensors(folder / MOMENTUM_FILE, momentum)
+    return [f"{MOMENTUM_FILE}: momentum encoders{_queues_told(momentum)}"]
+
+
+def _write_transformers(folder: Path, model: AliBlipForImageTextRetrieval, processor: AliBlipProcessor) -> list[str]:
+    theirs, their_processor = to_transformers(model, processor)
+    theirs.save_pretrained(folder)
+    their_processor.save_pretrained(folder)
+    return [
+        f"lost: the temperature, {model.temp.item():.4f} (transformers' BLIP has none)",
+        f"for the same ITM logits set input_ids[:, 0] = {model.config.enc_token_id} ([ENC]) yourself, for ITC leave "
+        "them as they are",
+    ]
+
+
+def _write_original(
+    folder: Path,
+    model: AliBlipForImageTextRetrieval,
+    processor: AliBlipProcessor,
+    carried: dict[str, Tensor] | None,
+) -> list[str]:
+    if carried is not None:
+        check_momentum(carried, model)
+    torch.save(to_original(model, carried), folder / ORIGINAL_FILE)
+    plain_copy(processor.tokenizer).save_pretrained(folder)
+    source = f"of {MOMENTUM_FILE}" if carried else "copies of the encoders"
+    return [f"{ORIGINAL_FILE} with momentum encoders ({source})", *_not_in_original(model.config)]
+
+
 def _not_in_original(config: AliBlipConfig) -> list[str]:
-    """What the original code takes for granted, and this model does otherwise: its numbers are not the same there; and
-    the flags without which such a file would come back as another model, since no tensor tells them."""
+    """Where the original code computes something else with these weights, since it has fixed values that this model
+    does not have; and the flags to read such a file back with, since the tensors don't tell these values."""
     told, flags = [], []
     towers = (("vision", "ViT", config.vision_config, 1e-6), ("text", "BERT", config.text_config, 1e-12))
-    for tower, name, part, epsilon in towers:
+    for tower, name, own, epsilon in towers:
         untold = {}
-        if part.layer_norm_eps != epsilon:
-            untold["layer_norm_eps"] = part.layer_norm_eps
-            told.append(f"differs there: the {name}'s LayerNorm epsilon is {epsilon}, here {part.layer_norm_eps}")
-        if part.num_attention_heads * 64 != part.hidden_size:
-            untold["num_attention_heads"] = part.num_attention_heads
-            told.append(f"differs there: the {name}'s heads are 64 wide, here there are {part.num_attention_heads}")
+        if own.layer_norm_eps != epsilon:
+            untold["layer_norm_eps"] = own.layer_norm_eps
+            told.append(f"differs there: the {name}'s LayerNorm epsilon is {epsilon}, here {own.layer_norm_eps}")
+        if own.num_attention_heads * 64 != own.hidden_size:
+            untold["num_attention_heads"] = own.num_attention_heads
+            told.append(f"differs there: the {name}'s heads are 64 wide, here there are {own.num_attention_heads}")
         if untold:
             flags.append(f"--{tower}_config '{json.dumps(untold)}'")
-    return [*told, f"whoever reads it here has to add {' '.join(flags)}"] if flags else []
+    return [*told, f"to read it back, add {' '.join(flags)}"] if flags else []
 
 
 def _queues_told(momentum: dict[str, Tensor]) -> str:
@@ -195,12 +232,7 @@ def describe(model: AliBlipForImageTextRetrieval) -> str:
 
 def main() -> int:
     (args,) = parse([ConvertArguments], description=__doc__)
-    try:
-        print("\n".join(convert(args)))
-    except UsageError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UsageError(first_line(error)) from error
+    print("\n".join(convert(args)))
     return 0
 
 

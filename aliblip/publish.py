@@ -18,8 +18,8 @@ from pathlib import Path
 from aliblip.models.card import CARD, write_card
 from aliblip.models.upload import HubArguments, check_folder, connect, upload
 from aliblip.runtime.arguments import option, parse
-from aliblip.runtime.mistakes import UsageError, first_line, main_with_usage_errors
-from aliblip.runtime.retries import WAITS, retried
+from aliblip.runtime.mistakes import UsageError, first_line, main_with_usage_errors, usage_errors
+from aliblip.runtime.retries import WAITS, retried, trouble_of
 
 
 @dataclass
@@ -43,16 +43,16 @@ def publish(args: PublishArguments, hub_args: HubArguments) -> list[str]:
     name = str(folder)
     if hub_args.hub_model_id is not None:
         api, name = connect(hub_args)
-    try:
+    with usage_errors(OSError, told=f"the card of {folder} can't be written: {{}}"):
         is_ours = write_card(folder, name, hub_args.hub_license)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"the card of {folder} can't be written: {type(error).__name__}: {error}") from error
     told = [f"{'written' if is_ours else 'left as you edited it'}: {folder / CARD}"]
     if api is None:
         return [*told, "to upload it, give --hub_model_id too"]
     try:
         address = retried(lambda: upload(api, name, folder, "Publish"), WAITS, what=f"the upload to {name}")
-    except Exception as error:
+    except Exception as error:  # the Hub's client has many kinds
+        if trouble_of(error).reason is None:  # neither the Hub nor the connection: a bug
+            raise
         raise UsageError(
             f"{folder} could not be uploaded to {name} ({type(error).__name__}: {first_line(error)}): try again later"
         ) from error

@@ -14,6 +14,8 @@ os.environ["HF_MODULES_CACHE"] = _modules.name
 # A worker of pytest-xdist takes whole files, in this order: those that take long must not be left to the end.
 _LONGEST = ("test_survival", "test_launch", "test_train", "test_evaluation")
 
+pytest_plugins = ["blip_stub"]
+
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST))

@@ -91,7 +91,9 @@ def test_nested_and_typed_columns(tmp_path, caplog):
     expected = {"caption": "a", "sizes": [1, 2], "seller": {"name": "x", "tags": ["p"]}, "category": "mug"}
     assert first.others == {**expected, "price": Decimal("9.50"), "day": day, "stamp": stamp}
     assert second.others == {**dict.fromkeys(first.others), "caption": "b", "sizes": []}
-    assert source.schema_of_others().field("price").type == pa.decimal128(8, 2)
+    schema = source.schema_of_others()
+    assert schema.field("price").type == pa.decimal128(8, 2) and schema.field("category").type == pa.string()
+    assert pa.Table.from_pylist([first.others, second.others], schema).to_pylist() == [first.others, second.others]
     # `datasets` can't read maps: told, or refused where it was named
     assert "left out are columns of a type that can't be read: 'map' (map<string, int64" in caplog.text
     with pytest.raises(UsageError, match="column 'map' is of type map"):

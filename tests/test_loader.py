@@ -1,4 +1,4 @@
-"""Loaders: the plan, the position, equal steps for every rank, and holes that shift nothing."""
+"""Loaders: the order, the position, equal steps for every rank, and holes that shift nothing."""
 
 import json
 import multiprocessing
@@ -22,10 +22,11 @@ from data_stub import (
 
 from aliblip.data.augment import TrainAugmentation
 from aliblip.data.collate import Collator, NoUsableRow, sample_rng
-from aliblip.data.loader import EpochPlan, EvalLoader, TrainLoader, _parts, _schedule
+from aliblip.data.loader import EpochOrder, EvalLoader, TrainLoader, _schedule, _shares
 from aliblip.data.manifest import DataFile
 from aliblip.data.rows import decode
 from aliblip.data.sources import open_source
+from aliblip.runtime.mistakes import UsageError
 
 # Three workers on a machine of two cores are slow, not wrong.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -44,10 +45,10 @@ def rows_of(batches):
     return [batch["row"].tolist() for batch in batches]
 
 
-# ------------------------------------------------------------------------------------------------------------ the plan
+# ----------------------------------------------------------------------------------------------------------- the order
 
 
-def plan_slowly(sizes, seed, epoch, world, batch, window):
+def order_slowly(sizes, seed, epoch, world, batch, window):
     """All ranks' windows as lists of global rows, with lists instead of offsets."""
     rng = np.random.default_rng([0, seed, epoch])
     firsts = [sum(sizes[:i]) for i in range(len(sizes))]
@@ -72,18 +73,18 @@ def plan_slowly(sizes, seed, epoch, world, batch, window):
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 @pytest.mark.parametrize("batch", [1, 4, 13])
 @pytest.mark.parametrize("window", [1, 10, 64, 1000])
-def test_the_plan_equals_its_slow_version(world, batch, window):
+def test_the_order_equals_its_slow_version(world, batch, window):
     for sizes in (UNEVEN, [100], [1] * 100):
         for epoch in (0, 1):
-            plan = EpochPlan(sizes, seed=9, epoch=epoch, world_size=world, batch_size=batch, window=window)
-            ranks, leftover = plan_slowly(sizes, 9, epoch, world, batch, window)
+            order = EpochOrder(sizes, seed=9, epoch=epoch, world_size=world, batch_size=batch, window=window)
+            ranks, leftover = order_slowly(sizes, 9, epoch, world, batch, window)
             for rank, windows in enumerate(ranks):
-                assert plan.num_windows == len(windows)
+                assert order.num_windows == len(windows)
                 for index, expected in enumerate(windows):
-                    rows = plan.rows_of(plan.window_segments(rank, index))
-                    assert [rows[i] for i in plan.window_order(rank, index)] == expected
-                    assert plan.window_batches(index) * batch == len(expected)
-            assert plan.leftover() == leftover and plan.leftover_rows == len(leftover) < world * batch
+                    rows = order.rows_of(order.window_segments(rank, index))
+                    assert [rows[i] for i in order.window_order(rank, index)] == expected
+                    assert order.window_batches(index) * batch == len(expected)
+            assert order.leftover() == leftover and order.leftover_rows == len(leftover) < world * batch
             every = [row for windows in ranks for window in windows for row in window] + leftover
             assert sorted(every) == list(range(100))
 
@@ -91,13 +92,13 @@ def test_the_plan_equals_its_slow_version(world, batch, window):
 def test_the_rows_left_over_rotate():
     seen = set()
     for epoch in range(60):
-        plan = EpochPlan(UNEVEN, seed=1, epoch=epoch, world_size=2, batch_size=16, window=32)
-        assert len(plan.leftover()) == 4
-        seen.update(plan.leftover())
+        order = EpochOrder(UNEVEN, seed=1, epoch=epoch, world_size=2, batch_size=16, window=32)
+        assert len(order.leftover()) == 4
+        seen.update(order.leftover())
     assert len(seen) > 60
 
 
-def test_a_plan_of_millions_of_rows():
+def test_an_order_of_millions_of_rows():
     """4,000,000 rows in 1,024 shards for 64 ranks of 8 workers: what one rank holds, and what all of them read."""
     rng = np.random.default_rng(0)
     sizes = rng.multinomial(4_000_000, rng.dirichlet(np.full(1024, 5.0)))
@@ -106,33 +107,33 @@ def test_a_plan_of_millions_of_rows():
     source.files = [DataFile(f"{index}.tar", int(rows), 50_000 * int(rows), "") for index, rows in enumerate(sizes)]
     tracemalloc.start()
     loader = loader_of(source, rank=63, world=64, batch=16, workers=8, window=4096)
-    plan = loader.plan(2)
-    schedule = _schedule([plan.window_batches(index) for index in range(plan.num_windows)], 8)
-    parts = _parts(schedule, 8)
-    segments = [plan.window_segments(63, index) for index in range(plan.num_windows)]
+    order = loader.order(2)
+    schedule = _schedule([order.window_batches(index) for index in range(order.num_windows)], 8)
+    shares = _shares(schedule, 8)
+    segments = [order.window_segments(63, index) for index in range(order.num_windows)]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2e6  # bytes; an array of the numbers of all rows would take 32 million
-    assert len(schedule) == sum(map(len, parts)) == loader.steps_per_epoch == plan.steps == 3906
-    assert all(parts) and segments
+    assert len(schedule) == sum(map(len, shares)) == loader.steps_per_epoch == order.steps == 3906
+    assert all(shares) and segments
 
     taken = np.zeros(4_000_000, dtype=np.uint8)
     for rank in range(64):
         read = 0
-        for index in range(plan.num_windows):
-            for shard, start, stop in plan.window_segments(rank, index):
+        for index in range(order.num_windows):
+            for shard, start, stop in order.window_segments(rank, index):
                 first = source.shards[shard].first_row
                 assert 0 <= start < stop <= sizes[shard]
                 taken[first + start : first + stop] += 1
                 read += stop - start
-        assert read == plan.steps * 16  # equally many steps on each rank
-        for index in (0, plan.num_windows - 1):
-            rows = plan.window_batches(index) * 16
-            assert np.array_equal(np.sort(plan.window_order(rank, index)), np.arange(rows))
+        assert read == order.steps * 16  # equally many steps on each rank
+        for index in (0, order.num_windows - 1):
+            rows = order.window_batches(index) * 16
+            assert np.array_equal(np.sort(order.window_order(rank, index)), np.arange(rows))
     left = 4_000_000 - int(taken.sum())
-    assert taken.max() == 1 and left == plan.leftover_rows == 256
+    assert taken.max() == 1 and left == order.leftover_rows == 256
     line = loader.describe()
-    assert "256 rows left over (0.006%, others each epoch)" in line
+    assert "256 rows left over (0.006%, different ones each epoch)" in line
     assert "at most 4,096 rows undecoded in memory per worker, about 204.8 MB" in line
 
 
@@ -148,7 +149,7 @@ def test_ranks_together_deliver_the_plan(world, batch, window, workers):
         rows = rows_of(loader.epoch(1))
         assert len(rows) == loader.steps_per_epoch == 100 // (world * batch)
         assert all(len(batch_rows) == batch for batch_rows in rows)
-        windows = plan_slowly(UNEVEN, 5, 1, world, batch, loader.window)[0][rank]
+        windows = order_slowly(UNEVEN, 5, 1, world, batch, loader.window)[0][rank]
         cut = [[w[i : i + batch] for i in range(0, len(w), batch)] for w in windows]
         queues = [[b for w in cut[k :: max(workers, 1)] for b in w] for k in range(max(workers, 1))]
         expected = []  # workers take turns
@@ -266,8 +267,9 @@ def test_a_batch_without_any_usable_row_borrows_from_its_window():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_nothing_usable_is_an_error_with_reasons(workers):
     loader = loader_of(MemorySource(UNEVEN, range(100)), workers=workers)
-    with pytest.raises(NoUsableRow, match="not an image of a known format"):
+    with pytest.raises(NoUsableRow, match="not an image of a known format") as caught:
         list(loader.epoch(0))
+    assert "\n" not in str(caught.value)  # the message of torch's workers holds a traceback
 
 
 def test_an_error_in_a_worker_surfaces_with_its_message():
@@ -298,7 +300,7 @@ def test_an_epoch_left_early_leaves_no_worker_behind():
 
 
 def test_requests_that_make_no_sense():
-    with pytest.raises(ValueError, match="--per_device_train_batch_size 50 or less"):
+    with pytest.raises(UsageError, match="--per_device_train_batch_size 50 or less"):
         loader_of(MemorySource(UNEVEN), world=2, batch=51)
     for options, why in (
         ({"batch": 0}, "batch_size"),
@@ -307,9 +309,10 @@ def test_requests_that_make_no_sense():
         ({"workers": -1}, "num_workers"),
         ({"seed": -1}, "seed"),
     ):
-        with pytest.raises(ValueError, match=why):
+        with pytest.raises(ValueError, match=why) as caught:
             loader_of(MemorySource(UNEVEN), **options)
-    with pytest.raises(ValueError, match="no rows"):
+        assert not isinstance(caught.value, UsageError)  # whoever calls it in code sees where
+    with pytest.raises(UsageError, match="no rows"):
         MemorySource([])
     line = loader_of(MemorySource(UNEVEN), world=2, batch=16).describe()
     assert "\n" not in line
@@ -416,7 +419,7 @@ def test_every_layout_streams_with_a_corrupt_image_as_a_hole(tmp_path, workers):
             assert len(batches) == 5
             seen += [row for rows_ in rows_of(batches) for row in rows_]
             skipped += [(entry["row"], entry["name"].split(".")[0]) for batch in batches for entry in batch["skipped"]]
-        left = set(loader.plan(0).leftover())
+        left = set(loader.order(0).leftover())
         assert set(seen) == set(range(23)) - left - {11}
         assert skipped == ([] if 11 in left else [(11, "p011")])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -26,12 +27,12 @@ from runs import TINY, write_split
 import gallery_aliblip
 import train
 from aliblip import publish
-from aliblip.models import upload
+from aliblip.models import card, upload
 from aliblip.models.card import MARK, all_results, model_card, write_card
 from aliblip.models.upload import HubArguments
 from aliblip.publish import PublishArguments
 from aliblip.runtime.arguments import parse
-from aliblip.runtime.mistakes import UsageError
+from aliblip.runtime.mistakes import UsageError, main_with_usage_errors
 from aliblip.training.arguments import ModelArguments, TrainDataArguments, TrainingArguments
 from aliblip.training.checkpoint import save_model
 from gallery_aliblip import Gallery
@@ -388,13 +389,15 @@ def test_a_model_is_uploaded_as_it_was_and_one_in_between_is_left_out(hub, publi
     assert not list(model.parent.glob(".publish*"))
 
 
-def test_the_end_waits_so_long_and_no_longer(hub, publisher, model):
+def test_the_end_waits_so_long_and_no_longer(hub, publisher, model, monkeypatch):
+    """By a clock that goes on by ten seconds at each look."""
     hub.gate.clear()
     publisher.push(model, "one")
-    start = time.monotonic()
-    publisher.finish(0.3)
-    assert 0.3 <= time.monotonic() - start < 20
-    assert publisher.told[0].startswith(f"uploading {model} to me/name (0 s")
+    monkeypatch.setattr(upload, "SECONDS_BETWEEN_NEWS", 0.01)
+    monkeypatch.setattr(upload, "time", SimpleNamespace(monotonic=itertools.count(100, 10).__next__))
+    publisher.finish(35)
+    news = [line for line in publisher.told if line.startswith(f"uploading {model} to me/name (")]
+    assert [line.split("(")[1].split(" s")[0] for line in news] == ["10", "20", "30"]
     assert publisher.told[-1] == (
         f"not on the Hub: {model}; to upload it: python -m aliblip.publish --model_name_or_path {model} "
         "--hub_model_id me/name"
@@ -453,6 +456,39 @@ def test_folders_that_are_no_model_are_refused(hub, model, tmp_path):
         path.unlink()
     assert "python -m aliblip.convert --model_name_or_path" in refused(model)
     assert hub.requests == []
+
+
+def test_damaged_files_are_mistakes_and_a_bug_is_a_traceback(hub, model, monkeypatch, capsys):
+    def told() -> str:
+        monkeypatch.setattr(sys, "argv", ["publish.py", "--model_name_or_path", str(model)])
+        with pytest.raises(SystemExit) as ended:
+            main_with_usage_errors("aliblip.publish", publish.main)
+        printed = capsys.readouterr().err
+        assert ended.value.code == 2 and printed.count("\n") == 1
+        return printed
+
+    monkeypatch.setattr(card, "write_text", lambda *args: int("a bug"))
+    monkeypatch.setattr(sys, "argv", ["publish.py", "--model_name_or_path", str(model)])
+    with pytest.raises(ValueError, match="a bug"):  # Python shows it with its traceback, and exit code 1
+        main_with_usage_errors("aliblip.publish", publish.main)
+    (model / "results.json").write_text("{")
+    assert f"{model / 'results.json'} can't be read" in told()
+    (model / "results.json").unlink()
+    weights = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(weights[:100])
+    assert f"{model / 'model.safetensors'} can't be read" in told()
+    (model / "config.json").write_text("[")
+    assert f"{model / 'config.json'} can't be read" in told()
+
+
+def test_an_upload_that_fails_is_a_mistake_only_where_the_hub_failed(hub, model, monkeypatch):
+    hub.faults = [("/commit/", 403)]
+    with pytest.raises(UsageError, match="could not be uploaded to me/name .*403"):
+        of_flags("--model_name_or_path", model, "--hub_model_id", "me/name")
+    monkeypatch.setattr(publish, "upload", lambda *args: int("a bug"))
+    with pytest.raises(ValueError, match="a bug") as raised:
+        of_flags("--model_name_or_path", model, "--hub_model_id", "me/name")
+    assert not isinstance(raised.value, UsageError)
 
 
 def test_a_card_that_was_edited_stays(hub, model):

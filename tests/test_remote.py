@@ -22,6 +22,7 @@ from aliblip.data.remote import RemoteReadError, read_file, resumed
 from aliblip.data.rows import Row, decode
 from aliblip.data.sources import open_source
 from aliblip.runtime import retries
+from aliblip.runtime.mistakes import UsageError
 from reading_aliblip import UnusableItem
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -112,8 +113,11 @@ def test_a_server_that_fails_for_good_ends_the_run(folder, layout, fault, worker
         batches = loader_of(open_below(server.url, layout), workers).epoch(0)
         server.always = fault
         server.requests.clear()
-        with pytest.raises(RemoteReadError, match=r"http://127.* can't be read: .*\(tried 8 times in \d+ seconds\)"):
+        with pytest.raises(
+            RemoteReadError, match=r"http://127.* can't be read: .*\(tried 8 times in \d+ seconds\)"
+        ) as caught:
             list(batches)
+        assert "\n" not in str(caught.value)
         # A look at the file is a HEAD and a GET, and aiohttp itself asks once more where a kept connection is gone.
         # With the tries inside of datasets it would be 20 times as many, and they wait 5 seconds and more.
         assert 8 <= len(server.requests) <= 8 * 4 * max(workers, 1)
@@ -125,22 +129,22 @@ def test_a_server_that_fails_for_good_at_the_start_is_one_line(folder):
         server.always = "500"
         for layout in LAYOUTS:
             server.requests.clear()
-            with pytest.raises(ValueError) as caught:
+            with pytest.raises(UsageError) as caught:
                 open_below(server.url, layout)
             message = str(caught.value)
             assert server.url in message and "500 Internal Server Error (tried 8 times" in message
             assert "\n" not in message
             assert len(server.requests) <= 3 * 8 * 3
         server.always = None
-        with pytest.raises(ValueError, match=r"gone\.parquet can't be read: .*No such file"):
+        with pytest.raises(UsageError, match=r"gone\.parquet can't be read: .*No such file"):
             open_source(data_files=[f"{server.url}/parquet/gone.parquet"], split="train")
-    with pytest.raises(ValueError, match="Connect call failed.*tried 8 times"):
+    with pytest.raises(UsageError, match="Connect call failed.*tried 8 times"):
         open_below(f"http://127.0.0.1:{free_port()}", "tars")
 
 
 def test_a_server_without_ranges_is_one_line(folder, monkeypatch):
     monkeypatch.setattr(parquet, "TAIL_BYTES", 64)  # else the small files are read whole
-    with FileServer(folder, ranges=False) as server, pytest.raises(ValueError, match=r"HTTP Range"):
+    with FileServer(folder, ranges=False) as server, pytest.raises(UsageError, match=r"HTTP Range"):
         open_below(server.url, "tars")
 
 
@@ -182,7 +186,7 @@ def test_a_silent_server_is_a_dropped_connection(folder, monkeypatch):
 def test_no_network_is_said_at_once(monkeypatch):
     """conftest forbids the Hub; its client then raises an error of the connection."""
     monkeypatch.setattr(retries.time, "sleep", lambda seconds: pytest.fail("waited"))
-    with pytest.raises(ValueError, match="nobody/nothing can't be opened"):
+    with pytest.raises(UsageError, match="nobody/nothing can't be opened"):
         open_source(dataset_name="nobody/nothing", split="train")
 
 

@@ -27,7 +27,8 @@ from PIL import Image
 
 from aliblip.data import parquet
 from aliblip.data.rows import Row, decode, product_id_of
-from aliblip.data.sources import open_source, require_usable_row
+from aliblip.data.sources import OPENERS, open_source, require_usable_row
+from aliblip.runtime.mistakes import UsageError
 from reading_aliblip import MAX_TITLE_CHARACTERS, UnusableItem
 
 COUNT = 11
@@ -119,7 +120,7 @@ def test_parquet_skips_row_groups_without_reading_them(layouts, monkeypatch):
 
 def test_bad_requests_are_one_line(layouts, tmp_path):
     def message(**arguments):
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises(UsageError) as caught:
             open_source(**{"split": "train", **arguments})
         assert "\n" not in str(caught.value)
         return str(caught.value)
@@ -157,11 +158,18 @@ def test_bad_requests_are_one_line(layouts, tmp_path):
     assert "no rows" in message(data_files=str(tmp_path / "0.parquet"))
 
 
+def test_a_bug_in_an_opener_is_not_told_as_a_mistake(layouts, monkeypatch):
+    monkeypatch.setitem(OPENERS, "parquet", lambda request: int("a bug"))
+    with pytest.raises(ValueError, match="a bug") as raised:
+        open_source(split="train", **layouts["parquet"])
+    assert not isinstance(raised.value, UsageError)
+
+
 def test_no_usable_row_is_an_error_with_reasons(tmp_path):
     entries = [{"product": f"{i}.png", "caption": "x"} for i in range(5)]
     (tmp_path / "list.json").write_text(json.dumps(entries))
     source = open_source(data_files=str(tmp_path / "list.json"), split="train")
-    with pytest.raises(ValueError, match="none of the first 5 rows .*0.png: the image file is missing"):
+    with pytest.raises(UsageError, match="none of the first 5 rows .*0.png: the image file is missing"):
         require_usable_row(source)
     (tmp_path / "4.png").write_bytes(encoded(photo(0)))
     require_usable_row(source)

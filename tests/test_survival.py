@@ -134,7 +134,7 @@ def test_an_interrupted_run_repeats_the_uninterrupted_one(
     source = open_source(data_dir=str(flags[flags.index("--data_dir") + 1]), split="train")
     loader = TrainLoader(source, None, batch_size=BATCH, seed=42, rank=0, world_size=world, num_workers=workers)
     for epoch in range(EPOCHS):
-        planned = set(range(TRAIN_ROWS)) - set(loader.plan(epoch).leftover())
+        planned = set(range(TRAIN_ROWS)) - set(loader.order(epoch).leftover())
         rows = [row for (_, e, _), rows in seen.items() if e == epoch for row in rows]
         assert set(rows) == planned - {17, 30}
         holes = len(planned & {17, 30})

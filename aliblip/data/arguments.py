@@ -19,7 +19,7 @@ class DataArguments:
     dataset_config_name: str | None = option(None, "Configuration of the Hub data set.")
     data_dir: str | None = option(None, "Local folder: Parquet files, WebDataset tars, tables, or photos.")
     image_dir: str | None = option(
-        None, "Folder of the photos that tables name (default: where each table lies, or near it)."
+        None, "Folder of the photos that a table names (default: where the table lies, or near it)."
     )
     image_column: str | None = option(None, "Column of the photo (default: image, then what people call it).")
     caption_column: str | None = option(

@@ -37,7 +37,7 @@ def _signed(value: float, rng: random.Random) -> float:
 
 
 def _enhancement(level: float) -> float:
-    return level / MAX_LEVEL * 1.8 + 0.1  # level 5 is exactly 1, that is no change: so it is in BLIP
+    return level / MAX_LEVEL * 1.8 + 0.1  # level 5 gives exactly 1, no change, as in BLIP
 
 
 def _identity(image, level, rng):

@@ -24,7 +24,7 @@ THUMBNAIL_QUALITY = 85
 
 
 class NoUsableRow(UsageError):
-    """Not one row of a batch, nor any spare, is usable; the first reasons are in the message."""
+    """No row of a batch is usable, and no spare either; the first reasons are in the message."""
 
 
 def sample_rng(seed: int, epoch: int, row: int) -> random.Random:
@@ -42,7 +42,7 @@ class Collator:
         augment: `augment(image, rng) -> image` before the processor, or None.
         seed: of the augmentation.
         max_length: longest title in tokens; None leaves it to the processor.
-        sides: "both", or what alone is looked at of a row: "images" or "titles". The other side's tensors are absent.
+        sides: "both", or the only side that is read: "images" or "titles". The other side's tensors are absent.
         describe: whether batches that are not filled also hold what people read: `name`, `text`, `path` (of the photo,
             or its address; None where the row holds the photo itself) and `others`, lists of B values of `Row`.
         others_as_text: whether the values of `others` become text, or stay as the data has them.
@@ -79,7 +79,7 @@ class Collator:
             rows: undecoded rows.
             epoch: of the augmentation.
             fill: whether the hole of an unusable row is filled by repeating the next usable row of the batch (training:
-                the batch keeps its size B = len(rows)), or left out (evaluation: B = usable rows, which may be 0).
+                the batch keeps its size B = len(rows)), or left out (evaluation: B = usable rows, maybe 0).
             spares: further rows, tried in order only if `fill` is asked for and no row of the batch is usable.
 
         Returns:
@@ -177,9 +177,9 @@ def thumbnail(photo: Image.Image, side: int) -> bytes:
     return stream.getvalue()
 
 
-def printable(name: str) -> str:
-    """A name as a file and a terminal take it: it may hold half a surrogate pair."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+def printable(text: str) -> str:
+    """Text that files and terminals take: that of a catalogue may hold half a surrogate pair."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _next_usable(size: int, usable: Sequence[int]) -> list[int]:

@@ -5,13 +5,13 @@
         ...
 
 The order of an epoch is a function of the seed, the epoch and the row counts of the shards; the position in it is a
-count of steps. Nothing about the order is state of a reader: there is nothing to save but that count, nothing to lose.
+count of steps. Readers keep no state of the order: that count is all that has to be saved.
 
-The plan of an epoch (`EpochPlan`): all shards in a seeded permutation are one sequence of rows; it is turned by a
-seeded offset, so that the few rows left over are others in every epoch; and it is cut into one range per rank, all of
+The order of an epoch (`EpochOrder`): all shards in a seeded permutation are one sequence of rows; it is turned by a
+seeded offset, so that the few rows left over differ from epoch to epoch; and it is cut into one range per rank, all of
 `steps * batch_size` rows. So every rank has equally many steps whatever the sizes of the shards. A range consists of
-windows; the undecoded rows of a window are read, permuted and cut into batches. Window w of a rank is the part of
-worker w modulo the number of workers. Memory: one window of undecoded rows per worker (paths only, for folders).
+windows; the undecoded rows of a window are read, permuted and cut into batches. Window w of a rank is read by worker w
+modulo the number of workers. Memory: one window of undecoded rows per worker (paths only, for folders).
 """
 
 from __future__ import annotations
@@ -28,16 +28,18 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from aliblip.data.collate import Collator, NoUsableRow
+from aliblip.data.remote import RemoteReadError
 from aliblip.data.rows import Row, Source
 from aliblip.runtime.interrupts import let_the_trainer_decide
+from aliblip.runtime.mistakes import UsageError
 
-__all__ = ["EpochPlan", "EvalLoader", "TrainLoader"]
+__all__ = ["EpochOrder", "EvalLoader", "TrainLoader"]
 
 # Numbers of the seeded streams, so that no two draws share one.
 SHARD_ORDER, WINDOW_ORDER = 0, 1
 
 
-class EpochPlan:
+class EpochOrder:
     """Which rows each rank reads in an epoch, in which windows, and in which order: a pure function of its arguments.
 
     Args:
@@ -123,10 +125,10 @@ class EpochPlan:
 class TrainLoader:
     """Batches of one rank, epoch by epoch.
 
-    Every rank takes `steps_per_epoch` batches of `batch_size`, no row twice in an epoch on any rank. A batch lies
-    within one window; with more than one worker windows are at most a worker's share of the epoch, so that a small data
-    set keeps all workers busy too. The order therefore depends on `batch_size`, `world_size` and `num_workers`; and on
-    nothing else than these, `window`, the seed, the epoch and the shards.
+    Every rank takes `steps_per_epoch` batches of `batch_size`, and no row comes twice in an epoch, on whatever rank. A
+    batch lies within one window; with more than one worker a window is at most a worker's share of the epoch, so that a
+    small data set keeps all workers busy too. So the order depends on `batch_size`, `world_size`, `num_workers`,
+    `window`, the seed, the epoch and the shards, and on nothing else.
 
     Args:
         source: where rows come from.
@@ -138,7 +140,8 @@ class TrainLoader:
         window: rows permuted together, and held undecoded in memory by each worker.
 
     Raises:
-        ValueError: a batch from every rank needs more rows than there are; or a number is out of its range.
+        UsageError: a batch from every rank needs more rows than there are.
+        ValueError: a number is out of its range.
     """
 
     def __init__(
@@ -157,7 +160,7 @@ class TrainLoader:
         if seed < 0:
             raise ValueError(f"seed is {seed}: it must be 0 or more")
         if source.num_rows < batch_size * world_size:
-            raise ValueError(
+            raise UsageError(
                 f"{source.name} has {source.num_rows} rows in split '{source.split}', fewer than one batch of "
                 f"{batch_size} on each of {world_size} process{'es' if world_size > 1 else ''}: use "
                 f"--per_device_train_batch_size {max(source.num_rows // world_size, 1)} or less, or more data"
@@ -175,9 +178,9 @@ class TrainLoader:
         self.window = max(self.window // batch_size, 1) * batch_size
         self.steps_per_epoch = steps
 
-    def plan(self, epoch: int) -> EpochPlan:
-        """The plan of an epoch, for all ranks."""
-        return EpochPlan(
+    def order(self, epoch: int) -> EpochOrder:
+        """The order of an epoch, for all ranks."""
+        return EpochOrder(
             self._shard_rows,
             seed=self.seed,
             epoch=epoch,
@@ -199,12 +202,12 @@ class TrainLoader:
         return self._batches(epoch, start_step)
 
     def _batches(self, epoch: int, start_step: int) -> Iterator[dict[str, Any]]:
-        plan = self.plan(epoch)
+        order = self.order(epoch)
         schedule = _schedule(
-            [plan.window_batches(index) for index in range(plan.num_windows)], max(self.num_workers, 1)
+            [order.window_batches(index) for index in range(order.num_windows)], max(self.num_workers, 1)
         )
-        parts = _parts(schedule[start_step:], max(self.num_workers, 1))
-        dataset = _TrainPart(self.source, self.collator, plan, self.rank, epoch, parts)
+        shares = _shares(schedule[start_step:], max(self.num_workers, 1))
+        dataset = _TrainReader(self.source, self.collator, order, self.rank, epoch, shares)
         expected = iter(schedule[start_step:])
         with closing(_deliver(dataset, self.num_workers)) as delivered:
             for place, batch in delivered:
@@ -223,8 +226,8 @@ class TrainLoader:
         return (
             f"{self.source.name} ({self.source.split}): {rows:,} rows in {len(self.source.shards):,} shards, "
             f"{self.steps_per_epoch:,} steps of {self.batch_size} x {self.world_size} per epoch, {left:,} rows left "
-            f"over ({left / rows:.3%}, others each epoch), mixed in windows of {self.window:,} rows per process "
-            f"({share:.1%} of the epoch): at most {self.window:,} rows undecoded in memory per worker"
+            f"over ({left / rows:.3%}, different ones each epoch), mixed in windows of {self.window:,} rows per "
+            f"process ({share:.1%} of the epoch): at most {self.window:,} rows undecoded in memory per worker"
             + (f", about {size / 1e6:,.1f} MB" if size else "")
         )
 
@@ -272,8 +275,8 @@ class EvalLoader:
         return self.units(range(self.rank, self.num_units, self.world_size))
 
     def units(self, units: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(unit, batch) of chosen units, in their order, whoever they belong to."""
-        with closing(_deliver(_EvalPart(self, units), min(self.num_workers, len(units)))) as delivered:
+        """(unit, batch) of chosen units, in their order, whatever rank they belong to."""
+        with closing(_deliver(_EvalReader(self, units), min(self.num_workers, len(units)))) as delivered:
             yield from delivered
 
     def read_unit(self, unit: int) -> dict[str, Any]:
@@ -288,21 +291,35 @@ class EvalLoader:
 # --------------------------------------------------------------------------------------------------------- inside
 
 
-class _TrainPart(IterableDataset):
-    """What one worker delivers: ((window, batch in the window), batch), for its list of places."""
+class _Reader(IterableDataset):
+    """What one worker delivers."""
 
-    def __init__(self, source, collator, plan: EpochPlan, rank: int, epoch: int, parts: list[list[tuple[int, int]]]):
-        self.source, self.collator, self.plan = source, collator, plan
-        self.rank, self.epoch, self.parts = rank, epoch, parts
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self.items()
+        except (UsageError, RemoteReadError) as error:
+            # As an item: torch would write a traceback into the message of an error that crosses processes.
+            yield error
 
-    def __iter__(self):
+    def items(self) -> Iterator[Any]:
+        raise NotImplementedError
+
+
+class _TrainReader(_Reader):
+    """((window, batch in the window), batch) of the share of one worker."""
+
+    def __init__(self, source, collator, order: EpochOrder, rank: int, epoch: int, shares: list[list[tuple[int, int]]]):
+        self.source, self.collator, self.order = source, collator, order
+        self.rank, self.epoch, self.shares = rank, epoch, shares
+
+    def items(self) -> Iterator[Any]:
         worker = get_worker_info()
         current, rows = None, []
-        for window, index in self.parts[worker.id if worker else 0]:
+        for window, index in self.shares[worker.id if worker else 0]:
             if window != current:
                 rows = []  # freed before the next window is read: one window in memory, not two
                 current, rows = window, self._read(window)
-            size = self.plan.batch_size
+            size = self.order.batch_size
             chosen = rows[index * size : (index + 1) * size]
             # The spares are the rest of the window, which is read whole after a resume too: the same for every start.
             spares = (rows[(index * size + i) % len(rows)] for i in range(size, len(rows)))
@@ -316,7 +333,7 @@ class _TrainPart(IterableDataset):
 
     def _read(self, window: int) -> list[Row]:
         rows: list[Row] = []
-        for shard, start, stop in self.plan.window_segments(self.rank, window):
+        for shard, start, stop in self.order.window_segments(self.rank, window):
             before = len(rows)
             rows.extend(self.source.read(shard, start, stop))
             if len(rows) - before != stop - start:
@@ -324,14 +341,16 @@ class _TrainPart(IterableDataset):
                 raise RuntimeError(
                     f"{name} gave {len(rows) - before} rows of {stop - start}: did it change during the run?"
                 )
-        return [rows[place] for place in self.plan.window_order(self.rank, window)]
+        return [rows[place] for place in self.order.window_order(self.rank, window)]
 
 
-class _EvalPart(IterableDataset):
+class _EvalReader(_Reader):
+    """(unit, batch) of the units whose turn is this worker's."""
+
     def __init__(self, loader: EvalLoader, units: Sequence[int]):
         self.loader, self.units = loader, units
 
-    def __iter__(self):
+    def items(self) -> Iterator[Any]:
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         for unit in self.units[first::stride]:
@@ -339,7 +358,7 @@ class _EvalPart(IterableDataset):
 
 
 def _schedule(window_batches: Sequence[int], workers: int) -> list[tuple[int, int]]:
-    """(window, batch in it) in the order of delivery: workers take turns, and one that is through is passed over.
+    """(window, batch in it) in the order of delivery: workers take turns, without those that are done.
 
     Window w belongs to worker w % workers. This is the order in which torch's DataLoader hands out the batches of an
     iterable dataset.
@@ -356,20 +375,21 @@ def _schedule(window_batches: Sequence[int], workers: int) -> list[tuple[int, in
     return [queue[turn] for turn in range(longest) for queue in queues if turn < len(queue)]
 
 
-def _parts(schedule: Sequence[tuple[int, int]], workers: int) -> list[list[tuple[int, int]]]:
+def _shares(schedule: Sequence[tuple[int, int]], workers: int) -> list[list[tuple[int, int]]]:
     """The places each worker of a fresh DataLoader has to deliver so that together they give exactly `schedule`.
 
     After a resume in the middle of a turn the worker whose turn it is comes first.
     """
-    parts: list[list[tuple[int, int]]] = [[] for _ in range(workers)]
+    shares: list[list[tuple[int, int]]] = [[] for _ in range(workers)]
     first = schedule[0][0] % workers if schedule else 0
     for window, index in schedule:
-        parts[(window - first) % workers].append((window, index))
-    return parts
+        shares[(window - first) % workers].append((window, index))
+    return shares
 
 
 def _deliver(dataset: IterableDataset, num_workers: int) -> Iterator[Any]:
-    # Never handed to accelerate: the parts of ranks are cut already, and a second cut would lose rows without a word.
+    # Never handed to accelerate: the rows are divided among the ranks already, and dividing them twice would
+    # lose some without a word.
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -382,7 +402,10 @@ def _deliver(dataset: IterableDataset, num_workers: int) -> Iterator[Any]:
     )
     iterator = iter(loader)
     try:
-        yield from iterator
+        for item in iterator:
+            if isinstance(item, Exception):
+                raise item
+            yield item
     finally:
         # Ended here, not when it is collected: a traceback can keep the iterator alive, and the workers of the next
         # epoch would inherit it and wait for processes that are not their children. torch has no public call for it.
@@ -392,7 +415,7 @@ def _deliver(dataset: IterableDataset, num_workers: int) -> Iterator[Any]:
 
 
 def _end_readers(readers: Iterable[multiprocessing.Process] | None = None) -> None:
-    """End the given readers, or all there are, if they are still there: SIGTERM they leave to the trainer."""
+    """Kill the given readers, or all that there are, where they still run: they ignore SIGTERM."""
     for reader in multiprocessing.active_children() if readers is None else readers:
         if reader.is_alive():
             reader.kill()

@@ -14,7 +14,7 @@ from aliblip.data.remote import is_remote
 __all__ = ["DataFile", "file_names", "manifest_changes"]
 
 MOST_CHANGES = 10
-# Of an address on the Hub: data set and revision, which changes with every commit, whatever it changes.
+# The data set and revision of an address on the Hub; the revision changes with every commit.
 _HUB = re.compile(r"hf://[^@]+@[^/]+/")
 
 

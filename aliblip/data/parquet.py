@@ -100,7 +100,7 @@ class ParquetSource(Source):
             schema = pa.unify_schemas([s.remove_metadata() for s in self._schemas], promote_options="permissive")
         except pa.ArrowException:  # files that do not agree on the type of a column
             return None
-        return pa.schema([schema.field(column) for column in self.selected.others])
+        return pa.schema([_plain(schema.field(column)) for column in self.selected.others])
 
     def _read(self, shard: Shard, start: int, stop: int) -> Iterator[Row]:
         piece = self._pieces[shard.index]
@@ -124,8 +124,8 @@ class ParquetSource(Source):
     def _take_cursor(self, shard: Shard, start: int) -> tuple[int, Iterator[tuple[Any, int]]]:
         """An open stream that is not past record `start` of a shard, and the place of its next record.
 
-        An evaluation reads small units in rising order: were each read from the begin of its row group, a file of one
-        large group would be read once per unit. So the last stream stays open, and goes on where that is shorter.
+        An evaluation reads small units in rising order. If each were read from the beginning of its row group, a file
+        of one large group would be read once per unit; so the last stream stays open, and is used where it saves time.
         """
         piece = self._pieces[shard.index]
         begins = np.cumsum([0, *piece.group_rows])
@@ -135,7 +135,7 @@ class ParquetSource(Source):
             return cursor[1], cursor[2]
         groups = _stream_row_groups(piece.file, piece.schema, self._cache_dir)
         if groups.num_shards != piece.file_groups:
-            # A datasets that can't cut Parquet into row groups (before May 2026): from the start of the file.
+            # `datasets` before May 2026 can't cut Parquet into row groups: from the start of the file.
             return -piece.rows_before, _cells([groups])
         wanted = range(piece.first_group + group, piece.first_group + len(piece.group_rows))
         streams = (groups.shard(num_shards=groups.num_shards, index=index, contiguous=True) for index in wanted)
@@ -157,6 +157,11 @@ class ParquetSource(Source):
         image, name, reason = self._place.find(photos[part % len(photos)])
         text = titles[part % len(titles)]
         return self._row(number, image, text, fields, name, problem or reason, number - part)
+
+
+def _plain(field: pa.Field) -> pa.Field:
+    """A field with the type of its values: a dictionary is only a way to store them."""
+    return field.with_type(field.type.value_type) if pa.types.is_dictionary(field.type) else field
 
 
 def _cells(streams: Iterable[Any]) -> Iterator[tuple[Any, int]]:
@@ -201,7 +206,7 @@ def open_parquet(request: Request) -> ParquetSource:
     """Open Parquet files by their footers, and by the columns whose cells are lists, names or addresses.
 
     Raises:
-        UsageError: a file is no Parquet file or lacks a column, or a column that was named is not there.
+        UsageError: a file is not Parquet or lacks a column, or a column that was named is not there.
     """
     with ThreadPoolExecutor(max_workers=8) as pool:
         footers = list(pool.map(_open_footer, request.files))

@@ -30,9 +30,9 @@ __all__ = ["ALL", "PythonSource", "open_rows"]
 
 # Rows can be read in any order at no cost: small shards mix them well.
 SHARD_ROWS = 64
-# Whose keys are the columns, of dictionaries.
+# The keys of the first dictionaries are the columns.
 PROBED_ROWS = 1000
-# Of a data set on the disk; of rows in memory all are looked at.
+# Rows that the digest of a data set on the disk covers; of rows in memory it covers all.
 DIGESTED_ROWS = 1000
 
 

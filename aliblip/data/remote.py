@@ -56,7 +56,7 @@ def is_remote(file: str) -> bool:
 
 
 def storage_options(file: str) -> dict[str, dict[str, Any]]:
-    """Options by protocol, for fsspec and `datasets`: proxies as the environment says, and timeouts."""
+    """Options by protocol, for fsspec and `datasets`: the proxies of the environment, and timeouts."""
     protocol = file.rsplit("::", 1)[-1].split("://")[0]
     if protocol not in ("http", "https"):
         return {}
@@ -132,7 +132,7 @@ def _told(error: Exception, file: str, tries: Tries) -> OSError | None:
     if trouble.passes:
         tried = f"tried {tries.failures} times in {tries.seconds:.0f} seconds"
         return RemoteReadError(f"{file} can't be read: {trouble.reason} ({tried})")
-    # fsspec says nothing but the address; whoever else raises OSError has put it in words.
+    # The message of fsspec is only the address; every other OSError says what happened.
     if trouble.reason is None or (isinstance(error, OSError) and str(error) != file):
         return None
     if isinstance(error, FileNotFoundError) and trouble.status in (404, 410):
@@ -144,8 +144,8 @@ def _told(error: Exception, file: str, tries: Tries) -> OSError | None:
 def take_over_retries() -> None:
     """Switch off the retries inside `datasets`.
 
-    They are 20 tries of 5 seconds and more for every single read, also of answers that will not change, with a line for
-    each; within ours they would make an hour of a minute.
+    It tries 20 times, with 5 seconds and more between, for every single read and after answers that will not change
+    too, and logs a line each time; inside of our tries a minute would become an hour.
     """
     from datasets import config
 

@@ -131,9 +131,9 @@ def product_id_of(value: Any, row: int, sides: str = "both") -> int:
     """The int64 product id of a stored value.
 
     Integers (and floats of whole value, which tables with gaps make of integers) stay as they are; everything else, and
-    integers beyond int64, becomes a 64-bit BLAKE2 hash. A null or blank (or a value that has no JSON form) is no
-    product: it becomes an id of its own, hashed from the row number (and from the `sides` of its source), so that two
-    rows without id never count as one product.
+    integers beyond int64, becomes a 64-bit BLAKE2 hash. A row whose value is null, blank or without a JSON form gets an
+    id of its own, hashed from the row number (and from the `sides` of its source), so that two rows without id never
+    count as one product.
     """
     if isinstance(value, str) and not value.strip():
         value = None
@@ -221,7 +221,7 @@ class Source:
             {"name", "split", "columns": {"image", "caption", "product_id"}, "rows",
             "files": [{"file", "rows", "size", "digest"}]}, the files as `file_names` calls them. The digest is BLAKE2
             of the footer of a Parquet file, of the member names, offsets and lengths of a tar, and of all bytes of a
-            metadata file or list. The photos that a metadata file, a list or a column names are not looked at.
+            metadata file or list. Photos that are only named, by a list or a column, are not looked at.
         """
         names = file_names([file.file for file in self.files], self.folder)
         return {
@@ -280,7 +280,7 @@ class Source:
         """A row; `record` is the first of the rows that one record gives, which are one product."""
         key = self.selected.product_id
         record = number if record is None else record
-        # A photo and a title without id, of two sources, have the same row number and are not the same product.
+        # A photo of one source and a title of another may have the same row number, and are not the same product.
         product_id = record if key is None else product_id_of(fields.get(key), record, self.sides)
         others = {column: fields.get(column) for column in self.selected.others}
         if self.selected.takes_all:
@@ -291,7 +291,7 @@ class Source:
 def path_inside(folder: str, file: Any) -> tuple[str | None, str | None]:
     """(path, None) of a file name inside the folder, or (None, the reason why not).
 
-    By the name alone: links that stand in the folder were put there by its owner (the Hub cache consists of them).
+    Only the name counts: links in the folder were put there by its owner (the Hub's cache consists of links).
     """
     if not isinstance(file, str) or not file.strip():
         return None, "the image file name is empty" if isinstance(file, str) else "the image file name is not text"

@@ -103,9 +103,8 @@ def open_source(
         product_id_column: default "product_id" if there is such a column, otherwise every row is a product of its own.
         sides: what a row must have, "both", or only the "images" (a plain folder of photos will do then, in the order
             of their names) or only the "titles" (a text file with a title a line, or a JSON list of strings will do).
-        other_columns: further columns to read, for `Row.others`; or `ALL`, every one but the photo's. Of JSON, whose
-            columns only reading it all would tell, a row then also gives keys that are not in `Source.columns`.
-        any_split: take the only split there is, if it is not the one that was named.
+        other_columns: further columns to read, for `Row.others`; or `ALL`, every one but the photo's.
+        any_split: where `split` does not exist and there is only one, take that.
         cache_dir: cache of `datasets`.
         index_dir: folder to keep where the samples of tars lie, so that no later run or other process of this machine
             has to scan them; default: they are scanned each time.

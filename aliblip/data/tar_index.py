@@ -24,12 +24,13 @@ from safetensors.numpy import save
 
 from aliblip.data.remote import open_file, read_patiently, resumed, storage_options
 from aliblip.runtime.files import write_bytes
+from aliblip.runtime.mistakes import UsageError
 
 __all__ = ["TarIndex", "indexed_tar"]
 
 FORMAT = "1"
-# Of what a file system tells about a file: its size, and what changes whenever the content does. Of local files that is
-# the time of modification, over HTTP, S3, Google Cloud and the Hub one of the others.
+# What a file system tells about a file, and what changes with its content: the size; for local files the time of
+# modification; over HTTP, S3, Google Cloud and the Hub one of the others.
 STAMP_KEYS = ("size", "mtime", "ETag", "etag", "Last-Modified", "LastModified", "updated", "blob_id")
 # datasets' rule: the key is the path up to the first dot of the base name.
 _MEMBER = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
@@ -76,17 +77,17 @@ class TarIndex:
 
 
 def indexed_tar(file: str, index_dir: str | None) -> TarIndex:
-    """The index of a tar, from `index_dir` where it was scanned before; else it is scanned, and kept there.
+    """The index of a tar: a kept one, or else the tar is scanned and the index kept.
 
-    A kept index holds as long as the tar has the same size and the same time of modification (remote files: the same
-    ETag, or what the server tells of that kind). Of several processes of a machine one scans, and the others wait.
+    A kept index is valid as long as the tar has the same size and the same time of modification (remote files: the same
+    ETag, or what the server has of that kind). Of several processes of a machine one scans, and the others wait.
 
     Args:
         file: path or address of the tar.
-        index_dir: folder of the kept indexes, made if need be; None keeps nothing.
+        index_dir: folder of the kept indexes, which is made where it is missing; None keeps nothing.
 
     Raises:
-        ValueError: the file is no readable, uncompressed tar.
+        UsageError: the file is not a readable, uncompressed tar.
         OSError: it can't be read, or the index can't be written.
     """
     stamp = read_patiently(lambda: _stamp(file), file)
@@ -97,7 +98,7 @@ def indexed_tar(file: str, index_dir: str | None) -> TarIndex:
     index = _load(path, file, stamp)
     if index is None:
         with FileLock(f"{path}.lock"):
-            index = _load(path, file, stamp)  # another process may have written it while this one waited
+            index = _load(path, file, stamp)  # written by another process while this one waited
             if index is None:
                 index = _scan(file, stamp["size"])
                 about = {"format": FORMAT, "file": file, "stamp": json.dumps(stamp), "digest": index.digest}
@@ -175,4 +176,4 @@ def _members(file: str) -> Iterator[tuple[str, int, int]]:
         yield from resumed(read, file)
     except tarfile.ReadError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{file} is not a readable, uncompressed tar ({reason}): repair or remove it") from None
+        raise UsageError(f"{file} is not a readable, uncompressed tar ({reason}): repair or remove it") from error

@@ -22,7 +22,7 @@ __all__ = ["TarSource", "open_tars"]
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2")
 TEXT_FIELDS = ("txt", "text", "transcript", "caption", "title")
 JSON_FIELDS = ("json", "jsn")
-# Whose JSON members are read to know their keys.
+# The keys of the JSON members of the first samples are columns.
 PROBED_SAMPLES = 20
 
 
@@ -100,7 +100,7 @@ def open_tars(request: Request) -> TarSource:
     """Open tars by their indexes. A column is a field (the end of a member's name), or a key of the JSON members.
 
     Raises:
-        UsageError: a file is no tar, or a column that was named is not there.
+        UsageError: a file is not a tar, or a column that was named is not there.
     """
     with ThreadPoolExecutor(max_workers=8) as pool:
         indexes = list(pool.map(lambda file: indexed_tar(file, request.index_dir), request.files))

@@ -3,10 +3,10 @@
     train.py --config_name base --vision_model_name_or_path google/vit-base-patch16-224-in21k \
         --text_model_name_or_path google-bert/bert-base-uncased --image_size 384 ...
 
-Copied are all weights that have a place here: with them a tower computes what its backbone computes (BERT's first
-token type, which it adds to every token, is added to our position embeddings once). Poolers and heads of pre-training
-have no place and are dropped. Cross-attention, projections, matching head and temperature are fresh, and so are the
-embeddings of `[DEC]` and `[ENC]`. A backbone with any other weight, or without one, is refused.
+All weights that have a place here are copied: with them a tower computes what its backbone computes (BERT's first token
+type, which it adds to every token, is added to our position embeddings once). Poolers and heads of pre-training have no
+place and are dropped. Cross-attention, projections, matching head and temperature are fresh, and so are the embeddings
+of `[DEC]` and `[ENC]`. A backbone with any other weight, or without one of them, is refused.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, BertModel, BlipImageProcessorPil, ViTModel
 
+from aliblip.models.loading import LOADING_ERRORS
 from aliblip.models.original import check_weights
-from aliblip.runtime.mistakes import UsageError, first_line
+from aliblip.runtime.mistakes import UsageError, usage_errors
 from configuration_aliblip import training_defaults
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
 
-# Names of ViTModel -> ours; the numbered layers are called so or so, depending on transformers' version.
+# Names of ViTModel -> ours; the names of the numbered layers depend on the version of transformers.
 _VIT_NAMES = [
     (r"^embeddings\.cls_token$", "embeddings.class_embedding"),
     (r"^embeddings\.position_embeddings$", "embeddings.position_embedding"),
@@ -44,7 +45,7 @@ _VIT_NAMES = [
     (r"^(?:encoder\.layer|layers)\.(\d+)\.(?:intermediate\.dense|mlp\.fc1)\.", r"encoder.layers.\1.mlp.fc1."),
     (r"^(?:encoder\.layer|layers)\.(\d+)\.(?:output\.dense|mlp\.fc2)\.", r"encoder.layers.\1.mlp.fc2."),
 ]
-# Of pre-training and other tasks; no retrieval model has a use for them.
+# Of pre-training and other tasks; a retrieval model has no use for them.
 _VIT_DROPPED = r"(^|\.)(pooler\.|classifier\.|decoder\.|embeddings\.mask_token$|lm_head\.)"
 _BERT_DROPPED = r"(^|\.)(pooler\.|cls\.|classifier\.|qa_outputs\.|embeddings\.position_ids$)"
 
@@ -71,7 +72,7 @@ def read_vision_backbone(name: str) -> Backbone:
         raise UsageError(f"{name} looks at {config.num_channels} channels: photos have 3")
     state, dropped = _load(ViTModel, name, _VIT_DROPPED)
     weights: dict[str, Tensor] = {}
-    parts: dict[str, Tensor] = {}
+    projections: dict[str, Tensor] = {}  # query, key and value, which are one weight here
     for theirs, value in state.items():
         for pattern, replacement in _VIT_NAMES:
             renamed, count = re.subn(pattern, replacement, theirs)
@@ -79,10 +80,10 @@ def read_vision_backbone(name: str) -> Backbone:
                 break
         else:
             raise UsageError(f"{name} has a weight {theirs} that has no place here")
-        (parts if renamed.startswith("qkv.") else weights)[renamed] = value
+        (projections if renamed.startswith("qkv.") else weights)[renamed] = value
     for layer in range(config.num_hidden_layers):
         for kind, of_none in (("weight", None), ("bias", torch.zeros(config.hidden_size))):
-            three = [parts.get(f"qkv.{layer}.{part}.{kind}", of_none) for part in ("query", "key", "value")]
+            three = [projections.get(f"qkv.{layer}.{of}.{kind}", of_none) for of in ("query", "key", "value")]
             weights[f"encoder.layers.{layer}.self_attn.qkv.{kind}"] = torch.cat(three)
     fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size")
     fields += ("patch_size", "hidden_act", "layer_norm_eps")
@@ -184,10 +185,8 @@ def starting_report(model: AliBlipForImageTextRetrieval, backbones: list[Backbon
 
 
 def _config(name: str, model_type: str, hint: str):
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"no model at {name!r} ({first_line(error)}): {hint}") from error
+    with usage_errors(*LOADING_ERRORS, told=f"no model at {name!r} ({{}}): {hint}"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if config.model_type != model_type:
         raise UsageError(f"{name} is of model type {config.model_type!r}: {hint}")
     return config
@@ -195,9 +194,10 @@ def _config(name: str, model_type: str, hint: str):
 
 def _load(model_class, name: str, dropped_pattern: str) -> tuple[dict[str, Tensor], list[str]]:
     """Weights in fp32, and the names of those that are left out on purpose."""
-    model, info = model_class.from_pretrained(
-        name, add_pooling_layer=False, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-    )
+    with usage_errors(*LOADING_ERRORS, told=f"can't load the weights of {name}: {{}}"):
+        model, info = model_class.from_pretrained(
+            name, add_pooling_layer=False, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     dropped = sorted(key for key in info["unexpected_keys"] if re.search(dropped_pattern, key))
     wrong = [f"missing: {', '.join(sorted(info['missing_keys']))}"] if info["missing_keys"] else []
     if unexpected := sorted(set(info["unexpected_keys"]) - set(dropped)):

@@ -4,12 +4,13 @@
 
 Facts come from the folder (`config.json`, weights, processor, `results.json`, `evaluation/results.json`) and from that
 of the run around it (`arguments.json`, `manifest.json`, `machine.json`, `log.jsonl`). What is not known is said to be
-unknown. Folders of this machine are cut down to their last part: cards are public.
+unknown. Cards are public: of folders of this machine they have the name, not the path.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -17,21 +18,22 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from aliblip.retrieval.metrics import RECALL_AT
 from aliblip.retrieval.results import DIRECTION_NAMES
 from aliblip.runtime.files import write_text
+from aliblip.runtime.mistakes import usage_errors
 
 CARD = "README.md"
-# A card with this line is ours to replace; whoever edits one takes the line out.
+# A card with this line is replaced; somebody who edits a card removes the line.
 MARK = "<!-- written by aliblip.publish, which replaces it: to keep your own edits, remove this line -->"
-# The Hub has no task for image-text retrieval. It lists CLIP, SigLIP and their kind under this one, so that is where
-# such models are looked for; the pipeline's own name is a tag.
+# The Hub has no task for image-text retrieval. It lists CLIP, SigLIP and their kind under this one, where people look
+# for such models; the pipeline's own name is a tag.
 PIPELINE_TAG = "zero-shot-image-classification"
 TASK = "image-text-retrieval"
 TAGS = [TASK, "cross-modal-retrieval", "image-text-matching", "product-search", "blip", "aliblip", "custom_code"]
-# Of the arguments, what is about one machine or one start of the run.
+# Arguments that concern one machine or one start of the run.
 _NOT_OF_THE_RECIPE = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "report_to"}
 _LOCAL = ("data_dir", "dataset_name", "image_dir", "train_file", "validation_file", "model_name_or_path", "config_name")
 _LOCAL += ("vision_model_name_or_path", "text_model_name_or_path", "tokenizer_name")
@@ -118,7 +120,8 @@ def write_card(folder: Path, name: str, license: str | None = None) -> bool:
         Whether the folder's card is ours.
 
     Raises:
-        OSError, ValueError: a file that can't be read or written.
+        UsageError: a file of the folder can't be read.
+        OSError: the card can't be written.
     """
     path = folder / CARD
     before = path.read_text(encoding="utf-8") if path.is_file() else MARK
@@ -153,8 +156,8 @@ def model_card(folder: Path, name: str, license: str | None = None) -> str:
 def all_results(folder: Path) -> list[dict[str, Any]]:
     """The evaluations of exactly these weights, one for each data set and split.
 
-    `evaluate_retrieval.py` (`evaluation/`) goes before the training's own: it has intervals. One that is older than the
-    weights is of other weights.
+    That of `evaluate_retrieval.py` (in `evaluation/`) is preferred to the training's own: it has intervals. One that is
+    older than the weights belongs to other weights and is left out.
     """
     weights = max(path.stat().st_mtime for path in folder.glob("model*.safetensors"))
     found: dict[tuple, dict] = {}
@@ -167,11 +170,14 @@ def all_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    with usage_errors(OSError, ValueError, told=f"{path} can't be read ({{}}): repair or remove it"):
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _public(value: Any) -> Any:
-    """A folder or file of this machine without where it lies; everything else as it is."""
+    """The name of a folder or file of this machine, without its path; everything else as it is."""
     is_local = isinstance(value, str) and "://" not in value and (os.path.isabs(value) or os.path.exists(value))
     return value.rstrip("/").split("/")[-1] if is_local else value
 
@@ -184,7 +190,7 @@ def _is_hub_name(value: Any) -> bool:
 
 
 def _metadata(title: str, arguments: dict, measured: list[dict], license: str | None) -> ModelCardData:
-    bases = [arguments.get(f"{part}model_name_or_path") for part in ("", "vision_", "text_")]
+    bases = [arguments.get(f"{tower}model_name_or_path") for tower in ("", "vision_", "text_")]
     return ModelCardData(
         library_name="transformers",
         pipeline_tag=PIPELINE_TAG,
@@ -235,12 +241,12 @@ def _architecture(folder: Path, config: dict) -> str:
 def _parameters(folder: Path) -> int:
     count = 0
     for path in folder.glob("model*.safetensors"):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118  (it is no mapping)
-                size = 1
-                for side in file.get_slice(name).get_shape():
-                    size *= side
-                count += size
+        with (
+            usage_errors(OSError, SafetensorError, told=f"{path} can't be read ({{}}): save the model again"),
+            safe_open(path, "pt") as file,
+        ):
+            for name in file.keys():  # noqa: SIM118  (not a dict)
+                count += math.prod(file.get_slice(name).get_shape())
     return count
 
 
@@ -317,7 +323,7 @@ def _training(folder: Path, arguments: dict, manifest: dict, machine: dict) -> s
 
 
 def _saved_at(folder: Path) -> dict | None:
-    """The line of the log that tells of the evaluation after which these weights were saved."""
+    """The entry of the log for the evaluation after which these weights were saved."""
     own, log = _read(folder / "results.json"), folder.parent / "log.jsonl"
     if "mean_recall" not in own or not log.is_file():
         return None

@@ -7,12 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, BertTokenizer, BlipImageProcessorPil
 
 from aliblip.models.original import Original, is_original, model_of_original, original_config, read_original
-from aliblip.runtime.mistakes import UsageError, first_line
+from aliblip.runtime.mistakes import UsageError, usage_errors
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
+
+__all__ = ["LOADING_ERRORS", "build_processor", "check_vocabulary", "load_pretrained"]
+
+# What transformers raises where a folder or Hub name does not hold what it should, and for damaged files of it; and our
+# Hub files, for a configuration that no model can be built from and for weights that do not fit.
+LOADING_ERRORS = (OSError, ValueError, ImportError, SafetensorError)
 
 
 def check_vocabulary(
@@ -42,18 +49,17 @@ def build_processor(
     """A new processor around a tokenizer: a folder, a `vocab.txt` or a Hub name.
 
     Raises:
-        UsageError: there is none, or it is no fast WordPiece tokenizer.
+        UsageError: there is none, or it is not a fast WordPiece tokenizer.
     """
     name = tokenizer_name
-    try:
-        tokenizer = BertTokenizer(vocab=name) if os.path.isfile(name) else AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"no tokenizer at {name!r} ({first_line(error)}): --tokenizer_name takes a folder, a vocab.txt or a "
-            "Hub name"
-        ) from error
+    told = f"no tokenizer at {name!r} ({{}}): --tokenizer_name takes a folder, a vocab.txt or a Hub name"
+    with usage_errors(*LOADING_ERRORS, told=told):
+        if os.path.isfile(name):
+            tokenizer = BertTokenizer(vocab=name)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if not tokenizer.is_fast or getattr(tokenizer, "cls_token_id", None) is None:
-        raise UsageError(f"the tokenizer {name!r} is no fast WordPiece tokenizer with [CLS]: take a BERT tokenizer")
+        raise UsageError(f"the tokenizer {name!r} is not a fast WordPiece tokenizer with [CLS]: take a BERT tokenizer")
     return AliBlipProcessor(image_processor, tokenizer, max_length=max_length or 35)
 
 
@@ -77,40 +83,58 @@ def load_pretrained(
         attn_implementation: as in transformers.
 
     Returns:
-        Model, processor and, of an original file, all that stood in it.
+        Model, processor and, of an original file, all that it holds.
 
     Raises:
-        UsageError, ValueError, OSError: what can't be read or does not fit, by name.
+        UsageError: what can't be read or does not fit, by name.
     """
-    if not is_original(name):
-        if vision_config or text_config:
-            raise UsageError("--vision_config and --text_config: the model brings its own, leave them out")
-        try:
-            model = AliBlipForImageTextRetrieval.from_pretrained(
-                name, dtype=torch.float32, attn_implementation=attn_implementation
-            )
-        except OSError as error:  # whose first line need not name it
-            raise OSError(f"can't load the model {name}: {first_line(error)}") from error
+    if is_original(name):
+        return _load_original(name, tokenizer_name, max_length, vision_config, text_config, attn_implementation)
+    if vision_config or text_config:
+        raise UsageError("--vision_config and --text_config: the model brings its own, leave them out")
+    if _is_a_path(name) and not os.path.exists(name):  # for transformers it would be a wrong name on the Hub
+        raise UsageError(f"there is no folder {name}: give the folder of a model, its name on the Hub, or a .pth file")
+    with usage_errors(*LOADING_ERRORS, told=f"can't load the model {name}: {{}}"):
+        model = AliBlipForImageTextRetrieval.from_pretrained(
+            name, dtype=torch.float32, attn_implementation=attn_implementation
+        )
+    with usage_errors(*LOADING_ERRORS, told=f"can't load the processor of {name}: {{}}"):
         if tokenizer_name is None:
             processor = AliBlipProcessor.from_pretrained(name)
         else:
             image_processor = BlipImageProcessorPil.from_pretrained(name)
             processor = build_processor(tokenizer_name, image_processor=image_processor)
-        processor.max_length = max_length or processor.max_length
-        check_vocabulary(name, processor, model.config.text_config.vocab_size, model.config.enc_token_id)
-        return model, processor, None
-    original = read_original(name)
-    beside = Path(name).parent
+    processor.max_length = max_length or processor.max_length
+    check_vocabulary(name, processor, model.config.text_config.vocab_size, model.config.enc_token_id)
+    return model, processor, None
+
+
+def _is_a_path(name: str) -> bool:
+    """Whether a name can't be one of the Hub, which is `name` or `owner/name`."""
+    return os.path.isabs(name) or name.count("/") > 1 or name.startswith((".", "~"))
+
+
+def _load_original(
+    path: str,
+    tokenizer_name: str | None,
+    max_length: int | None,
+    vision_config: dict[str, Any] | None,
+    text_config: dict[str, Any] | None,
+    attn_implementation: str | None,
+) -> tuple[AliBlipForImageTextRetrieval, AliBlipProcessor, Original]:
+    original = read_original(path)
+    beside = Path(path).parent
     own = str(beside) if (beside / "tokenizer.json").is_file() else "bert-base-uncased"
     processor = build_processor(tokenizer_name or own, max_length)
     text_config = {"pad_token_id": processor.tokenizer.pad_token_id, **(text_config or {})}
     words = original.weights.get("text_encoder.embeddings.word_embeddings.weight")
     if words is not None:  # else `original_config` tells it
-        check_vocabulary(name, processor, words.shape[0])
+        check_vocabulary(path, processor, words.shape[0])
     config = original_config(original, vision_config or {}, text_config, processor.enc_token_id)
     model = model_of_original(original, config)
     if attn_implementation is not None:
-        model.set_attn_implementation(attn_implementation)
+        with usage_errors(ValueError, ImportError, told="--attn_implementation: {}"):
+            model.set_attn_implementation(attn_implementation)
     size = config.vision_config.image_size
     processor.image_processor.size = {"height": size, "width": size}
     return model, processor, original

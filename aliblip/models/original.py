@@ -13,21 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    BlipConfig,
-    BlipForImageTextRetrieval,
-    BlipProcessor,
-)
+from transformers import BlipConfig, BlipForImageTextRetrieval, BlipProcessor
 
-from aliblip.runtime.mistakes import UsageError
+from aliblip.runtime.mistakes import UsageError, usage_errors
 from configuration_aliblip import AliBlipConfig, training_defaults
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
 
 ORIGINAL_FILE = "model.pth"
 
-# Beginnings of names, the original one and ours, # for a number; what no pair touches has the same name in both.
-NAMES: list[tuple[str, str]] = [
+# Beginnings of names, the original one and ours; # stands for a number. Other names are the same in both.
+_NAMES: list[tuple[str, str]] = [
     ("visual_encoder.cls_token", "vision_model.embeddings.class_embedding"),
     ("visual_encoder.pos_embed", "vision_model.embeddings.position_embedding"),
     ("visual_encoder.patch_embed.proj.", "vision_model.embeddings.patch_embedding."),
@@ -39,9 +35,10 @@ NAMES: list[tuple[str, str]] = [
 ]
 
 _MOMENTUM = re.compile(r"^(visual_encoder|text_encoder|vision_proj|text_proj)_m\.")
+# Of the weights that have a momentum copy, in the original code's names.
 ENCODER_NAMES = re.compile(r"^(visual_encoder|text_encoder|vision_proj|text_proj)\.")
 _QUEUE_NAMES = {"image_queue", "text_queue", "idx_queue", "ptr_queue"}
-NOT_FILLED = -100  # in `idx_queue`
+NOT_FILLED = -100  # the product id of an empty slot in `idx_queue`
 
 
 def _rename(name: str, pairs: Iterable[tuple[str, str]]) -> str:
@@ -54,12 +51,12 @@ def _rename(name: str, pairs: Iterable[tuple[str, str]]) -> str:
 
 def our_name(original: str) -> str:
     """The name of one weight of the original code in ours."""
-    return _rename(original, NAMES)
+    return _rename(original, _NAMES)
 
 
 def original_name(ours: str) -> str:
-    """The way back of `our_name`."""
-    return _rename(ours, ((mine, original) for original, mine in NAMES))
+    """The name of one of our weights in the original code."""
+    return _rename(ours, ((mine, original) for original, mine in _NAMES))
 
 
 def split_original(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
@@ -97,11 +94,11 @@ def check_weights(
         ],
     }
     if any(wrong.values()):
-        raise UsageError(f"the weights of {source} do not fit ({listed_by_kind(wrong)})")
+        raise UsageError(f"the weights of {source} do not fit ({_listed_by_kind(wrong)})")
 
 
-def listed_by_kind(wrong: dict[str, list[str]], most: int = 8) -> str:
-    """The names of each kind; of whole missing towers a few are enough."""
+def _listed_by_kind(wrong: dict[str, list[str]], most: int = 8) -> str:
+    """The names of each kind of problem, of many the first few."""
     return "; ".join(
         f"{what}: {', '.join(names[:most])}{f' and {len(names) - most} more' if len(names) > most else ''}"
         for what, names in wrong.items()
@@ -120,11 +117,15 @@ class Original:
     weights: dict[str, Tensor]
     momentum: dict[str, Tensor]
     queues: dict[str, Tensor]
-    dropped: dict[str, int]  # what no retrieval model has: kind -> number of tensors
+    dropped: dict[str, int]  # what a retrieval model does not need: kind -> number of tensors
 
 
 def is_original(name: str) -> bool:
-    """Whether a `--model_name_or_path` is a file of the original code. Raises UsageError for one that isn't there."""
+    """Whether a `--model_name_or_path` is a file of the original code.
+
+    Raises:
+        UsageError: it has the name of such a file, and is not there.
+    """
     if os.path.isfile(name):
         return True
     if name.endswith((".pth", ".pt")):
@@ -133,28 +134,28 @@ def is_original(name: str) -> bool:
 
 
 def read_original(path: str | os.PathLike) -> Original:
-    """Read a checkpoint of the original code, without running anything that stands in it.
+    """Read a checkpoint of the original code, without running any code in it.
 
     Raises:
-        UsageError: no checkpoint, or one with Python objects beside its tensors.
+        UsageError: the file is not a checkpoint, or holds Python objects beside its tensors.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|global) (\S+)", str(error))
         raise UsageError(
-            f"{path} can't be read as tensors alone ({found.group(1) if found else 'damaged, or no checkpoint'}): such "
-            "a file can run code when it is loaded. If you trust it, write one of its weights: "
+            f"{path} can't be read as tensors alone ({found.group(1) if found else 'damaged, or not a checkpoint'}): "
+            "it could run code when it is loaded. If you trust it, write one of its weights: "
             f'torch.save({{"model": torch.load("{path}", weights_only=False)["model"]}}, "weights.pth")'
         ) from error
-    except Exception as error:  # of any kind, as the bytes will have it
+    except Exception as error:  # damaged bytes raise errors of every kind
         raise UsageError(
-            f"{path} can't be read, is damaged or no checkpoint ({' '.join(str(error).split())[:200]})"
+            f"{path} can't be read: it is damaged, or not a checkpoint ({' '.join(str(error).split())[:200]})"
         ) from error
     state = content.get("model", content) if isinstance(content, dict) else None
     is_state = isinstance(state, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items())
     if not is_state or not state:
-        raise UsageError(f'{path} is no checkpoint of the original code: it has to hold {{"model": state dict}}')
+        raise UsageError(f'{path} is not a checkpoint of the original code: it has to hold {{"model": state dict}}')
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
     kept, dropped = {}, {}
@@ -175,12 +176,11 @@ def original_config(
 
     Args:
         original: the file.
-        vision, text: fields that no tensor tells, or that are to be other than usual (heads, dropout, epsilons).
+        vision, text: fields that can't be read off the tensors, or that shall differ (heads, dropout, epsilons).
         enc_token_id: id of [ENC].
 
     Raises:
-        UsageError: tensors that sizes are read from are missing or of a strange shape.
-        ValueError: a value that no model can be built from.
+        UsageError: tensors that sizes are read from are missing or of a strange shape, or a value is not accepted.
     """
     dimensions = {
         (patches := "vision_model.embeddings.patch_embedding.weight"): 4,
@@ -203,38 +203,40 @@ def original_config(
     if not any(wrong.values()):
         grid = math.isqrt(max(shapes[positions][1] - 1, 0))
         if grid**2 + 1 != shapes[positions][1]:
-            wrong["of another shape"] = [f"{original_name(positions)} {shapes[positions]}: no square of patches"]
+            wrong["of another shape"] = [f"{original_name(positions)} {shapes[positions]}: not a square of patches"]
     if any(wrong.values()):
         raise UsageError(
-            f"{original.path} is no retrieval or base checkpoint of BLIP ({listed_by_kind(wrong)}); captioning and VQA "
-            "checkpoints can't be converted"
+            f"{original.path} is not a retrieval or base checkpoint of BLIP ({_listed_by_kind(wrong)}); captioning "
+            "and VQA checkpoints can't be converted"
         )
     width, depth = shapes[patches][0], _layers(original.weights, r"^vision_model\.encoder\.layers\.(\d+)\.")
     patch_size = shapes[patches][3]
     text_width = shapes[words][1]
-    return AliBlipConfig(
-        vision_config={
-            **training_defaults(width, depth),
-            "hidden_size": width,
-            "intermediate_size": shapes[vision_mlp][0],
-            "num_hidden_layers": depth,
-            "num_attention_heads": vision.get("num_attention_heads") or _heads("vision", width),
-            "image_size": grid * patch_size,
-            "patch_size": patch_size,
-            **vision,
-        },
-        text_config={
-            "vocab_size": shapes[words][0],
-            "hidden_size": text_width,
-            "intermediate_size": shapes[text_mlp][0],
-            "num_hidden_layers": _layers(original.weights, r"^text_encoder\.encoder\.layer\.(\d+)\."),
-            "num_attention_heads": text.get("num_attention_heads") or _heads("text", text_width),
-            "max_position_embeddings": shapes[text_positions][0],
-            **text,
-        },
-        image_text_hidden_size=shapes[projection][0],
-        enc_token_id=enc_token_id,
-    )
+    told = f"no model can be built from {original.path} with these --vision_config and --text_config: {{}}"
+    with usage_errors(ValueError, told=told):
+        return AliBlipConfig(
+            vision_config={
+                **training_defaults(width, depth),
+                "hidden_size": width,
+                "intermediate_size": shapes[vision_mlp][0],
+                "num_hidden_layers": depth,
+                "num_attention_heads": vision.get("num_attention_heads") or _heads("vision", width),
+                "image_size": grid * patch_size,
+                "patch_size": patch_size,
+                **vision,
+            },
+            text_config={
+                "vocab_size": shapes[words][0],
+                "hidden_size": text_width,
+                "intermediate_size": shapes[text_mlp][0],
+                "num_hidden_layers": _layers(original.weights, r"^text_encoder\.encoder\.layer\.(\d+)\."),
+                "num_attention_heads": text.get("num_attention_heads") or _heads("text", text_width),
+                "max_position_embeddings": shapes[text_positions][0],
+                **text,
+            },
+            image_text_hidden_size=shapes[projection][0],
+            enc_token_id=enc_token_id,
+        )
 
 
 def _layers(weights: dict[str, Tensor], pattern: str) -> int:
@@ -244,14 +246,18 @@ def _layers(weights: dict[str, Tensor], pattern: str) -> int:
 def _heads(tower: str, width: int) -> int:
     if width % 64:
         raise UsageError(
-            f"a {tower} tower {width} wide is none of BLIP's, whose heads are 64 wide: say the number of heads, "
+            f"a {tower} tower {width} wide can't be divided into BLIP's heads of 64: give the number of heads, "
             f"--{tower}_config '{{\"num_attention_heads\": N}}'"
         )
     return width // 64
 
 
 def model_of_original(original: Original, config: AliBlipConfig) -> AliBlipForImageTextRetrieval:
-    """The model with the weights of an original file; raises UsageError where they don't fit one to one."""
+    """The model with the weights of an original file.
+
+    Raises:
+        UsageError: they don't fit one to one.
+    """
     with torch.device("meta"):  # every weight is given: there is nothing to draw
         model = AliBlipForImageTextRetrieval(config)
     check_weights(original.path, original.weights, model.state_dict(), original_name)
@@ -262,8 +268,8 @@ def model_of_original(original: Original, config: AliBlipConfig) -> AliBlipForIm
 def to_original(
     model: AliBlipForImageTextRetrieval, momentum: dict[str, Tensor] | None = None
 ) -> dict[str, dict[str, Tensor]]:
-    """What an original file holds: the weights, momentum encoders (the original code can't load a file without), and
-    queues if there are any.
+    """What an original file holds: the weights, momentum encoders (which the original code demands), and queues where
+    there are any.
 
     Args:
         model: the model.
@@ -307,7 +313,7 @@ def to_transformers(
             "sep_token_id": tokenizer.sep_token_id,
         },
         image_text_hidden_size=ours.image_text_hidden_size,
-        enc_token_id=ours.enc_token_id,  # not used there: for whoever needs it, and for the way back
+        enc_token_id=ours.enc_token_id,  # not used there; kept for the way back
     )
     theirs = BlipForImageTextRetrieval(config)
     weights = {name: value for name, value in model.state_dict().items() if name != "temp"}
@@ -316,22 +322,18 @@ def to_transformers(
     return theirs, BlipProcessor(plain_copy(processor.image_processor), plain_copy(tokenizer))
 
 
-def plain_copy(part):
+def plain_copy(processor):
     """A copy of a tokenizer or image processor that does not name our processor as code to load with it."""
-    part = copy.deepcopy(part)
-    for fields in (vars(part), getattr(part, "init_kwargs", {})):
+    processor = copy.deepcopy(processor)
+    for fields in (vars(processor), getattr(processor, "init_kwargs", {})):
         fields.pop("auto_map", None)
-    return part
-
-
-# --- any of them ------------------------------------------------------------------------------------------------------
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
+    return processor
 
 
 __all__ = [
-    "NAMES",
+    "ENCODER_NAMES",
+    "NOT_FILLED",
+    "ORIGINAL_FILE",
     "Original",
     "check_weights",
     "is_original",
@@ -339,6 +341,7 @@ __all__ = [
     "original_config",
     "original_name",
     "our_name",
+    "plain_copy",
     "read_original",
     "split_original",
     "to_original",

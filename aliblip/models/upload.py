@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from aliblip.models.card import CARD, write_card
 from aliblip.runtime.arguments import option
-from aliblip.runtime.mistakes import UsageError, first_line
+from aliblip.runtime.mistakes import UsageError, first_line, usage_errors
 from aliblip.runtime.retries import WAITS, may_pass, retried, trouble_of
 
 REQUIRED = {
@@ -34,13 +34,13 @@ REQUIRED = {
     "tokenizer": ("tokenizer.json",),
     "code": ("modeling_aliblip.py",),
 }
-# All that is uploaded, and all that is taken away there when it is no longer part of the model (shards of before).
+# What is uploaded. A file of these names that the model no longer has (a shard of before) is deleted on the Hub.
 MODEL_FILES = (
     *("config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     *("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.txt", "*_aliblip.py", CARD),
 )
-# How long the end of a run waits for its last upload; a run that was told to stop is killed by its launcher after 30 s.
+# How long the end of a run waits for its last upload; a launcher kills a run 30 s after it has told it to stop.
 SECONDS_AT_THE_END = 3600.0
 SECONDS_AFTER_A_STOP = 10.0
 SECONDS_BETWEEN_NEWS = 30.0
@@ -71,20 +71,26 @@ def _is_of_a_model(name: str) -> bool:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises UsageError for a folder that the Hub could not load."""
+    """Refuse a folder that could not be loaded from the Hub.
+
+    Raises:
+        UsageError: it is not there, is incomplete, or holds another model.
+    """
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder}: give a trained model, such as outputs/mine/best")
-    missing = [part for part, names in REQUIRED.items() if not any((folder / name).is_file() for name in names)]
+    missing = [what for what, names in REQUIRED.items() if not any((folder / name).is_file() for name in names)]
     if missing == ["code"]:
         raise UsageError(
-            f"{folder} has no modeling_aliblip.py beside its weights, so that the Hub could not run it: python -m "
-            f"aliblip.convert --model_name_or_path {folder} --output_dir {folder}-complete writes a folder that has"
+            f"{folder} has no modeling_aliblip.py beside its weights, and the Hub could not run it: write a folder "
+            f"that has it, python -m aliblip.convert --model_name_or_path {folder} --output_dir {folder}-complete"
         )
     if missing:
         raise UsageError(
-            f"{folder} is no model of AliBLIP, it has no {', no '.join(missing)}: give best or last of an output folder"
+            f"{folder} is not a model of AliBLIP, it has no {', no '.join(missing)}: give the folder best or last of "
+            "a run"
         )
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    with usage_errors(OSError, ValueError, told=f"{folder / 'config.json'} can't be read ({{}}): give a trained model"):
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     if model_type != "aliblip":
         raise UsageError(f"{folder} holds a model of type {model_type!r}: convert it first, with aliblip.convert")
 
@@ -93,18 +99,23 @@ def check_folder(folder: Path) -> None:
 
 
 def check_hub_arguments(args: HubArguments) -> None:
-    """Raises UsageError for what is wrong without asking the Hub."""
+    """Check what can be checked without asking the Hub.
+
+    Raises:
+        UsageError: no name of a repository, or not a valid one.
+    """
     if args.hub_model_id is None:
         raise UsageError("--hub_model_id is missing: name the repository, such as me/my-model")
-    try:
+    with usage_errors(HFValidationError, told=f"--hub_model_id {args.hub_model_id}: {{}}"):
         validate_repo_id(args.hub_model_id)
-    except HFValidationError as error:
-        raise UsageError(f"--hub_model_id {args.hub_model_id}: {first_line(error)}") from error
 
 
 def connect(args: HubArguments) -> tuple[HfApi, str]:
-    """The Hub and the full name of the repository, which is made if it is not there, once all that can be known says
-    that an upload will succeed.
+    """Ask the Hub for all that an upload needs: a token, the permission, the license's name, and the repository, which
+    is made if it is not there.
+
+    Returns:
+        The Hub and the full name of the repository.
 
     Raises:
         UsageError: no or a wrong token, no permission, an unknown license, or the Hub can't be reached.
@@ -122,31 +133,36 @@ def connect(args: HubArguments) -> tuple[HfApi, str]:
         _ask(lambda: api.auth_check(name, write=True))
     except UsageError:
         raise
-    except LocalTokenNotFoundError as error:
-        raise UsageError(
-            "there is no token for the Hub: `hf auth login`, or set HF_TOKEN, or give --hub_token; it needs write "
-            "permission (https://huggingface.co/settings/tokens)"
-        ) from error
-    except OfflineModeIsEnabled as error:
-        raise UsageError(f"the Hub is switched off by HF_HUB_OFFLINE: unset it{_LATER}") from error
     except Exception as error:  # each version of the library brings its HTTP client with errors of its own
-        status = trouble_of(error).status
-        if status in (401, 403) and user == "?":
-            raise UsageError(
-                f"{token} is not accepted by {api.endpoint}: make one with write permission "
-                "(https://huggingface.co/settings/tokens)"
-            ) from error
-        if status in (401, 403, 404):
-            owner, _, own_name = name.rpartition("/")
-            other = f", or another --hub_model_id, such as {user}/{own_name}" if owner not in ("", user) else ""
-            raise UsageError(
-                f"{token} (user {user}) may not write to {name} ({first_line(error)}): give a token with write "
-                f"permission{other}"
-            ) from error
-        raise UsageError(
-            f"{api.endpoint} can't be used ({type(error).__name__}: {first_line(error)}): try again{_LATER}"
-        ) from error
+        told = _refusal(error, api, token, user, name)
+        if told is None:
+            raise
+        raise UsageError(told) from error
     return api, name
+
+
+def _refusal(error: Exception, api: HfApi, token: str, user: str, name: str) -> str | None:
+    """What to tell about an error of the Hub or on the way there; None: it is neither, so it is a bug."""
+    rights = "write permission (https://huggingface.co/settings/tokens)"
+    if isinstance(error, LocalTokenNotFoundError):
+        return (
+            f"there is no token for the Hub: `hf auth login`, or set HF_TOKEN, or give --hub_token; it needs {rights}"
+        )
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"the Hub is switched off by HF_HUB_OFFLINE: unset it{_LATER}"
+    trouble = trouble_of(error)
+    if trouble.status in (401, 403) and user == "?":
+        return f"{token} is not accepted by {api.endpoint}: make one with {rights}"
+    if trouble.status in (401, 403, 404):
+        owner, _, own_name = name.rpartition("/")
+        other = f", or another --hub_model_id, such as {user}/{own_name}" if owner not in ("", user) else ""
+        return (
+            f"{token} (user {user}) may not write to {name} ({first_line(error)}): give a token with write "
+            f"permission{other}"
+        )
+    if trouble.reason is None:
+        return None
+    return f"{api.endpoint} can't be used ({type(error).__name__}: {first_line(error)}): try again{_LATER}"
 
 
 _LATER = "; to train without it, leave out --push_to_hub and publish the finished model with python -m aliblip.publish"
@@ -166,6 +182,7 @@ def _check_license(name: str) -> None:
 
 
 def _ask(call: Callable[[], T]) -> T:
+    """With few tries, since somebody is waiting."""
     return retried(call, WAITS[:2], what="the Hub")
 
 
@@ -173,7 +190,7 @@ def upload(api: HfApi, repo_id: str, folder: Path, message: str) -> str:
     """Make the repository hold exactly this model, in one commit. Other files there stay. Returns its address.
 
     Raises:
-        Exception: what the Hub or the connection answers.
+        Exception: of the Hub's client, which has many kinds; `aliblip.runtime.retries` judges them.
     """
     names = model_files(folder)
     there = api.list_repo_files(repo_id)
@@ -200,8 +217,7 @@ class Publisher:
         publisher.finish(SECONDS_AT_THE_END)
 
     A model is uploaded as it was when it was pushed, though its folder may be replaced meanwhile: its files are linked
-    into a folder beside it. One that still waits when the next one comes is left out: the next one replaces it on the
-    Hub too.
+    into a folder beside it. A model that still waits when the next one comes is not uploaded.
 
     Args:
         api, repo_id: of `connect`.
@@ -225,7 +241,7 @@ class Publisher:
         disable_progress_bars()  # they would break through the bar of the run
 
     def push(self, folder: Path, message: str) -> None:
-        """Let a model be uploaded, unless it is the one that was pushed last and that has not failed."""
+        """Upload a model in the background, unless it is the one that was pushed last and that has not failed."""
         copy = folder.parent / f".publish-{self._count + 1}.tmp"  # `repair` removes it after a kill
         try:
             if not write_card(folder, self.repo_id, self.license) and self.folder is None:
@@ -281,12 +297,13 @@ class Publisher:
                 self._changed.notify_all()
 
     def _wait(self, seconds: float) -> bool:
-        """Wait before the next try; whether a newer model has come, which makes it needless."""
+        """Wait before the next try. Returns whether a newer model has come, so that the try is not needed."""
         with self._changed:
             return self._changed.wait_for(lambda: self._waiting is not None, timeout=seconds)
 
     def finish(self, seconds: float) -> None:
-        """Wait for the last upload, with news, at most so long; tell where the model is, or how to upload it."""
+        """Wait for the last upload, at most so many seconds, with news on the way. Tell where the model is, or how to
+        upload it."""
         if self.folder is None:
             return
         start = time.monotonic()
@@ -306,19 +323,19 @@ class Publisher:
             self.tell(
                 f"not on the Hub: {self.folder}; to upload it: {command(self.folder, self.repo_id, self.license)}"
             )
-            self.tell = lambda text: None  # what the thread still meets, with its files gone
+            self.tell = lambda text: None  # the thread may go on and fail, since its files are removed here
             for copy in self.folder.parent.glob(".publish-*.tmp"):
                 shutil.rmtree(copy, ignore_errors=True)
 
 
 def _identity(path: Path) -> tuple[int, int, int]:
-    """Differs between two files of one name."""
+    """What differs between two files that had the same name one after the other."""
     found = path.stat()
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _link(folder: Path, names: list[str], copy: Path) -> None:
-    """Let `copy` hold these files of the folder, without their bytes where the file system can."""
+    """Let `copy` hold these files of the folder; as links, where the file system has them."""
     shutil.rmtree(copy, ignore_errors=True)
     copy.mkdir()
     for name in names:
@@ -328,12 +345,10 @@ def _link(folder: Path, names: list[str], copy: Path) -> None:
             shutil.copy2(folder / name, copy / name)
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
 __all__ = [
     "SECONDS_AFTER_A_STOP",
     "SECONDS_AT_THE_END",
+    "HubArguments",
     "Publisher",
     "check_folder",
     "check_hub_arguments",

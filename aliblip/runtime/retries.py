@@ -2,7 +2,7 @@
 
     address = retried(lambda: api.create_commit(...), what="the upload to me/name")
 
-    tries = Tries(WAITS, what="http://host/train-0.parquet")     # for whoever goes on where it stopped
+    tries = Tries(WAITS, what="http://host/train-0.parquet")     # to go on where it stopped
     while True:
         try:
             ...
@@ -108,7 +108,8 @@ def _trouble_of_one(error: BaseException) -> Trouble | None:
     # The Hub's client says "offline" as an error of the connection when the user has asked for no network; datasets
     # leaves no more of it than its name.
     is_offline = "OfflineModeIsEnabled" in f"{type(error).__name__} {error}"
-    if isinstance(error, (GaveUp, ssl.SSLCertVerificationError)) or is_offline:
+    is_of_the_uploader = type(error).__module__ == "hf_xet"  # which has a kind of its own only for what it refuses
+    if isinstance(error, (GaveUp, ssl.SSLCertVerificationError)) or is_offline or is_of_the_uploader:
         return Trouble(False, _first_words(error))
     if isinstance(error, _connection_errors()) or _is_network_error(error):
         return Trouble(True, _first_words(error))
