@@ -48,7 +48,7 @@ FEWEST_CHARACTERS = 8
 # Lines that are looked at, and characters of them that are shown.
 SAMPLE_LINES = 500
 READINGS = 5
-SHOWN_CHARACTERS = 24
+SHOWN_CHARACTERS = 40
 _SIGNS = frozenset(
     "\u00a0€£¥©®°™•·…–—‘’‚“”„‹›«»§½¼¾²³×º¡¿№′″、。，．！？：；（）「」『』【】《》〈〉・ー～￥％＆＋－／　"
 )
@@ -111,7 +111,7 @@ def unpacked(packing: str | None, stream: Any) -> Any:
         return stream
     if packing == "zstd":
         return io.BufferedReader(_Readable(pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), "zstd")))
-    return {"gzip": gzip.GzipFile, "bzip2": bz2.BZ2File, "xz": lzma.LZMAFile}[packing](stream)
+    return {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}[packing](stream)
 
 
 class _Readable(io.RawIOBase):
@@ -146,7 +146,7 @@ def unicode_of(head: bytes) -> str | None:
 
 def guess_encoding(lines: Sequence[bytes]) -> Guess:
     """What lines that are not UTF-8 may be encoded in."""
-    sample = [line for line in lines if not line.isascii()][:SAMPLE_LINES]
+    sample = [line.rstrip(b"\r\n") for line in lines if not line.isascii()][:SAMPLE_LINES]
     scores: dict[str, tuple[float, str]] = {}  # by how the sample reads
     for encoding in COUNTRIES:
         try:
@@ -156,9 +156,11 @@ def guess_encoding(lines: Sequence[bytes]) -> Guess:
         text = "\n".join(texts)
         if text not in scores:
             scores[text] = (_likeness(text, encoding), encoding)
+    if not scores:
+        return Guess(None, [])
     ranked = sorted(((score, encoding, text) for text, (score, encoding) in scores.items()), key=lambda item: -item[0])
     likely = [item for item in ranked if item[0] >= min(LEAST_LIKELY, ranked[0][0] - LEAD)]
-    readings = [(encoding, _shown(text)) for _, encoding, text in likely[:READINGS]]
+    readings = _readings([(encoding, text.split("\n")) for _, encoding, text in likely[:READINGS]])
     if not likely or likely[0][0] < 1 - LEAD / 5:
         return Guess(None, readings)
     best, encoding, text = likely[0]
@@ -167,12 +169,19 @@ def guess_encoding(lines: Sequence[bytes]) -> Guess:
     return Guess(encoding if alone and enough else None, readings)
 
 
-def _shown(text: str) -> str:
-    """The first piece of a text that shows how it reads."""
-    line = next((line for line in text.split("\n") if not line.isascii()), "")
-    first = next((place for place, character in enumerate(line) if not character.isascii()), 0)
-    begin = max(first - SHOWN_CHARACTERS // 2, 0)
-    return "".join(c if c.isprintable() else "?" for c in line[begin : begin + SHOWN_CHARACTERS]).strip()
+def _readings(likely: Sequence[tuple[str, list[str]]]) -> list[tuple[str, str]]:
+    """The same piece of the sample in each encoding: one in which they differ."""
+    lines = list(zip(*(texts for _, texts in likely), strict=False))
+    if not lines:
+        return []
+    telling = max(lines, key=lambda line: len(set(line)))
+    first = next((place for place, column in enumerate(zip(*telling, strict=False)) if len(set(column)) > 1), None)
+    if first is None:
+        first = next((place for place, character in enumerate(telling[0]) if not character.isascii()), 0)
+    begin = max(first - SHOWN_CHARACTERS // 4, 0)
+    pieces = (line[begin : begin + SHOWN_CHARACTERS] for line in telling)
+    shown = ("".join(c if c.isprintable() else "?" for c in piece).strip() for piece in pieces)
+    return [(encoding, piece) for (encoding, _), piece in zip(likely, shown, strict=True)]
 
 
 def _likeness(text: str, encoding: str) -> float:

@@ -50,17 +50,19 @@ class Left:
     """Files that are not read, for one reason."""
 
     count: int = 0
+    names: int = 0
     examples: list[str] = field(default_factory=list)
 
     def add(self, name: str, count: int = 1) -> None:
         """Count a file, or a folder of so many."""
         self.count += count
+        self.names += 1
         if len(self.examples) < EXAMPLES:
             self.examples.append(name)
 
     def told(self) -> str:
         """For people: "12 (a.txt, b.txt, c.txt, ...)"."""
-        more = ", ..." if self.count > len(self.examples) else ""
+        more = ", ..." if self.names > len(self.examples) else ""
         return f"{self.count:,} ({', '.join(self.examples)}{more})"
 
 
@@ -77,12 +79,14 @@ class Survey:
         root: the folder.
         data: kind -> paths of such files, relative to the root and sorted.
         left: reason -> the files that are left for it.
+        is_compared: whether rows name photos by file, and these were compared with the folder's.
     """
 
     def __init__(self, root: str):
         self.root = root
         self.data: dict[str, list[str]] = {kind: [] for kind in DATA_KINDS}
         self.left: dict[str, Left] = {}
+        self.is_compared = False
         # By folder; names are joined, since millions of Python strings would take gigabytes.
         self._photos: dict[str, str] = {}
         self._photo_counts: dict[str, int] = {}
@@ -240,7 +244,7 @@ class Survey:
         sides = sum(names.count("\0") + 1 for names in self._sides.values())
         parts += [f"{sides:,} files beside photos"] if sides else []
         left = sum(entry.count for entry in self.left.values())
-        parts += [f"{left:,} others"] if left else []
+        parts += [f"{left:,} other{'' if left == 1 else 's'}"] if left else []
         return ", ".join(parts) or "nothing"
 
 

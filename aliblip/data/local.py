@@ -20,10 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aliblip.data.columns import Asked, Reading, Roles, listed
-from aliblip.data.folders import Survey, count_of
+from aliblip.data.folders import REASONS, Survey, count_of
 from aliblip.data.kinds import PACKED_TARS, kind_by_content, kind_by_name
-from aliblip.data.splits import TRAIN, Splits, plain_split, splits_of
-from aliblip.data.tables import base_name, is_table_of_text
+from aliblip.data.splits import TRAIN, Splits, splits_of
+from aliblip.data.tables import base_name, is_table_of_text, may_hold_rows
 from aliblip.runtime.mistakes import UsageError
 
 __all__ = ["Found", "expanded", "find_files", "find_in_folder", "kind_of_files"]
@@ -73,21 +73,27 @@ def find_in_folder(folder: str, name: str, split: str, asked: Asked, reading: Re
         survey.leave_data("text", "text files")
         return Found("photos", [], "all photos", survey)
     _prefer_metadata(survey)
+    if survey.data["parquet"] or survey.data["tar"]:  # beside which there are tables of settings, prices, statistics
+        roles = Roles(asked)
+        others = [t for t in survey.data["table"] if not may_hold_rows(os.path.join(folder, t), reading, roles)]
+        survey.leave_data("table", "tables without photos and titles", others)
     units = {kind: list(files) for kind, files in survey.data.items()}
     if not any(units.values()):
         units["sided"] = sorted({posixpath.dirname(photo) + "/" for photo, _ in survey.sided_photos()})
     every = [file for files in units.values() for file in files]
     if not every:
         raise UsageError(_nothing(survey, name, split))
-    splits = splits_of(every, split, name)
+    splits = splits_of(every, split, name, loose=units["table"] + units["text"])
     split, files = _of_split(splits, split, name, any_split)
     chosen = {kind: [file for file in members if file in files] for kind, members in units.items()}
     kinds = [kind for kind, members in chosen.items() if members]
     if len(kinds) > 1:
         raise UsageError(_mixed(chosen, name))
     (kind,) = kinds
+    for file in splits.left:
+        survey.leave("files of no split", file)
     for other, members in splits.files.items():
-        if other != plain_split(split):
+        if not files & set(members):
             survey.leave(f"files of the split '{other}'", posixpath.normpath(members[0]), len(members))
     paths = [os.path.join(folder, file) for file in sorted(chosen[kind])]
     below = posixpath.commonpath([posixpath.dirname(file) for file in files]) if len(splits.files) > 1 else ""
@@ -95,6 +101,10 @@ def find_in_folder(folder: str, name: str, split: str, asked: Asked, reading: Re
     if kind == "table" and all(map(is_metadata, paths)):
         found.kind = "metadata"
     return found
+
+
+def _packed_tar(tar: str) -> str:
+    return f"{tar} is a tar packed by zstd, which is not read: unpack it (zstd -d)"
 
 
 def is_metadata(file: str) -> bool:
@@ -111,18 +121,16 @@ def _is_of_photos(survey: Survey) -> bool:
 
 
 def _of_split(splits: Splits, split: str, name: str, any_split: bool) -> tuple[str, set[str]]:
-    wanted = plain_split(split)
-    if wanted not in splits.files and any_split and len(splits.files) == 1:
-        (split,) = splits.files
-        wanted = split
-    if wanted not in splits.files:
-        remedy = (
-            ""
-            if len(splits.files) > 1
-            else "; name the files of each split by flags, or put them in folders of its name"
-        )
-        raise UsageError(f"{name} has no split '{split}': there are {listed(splits.files)}{remedy}")
-    return split, set(splits.files[wanted])
+    """The name of the split, and its files."""
+    found = splits.find(split)
+    if found is not None:
+        return split, set(splits.files[found])
+    if any_split and len(splits.files) == 1:
+        ((split, members),) = splits.files.items()
+        return split, set(members)
+    remedy = "; name the files of each split by flags, or put them in folders of its name"
+    remedy = remedy if len(splits.files) == 1 else ""
+    raise UsageError(f"{name} has no split '{split}': there are {listed(splits.files)}{remedy}")
 
 
 def _leave_side_files(survey: Survey) -> None:
@@ -164,7 +172,7 @@ def _settle_texts(survey: Survey, asked: Asked, reading: Reading) -> None:
     survey.data["table"] = sorted(survey.data["table"] + tables)
     others = [file for file in survey.data["text"] if file not in set(tables)]
     survey.data["text"] = others
-    if asked.sides != "titles":
+    if asked.sides != "titles" or any(survey.data[kind] for kind in ("parquet", "tar", "table")):
         survey.leave_data("text", "text files without columns")
 
 
@@ -197,6 +205,9 @@ def _nothing(survey: Survey, name: str, split: str) -> str:
             f"{name} has photos but no metadata.jsonl or metadata.csv in split '{split}': add one with the columns "
             "file_name and caption, or give a JSON list as --data_files with --image_dir"
         )
+    packed = survey.left.get(REASONS["packed tar"])
+    if packed is not None:
+        return _packed_tar(os.path.join(survey.root, packed.examples[0]))
     left = "; ".join(f"{reason}: {entry.told()}" for reason, entry in survey.left.items())
     return (
         f"{name} can't be opened: it holds no Parquet files, tars, tables or photos that can be read"
@@ -282,7 +293,7 @@ def kind_of_files(files: Sequence[str], name: str, asked: Asked, reading: Readin
     if len(kinds) == 1 and (kind := next(iter(kinds))) in SOURCES:
         return SOURCES[kind]
     if "packed tar" in kinds:
-        raise UsageError(f"{kinds['packed tar']} is a tar packed by zstd, which is not read: unpack it (zstd -d)")
+        raise UsageError(_packed_tar(kinds["packed tar"]))
     if "sheet" in kinds:
         raise UsageError(f"{kinds['sheet']} is a spreadsheet, of no known kind for us: save it as CSV in UTF-8")
     if "archive" in kinds:

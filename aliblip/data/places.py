@@ -18,11 +18,13 @@ from aliblip.data.missing import ENDINGS
 from aliblip.data.rows import path_inside
 from aliblip.data.values import embedded_photo, is_address, photo_in
 
-__all__ = ["Place", "find_place", "folders_below"]
+__all__ = ["Place", "find_place", "folders_below", "folders_beside"]
 
 # Sub-folders in which photos are looked for, if they are not where the table says.
 MOST_FOLDERS = 64
 PROBED = 100
+# What a folder of photos is called. A neighbour of another name may be another catalogue with the same file names.
+_OF_PHOTOS = re.compile(r"(?i)(^|.*[^a-z])(images?|imgs?|photos?|pictures?|pics?|jpe?gs?|media)($|[^a-z].*)")
 _NUMBERED = re.compile(r"(.+\.\w{3,4})#\d+")
 
 
@@ -144,9 +146,16 @@ def _is_private(address: str) -> bool:
 
 def folders_below(folder: str) -> list[str]:
     """Some sub-folders of a folder, by name: those in which photos may lie."""
+    folder = os.path.normpath(folder)
     try:
         with os.scandir(folder) as entries:
             found = sorted(entry.path for entry in entries if not entry.name.startswith(".") and entry.is_dir())
     except OSError:
         return []
     return found[:MOST_FOLDERS]
+
+
+def folders_beside(folder: str) -> list[str]:
+    """The neighbours of a folder that are called as folders of photos are."""
+    beside = folders_below(os.path.join(folder, ".."))
+    return [path for path in beside if _OF_PHOTOS.fullmatch(os.path.basename(path))]

@@ -348,17 +348,17 @@ def report(source: Any) -> ProductReport:
     )
 
 
-def tell_sources(*sources: Any, tell: Callable[[str], object] = print) -> None:
+def tell_sources(*sources: Any, tell: Callable[[str], object] = print, products: bool = True) -> None:
     """Tell, by the first process of a launch, what was understood of each `Source`: what was read and left, products.
 
-    What can't be counted ends no run.
+    What can't be counted ends no run. Products are left out where it does not matter what they are.
     """
     if launched_rank() != 0:
         return
     for source in dict.fromkeys(source for source in sources if source is not None):
         for line in source.report():
             tell(line)
-        if source.sides == "titles" and source.selected.product_id is None:
+        if not products or (source.sides == "titles" and source.selected.product_id is None):
             continue  # titles without photos are no products
         try:
             found = report(source)

@@ -13,8 +13,9 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from aliblip.data.columns import Columns, Request, Roles, choose_columns
+from aliblip.data.folders import Left
 from aliblip.data.manifest import DataFile
-from aliblip.data.places import Place, find_place, folders_below
+from aliblip.data.places import Place, find_place, folders_below, folders_beside
 from aliblip.data.remote import is_remote
 from aliblip.data.rows import Row, Shard, Source
 from aliblip.data.tables import NoTable, Table, Unreadable, open_table
@@ -283,7 +284,8 @@ def _place(request: Request, table: Table, facts: Facts | None) -> Place:
     others = [own, *([request.folder] if request.folder else [])]
     if request.survey is not None:
         others += [os.path.join(request.survey.root, each) for each in sorted(request.survey.photo_folders())[:64]]
-    others += folders_below(folder)
+    # Beside a folder of tables there is often one of photos.
+    others += [*folders_below(folder), *([] if request.image_dir else folders_beside(own))]
     found, told = find_place(facts.sample, place, dict.fromkeys(each for each in others if each != folder))
     if told:
         request.told.append(f"{table.name}: {told}")
@@ -293,25 +295,28 @@ def _place(request: Request, table: Table, facts: Facts | None) -> Place:
 def told_unnamed(request: Request, named: Sequence[tuple[Place, Facts]]) -> None:
     """Count the photos of the folder that no row names, and the rows whose photo is not in it."""
     survey = request.survey
-    if not survey.num_photos or any(place.is_numbered or place.folder is None for place, _ in named):
+    survey.is_compared = True
+    if any(place.is_numbered or place.folder is None for place, _ in named) or request.asked.sides == "titles":
         return
-    if request.asked.sides == "titles":
-        return
-    lookups = [(_relative_to(survey.root, place), place.ending, _sorted(facts.names)) for place, facts in named]
     root = os.path.abspath(survey.root)
+    lookups = [(_relative_to(root, place), place.ending, _sorted(facts.names)) for place, facts in named]
     lookups += [(lambda path: f"{root}/{path}", "", _sorted(facts.names)) for _, facts in named if facts.absolute]
-    unnamed, examples = 0, []
+    seen = [np.zeros(0, np.int64) for _ in lookups]
+    unnamed = Left()
     for chunk in _chunks(survey.photo_names(request.below), PHOTOS_AT_ONCE):
         is_named = np.zeros(len(chunk), dtype=bool)
-        for relative, ending, names in lookups:
+        for place, (relative, ending, names) in enumerate(lookups):
             hashes = np.array([_hash(relative(path), ending) for path in chunk], dtype=np.int64)
-            is_named |= np.isin(hashes, names)
-        unnamed += int((~is_named).sum())
-        examples = sorted([*examples, *(chunk[place] for place in np.flatnonzero(~is_named).tolist())])[:EXAMPLES]
-    if unnamed:
-        survey.leave("photos that no row names", examples[0], 0)
-        survey.left["photos that no row names"].examples = examples
-        survey.left["photos that no row names"].count = unnamed
+            is_named |= (found := np.isin(hashes, names))
+            seen[place] = np.union1d(seen[place], hashes[found])
+        for place in np.flatnonzero(~is_named).tolist():
+            unnamed.add(chunk[place])
+    if unnamed.count:
+        survey.left["photos that no row names"] = unnamed
+    if not any(facts.absolute for _, facts in named):
+        gone = sum(len(names) - len(found) for (_, _, names), found in zip(lookups, seen, strict=True))
+        if gone and all(place.folder.startswith(root) for place, _ in named):
+            request.told.append(f"{gone:,} photos that rows name are not in the folder")
 
 
 def _relative_to(root: str, place: Place) -> Any:

@@ -103,9 +103,8 @@ def open_source(
             photos, see `aliblip.data.products`.
         sides: what a row must have, "both", or only the "images" (a plain folder of photos will do then, in the order
             of their names) or only the "titles" (a text file with a title a line, or a JSON list of strings will do).
-        other_columns: further columns to read, for `Row.others`; or `ALL`, every one but the photo's. Of JSON, whose
-            columns only reading it all would tell, a row then also gives keys that are not in `Source.columns`.
-        any_split: take the only split there is, if it is not the one that was named.
+        other_columns: further columns to read, for `Row.others`; or `ALL`, every one but the photo's.
+        any_split: where `split` does not exist and there is only one, take that.
         cache_dir: cache of `datasets`.
         index_dir: folder to keep where the samples of tars lie, so that no later run or other process of this machine
             has to scan them; default: they are scanned each time.
@@ -156,7 +155,7 @@ def open_source(
 def _tell_survey(source: Source, found: Found) -> None:
     """Add to what is said of the source what was found in its folder, and what is left of that and why."""
     survey = found.survey
-    if found.kind in ("parquet", "webdataset") and survey.num_photos and "photos that no row names" not in survey.left:
+    if found.kind in ("parquet", "webdataset") and survey.num_photos and not survey.is_compared:
         first = next(survey.photo_names())
         survey.leave("photos beside rows that hold theirs", first, survey.num_photos)
     if found.kind not in ("sided",) and survey.num_sided:

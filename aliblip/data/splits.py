@@ -5,19 +5,20 @@
    `captions_train2014.json` and `captions_val2014.json`.
 3. A split of another name that is asked for: a folder of just that name, or files such as `season1.csv`.
 4. Otherwise the folder has no splits: all of it is "train". Where names of several splits, or of one to test on, occur
-   beside others, that would be a guess, and is refused.
+   beside others, that would be a guess, and is refused; only tables may lie beside files of several splits, and are
+   named as left.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from aliblip.data.columns import listed
 from aliblip.runtime.mistakes import UsageError
 
-__all__ = ["Splits", "plain_split", "splits_of"]
+__all__ = ["Splits", "splits_of"]
 
 TRAIN = "train"
 WORDS = {
@@ -31,61 +32,77 @@ _SHARDED = re.compile(r"(.+)-\d{5}-of-\d{5}")
 
 @dataclass(frozen=True)
 class Splits:
-    """The files of each split, and the sentence that says how they were told apart ("" if there is but one)."""
+    """The files of each split.
+
+    Attributes:
+        files: split -> its files.
+        told: how they were told apart; "" if there is but one split.
+        left: files of no split.
+        words: by which words of their names splits may be asked for, beside their own.
+    """
 
     files: dict[str, list[str]]
     told: str = ""
+    left: tuple[str, ...] = ()
+    words: frozenset[str] = frozenset()
+
+    def find(self, asked: str) -> str | None:
+        """The split that is asked for, also by the word that its files have for it ("val")."""
+        if asked in self.files:
+            return asked
+        plain = _SPLIT_OF.get(asked.lower())
+        return plain if plain in self.files and asked.lower() in self.words else None
 
 
-def plain_split(name: str) -> str:
-    """The split that a name means: "validation" of "val"."""
-    return _SPLIT_OF.get(name.lower(), name)
-
-
-def splits_of(files: Sequence[str], asked: str, name: str) -> Splits:
+def splits_of(files: Sequence[str], asked: str, name: str, loose: Collection[str] = ()) -> Splits:
     """Split the files of a folder.
 
     Args:
         files: paths relative to the folder, with slashes.
         asked: the split that is asked for.
         name: of the folder, for messages.
+        loose: files that may lie beside those of several splits.
 
     Raises:
         UsageError: some files are named like splits, and others are not.
     """
     if asked.lower() not in _SPLIT_OF and (own := [file for file in files if _is_of(file, asked)]):
-        return Splits({asked: own}, f"only files that are called '{asked}' are read" if len(own) < len(files) else "")
-    marks = [_folder_mark(file) for file in files]
-    if files and all(marks):
-        return _by(marks, files, "by folder")
+        left = tuple(file for file in files if file not in set(own))
+        return Splits({asked: own}, f"only files that are called '{asked}' are read" if left else "", left)
+    marks, are_alike = [_folder_mark(file) for file in files], True
+    how = "by folder"
     if not any(marks):
         named = [_name_mark(file) for file in files]
-        if files and all(named) and _are_alike(named):
-            return _by([split for split, _ in named], files, "by file name")
-        marks = [mark and mark[0] for mark in named]
-    words = {mark for mark in marks if mark}
-    if words <= {TRAIN}:
-        odd = [file for file, mark in zip(files, marks, strict=True) if mark]
-        told = f"no splits: '{odd[0]}' is called as one, the others are not, and all are read" if odd else ""
-        return Splits({TRAIN: list(files)}, told if len(odd) < len(files) else "")
-    marked = [file for file, mark in zip(files, marks, strict=True) if mark]
-    others = [file for file, mark in zip(files, marks, strict=True) if not mark]
-    if not others and len(words) == 1:
-        return Splits({words.pop(): list(files)})
+        marks, how = [mark and mark[0] for mark in named], "by file name"
+        are_alike = _are_alike([mark for mark in named if mark])
+    marked = [(mark, file) for mark, file in zip(marks, files, strict=True) if mark]
+    others = [file for mark, file in zip(marks, files, strict=True) if not mark]
+    splits = {mark for mark, _ in marked}
+    if are_alike and marked and (not others or (len(splits) > 1 and set(others) <= set(loose))):
+        return _by(marked, how, tuple(others))
+    if splits <= {TRAIN}:
+        told = ""
+        if marked and others:
+            told = f"no splits: '{marked[0][1]}' is called as one, the others are not, and all are read"
+        return Splits({TRAIN: list(files)}, told)
+    if not others and len(splits) == 1:
+        return _by(marked, how, ())
     what = f"and not {listed(others[:3])}" if others else "but they are not named alike"
     raise UsageError(
-        f"{name}: some files are called as splits are ({listed(marked[:3])}), {what}, so that it is a guess what to "
-        "read: put the files into folders train/, validation/ and test/, rename them, or name the files of each split "
-        "by flags"
+        f"{name}: some files are called as splits are ({listed([file for _, file in marked[:3]])}), {what}, so that it "
+        "is a guess what to read: put the files into folders train/, validation/ and test/, rename them, or name the "
+        "files of each split by flags"
     )
 
 
-def _by(marks: Sequence[str], files: Sequence[str], told: str) -> Splits:
+def _by(marked: Sequence[tuple[str, str]], how: str, left: tuple[str, ...]) -> Splits:
     found: dict[str, list[str]] = {}
-    for mark, file in zip(marks, files, strict=True):
+    for mark, file in marked:
         found.setdefault(mark, []).append(file)
+    words = {word for _, file in marked for word in re.split(r"[^a-z]+", file.lower()) if word in _SPLIT_OF}
     counts = ", ".join(f"{split} ({len(members)})" for split, members in found.items())
-    return Splits(found, f"splits {told}: {counts}" if len(found) > 1 else "")
+    told = f"splits {how}: {counts}" if len(found) > 1 else ""
+    return Splits(found, told, left, frozenset(words))
 
 
 def _folder_mark(file: str) -> str | None:
@@ -108,7 +125,7 @@ def _are_alike(named: Sequence[tuple[str, tuple[str, ...]]]) -> bool:
     splits: dict[tuple[str, ...], set[str]] = {}
     for split, frame in named:
         splits.setdefault(frame, set()).add(split)
-    return len(splits) == 1 or all(len(found) > 1 for found in splits.values())
+    return len(splits) < 2 or all(len(found) > 1 for found in splits.values())
 
 
 def _is_of(file: str, split: str) -> bool:

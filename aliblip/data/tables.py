@@ -17,6 +17,7 @@ import json
 import lzma
 import os
 import posixpath
+import re
 import tempfile
 import zlib
 from array import array
@@ -55,6 +56,7 @@ __all__ = [
     "base_name",
     "extension_of",
     "is_table_of_text",
+    "may_hold_rows",
     "open_table",
     "plain_extension",
 ]
@@ -178,6 +180,31 @@ def is_table_of_text(file: str, reading: Reading, roles: Roles) -> bool:
     """Whether a local .txt is a table rather than a title a line."""
     with _raw(file) as raw:
         return bool(raw.read(1)) and _is_table_in_text(_Opened(file, raw, reading, roles, ""))
+
+
+def may_hold_rows(file: str, reading: Reading, roles: Roles) -> bool:
+    """Whether the beginning of a local table has a column of photos and one of titles; a broken one may, too."""
+    try:
+        with _raw(file) as raw:
+            opened = _Opened(file, raw, reading, roles, "")
+            is_json = TABLES.get(plain_extension(file)) == "json"
+            columns = _first_keys(opened.head) if is_json else _form_of(opened)[1]
+    except UsageError:
+        return True
+    return {"image", "caption"} <= {roles.of(column) for column in columns}
+
+
+def _first_keys(head: bytes) -> list[str]:
+    """Keys of the first record of JSON, and those around it if it lies in an object."""
+    text = head.decode("utf-8", "ignore").lstrip("\ufeff \t\r\n")
+    try:
+        value, _ = json.JSONDecoder(strict=False).raw_decode(text[1:].lstrip() if text.startswith("[") else text)
+    except (ValueError, RecursionError):  # longer than what was read
+        keys = [json.loads(key, strict=False) for key in re.findall(r'("(?:[^"\\]|\\.)*")\s*:', text)]
+        return [*keys, *(["caption"] if "images" in keys else [])]  # whose captions come after all photos
+    inner = value.values() if isinstance(value, dict) else ()
+    records = [each[0] for each in inner if isinstance(each, list) and each and isinstance(each[0], dict)]
+    return [key for record in (value, *records) if isinstance(record, dict) for key in record]
 
 
 @contextmanager

@@ -152,6 +152,7 @@ def _open_table(data: EvaluationDataArguments, *, split: str, data_files: str | 
         image_column=data.image_column,
         caption_column=data.caption_column,
         product_id_column=data.product_id_column,
+        reading=data.reading,
         **options,
     )
 

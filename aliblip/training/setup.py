@@ -272,6 +272,7 @@ def open_sources(data_args: TrainDataArguments, args: TrainingArguments) -> tupl
         "image_column",
         "caption_column",
         "product_id_column",
+        "reading",
     )
     options = {name: getattr(data_args, name) for name in shared}
     options["index_dir"] = str(Path(args.output_dir) / "tar_index")
