@@ -46,12 +46,14 @@ class Form:
             quotes are text.
         skip_space: whether a space after a delimiter is no part of the field.
         skipped_lines: lines before the header.
+        is_told: whether the user says how quotes are written: then a field over many lines is what it seems.
     """
 
     delimiter: str
     quotes: str = "doubled"
     skip_space: bool = False
     skipped_lines: int = 0
+    is_told: bool = False
 
     def options(self) -> dict[str, Any]:
         """For `csv.reader`."""
@@ -124,19 +126,19 @@ def find_form(lines: Sequence[Line], delimiter: str | None, quotes: str | None, 
         delimiter, quotes: as the user gave them.
         known: whether a header's name is one that we would look for.
     """
-    quotes = quotes or "doubled"
+    is_told, quotes = quotes is not None, quotes or "doubled"
     skipped, told = 0, None
     if lines and (match := re.fullmatch(r"sep=(.)\s*", lines[0].text, re.IGNORECASE)):  # which Excel writes and obeys
         skipped, told = 1, match.group(1)
     lines = lines[skipped:]
     header = next((line.text for line in lines if line.text.strip()), "")
     delimiters = (delimiter,) if delimiter else (told,) if told else DELIMITERS
-    best, best_rank = Form(delimiter or told or NO_DELIMITER, quotes, skipped_lines=skipped), None
+    best, best_rank = Form(delimiter or told or NO_DELIMITER, quotes, False, skipped, is_told), None
     for candidate in delimiters:
         if candidate not in header:
             continue
         spaced = candidate != "\t" and header.count(candidate) == header.count(f"{candidate} ")
-        form = Form(candidate, quotes, spaced, skipped)
+        form = Form(candidate, quotes, spaced, skipped, is_told)
         names = _names(header, form)
         if len(names) < 2:
             continue
@@ -252,7 +254,7 @@ def _torn(fields: Sequence[str], columns: int, form: Form, feed: _Feed, first: i
     if len(fields) != columns:
         many = f"{len(fields)} field{'s' if len(fields) != 1 else ''}"
         return f"it has {many}, the header has {columns}"
-    if len(feed.taken) > 1 and _swallowed(fields, form):
+    if len(feed.taken) > 1 and not form.is_told and _swallowed(fields, form):
         last = first + len(feed.taken) - 1
         return f"a quote opens a field that goes on to line {last}, over what look like rows of their own"
     return None

@@ -159,6 +159,9 @@ def _list_items(source: _Text, name: str) -> Iterator[JsonRecord]:
                 position = _after_gap(source, position + 1)
             elif source.text[position : position + 1] != "]":
                 raise json.JSONDecodeError("expected ',' or ']'", source.text, position)
+        position = _after_gap(source, position + 1)
+        if position < len(source.text):
+            raise json.JSONDecodeError("text follows the list", source.text, position)
     except (json.JSONDecodeError, RecursionError) as error:
         line = source.line_of(getattr(error, "pos", position))
         raise UsageError(f"{name} is not a valid JSON list (line {line}): repair or rewrite it") from None

@@ -8,6 +8,7 @@ Nothing is left out without a word: what is not read stands in `Survey.left`, an
 
 from __future__ import annotations
 
+import filecmp
 import glob
 import os
 import posixpath
@@ -30,6 +31,9 @@ __all__ = ["Found", "expanded", "find_files", "find_in_folder", "kind_of_files"]
 
 # Of kinds of files the kinds of sources.
 SOURCES = {"parquet": "parquet", "tar": "webdataset", "table": "records", "text": "text", "sided": "sided"}
+LFS_POINTER = b"version https://git-lfs"
+# Of both ends of files of the same size, before all of them is compared.
+END_BYTES = 2**16
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
@@ -79,7 +83,7 @@ def find_in_folder(folder: str, name: str, split: str, asked: Asked, reading: Re
         survey.leave_data("table", "tables without photos and titles", others)
     units = {kind: list(files) for kind, files in survey.data.items()}
     if not any(units.values()):
-        units["sided"] = sorted({posixpath.dirname(photo) + "/" for photo, _ in survey.sided_photos()})
+        units["sided"] = sorted({(posixpath.dirname(photo) or ".") + "/" for photo, _ in survey.sided_photos()})
     every = [file for files in units.values() for file in files]
     if not every:
         raise UsageError(_nothing(survey, name, split))
@@ -96,11 +100,46 @@ def find_in_folder(folder: str, name: str, split: str, asked: Asked, reading: Re
         if not files & set(members):
             survey.leave(f"files of the split '{other}'", posixpath.normpath(members[0]), len(members))
     paths = [os.path.join(folder, file) for file in sorted(chosen[kind])]
+    if kind != "sided":
+        _check_heads(paths)
+    if kind not in ("table", "sided"):  # whose rows are compared when it is read: equal names may mean other photos
+        _check_copies(paths)
     below = posixpath.commonpath([posixpath.dirname(file) for file in files]) if len(splits.files) > 1 else ""
     found = Found(SOURCES[kind], paths, split, survey, below, [splits.told] if splits.told else [])
     if kind == "table" and all(map(is_metadata, paths)):
         found.kind = "metadata"
     return found
+
+
+def _check_heads(files: Iterable[str]) -> None:
+    """Refuse files that are empty, or that only stand for a file elsewhere."""
+    for file in files:
+        with open(file, "rb") as stream:
+            head = stream.read(64)
+        if not head:
+            raise UsageError(f"{file} is empty (0 bytes): remove it, or write it again")
+        if head.startswith(LFS_POINTER):
+            raise UsageError(f"{file} is a pointer of Git LFS, not the file itself: fetch it with git lfs pull")
+
+
+def _check_copies(files: Sequence[str]) -> None:
+    """Refuse files of the same content: each of their rows would be read twice."""
+    by_size: dict[int, list[str]] = {}
+    for file in files:
+        by_size.setdefault(os.path.getsize(file), []).append(file)
+    for same in by_size.values():
+        ends: dict[bytes, str] = {}
+        for file in same if len(same) > 1 else ():
+            other = ends.setdefault(_ends(file), file)
+            if other != file and filecmp.cmp(other, file, shallow=False):
+                raise UsageError(f"{file} is a copy of {other}: remove one of them, or name the files that are meant")
+
+
+def _ends(file: str) -> bytes:
+    with open(file, "rb") as stream:
+        first = stream.read(END_BYTES)
+        stream.seek(max(stream.seek(0, os.SEEK_END) - END_BYTES, 0))
+        return first + stream.read()
 
 
 def _packed_tar(tar: str) -> str:
@@ -240,11 +279,15 @@ def find_files(
         if not matches:
             raise UsageError(f"{name} matches no files for split '{split}': check the path or the glob ({path})")
         files += map(os.path.abspath, matches)
+    _check_heads(files)
     told = []
     if len(set(files)) < len(files):
         told.append(f"{len(files) - len(set(files)):,} files are named more than once, and are read once")
         files = list(dict.fromkeys(files))
-    return Found(kind_of_files(files, name, asked, reading), files, split, told=told)
+    kind = kind_of_files(files, name, asked, reading)
+    if kind != "records":
+        _check_copies(files)
+    return Found(kind, files, split, told=told)
 
 
 def _matches(path: str) -> Iterator[str]:

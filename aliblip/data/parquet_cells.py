@@ -102,14 +102,29 @@ def _facts(files: Sequence[tuple[DataFile, pa.Schema]], column: str, photos: boo
         if not _is_text(kind) and not _is_list(kind):  # bytes, which are one photo each
             facts.skip(file.rows)
             continue
+        take = _add_lengths if _is_list(kind) and not _is_told_by_values(kind.value_type) else _add_values
         with usage_errors(pa.ArrowException, told=f"{file.file}: column '{column}' can't be read ({{}})"):
             arrays: Iterator[pa.Array] = _columns_of(file.file, [column])
             if is_remote(file.file):  # after a failure from the start again: a column of text is small
                 arrays = iter(read_patiently(lambda file=file: list(_columns_of(file.file, [column])), file.file))
             for values in arrays:
-                for value in _values(values):
-                    facts.add(value)
+                take(facts, values)
     return facts
+
+
+def _is_told_by_values(kind: pa.DataType) -> bool:
+    """Whether elements of lists are looked at: photos in bytes are only counted."""
+    return not (pa.types.is_struct(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _add_lengths(facts: Facts, lists: pa.Array) -> None:
+    for length in pc.list_value_length(lists).to_pylist():
+        facts.add_list(length or 0)
+
+
+def _add_values(facts: Facts, array: pa.Array) -> None:
+    for value in _values(array):
+        facts.add(value)
 
 
 def _values(array: pa.Array) -> Iterator[Any]:

@@ -82,6 +82,7 @@ class Place:
             return None, name, "the image is a data URI that can't be decoded"
         if self.is_own and re.match(r"(?:s3|gs|gcs|az|abfs|hf)://", text):
             return text, text, None
+        text = text.removeprefix("file://")
         if self.folder is None:
             return None, text, "the image is a path, and no image folder was given (--image_dir)"
         if os.path.isabs(text) and "\0" not in text and "://" not in self.folder:

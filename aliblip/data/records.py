@@ -144,7 +144,7 @@ def open_metadata(request: Request) -> RecordSource:
     named = replace(asked, image="file_name") if asked.image == "image" else asked
     tables = _open(request, Roles(named))
     columns = ["image" if column == "file_name" else column for column in _columns(tables)]
-    selected = choose_columns(request, columns, ("image",), photos=("file_name",), by_likeness=True)
+    selected = _choose(request, tables, columns, ("image",), photos=("file_name",))
     has_names = "file_name" in _columns(tables)
     key = "file_name" if selected.image == "image" and has_names else selected.image
     if selected.product_id == "image" and has_names and asked.image in (None, "image"):
@@ -167,8 +167,23 @@ def open_records(request: Request) -> RecordSource:
             )
         rows = [Rows(table, Place(None)) for table in tables]
         return RecordSource(request, columns, Columns(None, None, None), rows, None)
-    selected = choose_columns(request, columns, ("product", "image", "file_name"), by_likeness=True)
+    selected = _choose(request, tables, columns, ("product", "image", "file_name"))
     return _source(request, columns, selected, tables, selected.image)
+
+
+def _choose(
+    request: Request, tables: Sequence[Table], columns: Sequence[str], *defaults: Any, **options: Any
+) -> Columns:
+    """`choose_columns`, whose message also says what may be wrong with a table of one column."""
+    try:
+        return choose_columns(request, columns, *defaults, **options, by_likeness=True)
+    except UsageError as error:
+        alone = next((table for table in tables if len(table.columns) == 1 and table.is_delimited), None)
+        if alone is None:
+            raise
+        raise UsageError(
+            f"{error}; if {alone.name} has several columns, give what is between them as --csv_delimiter"
+        ) from None
 
 
 def _open(request: Request, roles: Roles) -> list[Table]:

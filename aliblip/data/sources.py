@@ -215,6 +215,8 @@ def _given(dataset_name: str | None, config: str | None, data_dir: str | None, d
     if dataset_name is None and data_dir is None and data_files is None:
         raise UsageError("no data given: set --dataset_name, --data_dir or --data_files")
     if data_dir is not None and dataset_name is None and "://" not in data_dir and not os.path.isdir(data_dir):
+        if os.path.isfile(data_dir):
+            raise UsageError(f"--data_dir: {data_dir} is a file: give a folder, or name the file by flags")
         raise UsageError(f"the data folder '{data_dir}' does not exist: give an existing folder as --data_dir")
     name = str(dataset_name or data_dir) if data_files is None else _name_of_files(data_files)
     if data_files is None:

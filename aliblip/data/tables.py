@@ -94,8 +94,10 @@ class Table:
         columns: of all of its records.
         told: how it was read, for the report.
         facts: of the columns that may be photos or titles, by name; for the opening only.
-        pairs: of each row, the hash of its photo's name and title; None unless that was asked for.
         bare: whether records are bare titles.
+        is_delimited: whether it is a CSV file.
+        problems: why records can't be read, by their numbers.
+        product_column: the column of products, where the form of the table says which.
     """
 
     file: str
@@ -105,6 +107,7 @@ class Table:
     told: list[str] = field(default_factory=list)
     facts: dict[str, Facts] = field(default_factory=dict)
     bare: bool = False
+    is_delimited: bool = False
     problems: dict[int, str] = field(default_factory=dict)
     product_column: str | None = None
     _stored: Spans | Blocks = field(default_factory=lambda: Blocks([]))
@@ -156,16 +159,18 @@ def open_table(file: str, reading: Reading, roles: Roles, split: str, kind: str 
         reading: how the user says that it is written.
         roles: which columns to gather facts of.
         split: for files whose records tell their split.
-        kind: "csv", "json" or "text"; by default as the file's name ends.
+        kind: "csv", "json" or "text"; by default as the file's name ends, or as it begins.
 
     Raises:
         UsageError: the file can't be read as a table; the message names lines.
         OSError: it can't be read at all.
     """
-    kind = kind or TABLES.get(plain_extension(file), "csv")
+    kind = kind or TABLES.get(plain_extension(file))
     with _raw(file) as raw:
         opened = _Opened(file, raw, reading, roles, split)
         opened.add_digest()
+        if kind is None:  # a file whose name says nothing
+            kind = "json" if opened.head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"[") else "csv"
         try:
             if kind == "text" and not _is_table_in_text(opened):
                 return _titles(opened)
@@ -308,7 +313,7 @@ def _of_csv(opened: _Opened) -> Table:
         records = (record.text.encode() for record in _rows_of(opened, form, names))
         table._stored = Blocks(records)
         table._parse = functools.partial(_csv_record, names=names, form=form, encoding="utf-8")
-    table.columns, table.facts, table.problems = names, result.facts, result.problems
+    table.columns, table.facts, table.problems, table.is_delimited = names, result.facts, result.problems, True
     table.told = [_told_csv(opened, form)]
     if bad.count:
         table.told.append(f"{bad.count:,} lines of {table.name} are not rows ({bad.named()}), and are skipped")
@@ -446,6 +451,8 @@ def _bad_lines(opened: _Opened, bad: _Bad, rows: int) -> str:
         remedy = "put text that holds the delimiter in double quotes, as spreadsheets do when they save CSV"
     elif "quote" in problem:
         remedy = "write a quote in a quoted field twice, or, if quotes are text, give --csv_quotes none"
+        if "rows of their own" in problem:
+            remedy += ", or, if it is one text, --csv_quotes doubled"
     elif "encoding" in problem:
         remedy = "give the right --encoding"
     else:

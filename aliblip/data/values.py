@@ -192,6 +192,13 @@ class Facts:
         if self._photos:
             self._add_photos(parts)
 
+    def add_list(self, length: int) -> None:
+        """Take the next cell into account, a list of so many photos or titles that are not looked at."""
+        if length > 1:
+            self._counts = _entered(self._counts, self.rows, length)
+        self.rows += 1
+        self.empty += not length
+
     def _add_photos(self, parts: list[Any]) -> None:
         for part in map(photo_in, parts):
             if not isinstance(part, str):
