@@ -392,7 +392,7 @@ def _titles(rng: np.random.Generator) -> list[Case]:
             ("a number", 3.5, "not text but float", None),
             ("no number", math.nan, "not text but float", None),
             ("a truth value", True, "not text but bool", None),
-            ("a list", ["red cup"], "not text but list", None),
+            ("a list", [["red cup"]], "not text but list", None),
             ("an object", {"en": "red cup"}, "not text but dict", None),
         )
     ]

@@ -68,7 +68,13 @@ def look_at_cells(request: Request, selected: Columns, files: Sequence[tuple[Dat
         if request.survey is not None:
             told_unnamed(request, [(cells.place, facts)])
     elif images and pa.types.is_struct(images[0]) and not is_remote(files[0][0].file):
-        cells.place = _place(request, cells.place, _paths(files[0][0].file, selected.image, images[0]))
+        paths = _paths(files[0][0].file, selected.image, images[0])
+        if paths is not None:
+            sample = Facts(photos=True)
+            for path in paths:
+                sample.add(path)
+            cells.place = replace(cells.place, has_addresses=sample.has_addresses)
+            cells.place = _place(request, cells.place, paths)
     if any(map(_is_list, captions)) or (any(map(_is_text, captions)) and _writes_lists(files, selected.caption)):
         facts = _facts(files, selected.caption, photos=False)
         told_facts(request, selected.caption, facts)
@@ -157,11 +163,11 @@ def _writes_lists(files: Sequence[tuple[DataFile, pa.Schema]], column: str) -> b
     return bool(texts) and all(text.lstrip().startswith("[") and listed_text(text) is not None for text in texts)
 
 
-def _paths(file: str, column: str, kind: pa.StructType) -> list[str]:
-    """The first paths of photos that are stored as {bytes, path} without bytes."""
+def _paths(file: str, column: str, kind: pa.StructType) -> list[str] | None:
+    """The first paths of photos that are stored as {bytes, path}; None if they are stored otherwise."""
     names = {kind.field(place).name for place in range(kind.num_fields)}
     if "path" not in names:
-        return []
+        return None
     with open_file(file) as stream:
         batches = pq.ParquetFile(stream).iter_batches(PROBED, columns=[f"{column}.path"])
         batch = next(batches, None)
