@@ -235,7 +235,8 @@ def shown(value: Any) -> str:
         return "null"
     if isinstance(value, (bytes, bytearray, memoryview)):
         value = bytes(value).decode("utf-8", "replace")
-    text = " ".join(str(value).split()).encode("utf-8", "replace").decode()
+    text = " ".join(str(value).split())
+    text = "".join(character if character.isprintable() else "\ufffd" for character in text[:61])
     return f"'{text[:60]}…'" if len(text) > 60 else f"'{text}'" if isinstance(value, str) else text
 
 

@@ -138,9 +138,6 @@ def open_metadata(request: Request) -> RecordSource:
     """
     asked = request.asked
     # datasets calls the photo of file_name "image".
-    if asked.product_id == "file_name" and asked.image in (None, "image"):
-        asked = replace(asked, product_id="image")
-        request = replace(request, asked=asked)
     named = replace(asked, image="file_name") if asked.image == "image" else asked
     tables = _open(request, Roles(named))
     columns = ["image" if column == "file_name" else column for column in _columns(tables)]

@@ -43,7 +43,8 @@ class TarIndex:
         size: bytes of the tar.
         fields: names of the fields, as the members number them.
         arrays: "keys" (K,) uint8 and "key_ends" (S,) int64, "member_ends" (S,) int64, "field" (M,) int32,
-            "offset" (M,) int64, "length" (M,) int64; "id" (S,) int64 and "id_state" (S,) int8 as `Samples` has them.
+            "offset" (M,) int64, "length" (M,) int64; "id" (S,) int64, "id_state" (S,) int8 and
+            "titles" (S,) int32 as `Samples` has them.
         about: "compression" of the tar, and of `Samples` all but fields and arrays.
         digest: BLAKE2 of the names, offsets and lengths of all members.
         check: BLAKE2 of everything.
@@ -58,7 +59,7 @@ class TarIndex:
         for name in PLACES:
             _take_in(content, name, arrays[name])
         self.digest = content.hexdigest()
-        for name in ("id", "id_state"):
+        for name in ("id", "id_state", "titles"):
             _take_in(content, name, arrays[name])
         content.update(json.dumps(about).encode())
         self.check = content.hexdigest()

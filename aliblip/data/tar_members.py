@@ -23,8 +23,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+from aliblip.data.columns import CAPTION_NAMES, similar_name
+from aliblip.data.encodings import unicode_of
 from aliblip.data.products import shown
 from aliblip.data.remote import open_file, resumed
+from aliblip.data.values import titles_of
 from aliblip.runtime.mistakes import UsageError
 
 __all__ = [
@@ -48,8 +51,9 @@ IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif
 IMAGE_FIELDS += ("pjp", "apng", "j2k", "jpx", "jpf", "heic", "heif", "jxl", "dib", "ico", "ppm", "pgm", "pbm", "pnm")
 TEXT_FIELDS = ("txt", "text", "transcript", "caption", "title")
 JSON_FIELDS = ("json", "jsn")
-# Where a title may stand, if none is named: as a member of this ending, or under this key of a JSON member.
-CAPTION_FIELDS = ("caption", "text", "txt", "title", "transcript")
+# Where a title may stand, if none is named: as a member of this ending, or under this key of a JSON member. If there is
+# none of these, a key of `CAPTION_NAMES` will do.
+CAPTION_FIELDS = ("caption", "text", "txt", "title", "transcript", "captions", "titles", "sentences")
 # What a member is; flags, so that those of a sample can be put together.
 OTHER, PHOTO, TEXT = 0, 1, 2
 # Folders and files that systems leave behind.
@@ -76,12 +80,14 @@ class Wanted:
     """What makes samples of members.
 
     Attributes:
-        captions: endings of members and keys of JSON members that may hold the title.
+        captions: endings of members and keys of JSON members that may hold the title, the first before the others.
         product_id: the ending or key of the product ids.
+        by_likeness: whether other keys of JSON members will do, by their names.
     """
 
     captions: tuple[str, ...] = CAPTION_FIELDS
     product_id: str = "product_id"
+    by_likeness: bool = True
 
 
 class Member(NamedTuple):
@@ -94,6 +100,7 @@ class Member(NamedTuple):
         offset, length: where its bytes lie.
         link: the member that it is a link to; then `offset` and `length` are 0.
         keys: of a JSON member.
+        titles: (place in `Wanted.captions`, how many) of the titles that it holds, if it holds some.
         id: (value,) of the product id that it holds, if it holds one.
     """
 
@@ -104,11 +111,15 @@ class Member(NamedTuple):
     length: int = 0
     link: str | None = None
     keys: tuple[str, ...] = ()
+    titles: tuple[int, int] | None = None
     id: tuple[Any] | None = None
 
 
-def value_of(ending: str, data: bytes) -> Any:
+def value_of(ending: str, data: bytes, encoding: str | None = None) -> Any:
     """What a member holds: JSON, a text, for endings of labels a number or text, otherwise its bytes.
+
+    Args:
+        encoding: of texts that do not begin with a mark of theirs; default UTF-8.
 
     Raises:
         ValueError: it can't be read as what its ending says.
@@ -117,10 +128,10 @@ def value_of(ending: str, data: bytes) -> Any:
     if ending in JSON_FIELDS:
         return json.loads(data)
     if ending in TEXT_FIELDS:
-        return data.decode("utf-8")
+        return data.decode(unicode_of(data) or encoding or "utf-8")
     if ending in ("cls", "cls2", "id", "index", "product_id"):
-        text = data.decode("utf-8").strip()
-        return int(text) if re.fullmatch(r"[+-]?[1-9][0-9]{0,399}|0", text) else (text or None)
+        text = data.decode("utf-8-sig").strip()
+        return int(text) if re.fullmatch(r"-?[1-9][0-9]{0,399}|0", text) else (text or None)
     return data
 
 
@@ -311,13 +322,15 @@ class _Walk:
             value = _json_of(self._read(stream, member)) if member.length <= MOST_JSON_BYTES else None
             if not isinstance(value, dict):
                 return member
-            has_title = any(value.get(key) for key in wanted.captions)
+            titles = _titles_in(value, wanted)
             found = (value[wanted.product_id],) if wanted.product_id in value else None
-            return member._replace(kind=TEXT if has_title else OTHER, keys=tuple(map(str, value)), id=found)
+            kind = OTHER if titles is None else TEXT
+            return member._replace(kind=kind, keys=tuple(map(str, value)), titles=titles, id=found)
         if ending == wanted.product_id and member.length <= MOST_JSON_BYTES:
             member = member._replace(id=(_value_or_bytes(ending, self._read(stream, member)),))
         if ending in TEXT_FIELDS or ending in wanted.captions:
-            return member._replace(kind=TEXT)
+            place = wanted.captions.index(ending) if ending in wanted.captions else len(wanted.captions)
+            return member._replace(kind=TEXT, titles=(place, 1) if member.length else None)
         if _is_photo(self._read(stream, member, 32)):
             return member._replace(kind=PHOTO)
         return member
@@ -332,6 +345,14 @@ def _is_of_a_system(name: str) -> bool:
     if base.startswith(".") or base.lower() in _SYSTEM_FILES:
         return True
     return any(folder in _SYSTEM_FOLDERS or (folder.startswith(".") and folder.strip(".")) for folder in folders)
+
+
+def _titles_in(value: dict[str, Any], wanted: Wanted) -> tuple[int, int] | None:
+    for place, key in enumerate(wanted.captions):
+        if value.get(key):
+            return place, len(titles_of(value[key]))
+    other = similar_name(value, CAPTION_NAMES) if wanted.by_likeness else None
+    return (len(wanted.captions), len(titles_of(value[other]))) if other is not None and value[other] else None
 
 
 def _json_of(data: bytes) -> Any:

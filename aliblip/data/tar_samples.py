@@ -11,8 +11,9 @@ the field `seg.png` of `a`. Names of shops have dots in keys: `AB.0001.jpg`, `la
    whole name of its photo (`a.jpg`, `a.jpg.txt`), and a photo may have no ending.
 2. What lacks its counterpart joins the longest shorter key where there is one: `a.seg.png` and `a.en.txt` join `a`. But
    where such keys are samples themselves (`AB.0001`, `AB.0002`), nothing joins `AB`.
-3. Where no photo has a title in its own folder, `images/1.jpg` and `titles/1.txt` are a sample if nothing else has that
-   name.
+3. A photo and a title that are still alone are a sample if their names differ in capital letters only, `A.JPG` and
+   `a.txt`; and where no photo has a title in its own folder, `images/1.jpg` and `titles/1.txt` are one, too. Both if
+   nothing else that is alone has that name.
 4. A name that comes again begins a second sample of that key if it is whole, otherwise the first one counts.
 
 M members, S samples, G groups of members that have one key.
@@ -20,6 +21,7 @@ M members, S samples, G groups of members that have one key.
 
 from __future__ import annotations
 
+import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,6 +35,8 @@ from aliblip.data.tar_members import IMAGE_FIELDS, JSON_FIELDS, OTHER, PHOTO, TE
 __all__ = ["HAS_ID", "NO_ID", "Members", "Samples"]
 
 WHOLE = PHOTO | TEXT
+# A place behind all of `Wanted.captions`.
+NO_TITLE = 127
 # Of a product id.
 HAS_ID, NO_ID = 1, 2
 # Of names without an ending, and of photos that are called as a key.
@@ -53,11 +57,12 @@ class Samples:
     Attributes:
         fields: names of the fields, as `arrays["field"]` numbers them.
         arrays: as `TarIndex` has them, and "id" (S,) int64, "id_state" (S,) int8: HAS_ID, NO_ID, or 0 where there is
-            nothing.
+            nothing; "titles" (S,) int32, how many a sample has, at least 1.
         photo_fields: fields that hold photos and do not say so.
         keys: of JSON members.
         absent: what stands in place of product ids, and how often.
-        counts: samples that are "whole", have a "photo alone" or a "title alone"; and "joined across folders".
+        counts: samples that are "whole", have a "photo alone" or a "title alone"; and those "joined by name" and
+            "joined across folders", by rule 3.
         left: what is in no sample, by what it is: [members, the first of them].
         alone: by "photo alone" and "title alone" the first name.
     """
@@ -82,6 +87,7 @@ class Members:
         self._offsets, self._lengths = array("q"), array("q")
         self._key_hashes, self._name_hashes = array("q"), array("q")
         self._ids, self._id_states, self._is_own = array("q"), array("b"), array("b")
+        self._title_places, self._titles = array("b"), array("i")
         self._links: dict[int, str] = {}
         self._nameless: dict[str, tuple[int, int]] = {}  # that links may lead to
         self._keys: dict[str, None] = {}
@@ -112,8 +118,11 @@ class Members:
         self._kinds.append(member.kind or OTHER)
         self._offsets.append(member.offset)
         self._lengths.append(member.length)
-        self._key_hashes.append(hash(key))
-        self._name_hashes.append(hash(member.name))
+        self._key_hashes.append(_hash(key))
+        self._name_hashes.append(_hash(member.name))
+        place, titles = member.titles or (NO_TITLE, 1)
+        self._title_places.append(place)
+        self._titles.append(titles)
         self._add_id(member)
 
     def _add_id(self, member: Member) -> None:
@@ -159,15 +168,17 @@ class _Pairing:
         self.length = np.array(members._lengths, dtype=np.int64)
         self.names = list(members._endings)
         self.targets: set[int] = set()
-        self.counts = {"whole": 0, "photo alone": 0, "title alone": 0, "joined across folders": 0}
+        self.counts = {"whole": 0, "photo alone": 0, "title alone": 0}
+        self.counts |= {"joined by name": 0, "joined across folders": 0}
         self.alone: dict[str, str] = {}
 
     def samples(self) -> Samples:
         self._resolve_links()
         self._call_by_whole_names()
         self._join_relatives()
+        self._join_by(lambda key: _plain(key).casefold(), "joined by name")
         if not (self._flags()[1] == WHOLE).any():
-            self._join_across_folders()
+            self._join_by(lambda key: _plain(key).rpartition("/")[2], "joined across folders")
         sample, first, flags = self._numbered()
         return self._collected(sample, first, flags)
 
@@ -197,7 +208,7 @@ class _Pairing:
             self.offset[position], self.length[position] = self.offset[found], self.length[found]
             self.targets.add(found)
             kind = int(self.kind[found])
-            for column in (members._ids, members._id_states, members._is_own):
+            for column in (members._ids, members._id_states, members._is_own, members._title_places, members._titles):
                 column[position] = column[found]
         elif target in members._nameless:
             self.offset[position], self.length[position] = members._nameless[target]
@@ -249,8 +260,8 @@ class _Pairing:
         taken = {short for g in np.flatnonzero(whole) for short in _shorter(self._key(first[g]))}
 
         def flags_of(key: str) -> int | None:
-            place = int(np.searchsorted(keys, hash(key)))
-            return int(flags[place]) if place < len(keys) and keys[place] == hash(key) else None
+            place = int(np.searchsorted(keys, _hash(key)))
+            return int(flags[place]) if place < len(keys) and keys[place] == _hash(key) else None
 
         joined = _relatives({key: int(flags[g]) for key, g in loose.items()}, flags_of, taken)
         order = np.argsort(group, kind="stable")
@@ -258,22 +269,25 @@ class _Pairing:
         for key, target in joined.items():
             g = loose[key]
             for member in order[begins[g] : begins[g + 1]]:
-                self.key[member], self.size[member] = hash(target), len(_encoded(target))
+                self.key[member], self.size[member] = _hash(target), len(_encoded(target))
                 self.field[member] = self._field(self.members._name(member)[len(target) + 1 :].lower() or NAMELESS)
 
-    def _join_across_folders(self) -> None:
+    def _join_by(self, name_of: Callable[[str], str], what: str) -> None:
+        """Rule 3: pair photos and titles that are alone and have one name, which nothing else has."""
         _, flags, first, group = self._flags()
         by_name: dict[int, dict[str, list[int]]] = {PHOTO: {}, TEXT: {}}
+        if not all((flags == kind).any() for kind in by_name):
+            return
         for kind, found in by_name.items():
             for g in np.flatnonzero(flags == kind):
-                found.setdefault(self._key(first[g]).rpartition("/")[2], []).append(int(g))
+                found.setdefault(name_of(self._key(first[g])), []).append(int(g))
         target = np.arange(len(first))
         for name, titles in by_name[TEXT].items():
             photos = by_name[PHOTO].get(name, [])
             if len(titles) == len(photos) == 1:
                 target[titles[0]] = photos[0]
-                self.counts["joined across folders"] += 1
-        if self.counts["joined across folders"]:
+                self.counts[what] += 1
+        if self.counts[what]:
             self.key = self.key[first[target[group]]]
 
     # --- samples ---
@@ -339,6 +353,11 @@ class _Pairing:
         called[of[is_photo][::-1]] = members[is_photo][::-1]
         keys = [_encoded(self._key(int(member))) for member in called]
         ids, states, absent = self._ids(members, of, count)
+        # The number of titles is that of the first place that has some.
+        titles = np.ones(count, dtype=np.int32)
+        places = np.array(self.members._title_places, dtype=np.int8)[members]
+        samples, chosen = np.unique(of[by := np.lexsort((places, of))], return_index=True)
+        titles[samples] = np.array(self.members._titles, dtype=np.int32)[members[by[chosen]]]
         photo_fields = {names[i] for i in np.unique(rank[field[is_photo]])}
         return Samples(
             fields=names,
@@ -351,6 +370,7 @@ class _Pairing:
                 "length": self.length[members],
                 "id": ids,
                 "id_state": states,
+                "titles": np.maximum(titles, 1),
             },
             photo_fields=sorted(name for name in photo_fields if name not in IMAGE_FIELDS),
             keys=list(self.members._keys),
@@ -425,6 +445,15 @@ def _shorter(key: str) -> Iterator[str]:
         if not base:
             return
         yield folder + slash + base
+
+
+def _hash(key: str) -> int:
+    return hash(_plain(key))
+
+
+def _plain(key: str) -> str:
+    """One spelling of names whose accents are written in two ways."""
+    return key if key.isascii() else unicodedata.normalize("NFC", key)
 
 
 def _dots(key: str) -> int:
