@@ -37,7 +37,7 @@ from aliblip.data.products import tell_sources
 from aliblip.data.rows import Source
 from aliblip.data.sources import ALL, open_source, require_usable_row
 from aliblip.models.loading import load_pretrained
-from aliblip.retrieval.building import THUMBNAIL_SIDE, Build
+from aliblip.retrieval.building import THUMBNAIL_SIDE, Build, check_options
 from aliblip.retrieval.galleries import Gallery
 from aliblip.retrieval.indexing import INDEX_KINDS, index_settings
 from aliblip.retrieval.plan import size_text
@@ -157,11 +157,16 @@ def _check_building(data: GalleryDataArguments, options: GalleryArguments) -> No
         raise UsageError("--model_name_or_path is missing; see --help")
     if data.product_id_column is not None:
         raise UsageError("--product_id_column is for training and evaluation: the ids of a gallery are --id_column")
-    check_range(
-        measure_recall=(options.measure_recall, 0, None),
-        per_device_eval_batch_size=(options.per_device_eval_batch_size, 1, None),
-        unit_size=(options.unit_size, 1, None),
-        dataloader_num_workers=(data.dataloader_num_workers, 0, None),
+    check_range(measure_recall=(options.measure_recall, 0, None))
+    check_options(
+        options.kind,
+        options.thumbnails or False,
+        options.store_tokens,
+        options.per_device_eval_batch_size,
+        options.unit_size,
+        options.duplicates,
+        data.dataloader_num_workers,
+        flag,
     )
     if options.upsert and options.overwrite_output_dir:
         raise UsageError("--upsert changes the gallery that is there: leave --overwrite_output_dir out")

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tiny
 from forks import FORK_RANKS
-from helpers import ROOT, environment, environments_of_ranks, launch_command, start_forked
+from helpers import PATIENCE, ROOT, environment, environments_of_ranks, launch_command, start_forked
 from PIL import Image
 
 TINY = [
@@ -104,7 +104,7 @@ class BackgroundRun:
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
         return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
 
-    def wait_until(self, condition: Callable[[], bool], timeout: float = 300) -> None:
+    def wait_until(self, condition: Callable[[], bool], timeout: float = PATIENCE) -> None:
         end = time.monotonic() + timeout
         while not condition():
             assert all(process.poll() is None for process in self.processes), f"the run is over\n{self.printed[-4000:]}"
@@ -132,7 +132,7 @@ class BackgroundRun:
         for process in self.processes:
             process.wait()
 
-    def wait(self, timeout: float = 300) -> int:
+    def wait(self, timeout: float = PATIENCE) -> int:
         """The exit code, once all that was started is gone."""
         started = self._started()
         try:

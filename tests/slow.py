@@ -29,7 +29,7 @@ SLOW_HERE = {
     "test_all_pairs_equal_every_pair_scored_one_by_one",
     "test_an_example_is_searched_for_and_no_other_number_is",
     "test_another_model_is_refused_until_it_may_replace_what_is_there",
-    "test_gallery_types",
+    "test_gallery_in_small",
     "test_lora_trains_its_adapters_alone_and_they_load",
     "test_the_api_is_two_named_endpoints_and_nothing_of_the_page",
     "test_the_loader_reads_it",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import sys
@@ -11,6 +10,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import recordings
 import tiny
 import torch
 from blip_stub import (
@@ -24,7 +24,6 @@ from blip_stub import (
     ours,
     spoilt,
 )
-from helpers import ROOT
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
@@ -40,9 +39,6 @@ from aliblip.training.carried import MOMENTUM_FILE, check_momentum, read_momentu
 from aliblip.training.momentum import MomentumState
 from configuration_aliblip import AliBlipConfig
 from processing_aliblip import AliBlipProcessor
-
-REFERENCE = Path(os.environ.get("ALIBLIP_REFERENCE_DIR", ROOT.parent / "shared" / "reference"))
-
 
 # --- parity -----------------------------------------------------------------------------------------------------------
 
@@ -164,11 +160,10 @@ def test_another_resolution(blip, blip_folder, tmp_path):
         converted(blip_folder, tmp_path / "no", image_size=50)
 
 
-@pytest.mark.skipif(not (REFERENCE / "one_rank").is_dir(), reason=f"no recordings in {REFERENCE}")
 def test_a_recorded_original_model_keeps_its_numbers(tmp_path):
-    recorded = REFERENCE / "one_rank"
+    recorded = recordings.COMMITTED / "one_rank"
     expected = json.loads((recorded / "expected.json").read_text())
-    torch.save({"model": load_file(recorded / "initial.safetensors")}, tmp_path / "epoch_0_nccl.pth")
+    torch.save({"model": recordings.initial_state(recorded)}, tmp_path / "epoch_0_nccl.pth")
     heads = {
         f"{tower}_config": json.dumps({"num_attention_heads": expected[tower]["num_attention_heads"]})
         for tower in ("vision", "text")

@@ -19,7 +19,7 @@ INPUTS = {"pixel_values", "input_ids", "attention_mask", "product_id"}
 ATTENTION = ["qkv", "projection", "query", "key", "value"]
 
 needs_peft = pytest.mark.skipif(
-    importlib.util.find_spec("peft") is None, reason="PEFT is not installed: pip install aliblip[peft]"
+    importlib.util.find_spec("peft") is None, reason="PEFT is not installed (the extra peft)"
 )
 
 

@@ -15,7 +15,7 @@ import test_files
 import tiny
 import torch
 from forks import FORK_RANKS
-from helpers import ROOT, assert_succeeded, launch, run, run_forked, run_ranks
+from helpers import PATIENCE, ROOT, assert_succeeded, launch, run, run_forked, run_ranks
 from runs import TINY, BackgroundRun, rows_of, steps_of, write_split
 from safetensors.torch import load_file
 
@@ -26,7 +26,6 @@ from aliblip.runtime.mistakes import UsageError
 from aliblip.training.checkpoint import checkpoints
 
 TRAIN_ROWS, BATCH, EPOCHS = 50, 4, 3
-PATIENCE = 300  # seconds until a test takes a run for hung; a machine may be busy with other things
 RECORDED = ROOT / "tests" / "recorded_train.py"
 
 
@@ -390,18 +389,18 @@ PROMISES = {
         test_the_second_ctrl_c_ends_at_once,
         test_a_launcher_that_is_killed_takes_a_checkpoint_with_it,
     ],
-    "No hang.": [
+    "A dead rank ends the job": [
         test_an_interrupted_run_repeats_the_uninterrupted_one,
         test_an_error_on_one_rank_ends_the_job_with_that_error,
     ],
     "Whole or not at all.": [test_files.test_a_kill_at_any_call_leaves_a_whole_folder],
     "A full disk": [test_a_full_disk_keeps_the_run_and_the_old_checkpoint],
-    "Not finite, no step.": [test_a_step_that_is_not_finite_changes_nothing_and_many_end_the_run],
+    "Only finite steps count.": [test_a_step_that_is_not_finite_changes_nothing_and_many_end_the_run],
     "Changed data, batch size or processes": [
         test_a_changed_world_is_refused_with_the_values_that_work,
         test_changed_data_is_refused_with_what_changed,
     ],
-    "A checkpoint runs no code": [test_a_checkpoint_from_untrusted_hands_runs_no_code],
+    "Checkpoints are data": [test_a_checkpoint_from_untrusted_hands_runs_no_code],
 }
 
 

@@ -66,7 +66,7 @@ from aliblip.runtime.mistakes import UsageError
 from aliblip.runtime.parts import Parts
 from encoder_aliblip import TOKEN_TYPE, fingerprint
 
-__all__ = ["BUILD", "Build", "BuildPlan", "EmbeddedRows", "check_place", "embedded_rows", "in_python"]
+__all__ = ["BUILD", "Build", "BuildPlan", "EmbeddedRows", "check_options", "check_place", "embedded_rows", "in_python"]
 
 # The folder of parts in that of the gallery.
 BUILD = "build"
@@ -153,7 +153,7 @@ class Build:
         parts_dir: str | os.PathLike | None = None,
         flag: FromTool = in_python,
     ):
-        _check_options(kind, thumbnails, store_tokens, batch_size, unit_size, duplicates, num_workers, flag)
+        check_options(kind, thumbnails, store_tokens, batch_size, unit_size, duplicates, num_workers, flag)
         self.source, self.uri, self.kind, self.flag = source, tidy_uri(uri), kind, flag
         self.thumbnail_side = THUMBNAIL_SIDE if thumbnails is True else (thumbnails or None)
         self.store_tokens, self.dtype, self.duplicates = store_tokens, dtype, duplicates
@@ -483,7 +483,17 @@ class Build:
         remove_skipped_of_others(self.uri, self.storage_options)
 
 
-def _check_options(kind, thumbnails, store_tokens, batch_size, unit_size, duplicates, num_workers, flag) -> None:
+def check_options(
+    kind: str,
+    thumbnails: bool | int,
+    store_tokens: bool,
+    batch_size: int,
+    unit_size: int,
+    duplicates: str,
+    num_workers: int,
+    flag: FromTool = in_python,
+) -> None:
+    """Raises UsageError for options of `Build` that can't be, without opening anything."""
     for name, value, choices in (("kind", kind, KINDS), ("duplicates", duplicates, DUPLICATES)):
         if value not in choices:
             raise UsageError(f"{flag(name)} is {value!r}: choose one of {', '.join(choices)}")

@@ -297,7 +297,7 @@ def order_told(fusion_weight: float | None) -> str:
         return "ITC similarity"
     if fusion_weight == 0:
         return "match logit"
-    weight = "" if fusion_weight == 1 else f"{text_of(float(fusion_weight))} × "
+    weight = "" if fusion_weight == 1 else f"{fusion_weight:.3g} × "
     return f"match logit + {weight}ITC similarity"
 
 
@@ -306,7 +306,7 @@ def score_told(result: Mapping[str, Any]) -> str:
     parts = [f"ITC {result['itc']:.2f}"]
     if result["itm_probability"] is not None:
         parts = [f"score {result['score']:.2f}", *parts, f"match {100 * result['itm_probability']:.0f} %"]
-    return " · ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)
+    return "\N{NO-BREAK SPACE}· ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)
 
 
 def example_words(ids: Any) -> list[str]:
