@@ -190,7 +190,7 @@ def _damaged(rng: np.random.Generator) -> list[Case]:
         Case("number as file name", file=5, reason="not text", parquet=None),
         Case("blank file name", file=" ", reason="empty", parquet={"reason": "--image_dir"}),
         *(
-            Case(name, file=file, reason=reason, parquet={"reason": "--image_dir"})
+            Case(name, file=file, reason=reason, parquet={"reason": "address" if name == "address" else "--image_dir"})
             for name, file, reason in (
                 ("missing file", "gone.jpg", "missing"),
                 ("file name longer than any file system takes", "x" * 5000 + ".jpg", "can't be decoded"),
