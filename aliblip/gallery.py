@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 from aliblip.data.arguments import DataArguments
+from aliblip.data.products import tell_sources
 from aliblip.data.rows import Source
 from aliblip.data.sources import ALL, open_source, require_usable_row
 from aliblip.models.loading import load_pretrained
@@ -199,12 +200,14 @@ def open_data(data: GalleryDataArguments, kind: str, columns: Sequence[str] | No
             caption_column=data.caption_column,
             sides="images" if kind == "image" else "titles",
             other_columns=others,
+            reading=data.reading,
         )
 
     source = opened(ALL)
     if columns is not None:  # read no more than is needed
         ids = [data.id_column] if data.id_column is not None else [name for name in source.columns if name == ID]
         source = opened(list(dict.fromkeys([*columns, *ids])))
+    tell_sources(source, products=False)
     require_usable_row(source)
     return source
 

@@ -38,6 +38,7 @@ from typing import Any
 
 import torch
 
+from aliblip.data.products import tell_sources
 from aliblip.data.sources import ALL, open_source, require_usable_row
 from aliblip.models.loading import load_pretrained
 from aliblip.retrieval.galleries import Gallery
@@ -178,6 +179,7 @@ def open_searcher(options: ServeArguments) -> Searcher:
         source = open_source(
             data_dir=options.gallery, split=options.split_name, any_split=True, sides="images", other_columns=ALL
         )
+        tell_sources(source, products=False)
         require_usable_row(source)
     model, processor, _ = load_pretrained(options.model_name_or_path, tokenizer_name=options.tokenizer_name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

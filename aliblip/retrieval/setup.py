@@ -26,6 +26,7 @@ from accelerate import Accelerator
 
 from aliblip.data.collate import Collator
 from aliblip.data.loader import EvalLoader
+from aliblip.data.products import tell_sources
 from aliblip.data.sources import Source, open_source, require_usable_row
 from aliblip.retrieval.arguments import EvaluationArguments, EvaluationDataArguments
 from aliblip.retrieval.compare import check_comparable
@@ -151,6 +152,7 @@ def _open_table(data: EvaluationDataArguments, *, split: str, data_files: str | 
         image_column=data.image_column,
         caption_column=data.caption_column,
         product_id_column=data.product_id_column,
+        reading=data.reading,
         **options,
     )
 
@@ -340,6 +342,7 @@ def set_up(data: EvaluationDataArguments, options: EvaluationArguments) -> Setup
     output_dir = _make_output_dir(options)
     depths = parse_k_rerank(options.k_rerank)
     photos, titles = open_data(data, slices_of(options))
+    tell_sources(photos, titles)
     check_k_rerank(depths, photos.num_rows)
     for source in {id(source): source for source in (photos, titles)}.values():
         require_usable_row(source)

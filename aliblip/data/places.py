@@ -1,0 +1,162 @@
+"""Where the photos lie that a table names: which folder its names are relative to.
+
+place, told = find_place(names, Place("catalogue"), others=["catalogue/photos"])
+image, name, problem = place.find("00.jpg")
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+from urllib.parse import urlsplit
+
+from aliblip.data.missing import ENDINGS
+from aliblip.data.rows import path_inside
+from aliblip.data.values import embedded_photo, is_address, photo_in
+
+__all__ = ["Place", "find_place", "folders_below", "folders_beside"]
+
+# Sub-folders in which photos are looked for, if they are not where the table says.
+MOST_FOLDERS = 64
+PROBED = 100
+# What a folder of photos is called. A neighbour of another name may be another catalogue with the same file names.
+_OF_PHOTOS = re.compile(r"(?i)(^|.*[^a-z])(images?|imgs?|photos?|pictures?|pics?|jpe?gs?|media)($|[^a-z].*)")
+_NUMBERED = re.compile(r"(.+\.\w{3,4})#\d+")
+
+
+@dataclass(frozen=True)
+class Place:
+    """How the photos that a table names are found.
+
+    Attributes:
+        folder: that names are relative to; None refuses them.
+        roots: folders in which names of whole paths may lie.
+        ending: what is added to names.
+        is_numbered: whether a name ends in the number of its title, "a.jpg#0", as those of Flickr8k do.
+        is_own: whether the table is the user's, on this machine. Another's table names no places of a private network,
+            and none in buckets, for which this machine may have keys.
+        host: the server that the table comes from, which it may always name.
+        has_addresses: whether addresses are photos here: a single one among names of files is not, lest a row stop a
+            run by an address that nobody answers.
+    """
+
+    folder: str | None
+    roots: tuple[str, ...] = ()
+    ending: str = ""
+    is_numbered: bool = False
+    is_own: bool = True
+    host: str = ""
+    has_addresses: bool = True
+
+    def find(self, value: Any) -> tuple[Any, str | None, str | None]:
+        """(bytes, path or address; the name for reports; why there is none) of what a cell says."""
+        name = None
+        if isinstance(value, dict):
+            path = value.get("path")
+            name = path if isinstance(path, str) else None
+            value = photo_in(value)
+        if value is None or isinstance(value, (bytes, bytearray, memoryview)):
+            return value, name, None
+        if isinstance(value, str):
+            return self._find_text(value, name)
+        if self.ending and isinstance(value, int):
+            return self._find_text(str(value), name)
+        return None, None, "the image file name is not text"
+
+    def _find_text(self, text: str, name: str | None) -> tuple[Any, str | None, str | None]:
+        if is_address(text):
+            text = text.strip()
+            if not self.has_addresses:
+                return None, text, "the image file name leads outside the image folder: it is an address, among files"
+            if not self.is_own and _is_private(text) and urlsplit(text).netloc != self.host:
+                return None, text, "the image is an address of a private network, named by another's table"
+            return text, text, None
+        try:
+            if (data := embedded_photo(text)) is not None:
+                return data, name, None
+        except ValueError:
+            return None, name, "the image is a data URI that can't be decoded"
+        if self.is_own and re.match(r"(?:s3|gs|gcs|az|abfs|hf)://", text):
+            return text, text, None
+        text = text.removeprefix("file://")
+        if self.folder is None:
+            return None, text, "the image is a path, and no image folder was given (--image_dir)"
+        if os.path.isabs(text) and "\0" not in text and "://" not in self.folder:
+            path = os.path.normpath(text)
+            if any(path.startswith(f"{root.rstrip('/')}/") for root in self.roots):
+                return path, text, None
+            told = f"the image file name leads outside the image folder ({self.folder}): give --image_dir the folder"
+            return None, text, f"{told} that holds {text[:200]}"
+        return self._find_inside(text)
+
+    def _find_inside(self, text: str) -> tuple[Any, str | None, str | None]:
+        name = text
+        if self.is_numbered and (match := _NUMBERED.fullmatch(text)) is not None:
+            text = match.group(1)
+        path, problem = path_inside(self.folder, text + self.ending if text.strip() else text)
+        return path, name, problem
+
+
+def find_place(names: Sequence[Any], place: Place, others: Iterable[str] = ()) -> tuple[Place, str | None]:
+    """The place where most of some names are found, and what to say of it if it is not the first.
+
+    Args:
+        names: values of the photo's column, some from all over the table.
+        place: of the folder in which they should be.
+        others: further folders, if none is found there, the nearer first.
+    """
+    names = [name for name in names[:PROBED] if isinstance(name, (str, int)) and not is_address(name)]
+    if place.folder is None or "://" in place.folder or not names:
+        return place, None
+    first = [place, replace(place, is_numbered=True)]
+    rest = [replace(place, folder=folder) for folder in others]
+    with_ending = [replace(p, ending=ending) for p in (place, *rest) for ending in ENDINGS]
+    for candidates in (first, rest, with_ending):
+        counts = [_found(candidate, names) for candidate in candidates]
+        if counts and max(counts):
+            best = candidates[counts.index(max(counts))]
+            return best, _told(place, best)
+    return place, None
+
+
+def _found(place: Place, names: Sequence[Any]) -> int:
+    return sum(os.path.isfile(path) for path, _, _ in map(place.find, names) if isinstance(path, str))
+
+
+def _told(place: Place, best: Place) -> str | None:
+    if best == place:
+        return None
+    parts = [f"photos are taken from {best.folder}"] if best.folder != place.folder else []
+    parts += [f"'{best.ending}' is added to their names"] if best.ending else []
+    parts += ["the number behind their names is left out"] if best.is_numbered else []
+    return ", ".join(parts)
+
+
+def _is_private(address: str) -> bool:
+    """Whether an address names this machine or one of its network; names are not looked up."""
+    try:
+        host = (urlsplit(address).hostname or "").rstrip(".")
+        return not ipaddress.ip_address(host).is_global
+    except ValueError:
+        return "." not in host or host.endswith((".local", ".internal", ".localhost", ".lan"))
+
+
+def folders_below(folder: str) -> list[str]:
+    """Some sub-folders of a folder, by name: those in which photos may lie."""
+    folder = os.path.normpath(folder)
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted(entry.path for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+    except OSError:
+        return []
+    return found[:MOST_FOLDERS]
+
+
+def folders_beside(folder: str) -> list[str]:
+    """The neighbours of a folder that are called as folders of photos are."""
+    beside = folders_below(os.path.join(folder, ".."))
+    return [path for path in beside if _OF_PHOTOS.fullmatch(os.path.basename(path))]
