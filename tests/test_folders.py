@@ -187,7 +187,9 @@ def test_the_same_rows_in_two_tables_are_refused(tmp_path):
     (tmp_path / "metadata.csv").write_text(lines(pairs()))
     (tmp_path / "metadata.jsonl").write_text(json_lines(records("file_name")))
     message = refused(tmp_path)
-    assert f"metadata.jsonl holds rows that are in metadata.csv too ({COUNT} of {COUNT}" in message and "keep" in message
+    assert (
+        f"metadata.jsonl holds rows that are in metadata.csv too ({COUNT} of {COUNT}" in message and "keep" in message
+    )
     # further titles of the same photos are other rows
     (tmp_path / "metadata.jsonl").write_text(json_lines(records("file_name", titles=[f"{t} again" for t in TITLES])))
     assert open_at(tmp_path).num_rows == 2 * COUNT
