@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from aliblip.data.columns import Columns, Request
 from aliblip.data.manifest import DataFile
-from aliblip.data.places import Place, find_place, folders_below
+from aliblip.data.places import Place, find_place, folders_below, folders_of_photos_beside
 from aliblip.data.records import told_facts, told_unnamed
 from aliblip.data.remote import is_remote, open_file, read_patiently
 from aliblip.data.values import Facts, listed_text
@@ -114,7 +114,8 @@ def _facts(files: Sequence[tuple[DataFile, pa.Schema]], column: str, photos: boo
 
 def _is_told_by_values(kind: pa.DataType) -> bool:
     """Whether elements of lists are looked at: photos in bytes are only counted."""
-    return not (pa.types.is_struct(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    kinds = [field.type for field in kind] if pa.types.is_struct(kind) else [kind]
+    return not any(pa.types.is_binary(each) or pa.types.is_large_binary(each) for each in kinds)
 
 
 def _add_lengths(facts: Facts, lists: pa.Array) -> None:
@@ -188,7 +189,7 @@ def _place(request: Request, place: Place, sample: list[Any]) -> Place:
     others = [own, *([request.folder] if request.folder else [])]
     if request.survey is not None:
         others += [os.path.join(request.survey.root, each) for each in sorted(request.survey.photo_folders())[:64]]
-    others += [*folders_below(own), *([] if request.image_dir else folders_below(os.path.join(own, "..")))]
+    others += [*folders_below(own), *([] if request.image_dir else folders_of_photos_beside(own))]
     start = place if place.folder is not None else Place(own, place.roots)
     found, told = find_place(sample, start, dict.fromkeys(each for each in others if each != start.folder))
     if told is None and place.folder is None and not _any_there(found, sample):

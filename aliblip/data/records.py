@@ -15,7 +15,7 @@ import numpy as np
 from aliblip.data.columns import Columns, Request, Roles, choose_columns
 from aliblip.data.folders import Left
 from aliblip.data.manifest import DataFile
-from aliblip.data.places import Place, find_place, folders_below
+from aliblip.data.places import Place, find_place, folders_below, folders_of_photos_beside
 from aliblip.data.remote import is_remote
 from aliblip.data.rows import Row, Shard, Source
 from aliblip.data.tables import NoTable, Table, Unreadable, open_table
@@ -256,7 +256,7 @@ def _rows(request: Request, table: Table, key: str | None, selected: Columns) ->
 
 def told_facts(request: Request, column: str, facts: Facts) -> None:
     """Say what is unusual about the cells of a column."""
-    if facts.has_addresses:
+    if facts.addresses and facts.has_addresses:
         hosts = ", ".join(host for host, _ in facts.hosts.most_common(EXAMPLES))
         more = ", ..." if len(facts.hosts) > EXAMPLES else ""
         request.told.append(f"{facts.addresses:,} photos come from the network ({hosts}{more})")
@@ -282,8 +282,7 @@ def _place(request: Request, table: Table, facts: Facts | None) -> Place:
     others = [own, *([request.folder] if request.folder else [])]
     if request.survey is not None:
         others += [os.path.join(request.survey.root, each) for each in sorted(request.survey.photo_folders())[:64]]
-    # Beside a folder of tables there is often one of photos.
-    others += [*folders_below(folder), *([] if request.image_dir else folders_below(os.path.join(own, "..")))]
+    others += [*folders_below(folder), *([] if request.image_dir else folders_of_photos_beside(own))]
     found, told = find_place(facts.sample, place, dict.fromkeys(each for each in others if each != folder))
     if told:
         request.told.append(f"{table.name}: {told}")

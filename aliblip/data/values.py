@@ -221,8 +221,8 @@ class Facts:
 
     @property
     def has_addresses(self) -> bool:
-        """Whether a good part of the photos are addresses, rather than single ones among names of files."""
-        return self.addresses > len(self.names) * FEWEST_ADDRESSES
+        """Whether addresses are no single mistakes among names of files."""
+        return self.addresses >= len(self.names) * FEWEST_ADDRESSES
 
     @property
     def as_lists(self) -> bool:
