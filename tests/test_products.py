@@ -155,7 +155,7 @@ def test_titles_alone_know_the_photo_that_they_name(tmp_path):
         assert all(row.image is None for row in titles.read_range(0, 4))
 
 
-def test_rows_of_the_same_bytes_are_one_product(tmp_path):
+def test_rows_of_the_same_bytes_are_one_product(tmp_path, monkeypatch):
     images = [encoded(photo(i // 5)) for i in range(COUNT)]
     paths = [{"bytes": image, "path": f"{i}.png"} for i, image in enumerate(images)]  # of other names
     for number, column in enumerate((pa.array(images, pa.binary()), pa.array(paths))):
@@ -166,8 +166,11 @@ def test_rows_of_the_same_bytes_are_one_product(tmp_path):
         ids = ids_of(source)
         assert ids == [ids[i // 5 * 5] for i in range(COUNT)] and len(set(ids)) == 8
         assert ids_of(opened(tmp_path / str(number), product_id_column="image")) == ids
+        assert report(source).products == 8 and report(source).largest[0][1] == 5  # little data: it is read
+        monkeypatch.setattr(products, "READ_FOR_COUNTING", 10)
         assert report(source).products is None
         assert "not counted, since that would read every photo" in told(source)[0]
+        monkeypatch.undo()
     source = open_rows([{"image": image, "caption": "t"} for image in images], sides="both")
     assert ids_of(source) == ids
 
