@@ -38,7 +38,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from aliblip.data.collate import Collator, printable
 from aliblip.data.loader import EvalLoader
-from aliblip.data.sources import Source, open_source, require_usable_row, tell_data
+from aliblip.data.products import tell_sources
+from aliblip.data.sources import Source, open_source, require_usable_row
 from aliblip.retrieval.arguments import EvaluationArguments, EvaluationDataArguments
 from aliblip.retrieval.evaluation import (
     ALL,
@@ -89,10 +90,10 @@ def main() -> int:
         output_dir = check_output(options)
         depths = parse_k_rerank(options.k_rerank)
         photos, titles = open_data(data, slices_of(options))
-        tell_data(photos, titles)
         check_k_rerank(depths, photos.num_rows)
         for source in {id(source): source for source in (photos, titles)}.values():
             require_usable_row(source)
+        tell_sources(photos, titles)
         tuned_on = open_tuning_data(data, options) if options.tune_fusion else None
         if tuned_on is not None and tuned_on.manifest()["files"] == photos.manifest()["files"]:
             raise UsageError(f"--tune_fusion {options.tune_fusion} are the rows that are measured: name another split")

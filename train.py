@@ -37,7 +37,8 @@ from aliblip.data.augment import TrainAugmentation
 from aliblip.data.collate import Collator
 from aliblip.data.loader import EvalLoader, TrainLoader
 from aliblip.data.manifest import manifest_changes
-from aliblip.data.sources import open_source, require_usable_row, tell_data
+from aliblip.data.products import tell_sources
+from aliblip.data.sources import open_source, require_usable_row
 from aliblip.models.backbones import (
     Backbone,
     check_backbone_vocabulary,
@@ -365,7 +366,7 @@ def set_up(
     processor.image_processor.size = {"height": image_size, "width": image_size}
 
     train_source, validation_source = open_sources(data_args, args)
-    tell_data(*(source for source in (train_source, validation_source) if source is not None))
+    tell_sources(train_source, validation_source)
     # By the launcher's word: there is no process group yet. The accelerator compares both when it is built.
     shared = {
         "rank": launched_rank(),

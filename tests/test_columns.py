@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from data_stub import NAMES, add_member, encoded, photo, records, write_layouts
 
+from aliblip.data.products import photo_id_of
 from aliblip.data.rows import decode
 from aliblip.data.sources import ALL, open_source
 from aliblip.runtime.mistakes import UsageError
@@ -41,9 +42,8 @@ def test_columns_by_name(tmp_path):
     )
     assert decode(rows_of(source)[0]).text == "t" and rows_of(source)[0].product_id == 7
     source = open_source(data_files=str(tmp_path / "list.json"), split="train")
-    assert (
-        decode(rows_of(source)[0]).text == "c" and rows_of(source)[0].product_id == 0
-    )  # no such column: the row number
+    row = rows_of(source)[0]
+    assert decode(row).text == "c" and row.product_id == photo_id_of("a.png")  # no such column: the photo
 
 
 def test_every_other_column(layouts):

@@ -222,17 +222,16 @@ def test_empty_data_files_are_refused(tmp_path, name, cause):
 
 
 def test_archives_and_spreadsheets_say_what_to_do(tmp_path):
-    for name, remedy in (("a.zip", "unpack"), ("a.xlsx", "save"), ("a.tar.gz", "unpack"), ("a.arrow", "other kinds")):
+    for name, remedy in (("a.zip", "unpack"), ("a.xlsx", "save"), ("a.tar.zst", "unpack"), ("a.arrow", "other kinds")):
         folder = tmp_path / name.replace(".", "-")
         folder.mkdir()
         (folder / name).write_bytes(b"x" * 99)
         assert remedy in refused(folder) and name in refused(folder)
     assert "unpack" in refused(data_files=str(tmp_path / "a-zip" / "a.zip"))
     assert "CSV" in refused(data_files=str(tmp_path / "a-xlsx" / "a.xlsx"))
-    assert "compressed" in refused(data_files=str(tmp_path / "a-tar-gz" / "a.tar.gz"))
-    (tmp_path / "tar").mkdir()
-    (tmp_path / "tar" / "b.tar").write_bytes(b"\x1f\x8b" + b"x" * 99)
-    assert "b.tar is a tar compressed by gzip" in refused(tmp_path / "tar")
+    assert "packed by zstd" in refused(data_files=str(tmp_path / "a-tar-zst" / "a.tar.zst"))
+    tar(tmp_path / "a-tar-zst" / "b.tar", range(3))
+    assert "a.tar.zst is a tar packed by zstd" in refused(tmp_path / "a-tar-zst")
     assert "is a file: give a folder" in refused(tmp_path / "a-zip" / "a.zip")
 
 

@@ -26,7 +26,7 @@ class DataArguments:
         None, "Column of the title (default: caption, then text, then what people call it)."
     )
     product_id_column: str | None = option(
-        None, "Column of the product; equal values are positives (default: product_id, otherwise each row is one)."
+        None, "Column of the product; equal values are positives (default: product_id, otherwise each photo is one)."
     )
     csv_delimiter: str | None = option(
         None, "Between the fields of CSV files: one character, or comma, semicolon, tab or bar (default: as found)."

@@ -27,6 +27,8 @@ __all__ = [
 
 # Of `other_columns`: every column that there is, but the photos.
 ALL = "all"
+# Names of a message.
+MOST_LISTED = 50
 # What people call the columns of tables, in small letters and without signs; an earlier one is preferred.
 IMAGE_NAMES = (
     *("image", "filename", "imagepath", "imagefile", "imagefilename", "imagename", "filepath", "path", "file"),
@@ -163,6 +165,8 @@ def choose_columns(
     found = {}
     for role, defaults in roles.items():
         given = getattr(asked, role)
+        if role == "product_id" and given not in columns and given in {"image", *photos}:
+            given = found["image"]  # the photo, by another name
         flag = asked.name_of(f"{role}_column")
         if given is not None and given not in columns and role != not_needed:
             raise UsageError(f"{request.name} has no column '{given}' ({flag}): there are {listed(columns)}")
@@ -222,8 +226,10 @@ class Roles:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names for a message."""
-    return ", ".join(f"'{name}'" for name in names) or "none"
+    """Names for a message, at most `MOST_LISTED`."""
+    names = list(names)
+    more = f" and {len(names) - MOST_LISTED:,} more" if len(names) > MOST_LISTED else ""
+    return (", ".join(f"'{name}'" for name in names[:MOST_LISTED]) or "none") + more
 
 
 def one_line(error: BaseException) -> str:

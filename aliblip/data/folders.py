@@ -32,7 +32,7 @@ REASONS = {
     "description": "descriptions of a data set",
     "document": "documents",
     "archive": "archives (unpack them to use what they hold)",
-    "packed tar": "compressed tars (unpack them: rows of a tar are read in any order)",
+    "packed tar": "tars packed by zstd (unpack them: zstd -d)",
     "sheet": "spreadsheets (save them as CSV in UTF-8 to use them)",
     "data": "files of other kinds of data",
     "drawing": "drawings and raw photos (save them as JPEG or PNG to use them)",

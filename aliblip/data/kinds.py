@@ -11,7 +11,7 @@ from PIL import Image
 from aliblip.data.tables import PACKINGS, TABLES
 from reading_aliblip import HEIC_BRANDS, IMAGE_FORMATS
 
-__all__ = ["HEIC", "kind_by_content", "kind_by_name", "skipped_folder"]
+__all__ = ["HEIC", "PACKED_TARS", "kind_by_content", "kind_by_name", "skipped_folder"]
 
 PARQUET = (".parquet", ".parq", ".pq")
 HEIC = (".heic", ".heif", ".hif")
@@ -90,7 +90,9 @@ def kind_by_name(name: str) -> str | None:
     stem, extension = os.path.splitext(lower)
     if extension in PACKINGS:
         inner = os.path.splitext(stem)[1]
-        return "packed tar" if inner == ".tar" else _TABLES.get(inner, "archive")
+        if inner == ".tar":
+            return "packed tar" if extension == ".zst" else "tar"  # which Python has no reader for
+        return _TABLES.get(inner, "archive")
     return _BY_EXTENSION.get(extension) or ("photo" if extension in photo_extensions() else None)
 
 
@@ -100,7 +102,7 @@ _BY_EXTENSION = {
     **dict.fromkeys(HEIC, "heic"),
     **dict.fromkeys(PARQUET, "parquet"),
     ".tar": "tar",
-    **dict.fromkeys(PACKED_TARS, "packed tar"),
+    **dict.fromkeys(PACKED_TARS, "tar"),
     **dict.fromkeys(ARCHIVES, "archive"),
     **dict.fromkeys(SHEETS, "sheet"),
     **dict.fromkeys(OTHER_DATA, "data"),

@@ -21,9 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aliblip.data.columns import Asked, Reading, Roles, listed
-from aliblip.data.encodings import is_packed
 from aliblip.data.folders import REASONS, Survey, count_of
-from aliblip.data.kinds import kind_by_content, kind_by_name
+from aliblip.data.kinds import PACKED_TARS, kind_by_content, kind_by_name
 from aliblip.data.splits import TRAIN, Splits, splits_of
 from aliblip.data.tables import base_name, is_table_of_text, may_hold_rows
 from aliblip.runtime.mistakes import UsageError
@@ -94,7 +93,7 @@ def find_in_folder(folder: str, name: str, split: str, asked: Asked, reading: Re
     kinds = [kind for kind, members in chosen.items() if members]
     packed = survey.left.get(REASONS["packed tar"])
     if kinds == ["tar"] and packed is not None:
-        raise UsageError(_packed_tar(os.path.join(folder, packed.examples[0]), "another program"))
+        raise UsageError(_packed_tar(os.path.join(folder, packed.examples[0])))
     if len(kinds) > 1:
         raise UsageError(_mixed(chosen, name))
     (kind,) = kinds
@@ -116,7 +115,7 @@ def find_in_folder(folder: str, name: str, split: str, asked: Asked, reading: Re
 
 
 def _check_heads(files: Iterable[str]) -> None:
-    """Refuse files that are empty, that only stand for a file elsewhere, or that are called tars and are compressed."""
+    """Refuse files that are empty, or that only stand for a file elsewhere."""
     for file in files:
         with open(file, "rb") as stream:
             head = stream.read(64)
@@ -124,8 +123,6 @@ def _check_heads(files: Iterable[str]) -> None:
             raise UsageError(f"{file} is empty (0 bytes): remove it, or write it again")
         if head.startswith(LFS_POINTER):
             raise UsageError(f"{file} is a pointer of Git LFS, not the file itself: fetch it with git lfs pull")
-        if kind_by_name(base_name(file)) == "tar" and (packing := is_packed(head)) is not None:
-            raise UsageError(_packed_tar(file, packing))
 
 
 def _check_copies(files: Sequence[str]) -> None:
@@ -148,8 +145,8 @@ def _ends(file: str) -> bytes:
         return first + stream.read()
 
 
-def _packed_tar(tar: str, packing: str) -> str:
-    return f"{tar} is a tar compressed by {packing}, whose rows can't be read in any order: unpack it"
+def _packed_tar(tar: str) -> str:
+    return f"{tar} is a tar packed by zstd, which is not read: unpack it (zstd -d)"
 
 
 def is_metadata(file: str) -> bool:
@@ -180,6 +177,9 @@ def _of_split(splits: Splits, split: str, name: str, any_split: bool) -> tuple[s
 
 def _leave_side_files(survey: Survey) -> None:
     """Leave what img2dataset writes beside its tars, and beside its folders of photos."""
+    packed = [tar for tar in survey.data["tar"] if not tar.lower().endswith(".tar")]
+    plain = {tar for tar in survey.data["tar"] if tar not in packed}
+    survey.leave_data("tar", "tars that lie unpacked beside them", [tar for tar in packed if _unpacked(tar) in plain])
     tars = {os.path.splitext(tar)[0] for tar in survey.data["tar"]}
     folders = {posixpath.dirname(photo) for photo, _ in survey.sided_photos()}
     stems = tars | {folder for folder in folders if base_name(folder).isdecimal()}
@@ -192,6 +192,11 @@ def _leave_side_files(survey: Survey) -> None:
     ]
     survey.leave_data("parquet", "side files of img2dataset", sides)
     survey.leave_data("table", "side files of img2dataset", statistics)
+
+
+def _unpacked(tar: str) -> str:
+    stem, extension = os.path.splitext(tar)
+    return f"{stem}.tar" if extension.lower() in PACKED_TARS else stem
 
 
 def _has_keys(survey: Survey, file: str) -> bool:
@@ -244,7 +249,7 @@ def _nothing(survey: Survey, name: str, split: str) -> str:
         )
     packed = survey.left.get(REASONS["packed tar"])
     if packed is not None:
-        return _packed_tar(os.path.join(survey.root, packed.examples[0]), "another program")
+        return _packed_tar(os.path.join(survey.root, packed.examples[0]))
     left = "; ".join(f"{reason}: {entry.told()}" for reason, entry in survey.left.items())
     return (
         f"{name} can't be opened: it holds no Parquet files, tars, tables or photos that can be read"
@@ -334,7 +339,7 @@ def kind_of_files(files: Sequence[str], name: str, asked: Asked, reading: Readin
     if len(kinds) == 1 and (kind := next(iter(kinds))) in SOURCES:
         return SOURCES[kind]
     if "packed tar" in kinds:
-        raise UsageError(_packed_tar(kinds["packed tar"], "another program"))
+        raise UsageError(_packed_tar(kinds["packed tar"]))
     if "sheet" in kinds:
         raise UsageError(f"{kinds['sheet']} is a spreadsheet, of no known kind for us: save it as CSV in UTF-8")
     if "archive" in kinds:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import logging
@@ -18,7 +19,8 @@ import pyarrow.parquet as pq
 from aliblip.data.columns import ALL, Columns, Request, choose_columns, listed
 from aliblip.data.manifest import DataFile
 from aliblip.data.parquet_cells import Cells, look_at_cells
-from aliblip.data.remote import open_file, read_patiently, storage_options, take_over_retries
+from aliblip.data.products import CHUNK_ROWS, ProductIds, photo_id_of, shown
+from aliblip.data.remote import open_file, read_patiently, resumed, storage_options, take_over_retries
 from aliblip.data.rows import Row, Shard, Source
 from aliblip.data.values import photos_of, titles_of
 from aliblip.runtime.mistakes import UsageError, usage_errors
@@ -89,6 +91,7 @@ class ParquetSource(Source):
         super().__init__(request, columns, selected, sizes, files)
         self._pieces = pieces
         self._lists = cells.image_lists, cells.caption_lists
+        self._counts = cells.counts
         self._place = cells.place
         self._schemas = [footer.schema for footer in footers]
         self._cache_dir = request.cache_dir
@@ -141,6 +144,53 @@ class ParquetSource(Source):
         streams = (groups.shard(num_shards=groups.num_shards, index=index, contiguous=True) for index in wanted)
         return int(begins[group]), _cells(streams)
 
+    def product_ids(self) -> Iterator[ProductIds] | None:
+        key = self.selected.product_id
+        # Only where the photos are paths is their column small enough to be read for this.
+        photo = self.selected.image if self._holds_paths(self.selected.image) else None
+        if photo is None and (key is None or key in self.photo_keys):
+            return None
+        return self._product_ids(None if key in self.photo_keys else key, photo)
+
+    def _holds_paths(self, column: str | None) -> bool:
+        kinds = [schema.field(column).type for schema in self._schemas if column in schema.names]
+        return bool(kinds) and all(pa.types.is_string(kind) or pa.types.is_large_string(kind) for kind in kinds)
+
+    def _product_ids(self, key: str | None, photo: str | None) -> Iterator[ProductIds]:
+        for file, schema in zip(self.files, self._schemas, strict=True):
+            columns = [name for name in (key, photo) if name in schema.names]
+            if columns:
+                yield from resumed(functools.partial(self._product_ids_in, file.file, columns, key, photo), file.file)
+            elif file.rows:
+                yield ProductIds.of([None] * file.rows)
+
+    def _product_ids_in(self, file: str, columns: list[str], key: str | None, photo: str | None, done: int):
+        counts, record = self._counts.get(file), 0
+        with open_file(file) as stream, pq.ParquetFile(stream) as table:
+            for number, batch in enumerate(table.iter_batches(CHUNK_ROWS, columns=columns)):
+                end = record + batch.num_rows
+                if number >= done:
+                    cells = {name: _values(batch.column(name)) for name in batch.schema.names}
+                    photos = map(self._photo_id, cells[photo]) if photo in cells else None
+                    own_counts = None if counts is None else counts[record:end]
+                    yield ProductIds.of(cells.get(key, [None] * batch.num_rows), photos, own_counts)
+                record = end
+
+    def _photo_id(self, value: Any) -> int | None:
+        return photo_id_of(self._place.find(photos_of(value, self._lists[0])[0])[0], self._photo_root)
+
+    def product_name(self, row: int) -> str:
+        key = self.selected.product_id
+        if key is None or key in self.photo_keys:
+            return super().product_name(row)
+        for file in self.files:
+            if row < file.rows:
+                break
+            row -= file.rows
+        if (counts := self._counts.get(file.file)) is not None:
+            row = int(np.searchsorted(np.cumsum(counts), row, side="right"))
+        return read_patiently(lambda: _cell(file.file, key, row), file.file)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cursors": {}}  # an open stream can't travel to another process
 
@@ -155,8 +205,9 @@ class ParquetSource(Source):
         photos = photos_of(fields.get(self.selected.image), self._lists[0])
         titles = titles_of(fields.get(self.selected.caption), self._lists[1])
         image, name, reason = self._place.find(photos[part % len(photos)])
+        photo = image if part % len(photos) == 0 else self._place.find(photos[0])[0]
         text = titles[part % len(titles)]
-        return self._row(number, image, text, fields, name, problem or reason, number - part)
+        return self._row(number, image, text, fields, name, problem or reason, number - part, photo)
 
 
 def _plain(field: pa.Field) -> pa.Field:
@@ -173,6 +224,32 @@ def _cells(streams: Iterable[Any]) -> Iterator[tuple[Any, int]]:
         for table in stream.with_format("arrow").iter(batch_size=BATCH_ROWS):
             for i in range(table.num_rows):
                 yield table, i
+
+
+def _values(column: pa.Array) -> list[Any]:
+    """Cells as Python has them; one that can't be read is null."""
+    try:
+        return column.to_pylist()
+    except (UnicodeDecodeError, pa.ArrowException, OverflowError):
+        pass
+    values = []
+    for cell in column:
+        try:
+            values.append(cell.as_py())
+        except (UnicodeDecodeError, pa.ArrowException, OverflowError):
+            values.append(None)
+    return values
+
+
+def _cell(file: str, column: str, row: int) -> str:
+    """One cell as a message shows it, of the one column chunk that holds it."""
+    with open_file(file) as stream, pq.ParquetFile(stream) as table:
+        for group in range(table.num_row_groups):
+            rows = table.metadata.row_group(group).num_rows
+            if row < rows:
+                return shown(_values(table.read_row_group(group, columns=[column]).column(0).slice(row, 1))[0])
+            row -= rows
+    raise IndexError(f"{file} has no row {row}")
 
 
 def _stream_row_groups(file: str, schema, cache_dir: str | None):

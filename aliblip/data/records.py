@@ -69,6 +69,7 @@ class RecordSource(Source):
     Args:
         tables: the rows of each file.
         image_key: the key under which a record names its photo; None if none does.
+        photo_key: the same where the photo is not read, but tells the product.
     """
 
     random_access = True
@@ -80,6 +81,7 @@ class RecordSource(Source):
         selected: Columns,
         tables: Sequence[Rows],
         image_key: str | None,
+        photo_key: str | None = None,
     ):
         pieces = [
             (table_index, start, min(start + SHARD_ROWS, len(rows)))
@@ -96,6 +98,8 @@ class RecordSource(Source):
         self._pieces = pieces
         self._tables = tables
         self._image_key = image_key
+        self._photo_key = photo_key or image_key
+        self.photo_keys |= {self._photo_key} - {None}
 
     def _file_of(self, shard: Shard) -> str:
         return self._tables[self._pieces[shard.index][0]].table.file
@@ -115,7 +119,12 @@ class RecordSource(Source):
         photos = photos_of(record.get(self._image_key), rows.image_lists)
         titles = titles_of(record.get(self.selected.caption), rows.caption_lists)
         image, name, problem = rows.place.find(photos[part % len(photos)])
-        return self._row(number, image, titles[part % len(titles)], record, name, problem, number - part)
+        photo = image
+        if self._photo_key != self._image_key:
+            photo = rows.place.find(photos_of(record.get(self._photo_key), rows.image_lists)[0])[0]
+        elif part % len(photos):
+            photo = rows.place.find(photos[0])[0]
+        return self._row(number, image, titles[part % len(titles)], record, name, problem, number - part, photo)
 
 
 # -------------------------------------------------------------------------------------------------------------- openers
@@ -133,7 +142,10 @@ def open_metadata(request: Request) -> RecordSource:
     tables = _open(request, Roles(named))
     columns = ["image" if column == "file_name" else column for column in _columns(tables)]
     selected = _choose(request, tables, columns, ("image",), photos=("file_name",))
-    key = "file_name" if selected.image == "image" and "file_name" in _columns(tables) else selected.image
+    has_names = "file_name" in _columns(tables)
+    key = "file_name" if selected.image == "image" and has_names else selected.image
+    if selected.product_id == "image" and has_names and asked.image in (None, "image"):
+        selected = replace(selected, product_id="file_name")
     return _source(request, columns, selected, tables, key)
 
 
@@ -224,7 +236,9 @@ def _source(
     for each in rows:
         request.told.extend(each.table.told)
         each.table.facts = {}  # they served the opening
-    return RecordSource(request, columns, selected, rows, key)
+    product_id = selected.product_id
+    names_photos = key is None and product_id is not None and Roles(request.asked).of(product_id) == "image"
+    return RecordSource(request, columns, selected, rows, key, product_id if names_photos else None)
 
 
 def _check_columns(table: Table, key: str | None, selected: Columns, request: Request) -> None:

@@ -10,14 +10,12 @@ of them into an RGB photo and a title, or raises `UnusableItem` with a plain rea
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import os
 import posixpath
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -27,6 +25,7 @@ from PIL import Image
 from aliblip.data.columns import Columns, Request
 from aliblip.data.manifest import DataFile, file_names
 from aliblip.data.missing import why_missing
+from aliblip.data.products import CHUNK_ROWS, ProductIds, own_id, photo_id_of, product_id_of, shown
 from aliblip.data.remote import RemoteReadError, is_remote, read_file, resumed
 from aliblip.runtime.mistakes import UsageError
 from reading_aliblip import MissingFile, UnusableItem, clean_title, read_photo
@@ -38,7 +37,6 @@ __all__ = [
     "Source",
     "decode",
     "path_inside",
-    "product_id_of",
 ]
 
 
@@ -63,10 +61,11 @@ class Row:
         row: its number in the source.
         image: bytes, a path or address, or a PIL image.
         text: the stored value.
-        product_id: an int64.
+        product_id: an int64, see `aliblip.data.products`.
         name: the file name or key, for reports.
         problem: why the row could not be read, if so.
         others: values of the further columns that were asked for, as Python has them.
+        stored_id: the product id as the data has it.
     """
 
     row: int
@@ -76,6 +75,7 @@ class Row:
     name: str
     problem: str | None = None
     others: dict[str, Any] = field(default_factory=dict)
+    stored_id: Any = field(default=None, compare=False)  # a NaN is not equal to itself
 
 
 @dataclass
@@ -124,41 +124,6 @@ def _fetch(address: str, most_bytes: int) -> bytes:
         raise UnusableItem(f"the image can't be fetched ({error})") from None
 
 
-# ---------------------------------------------------------------------------------------------------- product ids
-
-
-def product_id_of(value: Any, row: int, sides: str = "both") -> int:
-    """The int64 product id of a stored value.
-
-    Integers (and floats of whole value, which tables with gaps make of integers) stay as they are; everything else, and
-    integers beyond int64, becomes a 64-bit BLAKE2 hash. A row whose value is null, blank or without a JSON form gets an
-    id of its own, hashed from the row number (and from the `sides` of its source), so that two rows without id never
-    count as one product.
-    """
-    if isinstance(value, str) and not value.strip():
-        value = None
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        of = "" if sides == "both" else f" of {sides}"
-        return _hash64(f"null product id of row {row}{of}".encode())
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-        value = int(value)
-        return value if -(2**63) <= value < 2**63 else _hash64(str(value).encode())
-    if isinstance(value, bytes):
-        return _hash64(value)
-    if not isinstance(value, str):
-        try:
-            value = json.dumps(value, sort_keys=True, default=str)
-        except (TypeError, ValueError, RecursionError):  # keys of several types, or lists in lists in lists
-            return product_id_of(None, row, sides)
-    return _hash64(value.encode("utf-8", "surrogatepass"))
-
-
-def _hash64(data: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
-
-
 # -------------------------------------------------------------------------------------------------------- sources
 
 
@@ -177,6 +142,7 @@ class Source:
         selected: the `Columns` that are read.
         random_access: whether rows can be read in any order at no cost (folders), rather than shard by shard.
         told: what is to be said of the data at the start, a line each: see `report`.
+        photo_keys: columns that name the photo itself; as a product column, equal photos are one product.
     """
 
     random_access = False
@@ -204,6 +170,9 @@ class Source:
         self._firsts = np.array([shard.first_row for shard in self.shards], dtype=np.int64)
         self.files = list(files)
         self.num_rows = first_row
+        self.photo_keys = frozenset({selected.image} if selected.image else ())
+        # What the names of photos are relative to, so that a catalogue that moves keeps the ids of its photos.
+        self._photo_root = request.image_dir or request.folder or _folder_of_all([file.file for file in files])
         if not first_row:
             raise UsageError(f"{self.name} has no rows in split '{self.split}': give data with at least one row")
 
@@ -267,6 +236,29 @@ class Source:
         """The path or address that a shard is read from."""
         return shard.name
 
+    def product_ids(self) -> Iterator[ProductIds] | None:
+        """The product ids of all rows in order, in pieces, without decoding anything; None if only reading the photos
+        would tell.
+
+        Raises:
+            OSError: they can't be read.
+        """
+        return self.read_product_ids() if self.random_access else None
+
+    def read_product_ids(self) -> Iterator[ProductIds]:
+        """The same by reading all rows, photos that they hold included; raises as `read`."""
+        rows = self.read_range(0, self.num_rows)
+        while chunk := [
+            (row.stored_id, None if row.image is None else row.product_id) for row in islice(rows, CHUNK_ROWS)
+        ]:
+            stored, photos = zip(*chunk, strict=True)
+            yield ProductIds.of(stored, photos)
+
+    def product_name(self, row: int) -> str:
+        """What to call the product of a row in a message: its id as the data has it, or its photo."""
+        found = next(self.read_range(row, row + 1))
+        return shown(found.name if product_id_of(found.stored_id) is None else found.stored_id)
+
     def _row(
         self,
         number: int,
@@ -276,16 +268,35 @@ class Source:
         name: str | None,
         problem: str | None = None,
         record: int | None = None,
+        photo: Any = None,
     ) -> Row:
-        """A row; `record` is the first of the rows that one record gives, which are one product."""
-        key = self.selected.product_id
-        record = number if record is None else record
-        # A photo of one source and a title of another may have the same row number, and are not the same product.
-        product_id = record if key is None else product_id_of(fields.get(key), record, self.sides)
+        """A row.
+
+        Args:
+            record: the first of the rows that one record gives, which are one product.
+            photo: what tells the photo of that record from others, where it is not `image`.
+        """
+        key, record = self.selected.product_id, number if record is None else record
+        stored = None if key is None or key in self.photo_keys else fields.get(key)
+        product_id = product_id_of(stored)
+        if product_id is None:
+            product_id = photo_id_of(image if photo is None else photo, self._photo_root)
+        if product_id is None:
+            product_id = record if key is None else own_id(record, self.sides)
         others = {column: fields.get(column) for column in self.selected.others}
         if self.selected.takes_all:
             others |= {key: value for key, value in fields.items() if key not in self.selected.photos}
-        return Row(number, image, text, product_id, name or f"row {number}", problem, others)
+        return Row(number, image, text, product_id, name or f"row {number}", problem, others, stored)
+
+
+def _folder_of_all(files: Sequence[str]) -> str | None:
+    """The folder or address that files lie in; None without files, and of files of several machines."""
+    if not files:
+        return None
+    if not any(map(is_remote, files)):
+        return os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
+    folders = {file.rpartition("/")[0] for file in files}
+    return folders.pop() if len(folders) == 1 else None
 
 
 def path_inside(folder: str, file: Any) -> tuple[str | None, str | None]:

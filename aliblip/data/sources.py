@@ -100,7 +100,8 @@ def open_source(
         split: e.g. "train" or "validation"; `aliblip.data.splits` says how a folder's splits are told apart.
         image_column: default "image" ("product", "image" or "file_name" in a table), then what people call it.
         caption_column: default "caption", then "text", then what people call it.
-        product_id_column: default "product_id" if there is such a column, otherwise every row is a product of its own.
+        product_id_column: default "product_id" if there is such a column; rows without an id are products by their
+            photos, see `aliblip.data.products`.
         sides: what a row must have, "both", or only the "images" (a plain folder of photos will do then, in the order
             of their names) or only the "titles" (a text file with a title a line, or a JSON list of strings will do).
         other_columns: further columns to read, for `Row.others`; or `ALL`, every one but the photo's.
