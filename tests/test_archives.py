@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import random
 import re
 import struct
 import tarfile
@@ -369,3 +370,28 @@ def test_what_is_no_sample_is_named_and_counted(tmp_path):
 
 def test_nothing_to_tell_is_not_told(tmp_path):
     assert not opened(tmp_path, tar_of(pairs(LAYOUTS["plain"]))).told
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_names_in_any_order(tmp_path, seed):
+    """Keys with dots, of which one may begin another; titles as .txt or JSON; masks, labels and their JSON beside."""
+    rng = random.Random(seed)
+    parts = ("a", "b", "AB", "1", "2", "0001", "v2", "x 1", "größe", "鞋")
+    keys = {
+        rng.choice(("", "", "d/", "d/e.f/")) + ".".join(rng.choice(parts) for _ in range(rng.randint(1, 4)))
+        for _ in range(rng.choice((1, 4, 20, COUNT)))
+    }
+    members, keys = [], rng.sample(sorted(keys), len(keys))
+    for i, key in enumerate(keys):
+        members.append((f"{key}.{rng.choice(('jpg', 'JPG', 'png', 'jfif'))}", PHOTOS[i]))
+        as_text, as_json = (f"{key}.txt", title(i).encode()), (f"{key}.json", json_of(caption=title(i)))
+        members.append(rng.choice((as_text, as_json)))
+        beside = (
+            (f"{key}.zz.png", b"\x89PNG\r\n\x1a\nmask"),
+            (f"{key}.zz.json", json_of(area=3)),
+            (f"{key}.cls", b"7"),
+        )
+        members += [member for member in beside if rng.random() < 0.3]
+    if seed % 3:
+        rng.shuffle(members) if seed % 3 == 1 else members.sort(key=lambda member: member[0].rpartition(".")[2])
+    assert_pairs(opened(tmp_path, tar_of(members)), len(keys))

@@ -233,6 +233,8 @@ def test_archives_and_spreadsheets_say_what_to_do(tmp_path):
     (tmp_path / "tar").mkdir()
     (tmp_path / "tar" / "b.tar").write_bytes(b"\x1f\x8b" + b"x" * 99)
     assert "b.tar is not a readable tar (Unknown compression method): repair" in refused(tmp_path / "tar")
+    tar(tmp_path / "a-tar-zst" / "b.tar", range(3))
+    assert "a.tar.zst is a tar packed by zstd" in refused(tmp_path / "a-tar-zst")
     assert "is a file: give a folder" in refused(tmp_path / "a-zip" / "a.zip")
 
 

@@ -155,7 +155,7 @@ def test_titles_alone_know_the_photo_that_they_name(tmp_path):
         assert all(row.image is None for row in titles.read_range(0, 4))
 
 
-def test_rows_of_the_same_bytes_are_one_product(tmp_path):
+def test_rows_of_the_same_bytes_are_one_product(tmp_path, monkeypatch):
     images = [encoded(photo(i // 5)) for i in range(COUNT)]
     paths = [{"bytes": image, "path": f"{i}.png"} for i, image in enumerate(images)]  # of other names
     for number, column in enumerate((pa.array(images, pa.binary()), pa.array(paths))):
@@ -166,8 +166,11 @@ def test_rows_of_the_same_bytes_are_one_product(tmp_path):
         ids = ids_of(source)
         assert ids == [ids[i // 5 * 5] for i in range(COUNT)] and len(set(ids)) == 8
         assert ids_of(opened(tmp_path / str(number), product_id_column="image")) == ids
+        assert report(source).products == 8 and report(source).largest[0][1] == 5  # little data: it is read
+        monkeypatch.setattr(products, "READ_FOR_COUNTING", 10)
         assert report(source).products is None
         assert "not counted, since that would read every photo" in told(source)[0]
+        monkeypatch.undo()
     source = open_rows([{"image": image, "caption": "t"} for image in images], sides="both")
     assert ids_of(source) == ids
 
@@ -183,6 +186,24 @@ def test_rows_without_an_id_belong_to_their_photo(tmp_path):
     # Without a photo they are products of their own.
     write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": None, "caption": "t"}] * 3)
     assert len(set(ids_of(opened(tmp_path)))) == 3
+
+
+def test_photos_of_one_record_are_one_product(tmp_path):
+    draw_photos(tmp_path, [f"{i}.png" for i in range(6)])
+    records = [{"image": [f"{i}.png", f"{i + 3}.png"], "caption": f"t{i}"} for i in range(3)]
+    write_jsonl(tmp_path / "rows.jsonl", [*records, {"image": ["0.png"], "caption": "the first, again"}])
+    images = [[encoded(photo(i)), encoded(photo(i + 3))] for i in range(3)] + [[encoded(photo(0))]]
+    table = {"image": pa.array(images, pa.list_(pa.binary())), "caption": ["a", "b", "c", "d"], "sku": [1, 2, 2, None]}
+    pq.write_table(pa.table(table), tmp_path / "rows.parquet")
+    for name in ("rows.jsonl", "rows.parquet"):
+        source = open_source(data_files=str(tmp_path / name), split="train")
+        ids = ids_of(source)
+        assert ids == [ids[0], ids[0], ids[2], ids[2], ids[4], ids[4], ids[0]] and len(set(ids)) == 3
+        assert (report(source).products, report(source).largest[0][1]) == (3, 3)
+    source = open_source(data_files=str(tmp_path / "rows.parquet"), split="train", product_id_column="sku")
+    assert ids_of(source)[:6] == [1, 1, 2, 2, 2, 2]
+    found = report(source)
+    assert (found.products, found.without, found.largest) == (2, 1, (("2", 4), ("1", 2)))
 
 
 def test_a_photo_is_told_by_its_address_or_its_place_below_the_root():

@@ -108,15 +108,14 @@ class _Text:
         self.newlines = 0  # before `begin`
         self.more(0)
 
-    def more(self, position: int) -> int:
-        """Read on, twice as much each time, and let go what is before `position`; the place of that then."""
+    def more(self, position: int) -> None:
+        """Read on, twice as much each time, and let go what is before `position`, which then is 0."""
         self.newlines += self.text.count("\n", 0, position)
         self.begin += position
         kept = self.text[position:]
         data = self._stream.read(max(READ_BYTES, len(kept)))
         self.ended = not data
         self.text = kept + data.decode("latin-1")
-        return 0
 
     def bytes(self, begin: int, end: int) -> bytes:
         return self.text[begin:end].encode("latin-1")
@@ -136,13 +135,15 @@ def _decode(source: _Text, position: int) -> tuple[int, int]:
         except (json.JSONDecodeError, RecursionError):
             if source.ended:
                 raise
-        position = source.more(position)
+        source.more(position)
+        position = 0
 
 
 def _after_gap(source: _Text, position: int) -> int:
     position = _GAP.match(source.text, position).end()
     while position == len(source.text) and not source.ended:
-        position = _GAP.match(source.text, source.more(position)).end()
+        source.more(position)
+        position = _GAP.match(source.text, 0).end()
     return position
 
 

@@ -110,7 +110,7 @@ def unpacked(packing: str | None, stream: Any) -> Any:
     if packing is None:
         return stream
     if packing == "zstd":
-        return io.BufferedReader(_Readable(pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), "zstd")))
+        return io.BufferedReader(_Readable(pa.CompressedInputStream(pa.BufferReader(stream.read()), "zstd")))
     return {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}[packing](stream)
 
 

@@ -91,6 +91,9 @@ def find_in_folder(folder: str, name: str, split: str, asked: Asked, reading: Re
     split, files = _of_split(splits, split, name, any_split)
     chosen = {kind: [file for file in members if file in files] for kind, members in units.items()}
     kinds = [kind for kind, members in chosen.items() if members]
+    packed = survey.left.get(REASONS["packed tar"])
+    if kinds == ["tar"] and packed is not None:
+        raise UsageError(_packed_tar(os.path.join(folder, packed.examples[0])))
     if len(kinds) > 1:
         raise UsageError(_mixed(chosen, name))
     (kind,) = kinds

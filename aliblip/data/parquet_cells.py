@@ -120,7 +120,8 @@ def _facts(files: Sequence[tuple[DataFile, pa.Schema]], column: str, photos: boo
 
 def _is_told_by_values(kind: pa.DataType) -> bool:
     """Whether elements of lists are looked at: photos in bytes are only counted."""
-    return not (pa.types.is_struct(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    kinds = [field.type for field in kind] if pa.types.is_struct(kind) else [kind]
+    return not any(pa.types.is_binary(each) or pa.types.is_large_binary(each) for each in kinds)
 
 
 def _add_lengths(facts: Facts, lists: pa.Array) -> None:

@@ -24,7 +24,7 @@ __all__ = ["Place", "find_place", "folders_below", "folders_beside"]
 MOST_FOLDERS = 64
 PROBED = 100
 # What a folder of photos is called. A neighbour of another name may be another catalogue with the same file names.
-_OF_PHOTOS = re.compile(r"(?i)(^|.*[^a-z])(images?|imgs?|photos?|pictures?|pics?|jpe?gs?|media)($|[^a-z].*)")
+_OF_PHOTOS = re.compile(r"(?i)(^|.*[^a-z])(images?|imgs?|photos?|pictures?|pics?|jpe?gs?|pngs?|media)($|[^a-z].*)")
 _NUMBERED = re.compile(r"(.+\.\w{3,4})#\d+")
 
 
@@ -102,25 +102,43 @@ class Place:
 
 
 def find_place(names: Sequence[Any], place: Place, others: Iterable[str] = ()) -> tuple[Place, str | None]:
-    """The place where most of some names are found, and what to say of it if it is not the first.
+    """The place where some names are found, and what to say of it if it is not the one where they should be.
+
+    Another folder is taken only if it holds at least half of them, and if no other folder holds as many: names such as
+    "1.jpg" are in many folders, and those of another shop would be worse than none.
 
     Args:
         names: values of the photo's column, some from all over the table.
         place: of the folder in which they should be.
-        others: further folders, if none is found there, the nearer first.
+        others: further folders, if none is found there.
     """
     names = [name for name in names[:PROBED] if isinstance(name, (str, int)) and not is_address(name)]
     if place.folder is None or "://" in place.folder or not names:
         return place, None
-    first = [place, replace(place, is_numbered=True)]
-    rest = [replace(place, folder=folder) for folder in others]
-    with_ending = [replace(p, ending=ending) for p in (place, *rest) for ending in ENDINGS]
-    for candidates in (first, rest, with_ending):
-        counts = [_found(candidate, names) for candidate in candidates]
-        if counts and max(counts):
-            best = candidates[counts.index(max(counts))]
-            return best, _told(place, best)
-    return place, None
+    here = [place, replace(place, is_numbered=True), *(replace(place, ending=ending) for ending in ENDINGS)]
+    counts = [_found(candidate, names) for candidate in here]
+    if max(counts):
+        best = here[counts.index(max(counts))]
+        return best, _told(place, best)
+    found: dict[tuple[int, int], Place] = {}  # by the folder itself: a link to it is no other one
+    best_count = 0
+    for folder in others:
+        if not os.path.isdir(folder):
+            continue
+        for candidate in (replace(each, folder=folder) for each in here):
+            count = _found(candidate, names)
+            if count and count >= best_count and count * 2 >= len(names):
+                found = {} if count > best_count else found
+                best_count = count
+                status = os.stat(folder)
+                found.setdefault((status.st_dev, status.st_ino), candidate)
+    if not found:
+        return place, None
+    if len(found) > 1:
+        folders = " and ".join(each.folder for each in list(found.values())[:2])
+        return place, f"photos of these names lie in several folders ({folders}): give one as --image_dir"
+    (best,) = found.values()
+    return best, _told(place, best)
 
 
 def _found(place: Place, names: Sequence[Any]) -> int:

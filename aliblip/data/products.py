@@ -81,6 +81,8 @@ CHUNK_ROWS = 65536
 MANY_ROWS, MANY_SHARE = 100, 0.05
 # In small tables: one of at least so many rows, of such a share, and far larger than the others.
 FEW_ROWS, FEW_SHARE, TIMES_THE_OTHERS = 10, 0.25, 5
+# Local data of at most so many bytes is read for the number of its photos, if nothing else tells it: in some seconds.
+READ_FOR_COUNTING = 2**28
 # Products whose names are told.
 LARGEST = 3
 
@@ -325,6 +327,8 @@ def report(source: Any) -> ProductReport:
     about = {"source": f"{source.name} ({source.split})", "column": source.selected.product_id, "rows": source.num_rows}
     about["columns"] = tuple(column for column in source.columns if _IDS.search(column))
     chunks = source.product_ids()
+    if chunks is None and sum(file.size for file in source.files) <= READ_FOR_COUNTING and _is_here(source):
+        chunks = source.read_product_ids()
     if chunks is None:
         return ProductReport(**about, why_not="since that would read every photo")
     by_photo = about["column"] is None or about["column"] in source.photo_keys
@@ -347,6 +351,10 @@ def report(source: Any) -> ProductReport:
         absent=(("no photo", without),) if by_photo else tuple(absent.most_common()),
         photos=len(np.unique(ids[photos])) if not by_photo and photos.sum() == without else None,
     )
+
+
+def _is_here(source: Any) -> bool:
+    return bool(source.files) and not any(is_remote(file.file) for file in source.files)
 
 
 def tell_sources(*sources: Any, tell: Callable[[str], object] = print, products: bool = True) -> None:

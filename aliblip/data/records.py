@@ -270,7 +270,7 @@ def _rows(request: Request, table: Table, key: str | None, selected: Columns) ->
 
 def told_facts(request: Request, column: str, facts: Facts) -> None:
     """Say what is unusual about the cells of a column."""
-    if facts.has_addresses:
+    if facts.addresses and facts.has_addresses:
         hosts = ", ".join(host for host, _ in facts.hosts.most_common(EXAMPLES))
         more = ", ..." if len(facts.hosts) > EXAMPLES else ""
         request.told.append(f"{facts.addresses:,} photos come from the network ({hosts}{more})")

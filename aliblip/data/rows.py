@@ -243,14 +243,16 @@ class Source:
         Raises:
             OSError: they can't be read.
         """
-        if not self.random_access:
-            return None
-        return self._product_ids_of(self.read_range(0, self.num_rows))
+        return self.read_product_ids() if self.random_access else None
 
-    def _product_ids_of(self, rows: Iterator[Row]) -> Iterator[ProductIds]:
-        while chunk := list(islice(rows, CHUNK_ROWS)):
-            by_photo = (row.product_id if row.image is not None else None for row in chunk)
-            yield ProductIds.of([row.stored_id for row in chunk], by_photo)
+    def read_product_ids(self) -> Iterator[ProductIds]:
+        """The same by reading all rows, photos that they hold included; raises as `read`."""
+        rows = self.read_range(0, self.num_rows)
+        while chunk := [
+            (row.stored_id, None if row.image is None else row.product_id) for row in islice(rows, CHUNK_ROWS)
+        ]:
+            stored, photos = zip(*chunk, strict=True)
+            yield ProductIds.of(stored, photos)
 
     def product_name(self, row: int) -> str:
         """What to call the product of a row in a message: its id as the data has it, or its photo."""

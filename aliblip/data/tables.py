@@ -166,31 +166,38 @@ def open_table(file: str, reading: Reading, roles: Roles, split: str, kind: str 
         OSError: it can't be read at all.
     """
     kind = kind or TABLES.get(plain_extension(file))
-    with _raw(file) as raw:
+    with _raw(file) as raw, _unpacking(file, raw):
         opened = _Opened(file, raw, reading, roles, split)
         opened.add_digest()
         if kind is None:  # a file whose name says nothing
             kind = "json" if opened.head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"[") else "csv"
-        try:
-            if kind == "text" and not _is_table_in_text(opened):
-                return _titles(opened)
-            return _of_json(opened) if kind == "json" else _of_csv(opened)
-        except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-            if opened.packing is None:
-                raise
-            raise UsageError(f"{file} can't be unpacked ({' '.join(str(error).split())[:200]}): repair it") from error
+        if kind == "text" and not _is_table_in_text(opened):
+            return _titles(opened)
+        return _of_json(opened) if kind == "json" else _of_csv(opened)
+
+
+@contextmanager
+def _unpacking(file: str, raw: Any) -> Iterator[None]:
+    """What goes wrong with a packed file is told in its name."""
+    try:
+        yield
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        raw.seek(0)
+        if is_packed(raw.read(8)) is None:
+            raise
+        raise UsageError(f"{file} can't be unpacked ({' '.join(str(error).split())[:200]}): repair it") from error
 
 
 def is_table_of_text(file: str, reading: Reading, roles: Roles) -> bool:
     """Whether a local .txt is a table rather than a title a line."""
-    with _raw(file) as raw:
+    with _raw(file) as raw, _unpacking(file, raw):
         return bool(raw.read(1)) and _is_table_in_text(_Opened(file, raw, reading, roles, ""))
 
 
 def may_hold_rows(file: str, reading: Reading, roles: Roles) -> bool:
     """Whether the beginning of a local table has a column of photos and one of titles; a broken one may, too."""
     try:
-        with _raw(file) as raw:
+        with _raw(file) as raw, _unpacking(file, raw):
             opened = _Opened(file, raw, reading, roles, "")
             is_json = TABLES.get(plain_extension(file)) == "json"
             columns = _first_keys(opened.head) if is_json else _form_of(opened)[1]

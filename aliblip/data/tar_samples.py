@@ -10,7 +10,8 @@ the field `seg.png` of `a`. Names of shops have dots in keys: `AB.0001.jpg`, `la
 1. The field is what follows the last dot. A photo and a title of one key are a sample. A title may be called after the
    whole name of its photo (`a.jpg`, `a.jpg.txt`), and a photo may have no ending.
 2. What lacks its counterpart joins the longest shorter key where there is one: `a.seg.png` and `a.en.txt` join `a`. But
-   where such keys are samples themselves (`AB.0001`, `AB.0002`), nothing joins `AB`.
+   where longer keys are samples themselves (`AB.0001`, `AB.0002`), only what is no title joins `AB`, and only if that
+   is one, too.
 3. A photo and a title that are still alone are a sample if their names differ in capital letters only, `A.JPG` and
    `a.txt`; and where no photo has a title in its own folder, `images/1.jpg` and `titles/1.txt` are one, too. Both if
    nothing else that is alone has that name.
@@ -415,9 +416,13 @@ def _relatives(loose: dict[str, int], flags_of: Callable[[str], int | None], tak
     for dots in range(max(map(_dots, loose)), -1, -1):
         for key, longer in waiting.pop(dots, {}).items():
             longer = [other for other in longer if flags[other] != WHOLE]  # others have joined it
-            if key in taken or not longer:
-                continue
             own = flags.get(key, flags_of(key))
+            if key in taken:  # its own fields, but for titles, which may have lost their photo
+                if own == WHOLE:
+                    joined.update({other: key for other in longer if flags[other] != TEXT})
+                continue
+            if not longer:
+                continue
             together = np.bitwise_or.reduce([own or OTHER, *(flags[other] for other in longer)])
             if together == WHOLE and (own is not None or len(longer) <= MOST_RELATIVES):
                 joined.update(dict.fromkeys(longer, key))

@@ -49,7 +49,7 @@ _BASE64_TEXT = re.compile(r"[A-Za-z0-9+/\s]{100,}={0,2}\s*")
 _DATA_URI = re.compile(r"data:[^,]{0,200},", re.IGNORECASE)
 _ADDRESS = re.compile(r"https?://[^/\s]", re.IGNORECASE)
 _NEXT_ADDRESS = re.compile(r"\s*[,;|\s]\s*(?=https?://)", re.IGNORECASE)
-_PHOTO_NAME = re.compile(r"\S.*\.(?:jpe?g|jfif|png|webp|gif|bmp|tiff?|avif|jp2|hei[cf])", re.IGNORECASE)
+_PHOTO_NAME = re.compile(r"\S.*\.(?:jpe?g|jfif|png|webp|gif|bmp|tiff?|avif|jp2|hei[cf])(?:#\d+)?", re.IGNORECASE)
 _ODD_PATH = re.compile(r"\\|//|(?:^|/)\.\.?(?:/|$)")
 
 
@@ -221,8 +221,8 @@ class Facts:
 
     @property
     def has_addresses(self) -> bool:
-        """Whether a good part of the photos are addresses, rather than single ones among names of files."""
-        return self.addresses > len(self.names) * FEWEST_ADDRESSES
+        """Whether addresses are no single mistakes among names of files."""
+        return self.addresses >= len(self.names) * FEWEST_ADDRESSES
 
     @property
     def as_lists(self) -> bool:
