@@ -194,6 +194,7 @@ def open_data(data: GalleryDataArguments, kind: str, columns: Sequence[str] | No
             data_dir=data.data_dir,
             data_files=data.data_files,
             image_dir=data.image_dir,
+            fetch_photos=data.fetch_photos,
             split=data.split_name,
             any_split=True,
             image_column=data.image_column,

@@ -33,7 +33,7 @@ def why_missing(path: str) -> str:
         for candidate in (f"{stem}{other}".lower(), f"{name}{other}".lower()):
             if (same := names.get(candidate)) is not None:
                 return f"{told}; there is '{same}', with another ending"
-    return f"{told}{_archives(folder) or '; if the photos lie in another folder, give that one as --image_dir'}"
+    return told + _archives(folder)
 
 
 @functools.lru_cache(maxsize=8)

@@ -23,6 +23,7 @@ __all__ = ["Place", "find_place", "folders_below", "folders_beside"]
 # Sub-folders in which photos are looked for, if they are not where the table says.
 MOST_FOLDERS = 64
 PROBED = 100
+NOT_FETCHED = "the image is an address, and addresses are fetched only with --fetch_photos"
 # What a folder of photos is called. A neighbour of another name may be another catalogue with the same file names.
 _OF_PHOTOS = re.compile(r"(?i)(^|.*[^a-z])(images?|imgs?|photos?|pictures?|pics?|jpe?gs?|pngs?|media)($|[^a-z].*)")
 _NUMBERED = re.compile(r"(.+\.\w{3,4})#\d+")
@@ -40,8 +41,7 @@ class Place:
         is_own: whether the table is the user's, on this machine. Another's table names no places of a private network,
             and none in buckets, for which this machine may have keys.
         host: the server that the table comes from, which it may always name.
-        has_addresses: whether addresses are photos here: a single one among names of files is not, lest a row stop a
-            run by an address that nobody answers.
+        fetch: whether addresses are fetched: only if the user asked for it.
     """
 
     folder: str | None
@@ -50,7 +50,7 @@ class Place:
     is_numbered: bool = False
     is_own: bool = True
     host: str = ""
-    has_addresses: bool = True
+    fetch: bool = False
 
     def find(self, value: Any) -> tuple[Any, str | None, str | None]:
         """(bytes, path or address; the name for reports; why there is none) of what a cell says."""
@@ -70,8 +70,8 @@ class Place:
     def _find_text(self, text: str, name: str | None) -> tuple[Any, str | None, str | None]:
         if is_address(text):
             text = text.strip()
-            if not self.has_addresses:
-                return None, text, "the image file name leads outside the image folder: it is an address, among files"
+            if not self.fetch:
+                return None, text, NOT_FETCHED
             if not self.is_own and _is_private(text) and urlsplit(text).netloc != self.host:
                 return None, text, "the image is an address of a private network, named by another's table"
             return text, text, None
@@ -81,7 +81,7 @@ class Place:
         except ValueError:
             return None, name, "the image is a data URI that can't be decoded"
         if self.is_own and re.match(r"(?:s3|gs|gcs|az|abfs|hf)://", text):
-            return text, text, None
+            return (text, text, None) if self.fetch else (None, text, NOT_FETCHED)
         text = text.removeprefix("file://")
         if self.folder is None:
             return None, text, "the image is a path, and no image folder was given (--image_dir)"

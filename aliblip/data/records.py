@@ -269,11 +269,24 @@ def _rows(request: Request, table: Table, key: str | None, selected: Columns) ->
 
 
 def told_facts(request: Request, column: str, facts: Facts) -> None:
-    """Say what is unusual about the cells of a column."""
-    if facts.addresses and facts.has_addresses:
+    """Say what is unusual about the cells of a column.
+
+    Raises:
+        UsageError: its photos are addresses, and it was not asked for them to be fetched.
+    """
+    if facts.addresses:
         hosts = ", ".join(host for host, _ in facts.hosts.most_common(EXAMPLES))
-        more = ", ..." if len(facts.hosts) > EXAMPLES else ""
-        request.told.append(f"{facts.addresses:,} photos come from the network ({hosts}{more})")
+        hosts += ", ..." if len(facts.hosts) > EXAMPLES else ""
+        if request.asked.fetch:
+            request.told.append(f"{facts.addresses:,} photos come from the network ({hosts})")
+        elif facts.has_addresses and request.asked.sides != "titles":
+            raise UsageError(
+                f"{request.name}: photos of the column '{column}' are addresses ({hosts}), which are fetched only when "
+                f"asked for: give {request.asked.name_of('fetch_photos')} to fetch each of them every time that its "
+                "row is read, or fetch them first, and name their files in the column"
+            )
+        elif request.asked.sides != "titles":
+            request.told.append(f"{facts.addresses:,} photos are addresses ({hosts}), which are not fetched")
     if facts.doubtful:
         request.told.append(
             f"{facts.doubtful:,} texts of '{column}' are written as lists and the others are not: they stay text"
@@ -284,13 +297,13 @@ def _place(request: Request, table: Table, facts: Facts | None) -> Place:
     """Where the photos of a table lie."""
     own = posixpath.dirname(table.file.replace(os.sep, "/")) or "."
     if is_remote(table.file):
-        many = facts is None or facts.has_addresses
-        return Place(request.image_dir or own, is_own=False, host=urlsplit(table.file).netloc, has_addresses=many)
+        host, fetch = urlsplit(table.file).netloc, request.asked.fetch
+        return Place(request.image_dir or own, is_own=False, host=host, fetch=fetch)
     # All lists of a data set lie together: photos are looked for beside the first.
     first = posixpath.dirname(request.files[0].replace(os.sep, "/")) or "."
     folder = request.image_dir or (own if request.survey is not None else first)
     roots = [os.path.abspath(root) for root in (folder, own, request.folder) if root is not None and "://" not in root]
-    place = Place(folder, tuple(dict.fromkeys(roots)), has_addresses=facts is None or facts.has_addresses)
+    place = Place(folder, tuple(dict.fromkeys(roots)), fetch=request.asked.fetch)
     if facts is None or not facts.sample:
         return place
     others = [own, *([request.folder] if request.folder else [])]

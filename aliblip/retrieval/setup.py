@@ -148,6 +148,7 @@ def _open_table(data: EvaluationDataArguments, *, split: str, data_files: str | 
         data_dir=data.data_dir,
         data_files=data_files,
         image_dir=data.image_dir,
+        fetch_photos=data.fetch_photos,
         split=split,
         image_column=data.image_column,
         caption_column=data.caption_column,

@@ -269,6 +269,7 @@ def open_sources(data_args: TrainDataArguments, args: TrainingArguments) -> tupl
         "dataset_config_name",
         "data_dir",
         "image_dir",
+        "fetch_photos",
         "image_column",
         "caption_column",
         "product_id_column",
