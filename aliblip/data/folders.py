@@ -212,7 +212,7 @@ class Survey:
             else:
                 self.data[kind].append(name)
         elif kind == "heic":
-            self.leave(f"HEIC photos ({install_hint('heif')} makes them readable)", name)
+            self.leave(f"HEIC photos ({install_hint('heic')} makes them readable)", name)
         else:
             self.leave(REASONS[kind], name)
 
