@@ -388,6 +388,33 @@ def test_photos_are_found_near_the_table(tmp_path):
     assert f"list.csv: photos are taken from {tmp_path}/shop/images" in told(source)
 
 
+@pytest.mark.parametrize("beside", ["photos", "Images", "product-images", "img_2024", "JPEGs", "pngs (new)", "media"])
+def test_photos_may_lie_in_a_folder_beside_that_of_the_table(tmp_path, beside):
+    draw(tmp_path / beside)
+    draw(tmp_path / "summer catalogue", NAMES)
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "list.csv").write_text(lines(pairs(), ("image", "caption")))
+    pq.write_table(pa.table({"image": NAMES, "caption": TITLES}), tmp_path / "tables" / "list.parquet")
+    for name in ("list.csv", "list.parquet"):
+        source = open_at(data_files=str(tmp_path / "tables" / name))
+        whole(source)
+        assert f"photos are taken from {tmp_path}/tables/../{beside}" in told(source).replace(
+            f"{tmp_path}/{beside}", f"{tmp_path}/tables/../{beside}"
+        )
+
+
+@pytest.mark.parametrize("beside", ["summer catalogue", "imagination", "photosynthesis", "multimedia", "www"])
+def test_a_folder_beside_that_of_the_table_is_not_any_folder(tmp_path, beside):
+    """It may be another catalogue, whose photos have the same names."""
+    draw(tmp_path / beside)
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "list.csv").write_text(lines(pairs(), ("image", "caption")))
+    pq.write_table(pa.table({"image": NAMES, "caption": TITLES}), tmp_path / "tables" / "list.parquet")
+    for name in ("list.csv", "list.parquet"):
+        found, reasons = read(open_at(data_files=str(tmp_path / "tables" / name)))
+        assert not found and len(reasons) == COUNT
+
+
 def test_names_without_an_ending(tmp_path):
     draw(tmp_path / "images", [f"{i}.png" for i in range(COUNT)])
     (tmp_path / "styles.csv").write_text(lines(enumerate(TITLES), ("image", "name")))
