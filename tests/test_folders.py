@@ -386,6 +386,7 @@ def test_photos_that_no_row_names_are_counted(tmp_path):
     source = open_at(tmp_path)
     assert source.num_rows == 8
     assert "left: photos that no row names: 4 (08.png, 09.png, 10.png, ...)" in told(source)
+    assert "found: 1 table, 12 photos\n" in told(source)  # each file once
     for spelling in ("./{}", "sub/../{}", ".//{}", ".\\{}"):
         (tmp_path / "metadata.csv").write_text(lines((spelling.format(name), title) for name, title in pairs()))
         source = open_at(tmp_path)
@@ -401,6 +402,7 @@ def test_only_photos_of_the_split_count(tmp_path):
         (tmp_path / split / "metadata.csv").write_text(lines(pairs()))
     draw(tmp_path / "train", ["more.png"])
     assert "no row names: 1 (train/more.png)" in told(open_at(tmp_path))
+    assert "found: 2 tables, 25 photos\n" in told(open_at(tmp_path))
     assert "no row names" not in told(open_at(tmp_path, split="validation"))
 
 

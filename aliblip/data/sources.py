@@ -165,7 +165,7 @@ def _tell_survey(source: Source, found: Found) -> None:
     if found.kind not in ("sided",) and survey.num_sided:
         photo, sides = next(survey.sided_photos())
         survey.leave("files beside photos of the same name", sides[0], survey.num_sided)
-    source.told.insert(0, f"found: {survey.found()}")
+    source.told.insert(0, f"found: {survey.found}")
     source.told.extend(f"left: {reason}: {entry.told()}" for reason, entry in survey.left.items())
 
 
