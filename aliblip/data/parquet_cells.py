@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 
 from aliblip.data.columns import Columns, Request
 from aliblip.data.manifest import DataFile
-from aliblip.data.places import Place, find_place, folders_below, folders_beside
-from aliblip.data.records import told_facts, told_unnamed
+from aliblip.data.places import Place, find_place
+from aliblip.data.records import tiers_of, told_facts, told_unnamed
 from aliblip.data.remote import is_remote, open_file, read_patiently
 from aliblip.data.values import Facts, listed_text
 from aliblip.runtime.mistakes import usage_errors
@@ -187,12 +187,8 @@ def _place(request: Request, place: Place, sample: list[Any]) -> Place:
     if is_remote(request.files[0]) or not sample:
         return place
     own = os.path.dirname(request.files[0]) or "."
-    others = [own, *([request.folder] if request.folder else [])]
-    if request.survey is not None:
-        others += [os.path.join(request.survey.root, each) for each in sorted(request.survey.photo_folders())[:64]]
-    others += [*folders_below(own), *([] if request.image_dir else folders_beside(own))]
     start = place if place.folder is not None else replace(place, folder=own)
-    found, told = find_place(sample, start, dict.fromkeys(each for each in others if each != start.folder))
+    found, told = find_place(sample, start, *tiers_of(request, request.files[0], start.folder))
     if told is None and place.folder is None and not _any_there(found, sample):
         return place
     if told:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import unicodedata
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -306,15 +307,23 @@ def _place(request: Request, table: Table, facts: Facts | None) -> Place:
     place = Place(folder, tuple(dict.fromkeys(roots)), fetch=request.asked.fetch)
     if facts is None or not facts.sample:
         return place
-    others = [own, *([request.folder] if request.folder else [])]
-    if request.survey is not None:
-        others += [os.path.join(request.survey.root, each) for each in sorted(request.survey.photo_folders())[:64]]
-    # Beside a folder of tables there is often one of photos.
-    others += [*folders_below(folder), *([] if request.image_dir else folders_beside(own))]
-    found, told = find_place(facts.sample, place, dict.fromkeys(each for each in others if each != folder))
+    tiers = tiers_of(request, table.file, folder)
+    found, told = find_place(facts.sample, place, *tiers)
     if told:
         request.told.append(f"{table.name}: {told}")
     return found
+
+
+def tiers_of(request: Request, table: str, folder: str) -> list[list[str]]:
+    """Folders in which the photos of a local table may lie, if not in `folder`: first the nearest."""
+    own = os.path.dirname(table) or "."
+    near = [own, *folders_below(own), os.path.dirname(os.path.realpath(table))]
+    further = [*([request.folder] if request.folder else []), *folders_below(folder)]
+    if request.survey is not None:
+        further += [os.path.join(request.survey.root, each) for each in sorted(request.survey.photo_folders())[:64]]
+    # Beside a folder of tables there is often one of photos.
+    beside = [] if request.image_dir else folders_beside(own)
+    return [[each for each in dict.fromkeys(tier) if each != folder] for tier in (near, further, beside)]
 
 
 def told_unnamed(request: Request, named: Sequence[tuple[Place, Facts]]) -> None:
@@ -345,7 +354,10 @@ def told_unnamed(request: Request, named: Sequence[tuple[Place, Facts]]) -> None
 
 
 def _relative_to(root: str, place: Place) -> Any:
-    """How the path of a photo, relative to the root, is written relative to a place."""
+    """How the path of a photo, relative to the root, is written in the table of a place."""
+    if place.unicode:
+        form, relative = {"NFD": "NFC", "NFC": "NFD"}[place.unicode], _relative_to(root, replace(place, unicode=""))
+        return lambda path: None if (found := relative(path)) is None else unicodedata.normalize(form, found)
     way = os.path.relpath(os.path.abspath(place.folder), os.path.abspath(root)).replace(os.sep, "/")
     if way == ".":
         return lambda path: path
