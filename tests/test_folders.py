@@ -229,6 +229,9 @@ def test_archives_and_spreadsheets_say_what_to_do(tmp_path):
         folder.mkdir()
         (folder / name).write_bytes(b"x" * 99)
         assert remedy in refused(folder) and name in refused(folder)
+        draw(folder, NAMES[:1])  # beside photos, too
+        assert remedy in refused(folder) and name in refused(folder)
+        os.remove(folder / NAMES[0])
     assert "unpack" in refused(data_files=str(tmp_path / "a-zip" / "a.zip"))
     assert "CSV" in refused(data_files=str(tmp_path / "a-xlsx" / "a.xlsx"))
     assert "packed by zstd" in refused(data_files=str(tmp_path / "a-tar-zst" / "a.tar.zst"))
