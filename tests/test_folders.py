@@ -202,6 +202,15 @@ def test_the_same_rows_in_two_tables_are_refused(tmp_path):
     assert open_at(tmp_path / "two").num_rows == 2 * COUNT
 
 
+def test_tables_of_the_same_name_are_told_by_their_paths(tmp_path):
+    draw(tmp_path / "a")
+    (tmp_path / "a" / "metadata.csv").write_text(lines(pairs()))
+    (tmp_path / "metadata.csv").write_text(lines((f"a/{name}", title) for name, title in pairs()))
+    assert f"{tmp_path}/metadata.csv holds rows that are in {tmp_path}/a/metadata.csv too (12 of 12" in refused(
+        tmp_path
+    )
+
+
 def test_copies_of_data_files_are_refused(tmp_path):
     parquet(tmp_path / "a.parquet", range(COUNT))
     shutil.copy(tmp_path / "a.parquet", tmp_path / "a (1).parquet")
