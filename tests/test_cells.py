@@ -508,10 +508,13 @@ def test_a_missing_photo_says_where_it_was_looked_for_and_what_is_there(tmp_path
     (tmp_path / "photos.zip").write_bytes(b"PK")
     for path in (folder / "d.jpg", tmp_path / "images" / "d.jpg"):
         assert f"photos.zip lies in {tmp_path}: unpack it there" in why_missing(str(path))
-    (tmp_path / "metadata.csv").write_text(lines(pairs()))
-    _, reasons = read(open_at(tmp_path))
+    shop = tmp_path / "shop"
+    shop.mkdir()
+    (shop / "metadata.csv").write_text(lines(pairs()))
+    (tmp_path / "photos.zip").rename(shop / "photos.zip")
+    _, reasons = read(open_at(shop))
     assert len(reasons) == COUNT and "photos.zip" in reasons[0]
-    assert f"{COUNT} photos that rows name are not in the folder" in told(open_at(tmp_path))
+    assert f"{COUNT} photos that rows name are not in the folder" in told(open_at(shop))
 
 
 def test_columns_are_named_in_messages(tmp_path):
