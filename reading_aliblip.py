@@ -26,6 +26,12 @@ try:
     from PIL import Image, ImageOps
 except ImportError:  # titles can be read without it
     Image = ImageOps = None
+try:  # photos of phones, as Pillow alone does not read them
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+except ImportError:
+    pillow_heif = None
 
 # Pillow warns of odd EXIF, palettes and sizes; here only the pixels and the limits below count. Switched off for the
 # whole process, since `catch_warnings` in several threads can leave a process without any warnings.
@@ -41,7 +47,8 @@ MAX_JPEG_SCANS = 100
 # A title keeps about 35 tokens: what follows this many characters can't matter, but would take the tokenizer seconds.
 MAX_TITLE_CHARACTERS = 10_000
 # Formats a shop would use. Others stay out: Pillow starts a PostScript interpreter for EPS, for instance.
-IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
+IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "HEIF")
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 EXIF_ORIENTATION = 0x0112
 # After so long without an answer a photo's address counts as unreachable.
 TIMEOUT_SECONDS = 60
@@ -49,6 +56,15 @@ TIMEOUT_SECONDS = 60
 
 class UnusableItem(ValueError):
     """A photo or title that can't be used; the message is a plain reason for the report."""
+
+
+class MissingFile(UnusableItem):
+    """A photo whose file is not there."""
+
+
+def reads_heic() -> bool:
+    """Whether HEIC photos can be read: with `pillow-heif`."""
+    return Image is not None and "HEIF" in _formats()
 
 
 def clean_title(value: Any) -> str:
@@ -118,12 +134,20 @@ def read_photo(value: Any, fetch: Callable[[str, int], bytes] = fetch) -> Image.
     except Image.DecompressionBombError:
         raise UnusableItem(f"the image has more than {MAX_PIXELS:,} pixels") from None
     except Image.UnidentifiedImageError:
-        raise UnusableItem("the file is not an image of a known format") from None
+        raise UnusableItem(_unidentified(data)) from None
     except FileNotFoundError:
-        raise UnusableItem("the image file is missing") from None
+        raise MissingFile("the image file is missing") from None
     except Exception as error:  # Pillow's plugins raise anything at all on damaged files
         reason = " ".join(str(error).split())[:200]
         raise UnusableItem(f"the image can't be decoded ({type(error).__name__}: {reason})") from None
+
+
+def _unidentified(data: io.BytesIO) -> str:
+    if data.getvalue()[4:8] == b"ftyp" and data.getvalue()[8:12] in HEIC_BRANDS:
+        if reads_heic():
+            return "the photo is HEIC and damaged"
+        return "the photo is HEIC, which is read where pillow-heif is installed (the extra heic)"
+    return "the file is not an image of a known format"
 
 
 def _formats() -> list[str]:
@@ -282,4 +306,14 @@ def _conversion(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Imag
     return convert if np.abs(difference).max() > 2 else None  # sRGB itself, whose many versions differ in rounding
 
 
-__all__ = ["IMAGE_FORMATS", "MAX_FILE_BYTES", "MAX_TITLE_CHARACTERS", "UnusableItem", "clean_title", "read_photo"]
+__all__ = [
+    "HEIC_BRANDS",
+    "IMAGE_FORMATS",
+    "MAX_FILE_BYTES",
+    "MAX_TITLE_CHARACTERS",
+    "MissingFile",
+    "UnusableItem",
+    "clean_title",
+    "read_photo",
+    "reads_heic",
+]

@@ -33,8 +33,10 @@ from typing import Any
 import torch
 
 from aliblip.data.arguments import DataArguments
+from aliblip.data.products import tell_sources
 from aliblip.data.rows import Source
 from aliblip.data.sources import ALL, open_source, require_usable_row
+from aliblip.data.titles import tell_cut_titles
 from aliblip.models.loading import load_pretrained
 from aliblip.retrieval.building import THUMBNAIL_SIDE, Build, check_options
 from aliblip.retrieval.galleries import Gallery
@@ -193,18 +195,21 @@ def open_data(data: GalleryDataArguments, kind: str, columns: Sequence[str] | No
             data_dir=data.data_dir,
             data_files=data.data_files,
             image_dir=data.image_dir,
+            fetch_photos=data.fetch_photos,
             split=data.split_name,
             any_split=True,
             image_column=data.image_column,
             caption_column=data.caption_column,
             sides="images" if kind == "image" else "titles",
             other_columns=others,
+            reading=data.reading,
         )
 
     source = opened(ALL)
     if columns is not None:  # read no more than is needed
         ids = [data.id_column] if data.id_column is not None else [name for name in source.columns if name == ID]
         source = opened(list(dict.fromkeys([*columns, *ids])))
+    tell_sources(source, products=False)
     require_usable_row(source)
     return source
 
@@ -298,6 +303,8 @@ def build(data: GalleryDataArguments, options: GalleryArguments) -> int:
     )
     check_index(work, options)
     model, processor, _ = load_pretrained(options.model_name_or_path, tokenizer_name=options.tokenizer_name)
+    if options.kind == "text":
+        tell_cut_titles(source, tokenizer=processor.tokenizer, max_length=processor.max_length)
     tell_plan(work, model.config, options)
 
     def index() -> None:

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from data_stub import NAMES, add_member, encoded, photo, records, write_layouts
 
+from aliblip.data.products import photo_id_of
 from aliblip.data.rows import decode
 from aliblip.data.sources import ALL, open_source
 from aliblip.runtime.mistakes import UsageError
@@ -41,9 +42,8 @@ def test_columns_by_name(tmp_path):
     )
     assert decode(rows_of(source)[0]).text == "t" and rows_of(source)[0].product_id == 7
     source = open_source(data_files=str(tmp_path / "list.json"), split="train")
-    assert (
-        decode(rows_of(source)[0]).text == "c" and rows_of(source)[0].product_id == 0
-    )  # no such column: the row number
+    row = rows_of(source)[0]
+    assert decode(row).text == "c" and row.product_id == photo_id_of("a.png")  # no such column: the photo
 
 
 def test_every_other_column(layouts):
@@ -116,13 +116,15 @@ def test_files_that_do_not_have_the_same_columns(tmp_path):
         open_source(data_dir=str(tmp_path), split="train", other_columns=ALL)
 
 
-def test_keys_of_records_that_come_late(tmp_path, monkeypatch):
-    monkeypatch.setattr("aliblip.data.records.PROBED_ROWS", 2)
-    rows = [{"product": "a.png", "caption": "t"}] * 3 + [{"product": "b.png", "caption": "u", "late": 1}]
+def test_keys_of_records_that_come_late(tmp_path):
+    rows = [{"product": "a.png", "caption": "t"}] * 3000 + [{"product": "b.png", "caption": "u", "late": 1}]
     (tmp_path / "list.json").write_text(json.dumps(rows))
     source = open_source(data_files=str(tmp_path / "list.json"), split="train", other_columns=ALL)
-    assert source.columns == ["product", "caption"]
-    assert [row.others for row in rows_of(source)][2:] == [{"caption": "t"}, {"caption": "u", "late": 1}]
+    assert source.columns == ["product", "caption", "late"]
+    assert [row.others for row in rows_of(source)][2999:] == [
+        {"caption": "t", "late": None},
+        {"caption": "u", "late": 1},
+    ]
 
 
 def test_every_field_of_a_tar(tmp_path):

@@ -25,7 +25,7 @@ from data_stub import (
 from helpers import spawn
 from http_stub import FileServer
 
-from aliblip.data import parquet, remote, tar_index
+from aliblip.data import parquet, remote, tar_index, tar_members
 from aliblip.data.manifest import file_names, manifest_changes
 from aliblip.data.sources import open_source
 
@@ -204,9 +204,9 @@ def scans(monkeypatch):
     """The tars that were scanned."""
     seen, real = [], tar_index._scan
 
-    def scan(file, size):
+    def scan(file, size, wanted):
         seen.append(os.path.basename(file))
-        return real(file, size)
+        return real(file, size, wanted)
 
     monkeypatch.setattr(tar_index, "_scan", scan)
     return seen
@@ -226,7 +226,7 @@ def test_a_tar_is_scanned_once(tmp_path, scans, monkeypatch):
     assert rows_of(first) == rows_of(plain) and first.manifest() == plain.manifest()
     assert first.columns == plain.columns
     # No header is read again, by whatever name the folder is called.
-    monkeypatch.setattr(tar_index.tarfile, "open", lambda *args, **kwargs: pytest.fail("a tar was opened"))
+    monkeypatch.setattr(tar_members.tarfile, "TarFile", lambda *args, **kwargs: pytest.fail("a tar was scanned"))
     monkeypatch.chdir(tmp_path)
     for source in (open_tars(tmp_path), open_source(data_dir="tars", split="train", index_dir="index")):
         assert rows_of(source) == rows_of(plain) and manifest_changes(plain.manifest(), source.manifest()) == []
@@ -295,7 +295,7 @@ def test_odd_tars_have_an_index_too(tmp_path, scans):
 def test_a_scan_goes_on_where_the_connection_broke(tmp_path, monkeypatch):
     write_tars(tmp_path / "tars", records(COUNT), [COUNT])
     tar = tmp_path / "tars" / "train-00000.tar"
-    wanted = tar_index._scan(str(tar), tar.stat().st_size)
+    wanted = tar_index._scan(str(tar), tar.stat().st_size, tar_members.Wanted())
     begins, reads = [], 0
 
     class Stream(io.FileIO):
@@ -314,19 +314,20 @@ def test_a_scan_goes_on_where_the_connection_broke(tmp_path, monkeypatch):
             return super().read(size)
 
     monkeypatch.setattr(remote, "WAITS", (0.001, 0.002, *[0.004] * 5))
-    monkeypatch.setattr(tar_index, "open_file", lambda address: Stream(tar))
-    index = tar_index._scan("http://localhost/train-00000.tar", tar.stat().st_size)
+    monkeypatch.setattr(tar_members, "open_file", lambda address: Stream(tar))
+    index = tar_index._scan("http://localhost/train-00000.tar", tar.stat().st_size, tar_members.Wanted())
     assert index.digest == wanted.digest and len(index) == COUNT
+    assert begins.pop(0) == 0  # is it compressed?
     assert len(begins) == 6 and begins == sorted(set(begins))  # each time further on
 
 
 def _open_in_two_processes(folder):
     seen, real = [], tar_index._scan
 
-    def slow(file, size):
+    def slow(file, size, wanted):
         seen.append(os.path.basename(file))
         time.sleep(0.5)  # long enough for the other process to come by
-        return real(file, size)
+        return real(file, size, wanted)
 
     tar_index._scan = slow
     dist.barrier()

@@ -15,8 +15,9 @@ from PIL import Image
 from aliblip.data.collate import Collator, thumbnail
 from aliblip.data.loader import EvalLoader
 from aliblip.data.manifest import manifest_changes
+from aliblip.data.products import product_id_of
 from aliblip.data.python_rows import ALL, open_rows
-from aliblip.data.rows import decode, product_id_of
+from aliblip.data.rows import decode
 from aliblip.data.sources import require_usable_row
 from aliblip.runtime.mistakes import UsageError
 from reading_aliblip import UnusableItem
@@ -80,7 +81,7 @@ def test_every_way_to_give_photos_gives_the_same(folder, kind):
     assert source.num_rows == 5 and source.sides == "images" and source.random_access
     for index, found in enumerate(pixels(source)):
         assert np.array_equal(found, np.asarray(photo(index)))
-    assert [row.product_id for row in source.read_range(0, 5)] == list(range(5))
+    assert len({row.product_id for row in source.read_range(0, 5)}) == 5
     assert [row.row for row in source.read_range(3, 5)] == [3, 4]
     again = pickle.loads(pickle.dumps(source))  # to a reader process
     assert len(pixels(again)) == 5
@@ -111,7 +112,7 @@ def test_titles():
     rows = [{"title": "blue mug", "sku": 7}, {"title": "red lamp", "sku": "x"}]
     source = open_rows(rows, sides="titles", caption_column="title", product_id_column="sku")
     assert [row.text for row in source.read_range(0, 2)] == ["blue mug", "red lamp"]
-    assert [row.product_id for row in source.read_range(0, 2)] == [7, product_id_of("x", 1)]
+    assert [row.product_id for row in source.read_range(0, 2)] == [7, product_id_of("x")]
 
 
 def test_every_other_column(folder):
@@ -124,9 +125,10 @@ def test_every_other_column(folder):
     assert second.others == {"caption": None, "price": None, "nested": None, "late": True}
     # a key that comes after the columns were looked at is given all the same
     rows = [{"image": "a.png"}] * 1000 + [{"image": "b.png", "new": 1}]
-    source = open_rows(rows, other_columns=ALL)
+    source = open_rows(np.array(rows, dtype=object), other_columns=ALL)
     assert source.columns == ["image"]
     assert [row.others for row in source.read_range(999, 1001)] == [{}, {"new": 1}]
+    assert open_rows(rows, other_columns=ALL).columns == ["image", "new"]  # of what is in memory all is looked at
     source = open_rows(given(folder, "a data set"), other_columns=ALL)
     assert source.schema_of_others() == pa.schema({"sku": pa.string()})
     assert [row.others["sku"] for row in source.read_range(0, 5)] == list("abcde")

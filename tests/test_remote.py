@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
 
 import reading_aliblip
-from aliblip.data import parquet, remote
+from aliblip.data import parquet, remote, tables
 from aliblip.data.collate import Collator
 from aliblip.data.loader import EvalLoader, TrainLoader
 from aliblip.data.remote import RemoteReadError, read_file, resumed
@@ -36,6 +36,7 @@ def _short_waits(monkeypatch):
     monkeypatch.setattr(remote, "WAITS", (0.001, 0.002, *[0.004] * 5))
     # Otherwise each of the small files of the tests is one request.
     monkeypatch.setitem(fsspec.config.conf, "http", {"block_size": 1500})
+    monkeypatch.setattr(tables, "COPY_BYTES", 500)
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "127.0.0.1")
 

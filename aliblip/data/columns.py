@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from aliblip.runtime.mistakes import UsageError
 
-__all__ = ["ALL", "Asked", "Columns", "Request", "choose_columns", "listed", "one_line"]
+__all__ = [
+    "ALL",
+    "CAPTION_NAMES",
+    "IMAGE_NAMES",
+    "Asked",
+    "Columns",
+    "Reading",
+    "Request",
+    "Roles",
+    "choose_columns",
+    "listed",
+    "one_line",
+    "similar_name",
+]
 
 # Of `other_columns`: every column that there is, but the photos.
 ALL = "all"
+# Names of a message.
+MOST_LISTED = 50
+# What people call the columns of tables, in small letters and without signs; an earlier one is preferred.
+IMAGE_NAMES = (
+    *("image", "filename", "imagepath", "imagefile", "imagefilename", "imagename", "filepath", "path", "file"),
+    *("photo", "picture", "img", "imgpath", "imagelink", "imageurl", "imagesrc", "mainimageid", "images"),
+    *("photourl", "imgurl", "url", "imagebytes", "jpg", "png", "webp", "product"),
+)
+CAPTION_NAMES = (
+    *("caption", "text", "title", "captions", "titles", "sentences", "sentence", "raw", "comment", "producttitle"),
+    *("productname", "productdisplayname", "itemname", "name", "description"),
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +50,7 @@ class Asked:
         others: further columns, or `ALL`.
         sides: what a row must have: "both", or only "images" or "titles".
         by_flags: whether the names came as flags of a command, or as arguments in Python; for messages.
+        fetch: whether photos are fetched from addresses that rows name.
     """
 
     image: str | None = None
@@ -30,10 +59,30 @@ class Asked:
     others: Sequence[str] | str = ()
     sides: str = "both"
     by_flags: bool = True
+    fetch: bool = False
 
     def name_of(self, argument: str) -> str:
         """How the user writes an argument."""
         return f"--{argument}" if self.by_flags else argument
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the user says that tables are written; None leaves it to what the files show.
+
+    Attributes:
+        delimiter: one character between the fields of CSV files.
+        quotes: of CSV files: "doubled", "backslash" or "none", as for `aliblip.data.delimited.Form`.
+        names: of the columns of CSV files without a header.
+        encoding: of text files, as Python calls it.
+        bad_lines: lines of CSV files that are not rows: "refuse" the file, or "skip" them, as unusable rows.
+    """
+
+    delimiter: str | None = None
+    quotes: str | None = None
+    names: Sequence[str] | None = None
+    encoding: str | None = None
+    bad_lines: str = "refuse"
 
 
 @dataclass(frozen=True)
@@ -49,6 +98,10 @@ class Request:
         image_dir: the folder that file names of photos are relative to, if one was given.
         cache_dir: cache of `datasets`.
         index_dir: folder of the kept indexes of tars, or None.
+        reading: how tables are written.
+        survey: what lies in the folder, if it was looked through (`aliblip.data.folders.Survey`).
+        below: the folder, relative to the survey's root, that the photos of the split lie in.
+        told: what is said at the start, a line each; openers add to it.
     """
 
     name: str
@@ -59,6 +112,10 @@ class Request:
     image_dir: str | None = None
     cache_dir: str | None = None
     index_dir: str | None = None
+    reading: Reading = Reading()
+    survey: Any = None
+    below: str = ""
+    told: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -90,6 +147,7 @@ def choose_columns(
     image_defaults: Sequence[str],
     caption_defaults: Sequence[str] = ("caption", "text"),
     photos: Collection[str] = (),
+    by_likeness: bool = False,
 ) -> Columns:
     """The columns as the user named them, or by default.
 
@@ -98,6 +156,7 @@ def choose_columns(
         columns: all that there are.
         image_defaults, caption_defaults: the first that is there is taken.
         photos: columns that `ALL` does not mean, beside the photo's own.
+        by_likeness: whether a name like those of `IMAGE_NAMES` and `CAPTION_NAMES` will do where no default is there.
 
     Raises:
         UsageError: one that was named, or has no default, is not there; the message lists what is.
@@ -108,10 +167,14 @@ def choose_columns(
     found = {}
     for role, defaults in roles.items():
         given = getattr(asked, role)
+        if role == "product_id" and given not in columns and given in {"image", *photos}:
+            given = found["image"]  # the photo, by another name
         flag = asked.name_of(f"{role}_column")
         if given is not None and given not in columns and role != not_needed:
             raise UsageError(f"{request.name} has no column '{given}' ({flag}): there are {listed(columns)}")
         found[role] = given or next((column for column in defaults if column in columns), None)
+        if found[role] is None and by_likeness and role != "product_id":
+            found[role] = similar_name(columns, IMAGE_NAMES if role == "image" else CAPTION_NAMES)
         if found[role] is None and role not in ("product_id", not_needed):
             expected = " or ".join(f"'{column}'" for column in defaults)
             raise UsageError(
@@ -128,9 +191,47 @@ def choose_columns(
     return Columns(**read, others=others, takes_all=asked.others == ALL, photos=photo_columns)
 
 
+def similar_name(columns: Iterable[str], names: Sequence[str]) -> str | None:
+    """The column whose name, but for signs and capitals, is the first of `names` that is there."""
+    plain: dict[str, str] = {}
+    for column in columns:
+        plain.setdefault(_plain(column), column)
+    return next((plain[name] for name in names if name in plain), None)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]", "", name).lower()
+
+
+class Roles:
+    """Which columns may be the photo and which the title, before all columns are known."""
+
+    def __init__(self, asked: Asked):
+        self._asked = asked
+        self._roles: dict[str, str | None] = {}
+
+    def of(self, column: str) -> str | None:
+        """ "image", "caption" or None."""
+        if column not in self._roles:
+            self._roles[column] = self._role(column)
+        return self._roles[column]
+
+    def _role(self, column: str) -> str | None:
+        for role, given, names in (
+            ("image", self._asked.image, IMAGE_NAMES),
+            ("caption", self._asked.caption, CAPTION_NAMES),
+        ):
+            if column == given or (given is None and _plain(column) in names):
+                return role
+        return None
+
+
 def listed(names: Iterable[str]) -> str:
-    """Names for a message."""
-    return ", ".join(f"'{name}'" for name in names) or "none"
+    """Names for a message, at most `MOST_LISTED`."""
+    names = list(names)
+    more = f" and {len(names) - MOST_LISTED:,} more" if len(names) > MOST_LISTED else ""
+    return (", ".join(f"'{name}'" for name in names[:MOST_LISTED]) or "none") + more
 
 
 def one_line(error: BaseException) -> str:

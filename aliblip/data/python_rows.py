@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from PIL import Image
 
 from aliblip.data.columns import ALL, Asked, Columns, Request, choose_columns
 from aliblip.data.manifest import DataFile
+from aliblip.data.products import CHUNK_ROWS, ProductIds
 from aliblip.data.rows import Row, Shard, Source
 from aliblip.runtime.mistakes import UsageError
 
@@ -30,7 +32,7 @@ __all__ = ["ALL", "PythonSource", "open_rows"]
 
 # Rows can be read in any order at no cost: small shards mix them well.
 SHARD_ROWS = 64
-# The keys of the first dictionaries are the columns.
+# Whose keys are the columns, of dictionaries that are not in memory.
 PROBED_ROWS = 1000
 # Rows that the digest of a data set on the disk covers; of rows in memory it covers all.
 DIGESTED_ROWS = 1000
@@ -53,7 +55,7 @@ def open_rows(
             a map-style data set of `datasets` or a column of one, whose photos stay undecoded until a row is read.
         sides: what a row must have: "images", "titles" or "both" (dictionaries).
         image_column, caption_column: of dictionaries; default "image", and "caption", then "text".
-        product_id_column: default "product_id" if there is such a column, otherwise every row is a product of its own.
+        product_id_column: default "product_id" if there is such a column, otherwise a photo is a product.
         other_columns: further columns for `Row.others`; or `ALL`, every one but the photo's.
         name: for messages.
 
@@ -70,7 +72,9 @@ def open_rows(
         selected = choose_columns(request, columns, ("image",))
         rows = rows.select_columns(selected.names())
     elif any(map(_has_columns, _first(rows))):
-        columns = list(dict.fromkeys(key for row in _first(rows) if _has_columns(row) for key in row))
+        # Of what is in memory all rows: a column may come late.
+        looked_at = rows if isinstance(rows, (list, tuple)) else _first(rows)
+        columns = list(dict.fromkeys(key for row in looked_at if _has_columns(row) for key in row))
         selected = choose_columns(request, columns, ("image",))
     else:
         columns, selected = _of_bare_values(request)
@@ -163,6 +167,14 @@ class PythonSource(Source):
         sizes = [(f"rows[{start}]", min(SHARD_ROWS, len(rows) - start)) for start in starts]
         super().__init__(request, columns, selected, sizes)
         self._rows, self._features = rows, features
+
+    def product_ids(self) -> Iterator[ProductIds] | None:
+        key = self.selected.product_id
+        if key is None or key in self.photo_keys:
+            return None  # of photos in memory, too: those that were not loaded yet would stay there
+        rows = self._rows if self._features is None else self._rows.select_columns([key])
+        values = (row.get(key) if _has_columns(row) else None for row in (rows[i] for i in range(len(rows))))
+        return (ProductIds.of(chunk) for chunk in iter(lambda: list(islice(values, CHUNK_ROWS)), []))
 
     def schema_of_others(self) -> pa.Schema | None:
         if self._features is None:

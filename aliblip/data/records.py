@@ -1,50 +1,76 @@
-"""Records that name photos by file: image folders with metadata, JSON lists and lines, CSV, titles a line."""
+"""Rows of tables that name photos by file or by address: folders with metadata, CSV, JSON, titles a line."""
 
 from __future__ import annotations
 
-import csv
-import functools
-import hashlib
-import io
-import json
 import os
 import posixpath
-import re
-from collections.abc import Iterable, Iterator, Sequence
+import unicodedata
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
-from aliblip.data.columns import Columns, Request, choose_columns
+from aliblip.data.columns import Columns, Request, Roles, choose_columns
+from aliblip.data.folders import Left
 from aliblip.data.manifest import DataFile
-from aliblip.data.remote import is_remote, open_file, read_patiently, resumed
-from aliblip.data.rows import Row, Shard, Source, path_inside
+from aliblip.data.places import Place, find_place, folders_below, folders_beside
+from aliblip.data.remote import is_remote
+from aliblip.data.rows import Row, Shard, Source
+from aliblip.data.tables import NoTable, Table, Unreadable, open_table
+from aliblip.data.values import Facts, photos_of, titles_of
 from aliblip.runtime.mistakes import UsageError
 
-__all__ = [
-    "METADATA_FILES",
-    "RecordSource",
-    "Records",
-    "extension_of",
-    "open_image_folder",
-    "open_list",
-    "spans_of_values",
-]
+__all__ = ["RecordSource", "Rows", "open_metadata", "open_records", "told_facts", "told_unnamed"]
 
-METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 # Rows of a folder can be read in any order at no cost: small shards mix them well.
 SHARD_ROWS = 64
-# The keys of the first rows are the columns.
-PROBED_ROWS = 1000
+# Of the photos of a folder that are compared with those that rows name, at once.
+PHOTOS_AT_ONCE = 100_000
+EXAMPLES = 3
+
+
+@dataclass
+class Rows:
+    """The rows that a table gives: one of each record, or several where a record holds a list.
+
+    Attributes:
+        table: the records.
+        place: where their photos lie.
+        ends: (records,) int64, the rows up to each record and with it; None if each is one row.
+        image_lists, caption_lists: whether text of that column writes out lists.
+    """
+
+    table: Table
+    place: Place
+    ends: np.ndarray | None = None
+    image_lists: bool = False
+    caption_lists: bool = False
+
+    def __len__(self) -> int:
+        return len(self.table) if self.ends is None else int(self.ends[-1]) if len(self.ends) else 0
+
+    def read(self, start: int, stop: int) -> Iterator[tuple[Any, int]]:
+        """(record, which of its rows) of the rows [start, stop)."""
+        if self.ends is None:
+            yield from ((record, 0) for record in self.table.read(start, stop))
+            return
+        first, last = (int(place) for place in np.searchsorted(self.ends, (start, stop - 1), side="right"))
+        row = int(self.ends[first - 1]) if first else 0
+        for record, end in zip(self.table.read(first, last + 1), self.ends[first : last + 1].tolist(), strict=True):
+            yield from ((record, number - row) for number in range(max(row, start), min(end, stop)))
+            row = end
 
 
 class RecordSource(Source):
     """Rows of records; only the places of the records are held in memory.
 
     Args:
-        tables: the files.
-        image_keys: keys under which a record may name its photo.
+        tables: the rows of each file.
+        image_key: the key under which a record names its photo; None if none does.
+        photo_key: the same where the photo is not read, but tells the product.
     """
 
     random_access = True
@@ -54,217 +80,338 @@ class RecordSource(Source):
         request: Request,
         columns: Sequence[str],
         selected: Columns,
-        tables: Sequence[Records],
-        image_keys: Sequence[str | None],
+        tables: Sequence[Rows],
+        image_key: str | None,
+        photo_key: str | None = None,
     ):
         pieces = [
-            (table_index, start, min(start + SHARD_ROWS, len(table)))
-            for table_index, table in enumerate(tables)
-            for start in range(0, len(table), SHARD_ROWS)
+            (table_index, start, min(start + SHARD_ROWS, len(rows)))
+            for table_index, rows in enumerate(tables)
+            for start in range(0, len(rows), SHARD_ROWS)
         ]
         super().__init__(
             request,
             columns,
             selected,
-            [(f"{tables[t].name}[{start}:{stop}]", stop - start) for t, start, stop in pieces],
-            [DataFile(table.file, len(table), table.size, table.digest) for table in tables],
+            [(f"{tables[t].table.name}[{start}:{stop}]", stop - start) for t, start, stop in pieces],
+            [DataFile(rows.table.file, len(rows), rows.table.size, rows.table.digest) for rows in tables],
         )
         self._pieces = pieces
         self._tables = tables
-        self._image_keys = image_keys
+        self._image_key = image_key
+        self._photo_key = photo_key or image_key
+        self.photo_keys |= {self._photo_key} - {None}
 
     def _file_of(self, shard: Shard) -> str:
-        return self._tables[self._pieces[shard.index][0]].file
+        return self._tables[self._pieces[shard.index][0]].table.file
 
     def _read(self, shard: Shard, start: int, stop: int) -> Iterator[Row]:
         table_index, first, _ = self._pieces[shard.index]
-        table = self._tables[table_index]
-        for position, record in enumerate(table.read(first + start, first + stop), start=start):
-            number = shard.first_row + position
-            if isinstance(record, str) and self.selected.image is None:
-                record = {self.selected.caption: record}  # a list of bare titles
-            if not isinstance(record, dict):
-                yield self._row(number, None, None, {}, None, "the metadata record is not a JSON object")
-                continue
-            file = next((record[key] for key in self._image_keys if record.get(key) is not None), None)
-            image, problem = (None, None) if file is None else path_inside(table.image_dir, file)
-            name = file if isinstance(file, str) else None
-            yield self._row(number, image, record.get(self.selected.caption), record, name, problem)
+        rows = self._tables[table_index]
+        for position, (record, part) in enumerate(rows.read(first + start, first + stop), start=start):
+            yield self._convert(rows, record, part, shard.first_row + position)
+
+    def _convert(self, rows: Rows, record: Any, part: int, number: int) -> Row:
+        if isinstance(record, str) and not isinstance(record, Unreadable) and self.selected.image is None:
+            record = {self.selected.caption: record}  # a list of bare titles
+        if not isinstance(record, dict):
+            problem = str(record) if isinstance(record, Unreadable) else "the metadata record is not a JSON object"
+            return self._row(number, None, None, {}, None, problem, number - part)
+        photos = photos_of(record.get(self._image_key), rows.image_lists)
+        titles = titles_of(record.get(self.selected.caption), rows.caption_lists)
+        image, name, problem = rows.place.find(photos[part % len(photos)])
+        photo = image
+        if self._photo_key != self._image_key:
+            photo = rows.place.find(photos_of(record.get(self._photo_key), rows.image_lists)[0])[0]
+        elif part % len(photos):
+            photo = rows.place.find(photos[0])[0]
+        return self._row(number, image, titles[part % len(titles)], record, name, problem, number - part, photo)
 
 
-class Records:
-    """Records of one file: where each begins and ends. They are parsed when they are read.
-
-    Args:
-        file: the file, of `size` bytes, whose BLAKE2 is `digest`.
-        image_dir: the folder that its file names are relative to.
-        spans: (records, 2) int64, byte offsets in the file, or in `data` if that is given.
-    """
-
-    def __init__(self, file: str, image_dir: str, spans: np.ndarray, size: int, digest: str, data: bytes | None = None):
-        self.file, self.image_dir, self.size, self.digest = file, image_dir, size, digest
-        self.name = _base_name(file)
-        self._spans, self._data = spans, data
-
-    def __len__(self) -> int:
-        return len(self._spans)
-
-    def read(self, start: int, stop: int) -> Iterator[Any]:
-        """Records [start, stop); None for one that can't be parsed."""
-        with io.BytesIO(self._data) if self._data is not None else open_file(self.file) as stream:
-            for begin, end in self._spans[start:stop]:
-                stream.seek(int(begin))
-                try:
-                    yield json.loads(stream.read(int(end - begin)), strict=False)
-                except (ValueError, RecursionError):  # bad JSON or bad UTF-8: one bad row, not the end of the stream
-                    yield None
-
-    @classmethod
-    def open(cls, file: str, image_dir: str) -> Records:
-        """Find the records of a .csv, .txt, .json or .jsonl file.
-
-        Raises:
-            UsageError: a JSON list that can't be parsed.
-        """
-        content = hashlib.blake2b(digest_size=16)
-
-        def told(data: bytes) -> bytes:
-            content.update(data)
-            return data
-
-        with open_file(file) as stream:
-            size = stream.seek(0, os.SEEK_END)
-            stream.seek(0)
-            data = None
-            if extension_of(file) == ".csv":
-                text = io.TextIOWrapper(
-                    io.BytesIO(told(stream.read())), encoding="utf-8-sig", errors="replace", newline=""
-                )
-                # An empty CSV cell is the only way to write a null.
-                spans, data = spans_of_values(
-                    {key: value or None for key, value in row.items()} for row in csv.DictReader(text)
-                )
-            elif extension_of(file) == ".txt":
-                # A title a line; an empty line is an unusable row, so that line n stays row n.
-                text = told(stream.read()).decode("utf-8-sig", "replace")
-                spans, data = spans_of_values(text.splitlines())
-            else:
-                head = stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
-                stream.seek(0)
-                if head.startswith(b"["):
-                    spans = _spans_of_list(told(stream.read()), _base_name(file))
-                else:
-                    spans = _spans_of_lines(told(line) for line in stream)
-        return cls(file, image_dir, spans, size, content.hexdigest(), data)
+# -------------------------------------------------------------------------------------------------------------- openers
 
 
-def _no_spans() -> np.ndarray:
-    return np.zeros((0, 2), dtype=np.int64)
-
-
-def spans_of_values(values: Iterable[Any]) -> tuple[np.ndarray, bytes]:
-    """Values as JSON, one after the other, and where each begins and ends."""
-    lines = [json.dumps(value, default=str).encode() for value in values]
-    sizes = np.array([len(line) for line in lines], dtype=np.int64)
-    ends = np.cumsum(sizes, dtype=np.int64)
-    return (np.stack([ends - sizes, ends], axis=1) if lines else _no_spans()), b"".join(lines)
-
-
-def _spans_of_lines(lines: Iterable[bytes]) -> np.ndarray:
-    spans, position = [], 0
-    for line in lines:
-        skip = 3 if not position and line.startswith(b"\xef\xbb\xbf") else 0
-        if line[skip:].strip():
-            spans.append((position + skip, position + len(line)))
-        position += len(line)
-    return np.array(spans, dtype=np.int64) if spans else _no_spans()
-
-
-def _spans_of_list(data: bytes, name: str) -> np.ndarray:
-    """Where each element of a JSON list begins and ends, in bytes; found by parsing one after the other."""
-    # Latin-1 keeps one character per byte, so that positions are byte offsets; strings are decoded properly when read.
-    text, decoder, gap = data.decode("latin-1"), json.JSONDecoder(strict=False), re.compile(r"[ \t\r\n]*")
-    position = gap.match(text, 3 if text.startswith("\xef\xbb\xbf") else 0).end() + 1
-    spans = []
-    try:
-        position = gap.match(text, position).end()
-        while text[position : position + 1] != "]":
-            _, end = decoder.raw_decode(text, position)
-            spans.append((position, end))
-            position = gap.match(text, end).end()
-            if text[position : position + 1] == ",":
-                position = gap.match(text, position + 1).end()
-            elif text[position : position + 1] != "]":
-                raise json.JSONDecodeError("expected ',' or ']'", text, position)
-    except (json.JSONDecodeError, RecursionError) as error:
-        line = text.count("\n", 0, getattr(error, "pos", position)) + 1
-        raise UsageError(f"{name} is not a valid JSON list (line {line}): repair or rewrite it") from None
-    return np.array(spans, dtype=np.int64) if spans else _no_spans()
-
-
-def open_image_folder(request: Request) -> RecordSource:
-    """Open a folder of photos with a `metadata.jsonl` or `metadata.csv` beside them.
+def open_metadata(request: Request) -> RecordSource:
+    """Open a folder of photos by the `metadata.*` files in it; their names are relative to each of them.
 
     Raises:
-        UsageError: there is no such file, or no column that was named.
+        UsageError: a file can't be read as a table, or there is no column that was named.
     """
-    metadata = [file for file in request.files if _base_name(file) in METADATA_FILES]
-    if not metadata:
-        raise UsageError(
-            f"{request.name} has photos but no metadata.jsonl or metadata.csv in split '{request.split}': add one with "
-            "the columns file_name and caption, or give a JSON list as --data_files with --image_dir"
-        )
-    tables = [_open_records(file, _folder_of(file)) for file in metadata]
+    asked = request.asked
     # datasets calls the photo of file_name "image".
-    columns = ["image" if column == "file_name" else column for column in _record_columns(tables)]
-    selected = choose_columns(request, columns, ("image",), photos=("file_name",))
-    key = "file_name" if selected.image == "image" else selected.image
-    return RecordSource(request, columns, selected, tables, (key,))
+    named = replace(asked, image="file_name") if asked.image == "image" else asked
+    tables = _open(request, Roles(named))
+    columns = ["image" if column == "file_name" else column for column in _columns(tables)]
+    selected = _choose(request, tables, columns, ("image",), photos=("file_name",))
+    has_names = "file_name" in _columns(tables)
+    key = "file_name" if selected.image == "image" and has_names else selected.image
+    if selected.product_id == "image" and has_names and asked.image in (None, "image"):
+        selected = replace(selected, product_id="file_name")
+    return _source(request, columns, selected, tables, key)
 
 
-def open_list(request: Request) -> RecordSource:
-    """Open JSON lists, JSON lines, CSV files, or text files with a title a line.
+def open_records(request: Request) -> RecordSource:
+    """Open tables, or text files with a title a line.
 
     Raises:
         UsageError: a file is damaged, or there is no column that was named.
     """
-    # All lists of a data set lie together: photos are looked for beside the first.
-    image_dir = request.image_dir or _folder_of(request.files[0])
-    tables = [_open_records(file, image_dir) for file in request.files]
-    columns = _record_columns(tables, titles_only=request.asked.sides == "titles")
+    tables = _open(request, Roles(request.asked))
+    columns = _columns(tables, titles_only=request.asked.sides == "titles")
     if not columns:
         if any(len(table) for table in tables):
             raise UsageError(
                 f'{request.name} has no records: expected a JSON list of {{"product": file name, "caption": text}}'
             )
-        return RecordSource(request, columns, Columns(None, None, None), tables, ())
-    selected = choose_columns(request, columns, ("product", "image", "file_name"))
-    return RecordSource(request, columns, selected, tables, (selected.image,))
+        rows = [Rows(table, Place(None)) for table in tables]
+        return RecordSource(request, columns, Columns(None, None, None), rows, None)
+    selected = _choose(request, tables, columns, ("product", "image", "file_name"))
+    return _source(request, columns, selected, tables, selected.image)
 
 
-def extension_of(file: str) -> str:
-    """The end of a path's or an address's name, ".json"."""
-    return os.path.splitext(urlsplit(file).path if is_remote(file) else file)[1].lower()
+def _choose(
+    request: Request, tables: Sequence[Table], columns: Sequence[str], *defaults: Any, **options: Any
+) -> Columns:
+    """`choose_columns`, whose message also says what may be wrong with a table of one column."""
+    try:
+        return choose_columns(request, columns, *defaults, **options, by_likeness=True)
+    except UsageError as error:
+        alone = next((table for table in tables if len(table.columns) == 1 and table.is_delimited), None)
+        if alone is None:
+            raise
+        raise UsageError(
+            f"{error}; if {alone.name} has several columns, give what is between them as --csv_delimiter"
+        ) from None
 
 
-def _base_name(file: str) -> str:
-    return posixpath.basename(file.replace(os.sep, "/"))
+def _open(request: Request, roles: Roles) -> list[Table]:
+    """The tables of the request; of a folder, JSON files that hold no table are left and counted."""
+    tables, no_tables = [], []
+    for file in request.files:
+        try:
+            tables.append(open_table(file, request.reading, roles, request.split))
+        except NoTable as error:
+            if request.survey is None or len(request.files) == 1:
+                raise
+            no_tables.append((file, error))
+    if not tables:
+        raise no_tables[0][1]
+    for file, _ in no_tables:
+        request.survey.leave("JSON files without records", os.path.relpath(file, request.survey.root))
+    return _with_columns(request, tables, roles)
 
 
-def _folder_of(file: str) -> str:
-    return posixpath.dirname(file.replace(os.sep, "/")) or "."
-
-
-def _open_records(file: str, image_dir: str) -> Records:
-    return read_patiently(lambda: Records.open(file, image_dir), file)
-
-
-def _record_columns(tables: Sequence[Records], titles_only: bool = False) -> list[str]:
-    columns: dict[str, None] = {}
+def _with_columns(request: Request, tables: list[Table], roles: Roles) -> list[Table]:
+    """Of a folder's tables those that have photos or titles; the others are left and counted."""
+    if request.survey is None or len(tables) == 1:
+        return tables
+    found = [table for table in tables if table.bare or any(map(roles.of, table.columns))]
     for table in tables:
-        for record in resumed(functools.partial(table.read, stop=PROBED_ROWS), table.file):
-            if isinstance(record, dict):
-                columns.update(dict.fromkeys(record))
-            elif isinstance(record, str) and titles_only:
-                columns["caption"] = None
+        if found and table not in found:
+            name = os.path.relpath(table.file, request.survey.root)
+            request.survey.leave("tables without photos and titles", name)
+    return found or tables
+
+
+def _columns(tables: Sequence[Table], titles_only: bool = False) -> list[str]:
+    columns = dict.fromkeys(column for table in tables for column in table.columns)
+    if titles_only and any(table.bare for table in tables):
+        columns.setdefault("caption")
     return list(columns)
+
+
+def _source(
+    request: Request, columns: Sequence[str], selected: Columns, tables: Sequence[Table], key: str | None
+) -> RecordSource:
+    for table in tables:
+        _check_columns(table, key, selected, request)
+    products = {table.product_column for table in tables}
+    if selected.product_id is None and len(products) == 1:
+        selected = replace(selected, product_id=products.pop())
+    rows = [_rows(request, table, key, selected) for table in tables]
+    if len(rows) > 1 and not any(is_remote(table.file) for table in tables):
+        _refuse_repeats(request, rows, key, selected)
+    if key is not None and request.survey is not None:
+        named = [(each.place, each.table.facts[key]) for each in rows if key in each.table.facts]
+        told_unnamed(request, named)
+    for each in rows:
+        request.told.extend(each.table.told)
+        each.table.facts = {}  # they served the opening
+    product_id = selected.product_id
+    names_photos = key is None and product_id is not None and Roles(request.asked).of(product_id) == "image"
+    return RecordSource(request, columns, selected, rows, key, product_id if names_photos else None)
+
+
+def _check_columns(table: Table, key: str | None, selected: Columns, request: Request) -> None:
+    """Refuse a table that lacks a column of the others: all of its rows would be unusable."""
+    if table.bare or not len(table):
+        return
+    for column, role in ((key, "image"), (selected.caption, "caption")):
+        if column is not None and column not in table.columns:
+            raise UsageError(
+                f"{table.file} has no column '{column}' ({request.asked.name_of(f'{role}_column')}) that the other "
+                "tables have: rename its column, or move it out"
+            )
+
+
+def _rows(request: Request, table: Table, key: str | None, selected: Columns) -> Rows:
+    image, caption = table.facts.get(key), table.facts.get(selected.caption)
+    place = _place(request, table, image)
+    counts = [facts.counts() for facts in (image, caption) if facts is not None]
+    counts = [np.frombuffer(each, dtype=np.int32) for each in counts if each is not None and len(each)]
+    ends = None
+    if counts:
+        ends = np.cumsum(np.maximum.reduce(counts), dtype=np.int64)
+        request.told.append(f"{table.name}: {len(table):,} records with lists give {ends[-1]:,} rows")
+    for column, facts in ((key, image), (selected.caption, caption)):
+        if facts is not None:
+            told_facts(request, column, facts)
+    return Rows(table, place, ends, bool(image and image.as_lists), bool(caption and caption.as_lists))
+
+
+def told_facts(request: Request, column: str, facts: Facts) -> None:
+    """Say what is unusual about the cells of a column.
+
+    Raises:
+        UsageError: its photos are addresses, and it was not asked for them to be fetched.
+    """
+    if facts.addresses:
+        hosts = ", ".join(host for host, _ in facts.hosts.most_common(EXAMPLES))
+        hosts += ", ..." if len(facts.hosts) > EXAMPLES else ""
+        if request.asked.fetch:
+            request.told.append(f"{facts.addresses:,} photos come from the network ({hosts})")
+        elif facts.has_addresses and request.asked.sides != "titles":
+            raise UsageError(
+                f"{request.name}: photos of the column '{column}' are addresses ({hosts}), which are fetched only when "
+                f"asked for: give {request.asked.name_of('fetch_photos')} to fetch each of them every time that its "
+                "row is read, or fetch them first, and name their files in the column"
+            )
+        elif request.asked.sides != "titles":
+            request.told.append(f"{facts.addresses:,} photos are addresses ({hosts}), which are not fetched")
+    if facts.doubtful:
+        request.told.append(
+            f"{facts.doubtful:,} texts of '{column}' are written as lists and the others are not: they stay text"
+        )
+
+
+def _place(request: Request, table: Table, facts: Facts | None) -> Place:
+    """Where the photos of a table lie."""
+    own = posixpath.dirname(table.file.replace(os.sep, "/")) or "."
+    if is_remote(table.file):
+        host, fetch = urlsplit(table.file).netloc, request.asked.fetch
+        return Place(request.image_dir or own, is_own=False, host=host, fetch=fetch)
+    # All lists of a data set lie together: photos are looked for beside the first.
+    first = posixpath.dirname(request.files[0].replace(os.sep, "/")) or "."
+    folder = request.image_dir or (own if request.survey is not None else first)
+    roots = [os.path.abspath(root) for root in (folder, own, request.folder) if root is not None and "://" not in root]
+    place = Place(folder, tuple(dict.fromkeys(roots)), fetch=request.asked.fetch)
+    if facts is None or not facts.sample:
+        return place
+    tiers = tiers_of(request, table.file, folder)
+    found, told = find_place(facts.sample, place, *tiers)
+    if told:
+        request.told.append(f"{table.name}: {told}")
+    return found
+
+
+def tiers_of(request: Request, table: str, folder: str) -> list[list[str]]:
+    """Folders in which the photos of a local table may lie, if not in `folder`: first the nearest."""
+    own = os.path.dirname(table) or "."
+    near = [own, *folders_below(own), os.path.dirname(os.path.realpath(table))]
+    further = [*([request.folder] if request.folder else []), *folders_below(folder)]
+    if request.survey is not None:
+        further += [os.path.join(request.survey.root, each) for each in sorted(request.survey.photo_folders())[:64]]
+    # Beside a folder of tables there is often one of photos.
+    beside = [] if request.image_dir else folders_beside(own)
+    return [[each for each in dict.fromkeys(tier) if each != folder] for tier in (near, further, beside)]
+
+
+def told_unnamed(request: Request, named: Sequence[tuple[Place, Facts]]) -> None:
+    """Count the photos of the folder that no row names, and the rows whose photo is not in it."""
+    survey = request.survey
+    survey.is_compared = True
+    if any(place.is_numbered or place.folder is None for place, _ in named) or request.asked.sides == "titles":
+        return
+    root = os.path.abspath(survey.root)
+    lookups = [(_relative_to(root, place), place.ending, _sorted(facts.names)) for place, facts in named]
+    lookups += [(lambda path: f"{root}/{path}", "", _sorted(facts.names)) for _, facts in named if facts.absolute]
+    seen = [np.zeros(0, np.int64) for _ in lookups]
+    unnamed = Left()
+    for chunk in _chunks(survey.photo_names(request.below), PHOTOS_AT_ONCE):
+        is_named = np.zeros(len(chunk), dtype=bool)
+        for place, (relative, ending, names) in enumerate(lookups):
+            hashes = np.array([_hash(relative(path), ending) for path in chunk], dtype=np.int64)
+            is_named |= (found := np.isin(hashes, names))
+            seen[place] = np.union1d(seen[place], hashes[found])
+        for place in np.flatnonzero(~is_named).tolist():
+            unnamed.add(chunk[place])
+    if unnamed.count:
+        survey.left["photos that no row names"] = unnamed
+    if not any(facts.absolute for _, facts in named):
+        gone = sum(len(names) - len(found) for (_, _, names), found in zip(lookups, seen, strict=True))
+        if gone and all(place.folder.startswith(root) for place, _ in named):
+            request.told.append(f"{gone:,} photos that rows name are not in the folder")
+
+
+def _names_apart(tables: Sequence[Table]) -> list[str]:
+    """Names of tables for a message: their whole paths, if two have the same name."""
+    names = [table.name for table in tables]
+    return names if len(set(names)) == len(names) else [table.file for table in tables]
+
+
+def _relative_to(root: str, place: Place) -> Any:
+    """How the path of a photo, relative to the root, is written in the table of a place."""
+    if place.unicode:
+        form, relative = {"NFD": "NFC", "NFC": "NFD"}[place.unicode], _relative_to(root, replace(place, unicode=""))
+        return lambda path: None if (found := relative(path)) is None else unicodedata.normalize(form, found)
+    way = os.path.relpath(os.path.abspath(place.folder), os.path.abspath(root)).replace(os.sep, "/")
+    if way == ".":
+        return lambda path: path
+    if way.startswith(".."):
+        back = os.path.relpath(os.path.abspath(root), os.path.abspath(place.folder)).replace(os.sep, "/")
+        return lambda path: f"{back}/{path}"
+    return lambda path: path[len(way) + 1 :] if path.startswith(f"{way}/") else None
+
+
+def _hash(path: str | None, ending: str) -> int:
+    return hash(path if path is None or not ending else path.removesuffix(ending))
+
+
+def _sorted(names: array) -> np.ndarray:
+    return np.unique(np.frombuffer(names, dtype=np.int64)) if len(names) else np.zeros(0, np.int64)
+
+
+def _chunks(items: Iterator[str], size: int) -> Iterator[list[str]]:
+    chunk: list[str] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _refuse_repeats(request: Request, tables: Sequence[Rows], key: str | None, selected: Columns) -> None:
+    """Refuse tables that hold the same rows: each would be trained on twice."""
+    before = np.zeros(0, np.int64)
+    for index, rows in enumerate(tables):
+        pairs = array("q")
+        for record in rows.table.read(0, len(rows.table)):
+            if isinstance(record, dict):
+                value = record.get(key)
+                photo = rows.place.find(value)[0] if isinstance(value, str) else None
+                photo = photo if isinstance(photo, str) else str(value)
+                pairs.append(hash((photo, str(record.get(selected.caption)))))
+        pairs = np.unique(np.frombuffer(pairs, dtype=np.int64)) if len(pairs) else np.zeros(0, np.int64)
+        shared = len(np.intersect1d(pairs, before, assume_unique=True))
+        if shared and shared * 2 >= min(len(pairs), len(before)):
+            own, *named = _names_apart([rows.table, *(other.table for other in tables[:index][:EXAMPLES])])
+            others = " or ".join(named)
+            raise UsageError(
+                f"{own} holds rows that are in {others} too ({shared:,} of {len(rows.table):,}, the same "
+                "photos and titles): keep one of the files, or name the one that is meant by flags"
+            )
+        if shared:
+            request.told.append(f"{shared:,} rows of {rows.table.name} are in another table too, and are read twice")
+        before = np.union1d(before, pairs)

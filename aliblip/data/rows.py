@@ -10,14 +10,12 @@ of them into an RGB photo and a title, or raises `UnusableItem` with a plain rea
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import os
 import posixpath
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -26,9 +24,11 @@ from PIL import Image
 
 from aliblip.data.columns import Columns, Request
 from aliblip.data.manifest import DataFile, file_names
-from aliblip.data.remote import RemoteReadError, read_file, resumed
+from aliblip.data.missing import why_missing
+from aliblip.data.products import CHUNK_ROWS, ProductIds, own_id, photo_id_of, product_id_of, shown
+from aliblip.data.remote import RemoteReadError, is_remote, read_file, resumed
 from aliblip.runtime.mistakes import UsageError
-from reading_aliblip import UnusableItem, clean_title, read_photo
+from reading_aliblip import MissingFile, UnusableItem, clean_title, read_photo
 
 __all__ = [
     "Example",
@@ -37,7 +37,6 @@ __all__ = [
     "Source",
     "decode",
     "path_inside",
-    "product_id_of",
 ]
 
 
@@ -62,10 +61,11 @@ class Row:
         row: its number in the source.
         image: bytes, a path or address, or a PIL image.
         text: the stored value.
-        product_id: an int64.
+        product_id: an int64, see `aliblip.data.products`.
         name: the file name or key, for reports.
         problem: why the row could not be read, if so.
         others: values of the further columns that were asked for, as Python has them.
+        stored_id: the product id as the data has it.
     """
 
     row: int
@@ -75,6 +75,7 @@ class Row:
     name: str
     problem: str | None = None
     others: dict[str, Any] = field(default_factory=dict)
+    stored_id: Any = field(default=None, compare=False)  # a NaN is not equal to itself
 
 
 @dataclass
@@ -106,7 +107,12 @@ def decode(row: Row, sides: str = "both") -> Example:
     if row.problem is not None:
         raise UnusableItem(row.problem)
     text = clean_title(row.text) if sides != "images" else None  # first, since it costs nothing
-    image = read_photo(row.image, _fetch) if sides != "titles" else None
+    try:
+        image = read_photo(row.image, _fetch) if sides != "titles" else None
+    except MissingFile:
+        if not isinstance(row.image, str) or is_remote(row.image):
+            raise
+        raise MissingFile(why_missing(row.image)) from None
     return Example(image, text, row.product_id, row.row)
 
 
@@ -116,41 +122,6 @@ def _fetch(address: str, most_bytes: int) -> bytes:
         return read_file(address, most_bytes)
     except RemoteReadError as error:
         raise UnusableItem(f"the image can't be fetched ({error})") from None
-
-
-# ---------------------------------------------------------------------------------------------------- product ids
-
-
-def product_id_of(value: Any, row: int, sides: str = "both") -> int:
-    """The int64 product id of a stored value.
-
-    Integers (and floats of whole value, which tables with gaps make of integers) stay as they are; everything else, and
-    integers beyond int64, becomes a 64-bit BLAKE2 hash. A row whose value is null, blank or without a JSON form gets an
-    id of its own, hashed from the row number (and from the `sides` of its source), so that two rows without id never
-    count as one product.
-    """
-    if isinstance(value, str) and not value.strip():
-        value = None
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        of = "" if sides == "both" else f" of {sides}"
-        return _hash64(f"null product id of row {row}{of}".encode())
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-        value = int(value)
-        return value if -(2**63) <= value < 2**63 else _hash64(str(value).encode())
-    if isinstance(value, bytes):
-        return _hash64(value)
-    if not isinstance(value, str):
-        try:
-            value = json.dumps(value, sort_keys=True, default=str)
-        except (TypeError, ValueError, RecursionError):  # keys of several types, or lists in lists in lists
-            return product_id_of(None, row, sides)
-    return _hash64(value.encode("utf-8", "surrogatepass"))
-
-
-def _hash64(data: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
 # -------------------------------------------------------------------------------------------------------- sources
@@ -170,6 +141,8 @@ class Source:
         sides: what its rows have: "both", or only "images" or "titles".
         selected: the `Columns` that are read.
         random_access: whether rows can be read in any order at no cost (folders), rather than shard by shard.
+        told: what is to be said of the data at the start, a line each: see `report`.
+        photo_keys: columns that name the photo itself; as a product column, equal photos are one product.
     """
 
     random_access = False
@@ -188,6 +161,7 @@ class Source:
         self.sides = request.asked.sides
         self.columns = list(columns)
         self.selected = selected
+        self.told = request.told
         self.shards: list[Shard] = []
         first_row = 0
         for index, (shard_name, num_rows) in enumerate(sizes):
@@ -196,8 +170,18 @@ class Source:
         self._firsts = np.array([shard.first_row for shard in self.shards], dtype=np.int64)
         self.files = list(files)
         self.num_rows = first_row
+        self.photo_keys = frozenset({selected.image} if selected.image else ())
+        # What the names of photos are relative to, so that a catalogue that moves keeps the ids of its photos.
+        self._photo_root = request.image_dir or request.folder or _folder_of_all([file.file for file in files])
         if not first_row:
             raise UsageError(f"{self.name} has no rows in split '{self.split}': give data with at least one row")
+
+    def report(self) -> list[str]:
+        """What was found, read and left, for people: one line, and further ones that are indented."""
+        head = f"{self.name} ({self.split}): {self.num_rows:,} rows"
+        columns = {"photo": self.selected.image, "title": self.selected.caption, "product": self.selected.product_id}
+        columns = ", ".join(f"{role} in '{column}'" for role, column in columns.items() if column is not None)
+        return [head, *(f"  {line}" for line in ([columns] if columns else []) + self.told)]
 
     def manifest(self) -> dict[str, Any]:
         """What the rows come from, as JSON can hold it: to be kept beside a run, and compared when it goes on.
@@ -252,16 +236,67 @@ class Source:
         """The path or address that a shard is read from."""
         return shard.name
 
+    def product_ids(self) -> Iterator[ProductIds] | None:
+        """The product ids of all rows in order, in pieces, without decoding anything; None if only reading the photos
+        would tell.
+
+        Raises:
+            OSError: they can't be read.
+        """
+        return self.read_product_ids() if self.random_access else None
+
+    def read_product_ids(self) -> Iterator[ProductIds]:
+        """The same by reading all rows, photos that they hold included; raises as `read`."""
+        rows = self.read_range(0, self.num_rows)
+        while chunk := [
+            (row.stored_id, None if row.image is None else row.product_id) for row in islice(rows, CHUNK_ROWS)
+        ]:
+            stored, photos = zip(*chunk, strict=True)
+            yield ProductIds.of(stored, photos)
+
+    def product_name(self, row: int) -> str:
+        """What to call the product of a row in a message: its id as the data has it, or its photo."""
+        found = next(self.read_range(row, row + 1))
+        return shown(found.name if product_id_of(found.stored_id) is None else found.stored_id)
+
     def _row(
-        self, number: int, image: Any, text: Any, fields: dict, name: str | None, problem: str | None = None
+        self,
+        number: int,
+        image: Any,
+        text: Any,
+        fields: dict,
+        name: str | None,
+        problem: str | None = None,
+        record: int | None = None,
+        photo: Any = None,
     ) -> Row:
-        key = self.selected.product_id
-        # A photo of one source and a title of another may have the same row number, and are not the same product.
-        product_id = number if key is None else product_id_of(fields.get(key), number, self.sides)
+        """A row.
+
+        Args:
+            record: the first of the rows that one record gives, which are one product.
+            photo: what tells the photo of that record from others, where it is not `image`.
+        """
+        key, record = self.selected.product_id, number if record is None else record
+        stored = None if key is None or key in self.photo_keys else fields.get(key)
+        product_id = product_id_of(stored)
+        if product_id is None:
+            product_id = photo_id_of(image if photo is None else photo, self._photo_root)
+        if product_id is None:
+            product_id = record if key is None else own_id(record, self.sides)
         others = {column: fields.get(column) for column in self.selected.others}
         if self.selected.takes_all:
             others |= {key: value for key, value in fields.items() if key not in self.selected.photos}
-        return Row(number, image, text, product_id, name or f"row {number}", problem, others)
+        return Row(number, image, text, product_id, name or f"row {number}", problem, others, stored)
+
+
+def _folder_of_all(files: Sequence[str]) -> str | None:
+    """The folder or address that files lie in; None without files, and of files of several machines."""
+    if not files:
+        return None
+    if not any(map(is_remote, files)):
+        return os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
+    folders = {file.rpartition("/")[0] for file in files}
+    return folders.pop() if len(folders) == 1 else None
 
 
 def path_inside(folder: str, file: Any) -> tuple[str | None, str | None]:
@@ -273,7 +308,10 @@ def path_inside(folder: str, file: Any) -> tuple[str | None, str | None]:
         return None, "the image file name is empty" if isinstance(file, str) else "the image file name is not text"
     normal = posixpath.normpath(file.replace("\\", "/"))
     if normal.startswith(("/", "../")) or normal == ".." or re.match(r"[A-Za-z]:|[a-z0-9+]+://", file):
-        return None, "the image file name leads outside the image folder"
+        problem = "the image file name leads outside the image folder"
+        if re.match(r"[A-Za-z]:[\\/]", file):
+            problem += ": it is a whole path of another machine, so write what follows the folder of the photos"
+        return None, problem
     if "\0" in file:
         return None, "the image file name contains a NUL character"
     return f"{folder.rstrip('/')}/{normal}" if "://" in folder else os.path.join(folder, normal), None

@@ -1,6 +1,6 @@
 """Where the samples of a WebDataset tar lie: one scan of its headers, kept for the next run.
 
-    index = indexed_tar("train-0.tar", index_dir="output/tar_index")
+    index = indexed_tar("train-0.tar", index_dir="output/tar_index", wanted=Wanted())
     for field, (offset, size) in index.members(17).items(): ...
 
 S samples, M members, K bytes of keys.
@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-import tarfile
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -22,18 +21,19 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from aliblip.data.remote import open_file, read_patiently, resumed, storage_options
+from aliblip.data.remote import read_patiently, storage_options
+from aliblip.data.tar_members import Wanted, compression_of, read_members
+from aliblip.data.tar_samples import Members
 from aliblip.runtime.files import write_bytes
-from aliblip.runtime.mistakes import UsageError
 
 __all__ = ["TarIndex", "indexed_tar"]
 
-FORMAT = "1"
+FORMAT = "2"
 # What a file system tells about a file, and what changes with its content: the size; for local files the time of
 # modification; over HTTP, S3, Google Cloud and the Hub one of the others.
 STAMP_KEYS = ("size", "mtime", "ETag", "etag", "Last-Modified", "LastModified", "updated", "blob_id")
-# datasets' rule: the key is the path up to the first dot of the base name.
-_MEMBER = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+# What makes the digest of a manifest; the rest follows from the bytes of members and from what was asked.
+PLACES = ("field", "key_ends", "keys", "length", "member_ends", "offset")
 
 
 class TarIndex:
@@ -43,19 +43,26 @@ class TarIndex:
         size: bytes of the tar.
         fields: names of the fields, as the members number them.
         arrays: "keys" (K,) uint8 and "key_ends" (S,) int64, "member_ends" (S,) int64, "field" (M,) int32,
-            "offset" (M,) int64, "length" (M,) int64.
+            "offset" (M,) int64, "length" (M,) int64; "id" (S,) int64, "id_state" (S,) int8 and
+            "titles" (S,) int32 as `Samples` has them.
+        about: "compression" of the tar, and of `Samples` all but fields and arrays.
         digest: BLAKE2 of the names, offsets and lengths of all members.
+        check: BLAKE2 of everything.
     """
 
-    def __init__(self, size: int, fields: Sequence[str], arrays: dict[str, np.ndarray]):
+    def __init__(self, size: int, fields: Sequence[str], arrays: dict[str, np.ndarray], about: dict[str, Any]):
         self.size = size
         self.fields = list(fields)
         self.arrays = arrays
+        self.about = about
         content = hashlib.blake2b(json.dumps(self.fields).encode(), digest_size=16)
-        for name in sorted(arrays):
-            content.update(f"{name} {arrays[name].dtype}".encode())
-            content.update(np.ascontiguousarray(arrays[name]))
+        for name in PLACES:
+            _take_in(content, name, arrays[name])
         self.digest = content.hexdigest()
+        for name in ("id", "id_state", "titles"):
+            _take_in(content, name, arrays[name])
+        content.update(json.dumps(about).encode())
+        self.check = content.hexdigest()
 
     def __len__(self) -> int:
         return len(self.arrays["key_ends"])
@@ -76,33 +83,42 @@ class TarIndex:
         return (int(ends[sample - 1]) if sample else 0), int(ends[sample])
 
 
-def indexed_tar(file: str, index_dir: str | None) -> TarIndex:
+def _take_in(content: Any, name: str, array: np.ndarray) -> None:
+    content.update(f"{name} {array.dtype}".encode())
+    content.update(np.ascontiguousarray(array))
+
+
+def indexed_tar(file: str, index_dir: str | None, wanted: Wanted) -> TarIndex:
     """The index of a tar: a kept one, or else the tar is scanned and the index kept.
 
     A kept index is valid as long as the tar has the same size and the same time of modification (remote files: the same
     ETag, or what the server has of that kind). Of several processes of a machine one scans, and the others wait.
 
     Args:
-        file: path or address of the tar.
+        file: path or address of the tar, compressed or not.
         index_dir: folder of the kept indexes, which is made where it is missing; None keeps nothing.
+        wanted: where titles and product ids may stand; each has an index of its own.
 
     Raises:
-        UsageError: the file is not a readable, uncompressed tar.
+        UsageError: the file is not a tar that can be read whole.
         OSError: it can't be read, or the index can't be written.
     """
     stamp = read_patiently(lambda: _stamp(file), file)
     if index_dir is None:
-        return _scan(file, stamp["size"])
+        return _scan(file, stamp["size"], wanted)
     Path(index_dir).mkdir(parents=True, exist_ok=True)
-    path = Path(index_dir) / f"{hashlib.blake2b(file.encode(), digest_size=16).hexdigest()}.safetensors"
-    index = _load(path, file, stamp)
+    asked = json.dumps(asdict(wanted))
+    name = hashlib.blake2b(f"{file} {asked}".encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    path = Path(index_dir) / f"{name}.safetensors"
+    what = {"format": FORMAT, "file": json.dumps(file), "stamp": json.dumps(stamp), "wanted": asked}
+    index = _load(path, what, stamp["size"])
     if index is None:
         with FileLock(f"{path}.lock"):
-            index = _load(path, file, stamp)  # written by another process while this one waited
+            index = _load(path, what, stamp["size"])  # written by another process while this one waited
             if index is None:
-                index = _scan(file, stamp["size"])
-                about = {"format": FORMAT, "file": file, "stamp": json.dumps(stamp), "digest": index.digest}
-                write_bytes(path, save(index.arrays, {**about, "fields": json.dumps(index.fields)}))
+                index = _scan(file, stamp["size"], wanted)
+                found = {"fields": json.dumps(index.fields), "about": json.dumps(index.about), "check": index.check}
+                write_bytes(path, save(index.arrays, what | found))
     return index
 
 
@@ -112,68 +128,32 @@ def _stamp(file: str) -> dict[str, str | int]:
     return {key: info[key] if key == "size" else str(info[key]) for key in STAMP_KEYS if info.get(key) is not None}
 
 
-def _load(path: Path, file: str, stamp: dict[str, str | int]) -> TarIndex | None:
+def _load(path: Path, what: dict[str, str], size: int) -> TarIndex | None:
     try:
         with safe_open(path, framework="numpy") as kept:
-            about = kept.metadata()
-            if (about["format"], about["file"], about["stamp"]) != (FORMAT, file, json.dumps(stamp)):
+            metadata = kept.metadata()
+            if any(metadata[key] != value for key, value in what.items()):
                 return None
             arrays = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118 (not a dict)
-        index = TarIndex(stamp["size"], json.loads(about["fields"]), arrays)
-        return index if index.digest == about["digest"] else None
+        index = TarIndex(size, json.loads(metadata["fields"]), arrays, json.loads(metadata["about"]))
+        return index if index.check == metadata["check"] else None
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):  # none there yet, or damaged
         return None
 
 
-def _scan(file: str, size: int) -> TarIndex:
-    fields: dict[str, int] = {}
-    keys, last = bytearray(), None
-    key_ends, member_ends, offsets, lengths, numbers = array("q"), array("q"), array("q"), array("q"), array("i")
-    present: set[str] = set()
-    for name, offset, length in _members(file):
-        match = _MEMBER.match(name)
-        if not match:
-            continue
-        key, field = match.group(1), match.group(2).lower()
-        if key != last:
-            last, present = key, set()
-            keys += key.encode("utf-8", "surrogateescape")
-            key_ends.append(len(keys))
-            member_ends.append(len(numbers))
-        if field not in present:  # of two members of one name the first counts
-            present.add(field)
-            numbers.append(fields.setdefault(field, len(fields)))
-            offsets.append(offset)
-            lengths.append(length)
-            member_ends[-1] = len(numbers)
-    arrays = {
-        "keys": np.frombuffer(bytes(keys), dtype=np.uint8),
-        "key_ends": np.array(key_ends, dtype=np.int64),
-        "member_ends": np.array(member_ends, dtype=np.int64),
-        "field": np.array(numbers, dtype=np.int32),
-        "offset": np.array(offsets, dtype=np.int64),
-        "length": np.array(lengths, dtype=np.int64),
+def _scan(file: str, size: int, wanted: Wanted) -> TarIndex:
+    compression = read_patiently(lambda: compression_of(file), file)
+    members = Members()
+    for member in read_members(file, size, compression, wanted):
+        members.add(member)
+    samples = members.samples()
+    about = {
+        "compression": compression,
+        "photo_fields": samples.photo_fields,
+        "keys": samples.keys,
+        "absent": samples.absent,
+        "counts": samples.counts,
+        "left": samples.left,
+        "alone": samples.alone,
     }
-    return TarIndex(size, list(fields), arrays)
-
-
-def _members(file: str) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and length of every regular file in a tar."""
-    offset = 0
-
-    def read(done: int) -> Iterator[tuple[str, int, int]]:
-        nonlocal offset
-        with open_file(file) as stream:
-            stream.seek(offset)
-            with tarfile.open(fileobj=stream, mode="r:") as tar:
-                while (member := tar.next()) is not None:
-                    tar.members.clear()  # it keeps a kilobyte of each
-                    offset = tar.offset  # where the next header is, and a new connection goes on
-                    if member.isfile():
-                        yield member.name, member.offset_data, member.size
-
-    try:
-        yield from resumed(read, file)
-    except tarfile.ReadError as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{file} is not a readable, uncompressed tar ({reason}): repair or remove it") from error
+    return TarIndex(size, samples.fields, samples.arrays, json.loads(json.dumps(about)))

@@ -20,8 +20,10 @@ from accelerate.utils import LoggerType, set_seed
 from aliblip.data.collate import Collator
 from aliblip.data.loader import EvalLoader, TrainLoader
 from aliblip.data.manifest import manifest_changes
+from aliblip.data.products import tell_sources
 from aliblip.data.rows import Source
 from aliblip.data.sources import open_source, require_usable_row
+from aliblip.data.titles import tell_cut_titles
 from aliblip.models.original import is_original
 from aliblip.models.upload import HubArguments, Publisher, check_hub_arguments, connect
 from aliblip.retrieval.evaluation import check_k_rerank
@@ -104,6 +106,9 @@ def set_up(
         name = model_args.model_name_or_path
         momentum_start = carried_momentum(name, beginning, beginning.model, args.queue_size)
     train_source, validation_source = open_sources(data_args, args)
+    tell_sources(train_source, validation_source)
+    processor = beginning.processor
+    tell_cut_titles(train_source, validation_source, tokenizer=processor.tokenizer, max_length=processor.max_length)
     loader, validation_loader = build_loaders(train_source, validation_source, beginning, data_args, args)
     steps_per_epoch = loader.steps_per_epoch // args.gradient_accumulation_steps
     if not steps_per_epoch:
@@ -269,9 +274,11 @@ def open_sources(data_args: TrainDataArguments, args: TrainingArguments) -> tupl
         "dataset_config_name",
         "data_dir",
         "image_dir",
+        "fetch_photos",
         "image_column",
         "caption_column",
         "product_id_column",
+        "reading",
     )
     options = {name: getattr(data_args, name) for name in shared}
     options["index_dir"] = str(Path(args.output_dir) / "tar_index")

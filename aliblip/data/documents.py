@@ -1,0 +1,303 @@
+"""JSON in the forms that people have: a list, lines, one object after the other, or one object that holds a table.
+
+for record in json_records(stream): ...        # of a list, lines, or one object after the other
+table = table_in(json.loads(text))             # COCO, Karpathy's files, columns, a map from photos to titles
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from aliblip.data.values import looks_like_photo_name
+from aliblip.runtime.mistakes import UsageError
+
+__all__ = ["Document", "JsonRecord", "json_records", "table_in"]
+
+# Characters that are read at once of a list.
+READ_BYTES = 2**22
+_GAP = re.compile(r"[ \t\r\n]*")
+_SPLITS_OF_KARPATHY = {"restval": "train", "val": "validation"}
+
+
+@dataclass
+class JsonRecord:
+    """One value of a JSON file.
+
+    Attributes:
+        begin, end: its bytes [begin, end).
+        value: what it is; None if it can't be read, and then `problem` says why.
+        is_whole: whether it is not an element of a list, and so may be all that the file holds.
+        not_utf8: the bytes, where they are not in UTF-8.
+    """
+
+    begin: int
+    end: int
+    value: Any
+    problem: str | None = None
+    is_whole: bool = True
+    not_utf8: bytes | None = None
+
+
+def json_records(stream: Any, name: str) -> Iterator[JsonRecord]:
+    """The records of a JSON list, of JSON lines, or of objects one after the other; of one object that object.
+
+    Args:
+        stream: binary, of UTF-8; it can be sought.
+        name: for messages.
+
+    Raises:
+        UsageError: a list that is no valid JSON.
+    """
+    skipped = 3 if stream.read(3) == b"\xef\xbb\xbf" else 0
+    stream.seek(skipped)
+    head = stream.read(2**16).lstrip()[:1]
+    stream.seek(skipped)
+    if head == b"[":
+        yield from _list_items(_Text(stream, skipped), name)
+        return
+    if head == b"{":
+        first = next((line for line in stream if line.strip()), b"")
+        stream.seek(skipped)
+        if _record(first, 0, "").problem is not None:  # an object that does not end on its line, or a bad line
+            items = _objects(_Text(stream, skipped), name)
+            first_item = next(items, None)
+            if first_item is not None:
+                yield first_item
+                yield from items
+                return
+            stream.seek(skipped)
+    yield from _lines(stream, skipped)
+
+
+def _record(data: bytes, begin: int, place: str, is_whole: bool = True) -> JsonRecord:
+    value, problem, not_utf8 = None, None, None
+    try:
+        value = json.loads(data, strict=False)
+    except UnicodeDecodeError:
+        problem = f"{place} is not a JSON object in UTF-8 (--encoding tells another encoding)"
+        not_utf8 = data
+    except json.JSONDecodeError as error:
+        problem = f"{place} is not a JSON object ({error.msg} at character {error.pos + 1})"
+    except (ValueError, RecursionError) as error:
+        problem = f"{place} is not a JSON object ({type(error).__name__})"
+    return JsonRecord(begin, begin + len(data), value, problem, is_whole, not_utf8)
+
+
+def _lines(stream: Any, position: int) -> Iterator[JsonRecord]:
+    for number, line in enumerate(stream, start=1):
+        if line.strip():
+            yield _record(line, position, f"line {number:,}")
+        position += len(line)
+
+
+class _Text:
+    """A stream as text of one character per byte, so that places are byte offsets; read as it is needed.
+
+    Attributes:
+        text: what is held, from byte `begin` on.
+        ended: whether that is the rest of the stream.
+    """
+
+    def __init__(self, stream: Any, begin: int):
+        self._stream, self.begin, self.text, self.ended = stream, begin, "", False
+        self.newlines = 0  # before `begin`
+        self.more(0)
+
+    def more(self, position: int) -> None:
+        """Read on, twice as much each time, and let go what is before `position`, which then is 0."""
+        self.newlines += self.text.count("\n", 0, position)
+        self.begin += position
+        kept = self.text[position:]
+        data = self._stream.read(max(READ_BYTES, len(kept)))
+        self.ended = not data
+        self.text = kept + data.decode("latin-1")
+
+    def bytes(self, begin: int, end: int) -> bytes:
+        return self.text[begin:end].encode("latin-1")
+
+    def line_of(self, position: int) -> int:
+        return self.newlines + self.text.count("\n", 0, position) + 1
+
+
+def _decode(source: _Text, position: int) -> tuple[int, int]:
+    """(begin, end) of the value at a position, after reading on as far as it needs."""
+    decoder = json.JSONDecoder(strict=False)
+    while True:
+        try:
+            _, end = decoder.raw_decode(source.text, position)
+            if end < len(source.text) or source.ended:  # a number could go on
+                return position, end
+        except (json.JSONDecodeError, RecursionError):
+            if source.ended:
+                raise
+        source.more(position)
+        position = 0
+
+
+def _after_gap(source: _Text, position: int) -> int:
+    position = _GAP.match(source.text, position).end()
+    while position == len(source.text) and not source.ended:
+        source.more(position)
+        position = _GAP.match(source.text, 0).end()
+    return position
+
+
+def _list_items(source: _Text, name: str) -> Iterator[JsonRecord]:
+    number, position = 0, _after_gap(source, 0) + 1
+    try:
+        position = _after_gap(source, position)
+        while source.text[position : position + 1] != "]":
+            begin, end = _decode(source, position)
+            number += 1
+            yield _record(source.bytes(begin, end), source.begin + begin, f"element {number:,}", is_whole=False)
+            position = _after_gap(source, end)
+            if source.text[position : position + 1] == ",":
+                position = _after_gap(source, position + 1)
+            elif source.text[position : position + 1] != "]":
+                raise json.JSONDecodeError("expected ',' or ']'", source.text, position)
+        position = _after_gap(source, position + 1)
+        if position < len(source.text):
+            raise json.JSONDecodeError("text follows the list", source.text, position)
+    except (json.JSONDecodeError, RecursionError) as error:
+        line = source.line_of(getattr(error, "pos", position))
+        raise UsageError(f"{name} is not a valid JSON list (line {line}): repair or rewrite it") from None
+
+
+def _objects(source: _Text, name: str) -> Iterator[JsonRecord]:
+    """Objects one after the other, over any number of lines; none, if already the first is damaged."""
+    number, position = 0, _after_gap(source, 0)
+    while position < len(source.text):
+        number += 1
+        try:
+            begin, end = _decode(source, position)
+        except (json.JSONDecodeError, RecursionError) as error:
+            if number == 1:
+                return
+            line = source.line_of(getattr(error, "pos", position))
+            raise UsageError(
+                f"{name} is not valid JSON: object {number:,} (line {line}) is damaged: repair or rewrite it"
+            ) from None
+        yield _record(source.bytes(begin, end), source.begin + begin, f"object {number:,}")
+        position = _after_gap(source, end)
+        if source.text[position : position + 1] == ",":
+            position = _after_gap(source, position + 1)
+
+
+# ------------------------------------------------------------------------------------------------ one object is a table
+
+
+@dataclass
+class Document:
+    """The table that one JSON object holds.
+
+    Attributes:
+        records: objects with columns.
+        told: what was understood, for the report.
+    """
+
+    records: Sequence[dict[str, Any]]
+    told: list[str] = field(default_factory=list)
+
+
+def table_in(document: dict[str, Any], split: str, name: str) -> Document | None:
+    """The table that one object holds, or None if it is a record by itself.
+
+    Args:
+        split: of a file of Karpathy's, whose records tell theirs.
+        name: for messages.
+
+    Raises:
+        UsageError: an object of an unknown form, or without records of the split.
+    """
+    lists = {key: value for key, value in document.items() if _is_table(value)}
+    if {"images", "annotations"} <= set(lists):
+        return _coco(lists["images"], lists["annotations"], name)
+    if len(lists) == 1:
+        ((key, records),) = lists.items()
+        if any("sentences" in record and "split" in record for record in records[:1000]):
+            return _karpathy(records, split, name)
+        return Document(records, [f"the records are under the key '{key}'"])
+    if len(lists) > 1:
+        raise UsageError(
+            f"{name} holds several lists of records ({', '.join(repr(key) for key in lists)}): save the one that is "
+            "meant as a file of its own"
+        )
+    if not document or any(not isinstance(value, (list, dict, str)) for value in document.values()):
+        return None
+    return _columns_or_map(document)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+def _coco(images: list[dict], annotations: list[dict], name: str) -> Document:
+    """COCO: a photo with all its captions is one record."""
+    if not any("caption" in annotation for annotation in annotations):
+        raise UsageError(f"{name} is a COCO file without captions: give the one of the captions (captions_*.json)")
+    records = {image.get("id"): {**image, "caption": []} for image in images}
+    lost = 0
+    for annotation in annotations:
+        record = records.get(annotation.get("image_id"))
+        if record is None or annotation.get("caption") is None:
+            lost += 1
+        else:
+            record["caption"].append(annotation["caption"])
+    found = [record for record in records.values() if record["caption"]]
+    told = [f"a COCO file: {len(found):,} photos with {sum(len(r['caption']) for r in found):,} captions"]
+    if without := len(records) - len(found):
+        told.append(f"{without:,} of its photos have no caption and are no rows")
+    if lost:
+        told.append(f"{lost:,} of its annotations have no caption or name no photo of the file, and are no rows")
+    return Document(found, told)
+
+
+def _karpathy(records: list[dict], split: str, name: str) -> Document:
+    """Karpathy's split of COCO or Flickr: the records of one split, and "restval" with "train", as is usual."""
+    counts = Counter(str(record.get("split")) for record in records)
+    wanted = [record for record in records if _split_of(record) == _SPLITS_OF_KARPATHY.get(split, split)]
+    there = ", ".join(f"'{key}' ({count:,})" for key, count in counts.items())
+    if not wanted:
+        raise UsageError(f"{name} has no photos of the split '{split}': there are {there}")
+    for record in wanted:
+        if record.get("filepath") and record.get("filename"):
+            record["filename"] = f"{record['filepath']}/{record['filename']}"
+    return Document(wanted, [f"photos by their key 'split': {len(wanted):,} of '{split}', of {there}"])
+
+
+def _split_of(record: dict) -> str:
+    split = str(record.get("split"))
+    return _SPLITS_OF_KARPATHY.get(split, split)
+
+
+def _columns_or_map(document: dict[str, Any]) -> Document | None:
+    """Columns, each a list or a map from row to value, as pandas writes them; or a map from photos to titles."""
+    values, are_photos = list(document.values()), all(map(looks_like_photo_name, document))
+    if all(isinstance(value, dict) for value in values):
+        return Document(_columns_of_maps(document) or [{"key": key, **value} for key, value in document.items()])
+    if are_photos:
+        told = ["its keys are photos, and their values titles"]
+        return Document([{"image": key, "caption": value} for key, value in document.items()], told)
+    if set(document) >= {"columns", "data"} and all(isinstance(value, list) for value in values):
+        return Document([dict(zip(document["columns"], row, strict=False)) for row in document["data"]])
+    are_columns = len(document) > 1 and all(isinstance(value, list) for value in values)
+    if are_columns and values[0] and len(set(map(len, values))) == 1:
+        return Document([dict(zip(document, row, strict=True)) for row in zip(*values, strict=True)])
+    return None
+
+
+def _columns_of_maps(document: dict[str, dict]) -> list[dict[str, Any]] | None:
+    """The rows of columns that map the same rows to values; None if these are records by their keys."""
+    rows = list(next(iter(document.values())))
+    if not all(list(column) == rows for column in document.values()):
+        return None
+    if rows and all(map(looks_like_photo_name, rows)):
+        return [{"image": row, **{key: column[row] for key, column in document.items()}} for row in rows]
+    if rows and all(row.isdecimal() for row in rows):
+        return [{key: column[row] for key, column in document.items()} for row in rows]
+    return None

@@ -1,0 +1,260 @@
+"""What lies in a local folder: every file is of a kind that is read, or it is counted with the reason why not.
+
+    survey = Survey.of("catalogue")
+    survey.data["table"], survey.photo_names(), survey.left
+
+Links are followed, each folder once. Thumbnails of a NAS, hidden folders and the like hold no products.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from aliblip.data.kinds import kind_by_content, kind_by_name, skipped_folder
+from aliblip.runtime.installation import install_hint
+from reading_aliblip import reads_heic
+
+__all__ = ["DATA_KINDS", "Left", "Survey", "count_of"]
+
+DATA_KINDS = ("parquet", "tar", "table", "text")
+# Ends of the names of files that tell about the photo of the same name.
+SIDE_ENDINGS = (".txt", ".json", ".caption")
+FEWEST_SIDES = 10
+EXAMPLES = 3
+# Files of a folder that is passed over are counted up to this number.
+MOST_COUNTED = 10_000
+NAMES = {"parquet": "Parquet file", "tar": "tar", "table": "table", "text": "text file", "photo": "photo"}
+REASONS = {
+    "hidden": "hidden files",
+    "system": "files of the system, and thumbnails",
+    "description": "descriptions of a data set",
+    "document": "documents",
+    "archive": "archives (unpack them to use what they hold)",
+    "packed tar": "tars packed by zstd (unpack them: zstd -d)",
+    "sheet": "spreadsheets (save them as CSV in UTF-8 to use them)",
+    "data": "files of other kinds of data",
+    "drawing": "drawings and raw photos (save them as JPEG or PNG to use them)",
+    "video": "videos and sound",
+    "unfinished": "unfinished downloads",
+    "empty": "empty files",
+    "unreadable": "files that can't be opened",
+    "special": "devices and pipes",
+    "other": "files of no known kind",
+}
+
+
+@dataclass
+class Left:
+    """Files that are not read, for one reason."""
+
+    count: int = 0
+    names: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, name: str, count: int = 1) -> None:
+        """Count a file, or a folder of so many."""
+        self.count += count
+        self.names += 1
+        if len(self.examples) < EXAMPLES:
+            self.examples.append(name)
+
+    def told(self) -> str:
+        """For people: "12 (a.txt, b.txt, c.txt, ...)"."""
+        more = ", ..." if self.names > len(self.examples) else ""
+        return f"{self.count:,} ({', '.join(self.examples)}{more})"
+
+
+def count_of(count: int, kind: str) -> str:
+    """For people: "3 tars"."""
+    name = NAMES.get(kind, kind)
+    return f"{count:,} {name}" + ("" if count == 1 else "s")
+
+
+class Survey:
+    """The files of a folder.
+
+    Attributes:
+        root: the folder.
+        data: kind -> paths of such files, relative to the root and sorted.
+        left: reason -> the files that are left for it.
+        found: for people, what was found.
+        is_compared: whether rows name photos by file, and these were compared with the folder's.
+    """
+
+    def __init__(self, root: str):
+        self.root = root
+        self.data: dict[str, list[str]] = {kind: [] for kind in DATA_KINDS}
+        self.left: dict[str, Left] = {}
+        self.is_compared = False
+        self.found = ""
+        # By folder; names are joined, since millions of Python strings would take gigabytes.
+        self._photos: dict[str, str] = {}
+        self._photo_counts: dict[str, int] = {}
+        self._sides: dict[str, str] = {}
+        self._seen: set[tuple[int, int]] = set()
+        self._links: list[str] = []
+
+    @classmethod
+    def of(cls, root: str) -> Survey:
+        """Look through a folder.
+
+        Raises:
+            OSError: the folder can't be read.
+        """
+        survey = cls(root)
+        survey._walk("")
+        while survey._links:  # after the folders themselves, so that these count under their own names
+            survey._walk(survey._links.pop(0))
+        for files in survey.data.values():
+            files.sort()
+        survey.found = survey._counted()
+        return survey
+
+    @property
+    def num_photos(self) -> int:
+        """Photos that can be read."""
+        return sum(self._photo_counts.values())
+
+    @property
+    def num_sided(self) -> int:
+        """Photos with a text or JSON file of the same name beside them."""
+        return sum(len(self._sided(folder)) for folder in self._sides)
+
+    def photo_folders(self) -> list[str]:
+        """Folders that hold photos, relative to the root."""
+        return list(self._photos)
+
+    def photo_names(self, below: str = "") -> Iterator[str]:
+        """Paths of all photos relative to the root, in no order; only those below a folder, if one is given."""
+        for folder, names in self._photos.items():
+            if below and folder != below and not folder.startswith(f"{below}/"):
+                continue
+            for name in names.split("\0"):
+                yield f"{folder}/{name}" if folder else name
+
+    def sided_photos(self) -> Iterator[tuple[str, list[str]]]:
+        """(path of a photo, paths of its side files) where there are some, relative to the root, in no order."""
+        for folder in self._sides:
+            prefix = f"{folder}/" if folder else ""
+            for photo, sides in self._sided(folder).items():
+                yield prefix + photo, [prefix + side for side in sides]
+
+    def _sided(self, folder: str) -> dict[str, list[str]]:
+        by_stem: dict[str, list[str]] = {}
+        for side in self._sides[folder].split("\0"):
+            by_stem.setdefault(os.path.splitext(side)[0], []).append(side)
+        found = {}
+        for name in self._photos[folder].split("\0"):
+            if (stem := os.path.splitext(name)[0]) in by_stem:
+                found[name] = sorted(by_stem[stem])
+        return found
+
+    def leave(self, reason: str, name: str, count: int = 1) -> None:
+        """Count a file that is not read."""
+        self.left.setdefault(reason, Left()).add(name, count)
+
+    def leave_data(self, kind: str, reason: str, files: list[str] | None = None) -> None:
+        """Count files of a kind of data that are not read, all of them or some."""
+        gone = set(self.data[kind] if files is None else files)
+        for file in self.data[kind]:
+            if file in gone:
+                self.leave(reason, file)
+        self.data[kind] = [file for file in self.data[kind] if file not in gone]
+
+    # ------------------------------------------------------------------------------------------------------- walking
+
+    def _walk(self, start: str) -> None:
+        pending = [start]
+        while pending:
+            folder = pending.pop()
+            path = os.path.join(self.root, folder)
+            status = os.stat(path)
+            if (status.st_dev, status.st_ino) in self._seen:
+                self.leave("links to folders that are read already", folder)
+                continue
+            self._seen.add((status.st_dev, status.st_ino))
+            pending += reversed(self._enter(folder, path))
+
+    def _enter(self, folder: str, path: str) -> list[str]:
+        """Take the files of one folder; its sub-folders that are to be entered."""
+        folders, photos, sides = [], [], []
+        prefix = f"{folder}/" if folder else ""
+        try:
+            with os.scandir(path) as entries:
+                entries = sorted(entries, key=lambda entry: entry.name)
+        except PermissionError:
+            self.leave("folders that can't be opened", folder or self.root)
+            return []
+        for entry in entries:
+            name = prefix + entry.name
+            if entry.is_dir():
+                if (reason := skipped_folder(entry.name)) is not None:
+                    self.leave(reason, name, _count_files(entry.path))
+                elif entry.is_symlink():
+                    self._links.append(name)
+                else:
+                    folders.append(name)
+            elif not entry.is_file():
+                self.leave("broken links" if entry.is_symlink() else REASONS["special"], name)
+            else:
+                self._take(entry, name, photos, sides)
+        self._settle_sides(folder, prefix, photos, sides)
+        return folders
+
+    def _take(self, entry: os.DirEntry, name: str, photos: list[str], sides: list[str]) -> None:
+        kind = kind_by_name(entry.name)
+        if kind is None:
+            kind = kind_by_content(entry.path)
+        if kind == "photo" or (kind == "heic" and reads_heic()):
+            photos.append(entry.name)
+        elif kind in DATA_KINDS or (kind == "other" and entry.name.lower().endswith(SIDE_ENDINGS)):
+            if entry.name.lower().endswith(SIDE_ENDINGS):
+                sides.append(entry.name)
+            else:
+                self.data[kind].append(name)
+        elif kind == "heic":
+            self.leave(f"HEIC photos ({install_hint('heic')} makes them readable)", name)
+        else:
+            self.leave(REASONS[kind], name)
+
+    def _settle_sides(self, folder: str, prefix: str, photos: list[str], sides: list[str]) -> None:
+        """Tell the files that belong to a photo from tables and texts of their own."""
+        stems = {os.path.splitext(photo)[0] for photo in photos}
+        own = [side for side in sides if os.path.splitext(side)[0] in stems]
+        if len(own) < min(FEWEST_SIDES, len(photos) / 2):
+            own = []
+        taken = set(own)
+        for side in sides:
+            if side not in taken:
+                kind = kind_by_name(side)
+                if kind in DATA_KINDS:
+                    self.data[kind].append(prefix + side)
+                else:
+                    self.leave(REASONS["other"], prefix + side)
+        if photos:
+            self._photos[folder], self._photo_counts[folder] = "\0".join(photos), len(photos)
+        if own:
+            self._sides[folder] = "\0".join(own)
+
+    # ------------------------------------------------------------------------------------------------------ reporting
+
+    def _counted(self) -> str:
+        """What was found, before anything of it is left for what else there is."""
+        kinds = {**{kind: len(files) for kind, files in self.data.items()}, "photo": self.num_photos}
+        parts = [count_of(count, kind) for kind, count in kinds.items() if count]
+        sides = sum(names.count("\0") + 1 for names in self._sides.values())
+        parts += [f"{sides:,} files beside photos"] if sides else []
+        left = sum(entry.count for entry in self.left.values())
+        parts += [f"{left:,} other{'' if left == 1 else 's'}"] if left else []
+        return ", ".join(parts) or "nothing"
+
+
+def _count_files(folder: str) -> int:
+    count = 0
+    for _, _, files in os.walk(folder):
+        count += len(files)
+        if count >= MOST_COUNTED:
+            break
+    return count

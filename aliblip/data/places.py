@@ -1,0 +1,195 @@
+"""Where the photos lie that a table names: which folder its names are relative to.
+
+place, told = find_place(names, Place("catalogue"), others=["catalogue/photos"])
+image, name, problem = place.find("00.jpg")
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+from urllib.parse import urlsplit
+
+from aliblip.data.missing import ENDINGS
+from aliblip.data.rows import path_inside
+from aliblip.data.values import embedded_photo, is_address, photo_in
+
+__all__ = ["Place", "find_place", "folders_below", "folders_beside"]
+
+# Sub-folders in which photos are looked for, if they are not where the table says.
+MOST_FOLDERS = 64
+PROBED = 100
+NOT_FETCHED = "the image is an address, and addresses are fetched only with --fetch_photos"
+# What a folder of photos is called. A neighbour of another name may be another catalogue with the same file names.
+_OF_PHOTOS = re.compile(r"(?i)(^|.*[^a-z])(images?|imgs?|photos?|pictures?|pics?|jpe?gs?|pngs?|media)($|[^a-z].*)")
+_NUMBERED = re.compile(r"(.+\.\w{3,4})#\d+")
+
+
+@dataclass(frozen=True)
+class Place:
+    """How the photos that a table names are found.
+
+    Attributes:
+        folder: that names are relative to; None refuses them.
+        roots: folders in which names of whole paths may lie.
+        ending: what is added to names.
+        unicode: the form of Unicode, "NFC" or "NFD", that names of files have and those of the table have not: archives
+            of a Mac hold "ö" as two characters.
+        is_numbered: whether a name ends in the number of its title, "a.jpg#0", as those of Flickr8k do.
+        is_own: whether the table is the user's, on this machine. Another's table names no places of a private network,
+            and none in buckets, for which this machine may have keys.
+        host: the server that the table comes from, which it may always name.
+        fetch: whether addresses are fetched: only if the user asked for it.
+    """
+
+    folder: str | None
+    roots: tuple[str, ...] = ()
+    ending: str = ""
+    is_numbered: bool = False
+    unicode: str = ""
+    is_own: bool = True
+    host: str = ""
+    fetch: bool = False
+
+    def find(self, value: Any) -> tuple[Any, str | None, str | None]:
+        """(bytes, path or address; the name for reports; why there is none) of what a cell says."""
+        name = None
+        if isinstance(value, dict):
+            path = value.get("path")
+            name = path if isinstance(path, str) else None
+            value = photo_in(value)
+        if value is None or isinstance(value, (bytes, bytearray, memoryview)):
+            return value, name, None
+        if isinstance(value, str):
+            return self._find_text(value, name)
+        if self.ending and isinstance(value, int):
+            return self._find_text(str(value), name)
+        return None, None, "the image file name is not text"
+
+    def _find_text(self, text: str, name: str | None) -> tuple[Any, str | None, str | None]:
+        if is_address(text):
+            text = text.strip()
+            if not self.fetch:
+                return None, text, NOT_FETCHED
+            if not self.is_own and _is_private(text) and urlsplit(text).netloc != self.host:
+                return None, text, "the image is an address of a private network, named by another's table"
+            return text, text, None
+        try:
+            if (data := embedded_photo(text)) is not None:
+                return data, name, None
+        except ValueError:
+            return None, name, "the image is a data URI that can't be decoded"
+        if self.is_own and re.match(r"(?:s3|gs|gcs|az|abfs|hf)://", text):
+            return (text, text, None) if self.fetch else (None, text, NOT_FETCHED)
+        text = text.removeprefix("file://")
+        if self.folder is None:
+            return None, text, "the image is a path, and no image folder was given (--image_dir)"
+        if os.path.isabs(text) and "\0" not in text and "://" not in self.folder:
+            path = os.path.normpath(text)
+            if any(path.startswith(f"{root.rstrip('/')}/") for root in self.roots):
+                return path, text, None
+            told = f"the image file name leads outside the image folder ({self.folder}): give --image_dir the folder"
+            return None, text, f"{told} that holds {text[:200]}"
+        return self._find_inside(text)
+
+    def _find_inside(self, text: str) -> tuple[Any, str | None, str | None]:
+        name = text
+        if self.is_numbered and (match := _NUMBERED.fullmatch(text)) is not None:
+            text = match.group(1)
+        if self.unicode:
+            text = unicodedata.normalize(self.unicode, text)
+        path, problem = path_inside(self.folder, text + self.ending if text.strip() else text)
+        return path, name, problem
+
+
+def find_place(names: Sequence[Any], place: Place, *others: Iterable[str]) -> tuple[Place, str | None]:
+    """The place where some names are found, and what to say of it if it is not the one where they should be.
+
+    Another folder is taken only if it holds at least half of them, and if no other folder holds as many: names such as
+    "1.jpg" are in many folders, and those of another shop would be worse than none.
+
+    Args:
+        names: values of the photo's column, some from all over the table.
+        place: of the folder in which they should be.
+        others: further folders, if none is found there: first the nearest, then others, and so on.
+    """
+    names = [name for name in names[:PROBED] if isinstance(name, (str, int)) and not is_address(name)]
+    if place.folder is None or "://" in place.folder or not names:
+        return place, None
+    here = [place, replace(place, is_numbered=True), *(replace(place, ending=ending) for ending in ENDINGS)]
+    if not all(name.isascii() for name in names if isinstance(name, str)):
+        here += [replace(place, unicode=form) for form in ("NFD", "NFC")]
+    counts = [_found(candidate, names) for candidate in here]
+    if max(counts):
+        best = here[counts.index(max(counts))]
+        return best, _told(place, best)
+    found = next(filter(None, (_found_in(folders, here, names) for folders in others)), {})
+    if not found:
+        return place, None
+    if len(found) > 1:
+        folders = " and ".join(each.folder for each in list(found.values())[:2])
+        return place, f"photos of these names lie in several folders ({folders}): give one as --image_dir"
+    (best,) = found.values()
+    return best, _told(place, best)
+
+
+def _found_in(folders: Iterable[str], here: Sequence[Place], names: Sequence[Any]) -> dict[tuple[int, int], Place]:
+    """The folders that hold most of the names, by the folder itself: a link to it is no other one."""
+    found: dict[tuple[int, int], Place] = {}
+    best_count = 0
+    for folder in folders:
+        if not os.path.isdir(folder):
+            continue
+        for candidate in (replace(each, folder=folder) for each in here):
+            count = _found(candidate, names)
+            if count and count >= best_count and count * 2 >= len(names):
+                found = {} if count > best_count else found
+                best_count = count
+                status = os.stat(folder)
+                found.setdefault((status.st_dev, status.st_ino), candidate)
+    return found
+
+
+def _found(place: Place, names: Sequence[Any]) -> int:
+    return sum(os.path.isfile(path) for path, _, _ in map(place.find, names) if isinstance(path, str))
+
+
+def _told(place: Place, best: Place) -> str | None:
+    if best == place:
+        return None
+    parts = [f"photos are taken from {best.folder}"] if best.folder != place.folder else []
+    parts += [f"'{best.ending}' is added to their names"] if best.ending else []
+    parts += ["letters with marks are stored otherwise in their names"] if best.unicode else []
+    parts += ["the number behind their names is left out"] if best.is_numbered else []
+    return ", ".join(parts)
+
+
+def _is_private(address: str) -> bool:
+    """Whether an address names this machine or one of its network; names are not looked up."""
+    try:
+        host = (urlsplit(address).hostname or "").rstrip(".")
+        return not ipaddress.ip_address(host).is_global
+    except ValueError:
+        return "." not in host or host.endswith((".local", ".internal", ".localhost", ".lan"))
+
+
+def folders_below(folder: str) -> list[str]:
+    """Some sub-folders of a folder, by name: those in which photos may lie."""
+    folder = os.path.normpath(folder)
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted(entry.path for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+    except OSError:
+        return []
+    return found[:MOST_FOLDERS]
+
+
+def folders_beside(folder: str) -> list[str]:
+    """The neighbours of a folder that are called as folders of photos are."""
+    beside = folders_below(os.path.join(folder, ".."))
+    return [path for path in beside if _OF_PHOTOS.fullmatch(os.path.basename(path))]

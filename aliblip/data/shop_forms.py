@@ -1,0 +1,40 @@
+"""Exports of shops whose rows lean on each other: Shopify's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+__all__ = ["is_shopify", "shopify_rows"]
+
+SHOPIFY = {"Handle", "Title", "Image Src"}
+
+
+def is_shopify(columns: Sequence[str]) -> bool:
+    """Whether a table is an export of products as Shopify writes it."""
+    return set(columns) >= SHOPIFY
+
+
+def shopify_rows(records: Iterable[Any]) -> tuple[list[dict[str, Any]], str]:
+    """The rows with a photo, each with its product's title, and a sentence on what was done.
+
+    The title of a product stands in its first row. The rows below it, of the same handle, are further photos and
+    variants; a variant without a photo of its own is no row for us.
+    """
+    rows: list[dict[str, Any]] = []
+    handle, title, inherited, without = None, None, 0, 0
+    for record in records:
+        if not isinstance(record, dict):
+            continue
+        if record.get("Handle") != handle:
+            handle, title = record.get("Handle"), None
+        title = record.get("Title") or title
+        if not record.get("Image Src"):
+            without += 1
+            continue
+        if not record.get("Title"):
+            inherited += 1
+            record = {**record, "Title": title}
+        rows.append(record)
+    told = f"Shopify's export: {inherited:,} further photos have the title of their product (by 'Handle')"
+    return rows, told + (f"; {without:,} rows without a photo are no rows" if without else "")

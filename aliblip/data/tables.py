@@ -1,0 +1,695 @@
+"""One file of records: CSV in its forms, JSON in its forms, titles a line; packed or not, in any encoding.
+
+    table = open_table("products.csv", Reading(), Roles(asked), split="train")
+    table.columns, len(table), table.told
+    for record in table.read(10, 20): ...          # a dict; a str of a bare title; or `Unreadable`
+
+A row of the file is a row of the table, or the file is refused with the numbers of the lines that are none.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import hashlib
+import io
+import json
+import lzma
+import os
+import posixpath
+import re
+import tempfile
+import zlib
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+from urllib.parse import urlsplit
+
+from aliblip.data.columns import Reading, Roles, listed
+from aliblip.data.delimited import (
+    Form,
+    Line,
+    Record,
+    find_form,
+    lines_of_bytes,
+    lines_of_text,
+    parse,
+    scan,
+)
+from aliblip.data.documents import json_records, table_in
+from aliblip.data.encodings import check_encoding, guess_encoding, is_packed, unicode_of, unpacked
+from aliblip.data.remote import is_remote, open_file, resumed
+from aliblip.data.shop_forms import is_shopify, shopify_rows
+from aliblip.data.storage import Blocks, Spans
+from aliblip.data.values import Facts, looks_like_photo_name
+from aliblip.runtime.mistakes import UsageError
+
+__all__ = [
+    "PACKINGS",
+    "TABLES",
+    "NoTable",
+    "Table",
+    "Unreadable",
+    "base_name",
+    "extension_of",
+    "is_table_of_text",
+    "may_hold_rows",
+    "open_table",
+    "plain_extension",
+]
+
+TABLES = {
+    **dict.fromkeys((".csv", ".tsv", ".tab", ".psv"), "csv"),
+    **dict.fromkeys((".json", ".jsonl", ".ndjson", ".ldjson"), "json"),
+    ".txt": "text",
+}
+PACKINGS = (".gz", ".bz2", ".xz", ".zst")
+# Bytes that are looked at for marks and forms.
+# How files begin that are no tables, in small letters, and what to do.
+NO_TABLES = {
+    b"pk\3\4": "a zip file or a spreadsheet, whatever it is called: unpack it, or save it as CSV in UTF-8",
+    b"\xd0\xcf\x11\xe0": "a spreadsheet, whatever it is called: save it as CSV in UTF-8",
+    b"par1": "a Parquet file, whatever it is called: call it .parquet",
+    b"%pdf": "a PDF, whatever it is called: save its table as CSV in UTF-8",
+    b"<!doctype html": "a web page, whatever it is called: get the file itself",
+    b"<html": "a web page, whatever it is called: get the file itself",
+}
+_JSON_RECORDS = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:\[\s*)?\{\s*"[^"]*"\s*:')
+HEAD_BYTES = 2**16
+COPY_BYTES = 2**20
+# Lines that are named in a message.
+NAMED_LINES = 5
+# Bad lines of a file in UTF-8 are rows of their own up to this share of the lines beyond ASCII; more are an encoding.
+BAD_SHARE = 0.1
+BAD_LINES_OF_JSON = 3
+
+
+class NoTable(UsageError):
+    """A JSON file that holds no records."""
+
+
+class Unreadable(str):
+    """Why a record can't be read, in its place."""
+
+
+@dataclass
+class Table:
+    """A file of records.
+
+    Attributes:
+        file: path or address, of `size` bytes, whose BLAKE2 is `digest`.
+        columns: of all of its records.
+        told: how it was read, for the report.
+        facts: of the columns that may be photos or titles, by name; for the opening only.
+        bare: whether records are bare titles.
+        is_delimited: whether it is a CSV file.
+        problems: why records can't be read, by their numbers.
+        product_column: the column of products, where the form of the table says which.
+    """
+
+    file: str
+    size: int
+    digest: str
+    columns: list[str] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
+    facts: dict[str, Facts] = field(default_factory=dict)
+    bare: bool = False
+    is_delimited: bool = False
+    problems: dict[int, str] = field(default_factory=dict)
+    product_column: str | None = None
+    _stored: Spans | Blocks = field(default_factory=lambda: Blocks([]))
+    _parse: Callable[[bytes], Any] = json.loads
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    @property
+    def name(self) -> str:
+        """Of the file, for messages."""
+        return base_name(self.file)
+
+    def read(self, start: int, stop: int) -> Iterator[Any]:
+        """Records [start, stop)."""
+        for position, data in enumerate(self._stored.read(start, stop), start=start):
+            if position in self.problems:
+                yield Unreadable(self.problems[position])
+                continue
+            try:
+                yield self._parse(data)
+            except (ValueError, RecursionError, csv.Error):  # the file has changed
+                yield Unreadable("the record can't be read any more: did its file change?")
+
+
+def base_name(file: str) -> str:
+    """The last part of a path or an address."""
+    return posixpath.basename((urlsplit(file).path if is_remote(file) else file).replace(os.sep, "/"))
+
+
+def extension_of(file: str) -> str:
+    """The end of a path's or an address's name, ".json"."""
+    return os.path.splitext(urlsplit(file).path if is_remote(file) else file)[1].lower()
+
+
+def plain_extension(file: str) -> str:
+    """The same without that of a packing: ".csv" of "feed.csv.gz"."""
+    extension = extension_of(file)
+    if extension in PACKINGS:
+        path = urlsplit(file).path if is_remote(file) else file
+        return os.path.splitext(path[: -len(extension)])[1].lower()
+    return extension
+
+
+def open_table(file: str, reading: Reading, roles: Roles, split: str, kind: str | None = None) -> Table:
+    """Open a file of records, and look at all of them once.
+
+    Args:
+        reading: how the user says that it is written.
+        roles: which columns to gather facts of.
+        split: for files whose records tell their split.
+        kind: "csv", "json" or "text"; by default as the file's name ends, or as it begins.
+
+    Raises:
+        UsageError: the file can't be read as a table; the message names lines.
+        OSError: it can't be read at all.
+    """
+    kind = kind or TABLES.get(plain_extension(file))
+    with _raw(file) as raw, _unpacking(file, raw):
+        opened = _Opened(file, raw, reading, roles, split)
+        opened.add_digest()
+        _check_content(opened)
+        if kind == "csv" and opened.reading.delimiter is None and _JSON_RECORDS.match(opened.head):
+            kind = "json"  # whatever its name says
+        if kind is None:  # a file whose name says nothing
+            kind = "json" if opened.head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"[") else "csv"
+        if kind == "text" and not _is_table_in_text(opened):
+            return _titles(opened)
+        return _of_json(opened) if kind == "json" else _of_csv(opened)
+
+
+def _check_content(opened: _Opened) -> None:
+    """Refuse a file that is called as a table is, and is something else."""
+    head = opened.head.lstrip(b"\xef\xbb\xbf \t\r\n")[:64].lower()
+    what = next((what for begin, what in NO_TABLES.items() if head.startswith(begin)), None)
+    if what is not None:
+        raise UsageError(f"{opened.file} is {what}")
+
+
+@contextmanager
+def _unpacking(file: str, raw: Any) -> Iterator[None]:
+    """What goes wrong with a packed file is told in its name."""
+    try:
+        yield
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        raw.seek(0)
+        if is_packed(raw.read(8)) is None:
+            raise
+        raise UsageError(f"{file} can't be unpacked ({' '.join(str(error).split())[:200]}): repair it") from error
+
+
+def is_table_of_text(file: str, reading: Reading, roles: Roles) -> bool:
+    """Whether a local .txt is a table rather than a title a line."""
+    with _raw(file) as raw, _unpacking(file, raw):
+        return bool(raw.read(1)) and _is_table_in_text(_Opened(file, raw, reading, roles, ""))
+
+
+def may_hold_rows(file: str, reading: Reading, roles: Roles) -> bool:
+    """Whether the beginning of a local table has a column of photos and one of titles; a broken one may, too."""
+    try:
+        with _raw(file) as raw, _unpacking(file, raw):
+            opened = _Opened(file, raw, reading, roles, "")
+            is_json = TABLES.get(plain_extension(file)) == "json"
+            columns = _first_keys(opened.head) if is_json else _form_of(opened)[1]
+    except UsageError:
+        return True
+    return {"image", "caption"} <= {roles.of(column) for column in columns}
+
+
+def _first_keys(head: bytes) -> list[str]:
+    """Keys of the first record of JSON, and those around it if it lies in an object."""
+    text = head.decode("utf-8", "ignore").lstrip("\ufeff \t\r\n")
+    try:
+        value, _ = json.JSONDecoder(strict=False).raw_decode(text[1:].lstrip() if text.startswith("[") else text)
+    except (ValueError, RecursionError):  # longer than what was read
+        keys = [json.loads(key, strict=False) for key in re.findall(r'("(?:[^"\\]|\\.)*")\s*:', text)]
+        return [*keys, *(["caption"] if "images" in keys else [])]  # whose captions come after all photos
+    inner = value.values() if isinstance(value, dict) else ()
+    records = [each[0] for each in inner if isinstance(each, list) and each and isinstance(each[0], dict)]
+    return [key for record in (value, *records) if isinstance(record, dict) for key in record]
+
+
+@contextmanager
+def _raw(file: str) -> Iterator[Any]:
+    """The file as a binary stream that can be sought; a remote one is copied to the disk for as long."""
+    if not is_remote(file):
+        with open(file.removeprefix("file://"), "rb") as stream:
+            yield stream
+        return
+
+    def chunks(done: int) -> Iterator[bytes]:
+        with open_file(file) as stream:
+            stream.seek(done * COPY_BYTES)
+            while chunk := stream.read(COPY_BYTES):
+                yield chunk
+
+    with tempfile.SpooledTemporaryFile(max_size=64 * COPY_BYTES) as stream:
+        for chunk in resumed(chunks, file):
+            stream.write(chunk)
+        yield stream
+
+
+class _Opened:
+    """A file of records while it is opened: its bytes, unpacked, and its encoding."""
+
+    def __init__(self, file: str, raw: Any, reading: Reading, roles: Roles, split: str):
+        self.file, self.reading, self.roles, self.split = file, reading, roles, split
+        self._raw = raw
+        self.table = Table(file, raw.seek(0, os.SEEK_END), "")
+        raw.seek(0)
+        self.packing = is_packed(raw.read(8))
+        self.head = self.stream().read(HEAD_BYTES)
+        if not self.head and not self.table.size:
+            raise UsageError(f"{file} is empty (0 bytes): remove it, or write it again")
+        self.encoding = unicode_of(self.head) or "utf-8"
+        self.is_told = reading.encoding is not None
+        if self.is_told:
+            told = check_encoding(reading.encoding)
+            marked = unicode_of(self.head)
+            self.encoding = marked if marked and told in ("utf-8", "utf-16", "utf-32") else told
+
+    @property
+    def name(self) -> str:
+        return self.table.name
+
+    def add_digest(self) -> None:
+        """Of all bytes, as they are packed."""
+        content = hashlib.blake2b(digest_size=16)
+        self._raw.seek(0)
+        while chunk := self._raw.read(COPY_BYTES):
+            content.update(chunk)
+        self.table.digest = content.hexdigest()
+
+    @property
+    def in_place(self) -> bool:
+        """Whether records can be read again from where they lie."""
+        return self.packing is None and not self.encoding.startswith(("utf-16", "utf-32"))
+
+    def stream(self) -> Any:
+        """The unpacked bytes from the start."""
+        self._raw.seek(0)
+        return unpacked(self.packing, self._raw)
+
+    def lines(self) -> Iterator[Line]:
+        if self.encoding.startswith(("utf-16", "utf-32")):
+            return self._wide_lines()
+        return lines_of_bytes(self.stream(), self.encoding)
+
+    def _wide_lines(self) -> Iterator[Line]:
+        try:
+            yield from lines_of_text(self.stream(), self.encoding)
+        except UnicodeDecodeError as error:
+            raise UsageError(
+                f"{self.file} is not in {self.encoding} (byte {error.start:,} of a part): give the right --encoding"
+            ) from None
+
+    def store(self, begins: array, ends: array, texts: list[bytes] | None) -> None:
+        self.table._stored = Spans.of(self.file, begins, ends) if texts is None else Blocks(texts)
+
+
+# ---------------------------------------------------------------------------------------------------------------- CSV
+
+
+def _of_csv(opened: _Opened) -> Table:
+    _settle_encoding(opened)
+    table, reading = opened.table, opened.reading
+    form, names = _form_of(opened)
+    result, bad = _scan_csv(opened, form, names)
+    if bad.count:
+        for other in _other_forms(opened, form):
+            again, bad_again = _scan_csv(opened, other, names)
+            if not bad_again.count:
+                form, result, bad = other, again, bad_again
+                break
+    if bad.count and reading.bad_lines != "skip":
+        raise UsageError(_bad_lines(opened, form, names, bad, len(result.begins)))
+    if opened.in_place and not is_remote(opened.file):
+        table._stored = Spans.of(opened.file, result.begins, result.ends)
+        table._parse = functools.partial(_csv_record, names=names, form=form, encoding=opened.encoding)
+    else:
+        records = (record.text.encode() for record in _rows_of(opened, form, names))
+        table._stored = Blocks(records)
+        table._parse = functools.partial(_csv_record, names=names, form=form, encoding="utf-8")
+    table.columns, table.facts, table.problems, table.is_delimited = names, result.facts, result.problems, True
+    table.told = [_told_csv(opened, form)]
+    if bad.count:
+        table.told.append(f"{bad.count:,} lines of {table.name} are not rows ({bad.named()}), and are skipped")
+    if is_shopify(names):
+        _as_shopify(table, opened.roles)
+    return table
+
+
+def _told_csv(opened: _Opened, form: Form) -> str:
+    parts = [form.told(), "" if opened.encoding in ("utf-8", "utf-8-sig") else opened.encoding, opened.packing or ""]
+    told = ", ".join(filter(None, parts))
+    return f"{opened.name}: {told}" if told else f"{opened.name}: one column"
+
+
+def _csv_record(data: bytes, names: Sequence[str], form: Form, encoding: str) -> dict[str, str | None]:
+    fields = parse(data.decode("utf-8" if encoding == "utf-8-sig" else encoding), form)
+    # An empty cell is the only way to write a null.
+    return {name: value or None for name, value in zip(names, fields, strict=False)}
+
+
+def _form_of(opened: _Opened) -> tuple[Form, list[str]]:
+    """The form of a CSV file, and the names of its columns."""
+    reading = opened.reading
+    sample = list(islice(opened.lines(), 200))
+    delimiter = reading.delimiter or {".tsv": "\t", ".tab": "\t", ".psv": "|"}.get(plain_extension(opened.file))
+    if delimiter is not None and reading.delimiter is None and not any(delimiter in line.text for line in sample):
+        delimiter = None  # a table whose name is wrong
+    form = find_form(sample, delimiter, reading.quotes, lambda name: opened.roles.of(name) is not None)
+    first = next(scan(iter(sample), form, 0), None)
+    if first is None:
+        raise UsageError(f"{opened.file} has no lines: write its columns on the first one")
+    names = [name.strip().lstrip("\ufeff") for name in first.fields]
+    if reading.names is not None:
+        if len(names) != len(reading.names):
+            raise UsageError(
+                f"--csv_columns names {len(reading.names)} columns, {opened.name} has {len(names)} on its first line"
+            )
+        return form, list(reading.names)
+    if any(looks_like_photo_name(name) or "://" in name for name in names):
+        raise UsageError(
+            f"{opened.name} has no header: its first line is '{first.text.strip()[:100]}'; add a line with the names "
+            "of the columns, or give them as --csv_columns file_name,caption"
+        )
+    return form, _distinct(names, opened)
+
+
+def _distinct(names: Sequence[str], opened: _Opened) -> list[str]:
+    """Names of columns, each once; the one without a name is called by its number."""
+    found: list[str] = []
+    for number, name in enumerate(names, start=1):
+        if name in found and opened.roles.of(name) is not None:
+            raise UsageError(
+                f"{opened.name} has two columns '{name}' ({found.index(name) + 1} and {number}): rename one of them"
+            )
+        name = name or f"column {number}"
+        found.append(name if name not in found else f"{name} ({number})")
+    return found
+
+
+# What --csv_quotes may be, and what a file then means.
+QUOTES = {
+    "doubled": "each quote is right as it is",
+    "backslash": "backslashes stand before quotes",
+    "none": "quotes are text",
+}
+
+
+@dataclass
+class _Scanned:
+    """What a scan of a CSV file gives."""
+
+    facts: dict[str, Facts]
+    begins: array = field(default_factory=lambda: array("q"))
+    ends: array = field(default_factory=lambda: array("q"))
+    problems: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Bad:
+    """Lines that are no rows: how many, and (line, problem) of the first."""
+
+    count: int = 0
+    first: list[tuple[int, str]] = field(default_factory=list)
+
+    def add(self, line: int, problem: str) -> None:
+        self.count += 1
+        if len(self.first) < NAMED_LINES:
+            self.first.append((line, problem))
+
+    def named(self) -> str:
+        numbers = ", ".join(f"{line:,}" for line, _ in self.first)
+        more = f" and {self.count - len(self.first):,} more" if self.count > len(self.first) else ""
+        return f"line{'s' if self.count > 1 else ''} {numbers}{more}"
+
+
+def _rows_of(opened: _Opened, form: Form, names: Sequence[str]) -> Iterator[Record]:
+    records = scan(opened.lines(), form, len(names))
+    return records if opened.reading.names is not None else islice(records, 1, None)
+
+
+def _scan_csv(opened: _Opened, form: Form, names: Sequence[str]) -> tuple[_Scanned, _Bad]:
+    """The places of all rows, and the lines that are none."""
+    roles = [(place, name, opened.roles.of(name)) for place, name in enumerate(names)]
+    watched = [(place, name, role) for place, name, role in roles if role is not None]
+    result = _Scanned({name: Facts(role == "image") for _, name, role in watched})
+    bad = _Bad()
+    are_rows = opened.reading.bad_lines == "skip"
+    gathered = [(place, result.facts[name].add) for place, name, _ in watched]
+    for record in _rows_of(opened, form, names):
+        if record.problem is not None:
+            bad.add(record.line, record.problem)
+            if are_rows:
+                result.problems[len(result.begins)] = f"line {record.line:,} of {opened.name}: {record.problem}"
+        for place, add in gathered:
+            add(None if record.problem is not None else record.fields[place])
+        result.begins.append(record.begin)
+        result.ends.append(record.end)
+    return result, bad
+
+
+def _other_forms(opened: _Opened, form: Form) -> Iterator[Form]:
+    """Forms to try where quotes go wrong."""
+    if opened.reading.quotes is not None:
+        return
+    has_backslashes = has_quoted = False
+    for line in opened.lines():
+        if '"' in line.text:
+            has_backslashes = has_backslashes or '\\"' in line.text
+            cells = line.text.rstrip("\r\n").split(form.delimiter)
+            has_quoted = has_quoted or any(
+                len(cell) > 1 and cell.strip().startswith('"') and cell.strip().endswith('"') for cell in cells
+            )
+    if has_backslashes:
+        yield Form(form.delimiter, "backslash", form.skip_space, form.skipped_lines)
+    if not has_quoted:  # else its quotes are more than signs of inches
+        yield Form(form.delimiter, "none", form.skip_space, form.skipped_lines)
+
+
+def _quotes_that_fit(opened: _Opened, form: Form, names: Sequence[str]) -> list[str]:
+    """The values of --csv_quotes by which each line of a file is a row."""
+    forms = {quotes: Form(form.delimiter, quotes, form.skip_space, form.skipped_lines, True) for quotes in QUOTES}
+    if not any('\\"' in line.text for line in opened.lines()):
+        del forms["backslash"]
+    return [
+        quotes
+        for quotes, other in forms.items()
+        if all(record.problem is None for record in _rows_of(opened, other, names))
+    ]
+
+
+def _bad_lines(opened: _Opened, form: Form, names: Sequence[str], bad: _Bad, rows: int) -> str:
+    line, problem = bad.first[0]
+    what = f"{opened.file}, line {line:,}: {problem}"
+    if "field" in problem and "header" in problem:
+        remedy = "put text that holds the delimiter in double quotes, as spreadsheets do when they save CSV"
+    elif "quote" in problem:
+        remedy = 'put a text that has quotes in double quotes, and write each of its own twice, as in "12"" pan"'
+        fitting = _quotes_that_fit(opened, form, names)
+        remedy += "".join(
+            f", or, if {meaning}, give --csv_quotes {each}" for each, meaning in QUOTES.items() if each in fitting
+        )
+    elif "encoding" in problem:
+        remedy = "give the right --encoding"
+    else:
+        remedy = "repair it"
+    tail = f"; {bad.count:,} of {rows:,} rows can't be read whole ({bad.named()})" if bad.count > 1 else ""
+    return f"{what}{tail}: {remedy}; or --bad_lines skip, which counts such lines as unusable rows"
+
+
+def _as_shopify(table: Table, roles: Roles) -> None:
+    """Rows of Shopify's export: photos of a product, whose title stands in the product's first row alone."""
+    rows, told = shopify_rows(record for record in table.read(0, len(table)))
+    table._stored, table._parse = Blocks.of_values(rows), json.loads
+    table.problems, table.product_column = {}, "Handle"
+    _gather(table, roles)
+    table.told.append(told)
+
+
+# --------------------------------------------------------------------------------------------------------------- JSON
+
+
+def _of_json(opened: _Opened) -> Table:
+    if opened.encoding.startswith(("utf-16", "utf-32")) or (opened.is_told and opened.encoding != "utf-8"):
+        return _transcoded(opened)
+    table = opened.table
+    begins, ends, count, document = array("q"), array("q"), 0, None
+    kept: list[bytes] | None = None if opened.in_place else []
+    gatherer = _Gatherer(table, opened.roles)
+    stream = opened.stream() if opened.packing != "zstd" else io.BytesIO(opened.stream().read())
+    bad_lines: list[bytes] = []
+    for record in json_records(stream, table.name):
+        document = record.value if not count and record.is_whole else None
+        count += 1
+        if record.problem is not None:
+            table.problems[len(begins)] = record.problem
+            bad_lines += [record.not_utf8] if record.not_utf8 and len(bad_lines) < 1000 else []
+        gatherer.add(record.value)
+        begins.append(record.begin)
+        ends.append(record.end)
+        if kept is not None:
+            kept.append(json.dumps(record.value).encode())
+    if count and len(table.problems) == count and not bad_lines:
+        first = opened.head.decode("utf-8", "replace").split("\n")[0].strip()[:100]
+        raise UsageError(f"{opened.file} holds no JSON: its first line is '{first}'; write it again, or call it .csv")
+    if len(bad_lines) > max(BAD_LINES_OF_JSON, count - len(bad_lines)):
+        raise UsageError(f"{opened.file} is not in UTF-8: {guess_encoding(bad_lines).told()}")
+    opened.store(begins, ends, kept)
+    table._parse = functools.partial(json.loads, strict=False)
+    if isinstance(document, dict):
+        return _of_document(opened, document) or gatherer.done()
+    if opened.packing is not None:
+        table.told.append(f"{table.name}: {opened.packing}")
+    return gatherer.done()
+
+
+def _transcoded(opened: _Opened) -> Table:
+    table, gatherer = opened.table, _Gatherer(opened.table, opened.roles)
+    try:
+        text = opened.stream().read().decode(opened.encoding)
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{opened.file} is not in {opened.encoding} (byte {error.start:,}): give the right --encoding"
+        ) from None
+    values: list[Any] = []
+    document = None
+    for record in json_records(io.BytesIO(text.lstrip("\ufeff").encode("utf-8", "surrogatepass")), table.name):
+        if record.problem is not None:
+            table.problems[len(values)] = record.problem
+        document = record.value if not values and record.is_whole else None
+        gatherer.add(record.value)
+        values.append(record.value)
+    table._stored = Blocks.of_values(values)
+    table.told.append(f"{table.name}: {opened.encoding}")
+    if isinstance(document, dict):
+        return _of_document(opened, document) or gatherer.done()
+    return gatherer.done()
+
+
+def _of_document(opened: _Opened, document: dict[str, Any]) -> Table | None:
+    """The table that a file of one object holds; None if that object is the file's one record."""
+    table = opened.table
+    if any(opened.roles.of(key) and not isinstance(value, (list, dict)) for key, value in document.items()):
+        return None
+    found = table_in(document, opened.split, opened.name)
+    if found is None:
+        raise NoTable(
+            f"{opened.file} holds one object with the keys {listed(list(document)[:8])}: expected a list of records "
+            'such as {"image": file name, "caption": text}'
+        )
+    table._stored, table._parse, table.problems = Blocks.of_values(found.records), json.loads, {}
+    table.told.extend(found.told)
+    _gather(table, opened.roles)
+    return table
+
+
+class _Gatherer:
+    """Columns and facts of records, one after the other."""
+
+    def __init__(self, table: Table, roles: Roles):
+        self._table, self._roles = table, roles
+        self._columns: dict[str, None] = {}
+        self._facts: dict[str, Facts] = {}
+        self._count = 0
+
+    def add(self, record: Any) -> None:
+        if isinstance(record, dict):
+            for column in record:
+                if column not in self._columns:
+                    self._columns[column] = None
+                    if (role := self._roles.of(column)) is not None:
+                        self._facts[column] = Facts(role == "image")
+                        self._facts[column].skip(self._count)
+            for column, facts in self._facts.items():
+                facts.add(record.get(column))
+        else:
+            self._table.bare = self._table.bare or isinstance(record, str)
+            for facts in self._facts.values():
+                facts.add(None)
+        self._count += 1
+
+    def done(self) -> Table:
+        self._table.columns, self._table.facts = list(self._columns), self._facts
+        return self._table
+
+
+def _gather(table: Table, roles: Roles) -> None:
+    """Columns and facts of a table whose records have changed."""
+    gatherer = _Gatherer(table, roles)
+    for record in table.read(0, len(table)):
+        gatherer.add(record)
+    gatherer.done()
+
+
+# --------------------------------------------------------------------------------------------------------------- text
+
+
+def _is_table_in_text(opened: _Opened) -> bool:
+    """Whether a .txt is a table: its lines have tabs throughout, or its first line names columns."""
+    if opened.reading.names is not None or opened.reading.delimiter is not None:
+        return True
+    lines = [line.text.rstrip("\r\n") for line in islice(opened.lines(), 200) if line.text.strip()]
+    if not lines:
+        return False
+    tabs = lines[0].count("\t")
+    if tabs and all(line.count("\t") == tabs for line in lines):
+        return True
+    for delimiter in (",", ";", "|"):
+        names = [name.strip() for name in lines[0].split(delimiter)]
+        roles = {opened.roles.of(name) for name in names}
+        if len(names) > 1 and {"image", "caption"} <= roles:
+            return True
+    return False
+
+
+def _titles(opened: _Opened) -> Table:
+    """A title a line; an empty line is an unusable row, so that line n stays row n."""
+    _settle_encoding(opened)
+    table = opened.table
+    titles = []
+    for line in opened.lines():
+        if line.damaged:
+            table.problems[len(titles)] = f"line {len(titles) + 1:,} of {table.name} is not in UTF-8"
+        titles.append(line.text.rstrip("\r\n"))
+    table._stored, table.bare = Blocks.of_values(titles), True
+    if opened.encoding not in ("utf-8", "utf-8-sig"):
+        table.told.append(f"{table.name}: {opened.encoding}")
+    return table
+
+
+def _settle_encoding(opened: _Opened) -> None:
+    """Find the encoding of a text file that is not UTF-8, or ask for it."""
+    if opened.is_told or opened.encoding.startswith(("utf-16", "utf-32")):
+        return
+    good, bad, sample, first = 0, 0, [], None
+    for number, raw in enumerate(opened.stream(), start=1):
+        if raw.isascii():
+            continue
+        try:
+            raw.decode("utf-8")
+            good += 1
+        except UnicodeDecodeError:
+            bad += 1
+            first = first or number
+            if len(sample) < 1000:
+                sample.append(raw)
+    if not bad or bad <= good * BAD_SHARE:
+        return  # in UTF-8, but for single lines
+    guess = guess_encoding(sample)
+    if guess.encoding is None or good:
+        raise UsageError(f"{opened.file} is not in UTF-8 (line {first:,} is the first that is not): {guess.told()}")
+    opened.encoding = guess.encoding
