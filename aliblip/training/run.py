@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from aliblip.data.arguments import DataArguments
+from aliblip.data.collate import Normalisation
 from aliblip.retrieval.arguments import EvaluationDataArguments
 from aliblip.retrieval.evaluation import evaluate_retrieval
 from aliblip.runtime.accelerator import AliBlipAccelerator, describe_machine
@@ -101,6 +102,7 @@ class Run:
         self.setup, self.args, self.output_dir = setup, setup.args, setup.output_dir
         self.accelerator, self.training, self.signals, self.status = accelerator, training, signals, status
         self.progress = setup.progress
+        self.normalise = Normalisation(setup.processor.image_processor)
         self.stopped_by: Signals | None = None
         self.log = Log(
             accelerator,
@@ -212,7 +214,9 @@ class Run:
             step.waited = time.perf_counter() - waiting
             self.skipped.add(batch)
             alpha = alpha_schedule(self.args.alpha, step.taken * accumulation + micro_step, batches_per_epoch)
-            yield {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}, alpha
+            batch = {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
+            batch["pixel_values"] = self.normalise(batch["pixel_values"])
+            yield batch, alpha
 
     def after_batch(self, step: Step, batch: dict[str, Tensor], targets: Targets, output: ObjectiveOutput) -> None:
         """Keep of a micro-batch what the end of its step needs. No collective."""
