@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -92,7 +92,7 @@ class Example:
 # ------------------------------------------------------------------------------------------------------ decoding
 
 
-def decode(row: Row, sides: str = "both") -> Example:
+def decode(row: Row, sides: str = "both", suffices: Callable[[int, int], bool] | None = None) -> Example:
     """Decode one row: the photo as a person sees it, and its title.
 
     EXIF orientation and colour profile are applied, transparency lies over white, an animation is its first picture.
@@ -100,6 +100,7 @@ def decode(row: Row, sides: str = "both") -> Example:
     Args:
         row: from a source.
         sides: "both", or only the "images" or the "titles".
+        suffices: see `read_photo`.
 
     Raises:
         UnusableItem: with a plain reason; no other exception leaves this function, whatever the bytes are.
@@ -108,7 +109,7 @@ def decode(row: Row, sides: str = "both") -> Example:
         raise UnusableItem(row.problem)
     text = clean_title(row.text) if sides != "images" else None  # first, since it costs nothing
     try:
-        image = read_photo(row.image, _fetch) if sides != "titles" else None
+        image = read_photo(row.image, _fetch, suffices) if sides != "titles" else None
     except MissingFile:
         if not isinstance(row.image, str) or is_remote(row.image):
             raise
