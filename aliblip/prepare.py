@@ -27,7 +27,7 @@ from aliblip.runtime.installation import install_hint
 from aliblip.runtime.mistakes import UsageError, main_with_usage_errors
 
 # Of the extra, what the command can't do without.
-NEEDED = ("datatrove", "ftfy", "loguru")
+NEEDED = ("datatrove", "ftfy", "threadpoolctl")
 
 
 def check_installed() -> None:

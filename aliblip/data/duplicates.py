@@ -15,11 +15,13 @@ Legend: n photos, m queries, p pairs, d numbers of a descriptor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from aliblip.data.prepare_photos import THUMB_SIDE
 
@@ -138,6 +140,7 @@ class Index:
         return len(self.thumbs)
 
     @classmethod
+    @threadpool_limits.wrap(limits=1)  # so that nothing depends on the number of cores
     def of(cls, thumbs: np.ndarray) -> Index:
         """Look at all photos once."""
         count = len(thumbs)
@@ -170,6 +173,7 @@ class Index:
         """What `save` wrote; the arrays stay on the disk."""
         return cls(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in cls._ARRAYS})
 
+    @threadpool_limits.wrap(limits=1)  # the workers are as many as there are cores
     def pairs(self, start: int, stop: int, similarity: float = SIMILARITY) -> Pairs:
         """The duplicates of the photos [start, stop) among all."""
         found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
@@ -282,7 +286,7 @@ def _blurred(thumbs: np.ndarray) -> np.ndarray:
 
 def _normal(values: np.ndarray) -> np.ndarray:
     """(p, x) float32: rows without their mean, of length one."""
-    values = values.reshape(len(values), -1)
+    values = values.reshape(len(values), math.prod(values.shape[1:]))
     return _unit(values - values.mean(1, keepdims=True))
 
 

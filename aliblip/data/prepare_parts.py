@@ -11,7 +11,7 @@ The photos are written first, piece by piece, so that memory does not grow with 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,8 @@ class PartWriter:
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         if kind is not None:
+            with suppress(OSError, ValueError, pa.ArrowException):  # the file goes; what counts is the first error
+                self._writer.close()
             self._stack.__exit__(kind, error, traceback)
             return
         self._flush()
