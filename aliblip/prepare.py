@@ -50,6 +50,7 @@ def inputs_of(data: PrepareDataArguments) -> dict[str, dict[str, Any]]:
         "image_column": data.image_column,
         "caption_column": data.caption_column,
         "product_id_column": data.product_id_column,
+        "fetch_photos": data.fetch_photos,
         "reading": data.reading,
     }
     files = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
@@ -89,7 +90,7 @@ def prepare(data: PrepareDataArguments, args: PrepareArguments) -> int:
     if not work.is_done():
         work.check()
         tell_sources(*inputs.sources())
-        if not args.fetch:
+        if not data.fetch_photos:
             for source in inputs.sources():
                 require_usable_row(source)
         if not work.run():

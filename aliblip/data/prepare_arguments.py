@@ -64,7 +64,6 @@ class PrepareArguments:
     for_ranks: int = option(8, "Processes that will read the shards; the number of shards is a multiple of it.")
     for_workers: int = option(2, "Reading workers of each of them, likewise.")
     shard_mb: int = option(256, "About how many megabytes of photos a shard has.")
-    fetch: bool = option(False, "Fetch photos that are named by address.")
     fetch_rate: float = option(10.0, "Photos fetched each second, of all workers together.")
     fetch_seconds: float = option(30.0, "Seconds until a photo must be there, from first to last.")
     fetch_mb: float = option(20.0, "Megabytes that a fetched photo may have.")

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aliblip.data.cell_types import NOT_OF_THE_TYPE
+from aliblip.data.clean_titles import title_key, words_key
 from aliblip.data.columns import Columns
 from aliblip.data.duplicates import Pairs, exact_pairs, groups_of
 from aliblip.data.prepare_arguments import PrepareArguments, shares_of
@@ -30,7 +31,6 @@ from aliblip.data.prepare_shards import PARTS, ShardPlan, cut, final_schema, num
 from aliblip.data.prepare_splits import Sides, as_named, by_product, by_time, split_of_value, time_of_value
 from aliblip.data.prepare_tasks import Task
 from aliblip.data.splits import TRAIN
-from aliblip.data.titles import title_key, words_key
 from aliblip.runtime.files import new_file
 from aliblip.runtime.mistakes import UsageError
 

@@ -75,19 +75,9 @@ OUT, INDEX, PLACING = "out", "index", "placing.json"
 REMOVED = ".work.removed"
 # Flags that decide what comes out.
 _FLAGS = (
-    *("max_side", "quality", "clean_titles", "near_duplicates", "duplicate_similarity", "merge_duplicates", "split_by"),
-    *(
-        "split_column",
-        "split_shares",
-        "leaks",
-        "seed",
-        "for_ranks",
-        "for_workers",
-        "shard_mb",
-        "fetch",
-        "rows_per_task",
-    ),
-    *("tokenizer_name", "max_length"),
+    *("max_side", "quality", "clean_titles", "near_duplicates", "duplicate_similarity", "merge_duplicates"),
+    *("split_by", "split_column", "split_shares", "leaks", "seed", "for_ranks", "for_workers", "shard_mb"),
+    *("fetch_mb", "fetch_private", "rows_per_task", "tokenizer_name", "max_length"),
 )
 _PR_SET_PDEATHSIG = 1  # of Linux' prctl
 _in_a_pipeline = False
@@ -126,6 +116,7 @@ class Preparation:
         self.tasks = inputs.tasks(args.rows_per_task)
         self.made_from = {
             "data": [source.described() for source in inputs.sources()],
+            **{name: inputs.given(name) for name in ("image_dir", "fetch_photos")},
             **{flag: getattr(args, flag) for flag in _FLAGS},
         }
         self.parts = Parts(self.work, self.made_from)
@@ -224,15 +215,11 @@ class Preparation:
     def _read(self) -> bool:
         args = self.args
         (self.work / PARTS).mkdir(exist_ok=True)
-        fetch = None
-        if args.fetch:
-            workers = self._workers(len(self.tasks))
-            fetch = PoliteFetch(
-                args.fetch_rate / workers, args.fetch_seconds, int(args.fetch_mb * 2**20), args.fetch_private
-            )
+        rate = args.fetch_rate / self._workers(len(self.tasks))
+        fetch = PoliteFetch(rate, args.fetch_seconds, int(args.fetch_mb * 2**20), args.fetch_private)
         steps = [
             ReadRows(self.inputs, args.rows_per_task),
-            *([] if fetch is None else [FetchPhotos(fetch)]),
+            FetchPhotos(fetch),
             DecodePhotos(args.max_side, args.quality, args.clean_titles),
             WriteParts(self.work / PARTS, self.inputs, args.rows_per_task),
         ]

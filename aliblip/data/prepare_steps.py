@@ -20,6 +20,7 @@ import numpy as np
 from datatrove.data import Document, Media, MediaType
 from datatrove.pipeline.base import PipelineStep
 
+from aliblip.data.clean_titles import clean_markup
 from aliblip.data.collate import printable
 from aliblip.data.duplicates import Index
 from aliblip.data.prepare_parts import PartWriter, written_to
@@ -29,7 +30,6 @@ from aliblip.data.prepare_tasks import Inputs
 from aliblip.data.products import product_id_of
 from aliblip.data.remote import is_remote
 from aliblip.data.rows import Row, stored_photo
-from aliblip.data.titles import clean_markup
 from aliblip.runtime.files import new_file
 from reading_aliblip import UnusableItem, clean_title
 
@@ -48,8 +48,6 @@ __all__ = [
 BLOCK = 2048
 # Photos that are fetched at once, and those that wait for their turn to be decoded.
 FETCHERS, AHEAD = 16, 64
-
-NOT_FETCHED = "the photo is an address, and addresses are read with --fetch"
 
 
 class Step(PipelineStep):
@@ -159,8 +157,6 @@ class DecodePhotos(Step):
             given = clean_title(row.text)
             document.text = clean_title(clean_markup(given)) if self.clean_titles else given
             document.metadata["given"] = given if document.text != given else None
-            if is_address(row):
-                raise UnusableItem(NOT_FETCHED)
             photo = prepare_photo(stored_photo(row), self.max_side, self.quality)
         except UnusableItem as error:
             document.metadata["reason"] = str(error)

@@ -67,9 +67,9 @@ class Inputs:
             ]
         return _opened[self.key]
 
-    def forget(self) -> None:
-        """Close the sources in this process."""
-        _opened.pop(self.key, None)
+    def given(self, name: str) -> Any:
+        """An argument of `open_source` that is the same for all splits."""
+        return next(iter(self.splits.values())).get(name)
 
     def names(self) -> list[str]:
         """The split of each source."""

@@ -325,7 +325,8 @@ def report(source: Any) -> ProductReport:
         OSError: the ids can't be read.
     """
     about = {"source": f"{source.name} ({source.split})", "column": source.selected.product_id, "rows": source.num_rows}
-    about["columns"] = tuple(column for column in source.columns if _IDS.search(column))
+    others = [column for column in source.columns if column not in (source.selected.image, source.selected.caption)]
+    about["columns"] = tuple(column for column in others if _IDS.search(column))
     chunks = source.product_ids()
     if chunks is None and sum(file.size for file in source.files) <= READ_FOR_COUNTING and _is_here(source):
         chunks = source.read_product_ids()

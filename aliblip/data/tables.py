@@ -312,7 +312,7 @@ def _of_csv(opened: _Opened) -> Table:
                 form, result, bad = other, again, bad_again
                 break
     if bad.count and reading.bad_lines != "skip":
-        raise UsageError(_bad_lines(opened, bad, len(result.begins)))
+        raise UsageError(_bad_lines(opened, form, names, bad, len(result.begins)))
     if opened.in_place and not is_remote(opened.file):
         table._stored = Spans.of(opened.file, result.begins, result.ends)
         table._parse = functools.partial(_csv_record, names=names, form=form, encoding=opened.encoding)
@@ -378,6 +378,14 @@ def _distinct(names: Sequence[str], opened: _Opened) -> list[str]:
         name = name or f"column {number}"
         found.append(name if name not in found else f"{name} ({number})")
     return found
+
+
+# What --csv_quotes may be, and what a file then means.
+QUOTES = {
+    "doubled": "each quote is right as it is",
+    "backslash": "backslashes stand before quotes",
+    "none": "quotes are text",
+}
 
 
 @dataclass
@@ -451,15 +459,29 @@ def _other_forms(opened: _Opened, form: Form) -> Iterator[Form]:
         yield Form(form.delimiter, "none", form.skip_space, form.skipped_lines)
 
 
-def _bad_lines(opened: _Opened, bad: _Bad, rows: int) -> str:
+def _quotes_that_fit(opened: _Opened, form: Form, names: Sequence[str]) -> list[str]:
+    """The values of --csv_quotes by which each line of a file is a row."""
+    forms = {quotes: Form(form.delimiter, quotes, form.skip_space, form.skipped_lines, True) for quotes in QUOTES}
+    if not any('\\"' in line.text for line in opened.lines()):
+        del forms["backslash"]
+    return [
+        quotes
+        for quotes, other in forms.items()
+        if all(record.problem is None for record in _rows_of(opened, other, names))
+    ]
+
+
+def _bad_lines(opened: _Opened, form: Form, names: Sequence[str], bad: _Bad, rows: int) -> str:
     line, problem = bad.first[0]
     what = f"{opened.file}, line {line:,}: {problem}"
     if "field" in problem and "header" in problem:
         remedy = "put text that holds the delimiter in double quotes, as spreadsheets do when they save CSV"
     elif "quote" in problem:
-        remedy = "write a quote in a quoted field twice, or, if quotes are text, give --csv_quotes none"
-        if "rows of their own" in problem:
-            remedy += ", or, if it is one text, --csv_quotes doubled"
+        remedy = 'put a text that has quotes in double quotes, and write each of its own twice, as in "12"" pan"'
+        fitting = _quotes_that_fit(opened, form, names)
+        remedy += "".join(
+            f", or, if {meaning}, give --csv_quotes {each}" for each, meaning in QUOTES.items() if each in fitting
+        )
     elif "encoding" in problem:
         remedy = "give the right --encoding"
     else:

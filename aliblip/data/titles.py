@@ -1,70 +1,127 @@
-"""Titles without what came into them on the way: markup, entities, broken characters, characters that nobody sees.
+"""Titles that are longer than the model reads: how many, and which of them then look the same.
 
-clean_markup("Caf\\u00c3\\u00a9 &amp; <b>mug</b>")          # "Café & mug"
-title_key("  Red MUG! ") == title_key("red mug!")
+    for line in cut_titles(source, processor.tokenizer, 35).lines(): print(line)
+
+Nothing of a title is lost in silence: what lies behind the last token that the model takes is not learned.
 """
 
 from __future__ import annotations
 
-import hashlib
-import html
-import re
-import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
-import ftfy
+from aliblip.data.remote import is_remote
+from aliblip.data.rows import Row, Source
+from aliblip.runtime.distributed import launched_rank
+from reading_aliblip import UnusableItem, clean_title
 
-__all__ = ["clean_markup", "title_key", "words_key"]
+__all__ = ["CutTitles", "cut_titles", "tell_cut_titles"]
 
-# Of HTML, as shops write it; other words between "<" and ">" are text.
-_TAGS = "a abbr b big blockquote body br button center code dd del div dl dt em font form h1 h2 h3 h4 h5 h6 head header"
-_TAGS += " hr html i iframe img input ins label li link meta nav ol option p pre s script section select small span"
-_TAGS += " strike strong style sub sup svg table tbody td tfoot th thead title tr tt u ul"
-_TAG = re.compile(
-    rf"</?(?:{'|'.join(_TAGS.split())})(?:\s[^<>]*)?/?>|<!--.*?-->|<!doctype[^<>]*>", re.IGNORECASE | re.DOTALL
-)
-_SCRIPT = re.compile(r"<(script|style)\b[^<>]*>.*?</\1\s*>", re.IGNORECASE | re.DOTALL)
-# Zero width, soft hyphen, marks of direction.
-_UNSEEN = re.compile("[\u00ad\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
-# Joiners belong to emoji, Persian and the scripts of India: between other characters they are dirt.
-_JOINERS = re.compile("(?<![\u0600-\u0fff\u2190-\u2bff\ufe0f\U0001f000-\U0001faff])[\u200c\u200d]+|[\u200c\u200d]+$")
-_FIXES = ftfy.TextFixerConfig(
-    # What the words are made of stays: quotes, ligatures, wide letters of Chinese and Japanese titles.
-    unescape_html=False,
-    uncurl_quotes=False,
-    fix_latin_ligatures=False,
-    fix_character_width=False,
-    normalization="NFC",
-)
+# Titles that are looked at: of so many places of the data, since catalogues are sorted by brand or kind.
+LOOKED_AT = 2048
+PLACES = 16
+# Of data on another machine the first ones, which the run reads anyway at its start.
+LOOKED_AT_REMOTE = 256
 
 
-def clean_markup(title: str) -> str:
-    """The title as a person would read it: tags and entities resolved, mojibake repaired, unseen characters and
-    repeated blanks gone. Empty if nothing else was in it."""
-    text = title
-    for _ in range(3):  # entities of entities
-        unescaped = html.unescape(text)
-        if unescaped == text:
-            break
-        text = unescaped
-    text = _TAG.sub(" ", _SCRIPT.sub(" ", text))
-    text = ftfy.fix_text(text, _FIXES)
-    text = _JOINERS.sub("", _UNSEEN.sub("", text))
-    return " ".join(text.split())
+@dataclass(frozen=True)
+class CutTitles:
+    """What of some titles the model does not read.
+
+    Attributes:
+        source: what they come from, for messages.
+        rows: of the source.
+        looked_at: titles that were counted.
+        max_length: tokens that the model reads of a title, `[CLS]` and `[SEP]` included.
+        cut: titles that are longer.
+        alike: of these, titles that up to there read like another one.
+    """
+
+    source: str
+    rows: int
+    looked_at: int
+    max_length: int
+    cut: int
+    alike: int
+
+    def lines(self) -> Iterator[str]:
+        """For people; nothing if no title is cut."""
+        if not self.cut:
+            return
+        of = "" if self.looked_at == self.rows else " looked at"
+        yield (
+            f"  {self.cut:,} of {self.looked_at:,} titles{of} ({self.cut / self.looked_at:.0%}) are longer than "
+            f"{self.max_length} tokens and are cut there (max_length)"
+        )
+        if self.alike:
+            yield (
+                f"warning: {self.source}: {self.alike:,} titles that are cut read like another one up to there, so "
+                "that the model can't tell them apart: raise max_length, or write first what tells products apart"
+            )
 
 
-def title_key(title: str) -> int:
-    """Equal for titles that differ in case, blanks and forms of the same characters only; 64 bits."""
-    text = unicodedata.normalize("NFKC", title).casefold()
-    return _hash64(" ".join(text.split()))
+def cut_titles(source: Source, tokenizer: Any, max_length: int) -> CutTitles:
+    """Count the titles that are longer than `max_length` tokens: of little data all, else of some parts of it.
+
+    Raises:
+        OSError: they can't be read.
+    """
+    texts = []
+    for row in _some_rows(source):
+        try:
+            texts.append(clean_title(row.text))
+        except UnusableItem:  # counted where rows are read
+            continue
+    longer, full = 0, {}
+    for text, ids in zip(texts, _tokens(tokenizer, texts, max_length), strict=True):
+        longer += ids[1]
+        full.setdefault(ids[0], []).append((text.casefold(), ids[1]))
+    alike = 0
+    for same in full.values():
+        if len({text for text, _ in same}) > 1:
+            alike += sum(is_cut for _, is_cut in same)
+    return CutTitles(f"{source.name} ({source.split})", source.num_rows, len(texts), max_length, longer, alike)
 
 
-def words_key(title: str) -> int:
-    """Equal for titles of the same words in any order, whatever stands between them and on the letters; 64 bits."""
-    text = unicodedata.normalize("NFKD", title).casefold()
-    text = "".join(character for character in text if not unicodedata.combining(character))
-    return _hash64(" ".join(sorted(set(re.findall(r"\w+", text)))) or title)
+def tell_cut_titles(*sources: Source | None, tokenizer: Any, max_length: int) -> None:
+    """Tell, by the first process of a launch, how many titles of each source are cut. No failure ends a run."""
+    if launched_rank() != 0:
+        return
+    for source in dict.fromkeys(source for source in sources if source is not None):
+        try:
+            found = cut_titles(source, tokenizer, max_length)
+        except OSError as error:
+            reason = " ".join(str(error).split())[:300]
+            print(f"warning: {source.name} ({source.split}): the length of titles was not looked at ({reason})")
+            continue
+        for line in found.lines():
+            print(line)
 
 
-def _hash64(text: str) -> int:
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+def _tokens(tokenizer: Any, texts: list[str], max_length: int) -> list[tuple[tuple[int, ...], bool]]:
+    """(the tokens that are read, whether there are more) of each title."""
+    if not texts:
+        return []
+    # One more than is read: longer titles need not be tokenized to their ends.
+    encoded = tokenizer(texts, truncation=True, max_length=max_length + 1, return_attention_mask=False)["input_ids"]
+    read = tokenizer(texts, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
+    return [(tuple(ids), len(more) > max_length) for ids, more in zip(read, encoded, strict=True)]
+
+
+def _some_rows(source: Source) -> Iterator[Row]:
+    if any(is_remote(file.file) for file in source.files):
+        return source.read_range(0, min(LOOKED_AT_REMOTE, source.num_rows))
+    if source.num_rows <= LOOKED_AT:
+        return source.read_range(0, source.num_rows)
+    if source.random_access:
+        starts = [source.num_rows * place // PLACES for place in range(PLACES)]
+        return chain.from_iterable(source.read_range(start, start + LOOKED_AT // PLACES) for start in starts)
+    # The beginnings of shards, where nothing before has to be read or unpacked.
+    places = min(PLACES, len(source.shards))
+    shards = [source.shards[len(source.shards) * place // places] for place in range(places)]
+    return chain.from_iterable(
+        source.read_range(shard.first_row, shard.first_row + min(shard.num_rows, LOOKED_AT // places))
+        for shard in shards
+    )

@@ -23,6 +23,7 @@ from aliblip.data.manifest import manifest_changes
 from aliblip.data.products import tell_sources
 from aliblip.data.rows import Source
 from aliblip.data.sources import open_source, require_usable_row
+from aliblip.data.titles import tell_cut_titles
 from aliblip.models.original import is_original
 from aliblip.models.upload import HubArguments, Publisher, check_hub_arguments, connect
 from aliblip.retrieval.evaluation import check_k_rerank
@@ -106,6 +107,8 @@ def set_up(
         momentum_start = carried_momentum(name, beginning, beginning.model, args.queue_size)
     train_source, validation_source = open_sources(data_args, args)
     tell_sources(train_source, validation_source)
+    processor = beginning.processor
+    tell_cut_titles(train_source, validation_source, tokenizer=processor.tokenizer, max_length=processor.max_length)
     loader, validation_loader = build_loaders(train_source, validation_source, beginning, data_args, args)
     steps_per_epoch = loader.steps_per_epoch // args.gradient_accumulation_steps
     if not steps_per_epoch:
@@ -269,6 +272,7 @@ def open_sources(data_args: TrainDataArguments, args: TrainingArguments) -> tupl
         "dataset_config_name",
         "data_dir",
         "image_dir",
+        "fetch_photos",
         "image_column",
         "caption_column",
         "product_id_column",
