@@ -39,7 +39,7 @@ from aliblip.data.duplicates import Index, Pairs
 from aliblip.data.fetching import PoliteFetch
 from aliblip.data.prepare_arguments import PrepareArguments
 from aliblip.data.prepare_executors import remote_executor
-from aliblip.data.prepare_parts import facts_file, photos_file, written_to
+from aliblip.data.prepare_parts import facts_file, written_to
 from aliblip.data.prepare_plan import (
     Decided,
     Facts,
@@ -204,13 +204,18 @@ class Preparation:
         """Remove what a killed process left half written, and notes of tasks whose output is gone."""
         for partial in self.work.rglob(f".*{PARTIAL}"):
             partial.unlink()
-        for number in range(len(self.tasks)):
-            files = facts_file(self.work / PARTS, number), photos_file(self.work / PARTS, number)
-            if not all(file.is_file() for file in files):
-                self._note("read", number).unlink(missing_ok=True)
+        self._forget("read", [[facts_file(self.work / PARTS, n)] for n in range(len(self.tasks))])
 
-    def _note(self, phase: str, task: int) -> Path:
-        return self.work / "logs" / phase / "completions" / f"{task:05d}"
+    def _forget(self, phase: str, outputs: Sequence[Sequence[Path]]) -> None:
+        """Forget notes of tasks whose output is nowhere, as a disk leaves it that has lost power.
+
+        Args:
+            outputs: of each task, where its output may be.
+        """
+        notes = self.work / "logs" / phase / "completions"
+        for note in notes.iterdir() if notes.is_dir() else ():
+            if not any(place.is_file() for place in outputs[int(note.name)]):
+                note.unlink()
 
     def _read(self) -> bool:
         args = self.args
@@ -241,6 +246,7 @@ class Preparation:
             Index.of(np.load(thumbs, mmap_mode="r")).save(folder)
             write_json(folder / "index.json", {"photos": len(places)})
         sizes = [min(BLOCK, len(places) - start) for start in range(0, len(places), BLOCK)]
+        self._forget("compare", [[pairs_file(folder, number)] for number in range(len(sizes))])
         if not self._run("compare", [ComparePhotos(folder, self.args.duplicate_similarity)], sizes, "photo"):
             return None
         pairs = [np.load(pairs_file(folder, number)) for number in range(len(sizes))]
@@ -250,6 +256,8 @@ class Preparation:
     def _write(self) -> bool:
         plan = self.decided.plan
         plan.save(self.work)
+        places = (self.work / SHARDS, self.out / SHARDS)
+        self._forget("write", [[place / shard.file for place in places] for shard in plan.shards])
         sizes = [shard.end - shard.begin for shard in plan.shards]
         return self._run("write", [WriteShards(self.work)], sizes, "row")
 
@@ -301,7 +309,9 @@ class Preparation:
     # --- pipelines ----------------------------------------------------------------------------------------------------
 
     def _workers(self, tasks: int) -> int:
-        return max(min(self.args.workers or _cores(), tasks), 1)
+        """Tasks that run at once; elsewhere all, if nobody says how many."""
+        wanted = self.args.workers or (_cores() if self.args.executor == "local" else tasks)
+        return max(min(wanted, tasks), 1)
 
     def _run(self, phase: str, steps: Sequence[Any], sizes: Sequence[int], unit: str) -> bool:
         """Run the tasks of a phase that are not done. False if they were handed to another machine."""

@@ -138,10 +138,9 @@ def as_named(keys: np.ndarray, named: Sequence[str | None], leaks: str) -> Sides
         side[moved] = 0
         told.append(f"{divided:,} groups stood in several splits: {len(moved):,} rows are moved to train")
     elif divided:
-        kept = {int(row): protected[best[group]] for row, group in zip(there, inverse, strict=True)}
-        reasons |= {
-            int(row): f"the product, or a duplicate of the photo, is in the split '{kept[int(row)]}'" for row in leaking
-        }
+        places = np.flatnonzero(rank[side[there]] != best[inverse])
+        for row, group in zip(leaking.tolist(), inverse[places].tolist(), strict=True):
+            reasons[row] = f"the product, or a duplicate of the photo, is in the split '{protected[best[group]]}'"
         side[leaking] = -1
         told.append(f"{divided:,} groups stood in several splits: {len(leaking):,} rows that would leak are rejected")
     return Sides(names, side, reasons, told)
