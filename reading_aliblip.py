@@ -163,6 +163,30 @@ def _formats() -> list[str]:
     return [name for name in IMAGE_FORMATS if name in Image.OPEN]
 
 
+def read_bytes(value: Any, fetch: Callable[[str, int], bytes] = fetch) -> bytes:
+    """The file of a photo as it is stored, of bytes, a path or an address, without a look at what it holds.
+
+    Args:
+        fetch: as for `read_photo`.
+
+    Raises:
+        UnusableItem: with a plain reason; no other exception leaves this function.
+    """
+    if isinstance(value, dict) and set(value) <= {"bytes", "path"}:
+        value = value.get("bytes") or value.get("path")
+    if value is None:
+        raise UnusableItem("the image is null")
+    try:
+        return _open_image(value, fetch).getvalue()
+    except UnusableItem:
+        raise
+    except FileNotFoundError:
+        raise MissingFile("the image file is missing") from None
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UnusableItem(f"the image can't be read ({type(error).__name__}: {reason})") from None
+
+
 def _open_image(value: Any, fetch: Callable[[str, int], bytes]) -> io.BytesIO:
     if isinstance(value, (bytes, bytearray, memoryview)):
         data = bytes(value)
@@ -333,6 +357,7 @@ __all__ = [
     "MissingFile",
     "UnusableItem",
     "clean_title",
+    "read_bytes",
     "read_photo",
     "reads_heic",
 ]

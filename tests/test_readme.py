@@ -21,6 +21,7 @@ from make_catalogue import make_catalogue  # noqa: E402
 
 import train
 from aliblip.convert import ConvertArguments
+from aliblip.data.prepare_arguments import PrepareArguments, PrepareDataArguments
 from aliblip.gallery import GalleryArguments, GalleryDataArguments
 from aliblip.models.upload import HubArguments
 from aliblip.publish import PublishArguments
@@ -40,6 +41,7 @@ PROGRAMS = {
     "evaluate_retrieval.py": (EvaluationDataArguments, EvaluationArguments),
     "aliblip.convert": (ConvertArguments,),
     "aliblip.gallery": (GalleryDataArguments, GalleryArguments),
+    "aliblip.prepare": (PrepareDataArguments, PrepareArguments),
     "aliblip.publish": (PublishArguments, HubArguments),
     "aliblip.serve": (ServeArguments,),
 }
