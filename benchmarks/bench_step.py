@@ -96,8 +96,8 @@ def main(command_line: list[str] | None = None) -> None:
     for name, side in report["sides"].items():
         wall, processor, flops = (side[key] / ours[key] for key in ("seconds", "cpu_seconds", "flops"))
         print(
-            f"{name:<22} {side['seconds']:8.3f} s, {wall:5.2f} times ours, {processor:5.2f} by CPU time, {flops:5.2f} by "
-            f"FLOPs; losses within {side['largest_difference']:.1e}"
+            f"{name:<22} {side['seconds']:8.3f} s, {wall:5.2f} times ours, {processor:5.2f} by CPU time, "
+            f"{flops:5.2f} by FLOPs; losses within {side['largest_difference']:.1e}"
         )
     ratio = report["sides"]["plain"]["seconds"] / ours["seconds"]
     settings = {name: str(value) for name, value in vars(args).items() if name != "json"}
