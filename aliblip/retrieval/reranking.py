@@ -173,7 +173,7 @@ def _on_the_way(values: Tensor) -> Callable[[], Tensor]:
     copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     copy.copy_(values, non_blocking=True)
     arrived = torch.cuda.Event()
-    arrived.record()
+    arrived.record(torch.cuda.current_stream(values.device))
 
     def wait() -> Tensor:
         arrived.synchronize()
