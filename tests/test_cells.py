@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import unicodedata
 from itertools import product
 
 import numpy as np
@@ -256,6 +257,7 @@ def test_photos_in_text(tmp_path, form, wrap):
     }
     source = table_of(tmp_path, [{"image": cells[wrap](i), "caption": t} for i, t in enumerate(TITLES)], form)
     whole(source)
+    assert "not in the folder" not in told(open_at(tmp_path))  # they are no names
 
 
 def test_what_looks_like_base64_and_is_a_path():
@@ -309,6 +311,15 @@ def test_parquet_of_names_beside_photos(tmp_path):
     pq.write_table(pa.table({"image": away, "caption": TITLES}), tmp_path / "photos" / "stored.parquet")
     _, reasons = read(open_at(data_files=str(tmp_path / "photos" / "stored.parquet")))
     assert reasons == ["the image is a path, and no image folder was given (--image_dir)"] * COUNT
+
+
+def test_a_parquet_column_that_comes_twice_is_refused(tmp_path):
+    columns = [pa.array([picture(0)]), pa.array(["a"]), pa.array(["b"]), pa.array([1])]
+    pq.write_table(pa.Table.from_arrays(columns, names=["image", "caption", "caption", "x"]), tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match="a.parquet has the column 'caption' more than once: rename one of them"):
+        open_at(tmp_path)
+    pq.write_table(pa.Table.from_arrays(columns, names=["image", "caption", "x", "x"]), tmp_path / "a.parquet")
+    assert read(open_at(tmp_path)) == ([(0, "a")], [])
 
 
 def test_parquet_files_whose_cells_differ(tmp_path):
@@ -388,6 +399,42 @@ def test_photos_are_found_near_the_table(tmp_path):
     assert f"list.csv: photos are taken from {tmp_path}/shop/images" in told(source)
 
 
+def test_each_table_finds_the_photos_nearest_to_it(tmp_path):
+    for brand in ("acme", "brandx"):
+        draw(tmp_path / brand / "img")
+        draw(tmp_path / "photos")  # of the same names
+        (tmp_path / brand / "list.csv").write_text(lines(pairs(), ("image", "title")))
+    source = open_at(tmp_path)
+    assert read(source) == (all_rows() * 2, [])
+    brands = {os.path.relpath(row.image, tmp_path).split("/")[0] for row in source.read_range(0, 24)}
+    assert brands == {"acme", "brandx"}
+
+
+def test_a_link_to_a_table_finds_the_photos_of_the_table(tmp_path):
+    draw(tmp_path / "shop")
+    (tmp_path / "shop" / "list.csv").write_text(lines(pairs(), ("image", "title")))
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "list.csv").symlink_to(tmp_path / "shop" / "list.csv")
+    source = open_at(data_files=str(tmp_path / "linked" / "list.csv"))
+    whole(source)
+    assert f"photos are taken from {os.path.realpath(tmp_path)}/shop" in told(source)
+
+
+@pytest.mark.parametrize(("in_table", "in_files"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_letters_with_marks_are_one_letter_however_they_are_stored(tmp_path, in_table, in_files):
+    names = [f"größe {i:02d} 머그.png" for i in range(COUNT)]
+    folder = draw(tmp_path / "photos", [unicodedata.normalize(in_files, name) for name in names])
+    rows = [(unicodedata.normalize(in_table, name), title) for name, title in zip(names, TITLES, strict=True)]
+    (tmp_path / "list.csv").write_text(lines(rows[:-1], ("image", "caption")))
+    source = open_at(tmp_path)
+    assert read(source) == (all_rows()[:-1], [])
+    assert "letters with marks are stored otherwise in their names" in told(source)
+    assert "left: photos that no row names: 1 (photos/gr" in told(source)
+    assert "are not in the folder" not in told(source)
+    reason = why_missing(str(folder / rows[0][0]))
+    assert reason.endswith("whose letters are stored otherwise: write the name as the file has it")
+
+
 @pytest.mark.parametrize("beside", ["photos", "Images", "product-images", "img_2024", "JPEGs", "pngs (new)", "media"])
 def test_photos_may_lie_in_a_folder_beside_that_of_the_table(tmp_path, beside):
     draw(tmp_path / beside)
@@ -451,6 +498,8 @@ def test_a_missing_photo_says_where_it_was_looked_for_and_what_is_there(tmp_path
         ("a.png", "there is 'A.PNG', with other capitals"),
         ("b.jpg", "there is 'b.jpeg', with another ending"),
         ("c.jpg", "there is 'c.jpg.png', with another ending"),
+        (" b.jpeg ", "there is 'b.jpeg', without the blanks around its name"),
+        ("b%2ejpeg", "there is 'b.jpeg': write names as the files have them, and not as in addresses"),
         ("sub/d.jpg", f"there is no folder {folder}/sub"),
     ):
         reason = why_missing(str(folder / name))
@@ -459,10 +508,13 @@ def test_a_missing_photo_says_where_it_was_looked_for_and_what_is_there(tmp_path
     (tmp_path / "photos.zip").write_bytes(b"PK")
     for path in (folder / "d.jpg", tmp_path / "images" / "d.jpg"):
         assert f"photos.zip lies in {tmp_path}: unpack it there" in why_missing(str(path))
-    (tmp_path / "metadata.csv").write_text(lines(pairs()))
-    _, reasons = read(open_at(tmp_path))
+    shop = tmp_path / "shop"
+    shop.mkdir()
+    (shop / "metadata.csv").write_text(lines(pairs()))
+    (tmp_path / "photos.zip").rename(shop / "photos.zip")
+    _, reasons = read(open_at(shop))
     assert len(reasons) == COUNT and "photos.zip" in reasons[0]
-    assert f"{COUNT} photos that rows name are not in the folder" in told(open_at(tmp_path))
+    assert f"{COUNT} photos that rows name are not in the folder" in told(open_at(shop))
 
 
 def test_columns_are_named_in_messages(tmp_path):

@@ -202,6 +202,15 @@ def test_the_same_rows_in_two_tables_are_refused(tmp_path):
     assert open_at(tmp_path / "two").num_rows == 2 * COUNT
 
 
+def test_tables_of_the_same_name_are_told_by_their_paths(tmp_path):
+    draw(tmp_path / "a")
+    (tmp_path / "a" / "metadata.csv").write_text(lines(pairs()))
+    (tmp_path / "metadata.csv").write_text(lines((f"a/{name}", title) for name, title in pairs()))
+    assert f"{tmp_path}/metadata.csv holds rows that are in {tmp_path}/a/metadata.csv too (12 of 12" in refused(
+        tmp_path
+    )
+
+
 def test_copies_of_data_files_are_refused(tmp_path):
     parquet(tmp_path / "a.parquet", range(COUNT))
     shutil.copy(tmp_path / "a.parquet", tmp_path / "a (1).parquet")
@@ -229,6 +238,9 @@ def test_archives_and_spreadsheets_say_what_to_do(tmp_path):
         folder.mkdir()
         (folder / name).write_bytes(b"x" * 99)
         assert remedy in refused(folder) and name in refused(folder)
+        draw(folder, NAMES[:1])  # beside photos, too
+        assert remedy in refused(folder) and name in refused(folder)
+        os.remove(folder / NAMES[0])
     assert "unpack" in refused(data_files=str(tmp_path / "a-zip" / "a.zip"))
     assert "CSV" in refused(data_files=str(tmp_path / "a-xlsx" / "a.xlsx"))
     assert "packed by zstd" in refused(data_files=str(tmp_path / "a-tar-zst" / "a.tar.zst"))

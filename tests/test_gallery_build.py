@@ -201,6 +201,8 @@ def test_tars_whose_later_samples_bring_other_columns(paths, tmp_path, caplog, m
     assert [(row["price"], row["late"]) for row in gallery.get(["sku-4", "sku-6"])] == [(4, None), (None, "1")]
     assert "values of another type than their column, which are left out: price (2)" in caplog.text
     shutil.copy(tmp_path / "train-0.tar", tmp_path / "train-1.tar")
+    with tarfile.open(tmp_path / "train-1.tar", "a") as tar:  # no copy, which would be refused as such
+        data_stub.add_member(tar, "README.md", b"the same samples")
     files = [str(tmp_path / f"train-{number}.tar") for number in range(2)]
     twice = open_source(data_files=files, split="train", sides="images", other_columns=ALL)
     with pytest.raises(UsageError, match="some ids come twice .the column 'sku'.: .*sku-0.* and 2 more"):

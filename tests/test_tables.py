@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import pickle
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -359,6 +360,31 @@ def test_flags_say_how_tables_are_written():
     for wrong in ("::", '"', ""):
         with pytest.raises(UsageError, match="--csv_delimiter is .*: give one character, or comma"):
             DataArguments(csv_delimiter=wrong).reading  # noqa: B018 (it is checked when it is asked for)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("metadata.csv", b"PK\3\4\x14\0\x06\0", "is a zip file or a spreadsheet, whatever it is called"),
+        ("metadata.csv", b"\xd0\xcf\x11\xe0\xa1\xb1", "is a spreadsheet, whatever it is called"),
+        ("metadata.csv", b"PAR1", "call it .parquet"),
+        ("metadata.jsonl", b"\n<!DOCTYPE html>\n<html>", "is a web page"),
+        ("metadata.csv", gzip.compress(b"<HTML><body>404"), "is a web page"),
+        (
+            "metadata.json",
+            b"file_name,caption\n00.png,a\n",
+            "holds no JSON: its first line is 'file_name,caption'; .*.csv",
+        ),
+    ],
+)
+def test_what_is_only_called_a_table_is_told_as_what_it_is(folder, name, data, words):
+    assert re.search(words, refused(folder, data, name))
+
+
+@pytest.mark.parametrize("text", [json_lines(records("file_name")), json.dumps(records("file_name"), indent=1)])
+def test_json_that_is_called_csv_is_read(folder, text):
+    whole(opened(folder, text, "metadata.csv"))
+    assert titles(opened(folder, lines((n, f'{{"{t}"') for n, t in pairs())))[0] == '{"mug no 0"'
 
 
 def test_a_table_is_what_it_says(tmp_path):

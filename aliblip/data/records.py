@@ -353,6 +353,12 @@ def told_unnamed(request: Request, named: Sequence[tuple[Place, Facts]]) -> None
             request.told.append(f"{gone:,} photos that rows name are not in the folder")
 
 
+def _names_apart(tables: Sequence[Table]) -> list[str]:
+    """Names of tables for a message: their whole paths, if two have the same name."""
+    names = [table.name for table in tables]
+    return names if len(set(names)) == len(names) else [table.file for table in tables]
+
+
 def _relative_to(root: str, place: Place) -> Any:
     """How the path of a photo, relative to the root, is written in the table of a place."""
     if place.unicode:
@@ -400,9 +406,10 @@ def _refuse_repeats(request: Request, tables: Sequence[Rows], key: str | None, s
         pairs = np.unique(np.frombuffer(pairs, dtype=np.int64)) if len(pairs) else np.zeros(0, np.int64)
         shared = len(np.intersect1d(pairs, before, assume_unique=True))
         if shared and shared * 2 >= min(len(pairs), len(before)):
-            others = " or ".join(other.table.name for other in tables[:index][:EXAMPLES])
+            own, *named = _names_apart([rows.table, *(other.table for other in tables[:index][:EXAMPLES])])
+            others = " or ".join(named)
             raise UsageError(
-                f"{rows.table.name} holds rows that are in {others} too ({shared:,} of {len(rows.table):,}, the same "
+                f"{own} holds rows that are in {others} too ({shared:,} of {len(rows.table):,}, the same "
                 "photos and titles): keep one of the files, or name the one that is meant by flags"
             )
         if shared:
