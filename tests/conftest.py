@@ -18,7 +18,8 @@ import slow  # noqa: E402
 # A worker of pytest-xdist takes whole files, in this order: those that take long must not be left to the end.
 _LONGEST = (
     *("test_survival", "test_launch", "test_train", "test_evaluation_script", "test_evaluation_resume"),
-    *("test_serve_browser", "test_serve_start", "test_serve", "test_hostile", "test_wheel", "test_gallery_build"),
+    *("test_prepare", "test_prepare_executors", "test_serve_browser", "test_serve_start", "test_serve"),
+    *("test_hostile", "test_wheel", "test_gallery_build"),
 )
 
 pytest_plugins = ["blip_stub", "evaluation_fixtures"]

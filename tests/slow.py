@@ -16,8 +16,10 @@ from types import CodeType, FunctionType, ModuleType
 import forks
 import pytest
 
+from aliblip.prepare import main as prepare
+
 TESTS = Path(__file__).resolve().parent
-_STARTERS = (subprocess, multiprocessing, forks)
+_STARTERS = (subprocess, multiprocessing, forks, prepare)  # the last starts workers
 _BROWSER = "sync_playwright"
 # They train, evaluate or draw for more than a second.
 SLOW_HERE = {
@@ -36,10 +38,13 @@ SLOW_HERE = {
     "test_nothing_is_compiled_while_it_pauses",
     "test_the_api_is_two_named_endpoints_and_nothing_of_the_page",
     "test_the_loader_reads_it",
+    "test_planted_duplicates_are_found_and_nothing_else",
+    "test_the_pairs_are_the_same_however_the_photos_are_cut_into_blocks",
     "test_the_same_rows_in_the_same_order_over_a_bad_connection",
     "test_the_weight_is_tuned_on_another_split_and_used",
     "test_trainer_fine_tunes_and_evaluates",
     "test_what_goes_wrong_in_a_search_is_logged_and_not_told",
+    "test_what_a_server_may_do_instead_is_explained",
     "test_what_fails_after_the_work_is_made_up_for_without_doing_it_again",
     "test_workers_leave_the_connections_of_their_parent_alone",
 }

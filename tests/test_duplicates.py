@@ -8,6 +8,8 @@ import pytest
 from PIL import Image, ImageDraw
 from prepare_case import draw, encoded, needs_prepare, picture, rows_of
 
+from aliblip.prepare import main
+
 pytestmark = needs_prepare
 
 COUNT = 160
@@ -141,8 +143,6 @@ def test_groups_and_exact_pairs_are_those_of_the_obvious_way():
 
 
 def test_they_are_listed_and_merged_when_asked(tmp_path, monkeypatch):
-    from aliblip.prepare import main
-
     monkeypatch.setattr("aliblip.data.prepare_card._Titles.languages", lambda titles: ())
     flags = [*draw(tmp_path, 24, broken=0, products=1), "--workers", "1"]
     rows = json.loads((tmp_path / "train.json").read_text())

@@ -10,6 +10,7 @@ from prepare_case import encoded, needs_prepare, picture, rejected_of, rows_of
 
 from aliblip.data import fetching
 from aliblip.data.fetching import PoliteFetch
+from aliblip.prepare import main
 from reading_aliblip import UnusableItem
 
 SECONDS = 1.5
@@ -148,7 +149,7 @@ def fetch_of(**changed):
     ("name", "number"), [("good-3", 3), ("untold-4", 4), ("moved", 7), ("busy-5", 5), ("good-6?a=ü b", 6)]
 )
 def test_good_photos_arrive(server, name, number):
-    assert fetch_of()(f"{server.url}/{name}", 2**30) == encoded(picture(number))
+    assert fetch_of(seconds=60)(f"{server.url}/{name}", 2**30) == encoded(picture(number))
 
 
 BAD = {
@@ -207,8 +208,6 @@ def test_addresses_are_asked_for_at_the_rate(server, monkeypatch):
 @needs_prepare
 def test_a_catalogue_of_addresses_is_prepared(server, tmp_path, monkeypatch):
     """Good ones arrive in their order, and all others are listed with their reasons."""
-    from aliblip.prepare import main
-
     monkeypatch.setattr("aliblip.data.prepare_card._Titles.languages", lambda titles: ())
     names = [*(f"good-{i}" for i in range(20)), *BAD, "lying", "empty", "moved", *(f"good-{i}" for i in range(20, 30))]
     with open(tmp_path / "list.csv", "w", newline="") as file:
@@ -216,7 +215,7 @@ def test_a_catalogue_of_addresses_is_prepared(server, tmp_path, monkeypatch):
         writer.writerow(["image_url", "title"])
         writer.writerows([f"{server.url}/{name}", f"thing {name}"] for name in names)
     flags = ["--train_file", str(tmp_path / "list.csv"), "--fetch_photos", "true", "--fetch_private", "true"]
-    flags += ["--fetch_seconds", str(SECONDS), "--fetch_mb", "0.19", "--fetch_rate", "1000", "--workers", "1"]
+    flags += ["--fetch_seconds", "5", "--fetch_mb", "0.19", "--fetch_rate", "1000", "--workers", "1"]
     main([*flags, "--output_dir", str(tmp_path / "out")])
     good = [number for number, name in enumerate(names) if name.startswith("good") or name == "moved"]
     rows = rows_of(tmp_path / "out")

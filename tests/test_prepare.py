@@ -123,6 +123,17 @@ def test_shards_are_a_multiple_of_their_readers(catalogue, tmp_path):
     assert max(sizes) - min(sizes) <= 1
 
 
+def test_items_of_one_group_of_a_merchant_feed_are_one_product(tmp_path):
+    header = ["id", "title", "link", "image link", "item group id"]
+    lines = [[f"S{i}", f"Mug {i}", "https://x.example", f"https://x.example/{i}.jpg", f"G{i // 2}"] for i in range(6)]
+    (tmp_path / "feed.tsv").write_text("\n".join("\t".join(line) for line in [header, *lines]))
+    source = open_source(data_files=str(tmp_path / "feed.tsv"), split="train", fetch_photos=True)
+    rows = list(source.read_range(0, 6))
+    assert [row.stored_id for row in rows] == ["G0", "G0", "G1", "G1", "G2", "G2"]
+    assert [row.image for row in rows] == [line[3] for line in lines]
+    assert any("Google Merchant" in line for line in source.told)
+
+
 # --- stopping and going on --------------------------------------------------------------------------------------------
 
 FLAGS = ("--rows_per_task", "7", "--max_side", "64", "--split_by", "product", "--split_shares", "validation=0.2")

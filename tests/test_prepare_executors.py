@@ -10,6 +10,7 @@ import pytest
 from helpers import run_forked
 from prepare_case import draw, files_of, needs_prepare
 
+from aliblip.prepare import main
 from aliblip.runtime.mistakes import UsageError
 
 pytestmark = needs_prepare
@@ -46,8 +47,6 @@ def cluster(tmp_path, monkeypatch):
 
 
 def prepare(output, *flags):
-    from aliblip.prepare import main
-
     return main([*map(str, flags), "--output_dir", str(output)])
 
 

@@ -10,6 +10,7 @@ from prepare_case import draw, encoded, needs_prepare, picture, rejected_of, row
 
 from aliblip.data.prepare_arguments import shares_of
 from aliblip.data.prepare_splits import as_named, by_product, by_time, split_of_value, time_of_value
+from aliblip.prepare import main
 from aliblip.runtime.mistakes import UsageError
 
 pytestmark = needs_prepare
@@ -21,8 +22,6 @@ def without_languages(monkeypatch):
 
 
 def prepare(output, *flags):
-    from aliblip.prepare import main
-
     return main([*map(str, flags), "--output_dir", str(output), "--workers", "1"])
 
 

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from prepare_case import draw, needs_prepare, rows_of
 
+from aliblip.prepare import main
+
 pytestmark = needs_prepare
 
 
@@ -57,8 +59,6 @@ def catalogue(tmp_path):
 
 
 def test_titles_are_cleaned_on_request_and_kept_as_they_were(catalogue, tmp_path):
-    from aliblip.prepare import main
-
     main([*catalogue, "--output_dir", str(tmp_path / "as_is")])
     rows = rows_of(tmp_path / "as_is")
     assert rows[0]["caption"] == "<b>mug</b> 0 &amp; co" and "caption_given" not in rows[0]
@@ -72,8 +72,6 @@ def test_titles_are_cleaned_on_request_and_kept_as_they_were(catalogue, tmp_path
 
 
 def test_the_card_tells_what_is_there(catalogue, tmp_path):
-    from aliblip.prepare import main
-
     flags = ["--split_by", "product", "--split_shares", "test=0.3", "--tokenizer_name", str(tmp_path / "vocab.txt")]
     main([*catalogue, "--output_dir", str(tmp_path / "out"), *flags, "--max_length", "20"])
     card = (tmp_path / "out" / "README.md").read_text()

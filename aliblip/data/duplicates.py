@@ -1,7 +1,7 @@
 """Photos that are the same but for what happens to photos on the way: size, compression, crop, mirror, watermark.
 
     index = Index.of(thumbs)                            # thumbs (n, 48, 48, 3) uint8
-    pairs = index.pairs(0, n, similarity=0.85)          # any run of photos against all
+    pairs = index.pairs(0, n, similarity=0.9)          # any run of photos against all
 
 Three steps. *Candidates* are the nearest neighbours of a photo, of its parts, and of their mirror images, by a
 descriptor that is little more than the blurred photo. Each is *aligned*: the part of the one that shows what the other
@@ -28,7 +28,7 @@ from aliblip.data.prepare_photos import THUMB_SIDE
 __all__ = ["SIMILARITY", "Index", "Pairs", "exact_pairs", "groups_of"]
 
 # From which two photos are duplicates. 1 is the same picture; products of one outline have about 0.5.
-SIMILARITY = 0.85
+SIMILARITY = 0.9
 # Parts of a photo that are looked for beside the whole, as (top, left, side) in shares of it.
 VIEWS = (
     (0.0, 0.0, 1.0),
@@ -58,6 +58,8 @@ _MOVES = (
 _PLACE, _STRIDE, _LEFT_OUT = 8, 4, 0.2
 # Below these a place holds no structure, or the compression's; a difference of colour that counts.
 _FLAT, _COLOUR = 60.0, 25.0
+# From which on a place has another hue, which no watermark gives it, and what the share of such places counts.
+_HUE, _HUE_WEIGHT = 20.0, 3.0
 _AT_ONCE = 512
 
 
@@ -382,10 +384,12 @@ def _similarity(first: np.ndarray, second: np.ndarray) -> np.ndarray:
         value = (structure * colour).min(-1)  # (p, places)
         # White beside white says nothing.
         counts = ((spread_a + spread_b).sum(-1) > _FLAT) | (np.abs(mean_a - mean_b).max(-1) > 10)
+        hue_a, hue_b = (mean - mean.mean(-1, keepdims=True) for mean in (mean_a, mean_b))
+        other_hue = (np.abs(hue_a - hue_b).max(-1) > _HUE).mean(1)
         for pair in range(len(value)):
             told = np.sort(value[pair][counts[pair]])
             if len(told):
-                result[start + pair] = told[int(len(told) * _LEFT_OUT) :].mean()
+                result[start + pair] = told[int(len(told) * _LEFT_OUT) :].mean() - _HUE_WEIGHT * other_hue[pair]
     return result
 
 

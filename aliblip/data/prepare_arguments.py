@@ -37,7 +37,7 @@ class PrepareArguments:
     )
     near_duplicates: bool = option(True, "Look for photos that are nearly the same, and not only for equal files.")
     duplicate_similarity: float = option(
-        0.85, "From which similarity on two photos are near duplicates: 1 is the same picture."
+        0.9, "From which similarity on two photos are near duplicates: 1 is the same picture."
     )
     merge_duplicates: str | None = option(
         None,
