@@ -25,10 +25,6 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def circumstances() -> dict:
     """Machine, versions, commit and date."""
-    root = Path(__file__).resolve().parent.parent
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
-    ).stdout.strip()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "machine": {"processor": _processor(), "cores": os.cpu_count(), "gpu": gpu, "system": platform.platform()},
@@ -37,9 +33,23 @@ def circumstances() -> dict:
             "python": platform.python_version(),
             **{package: importlib.metadata.version(package) for package in PACKAGES},
         },
-        "commit": commit or None,
+        "commit": _commit(),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
+
+
+def _commit() -> str | None:
+    """As git describes it; a copy without git is told by ALIBLIP_COMMIT."""
+    if "ALIBLIP_COMMIT" in os.environ:
+        return os.environ["ALIBLIP_COMMIT"]
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        described = subprocess.run(
+            command, cwd=Path(__file__).resolve().parent.parent, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return None
+    return described.stdout.strip() or None
 
 
 def _processor() -> str:

@@ -50,6 +50,8 @@ def environment(**extra: str) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p),
+        # Two environments that build DeepSpeed's operators in one folder build them again in turn.
+        "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix, "torch_extensions")),
     }
     return kept | extra
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
+from helpers import ROOT, assert_succeeded, run
 
 from benchmarks import bench_full, bench_gallery, bench_retrieval, bench_search
 
@@ -84,3 +86,13 @@ def test_the_plan_of_the_full_scale(capsys):
     told = capsys.readouterr().out
     assert "50,000 images x 20,000 titles, the 128 best of each re-ranked" in told
     assert "one H200 in bf16 at 40 % of its 989 TFLOP/s (assumed)" in told
+
+
+def test_the_script_for_a_gpu_in_small(tmp_path):
+    script = ROOT / "benchmarks" / "gpu.sh"
+    result = run([script, tmp_path, "--tiny"], env={"PYTHON": sys.executable})
+    assert_succeeded(result)
+    tables = {name: json.loads((tmp_path / f"gpu_{name}.json").read_text()) for name in ("checks", "steps", "rerank")}
+    assert {one["result"] for one in tables["checks"]["checks"].values()} == {"held"}
+    assert all(row["samples_per_second"] > 0 and row["profile"]["launches"] for row in tables["steps"]["variants"])
+    assert (tmp_path / "summary.md").read_text() in result.stdout

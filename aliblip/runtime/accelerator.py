@@ -32,6 +32,7 @@ from accelerate.utils import (
 )
 
 from aliblip.runtime.distributed import launched_world_size
+from aliblip.runtime.extensions import release_left_locks
 from aliblip.runtime.mistakes import UsageError, usage_errors
 
 __all__ = ["AliBlipAccelerator", "build_accelerator", "describe_machine", "end", "is_deepspeed", "launched_precision"]
@@ -107,6 +108,8 @@ def build_accelerator(
     if launched_as_deepspeed:
         if without_gpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the others wait for what it leaves
+            release_left_locks()
         plugin = _deepspeed_plugin(
             requested,
             gradient_clipping=float(max_grad_norm),
