@@ -15,7 +15,7 @@ from aliblip.runtime.mistakes import UsageError, usage_errors
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
 
-__all__ = ["LOADING_ERRORS", "build_processor", "check_vocabulary", "load_pretrained"]
+__all__ = ["LOADING_ERRORS", "build_processor", "check_template", "check_vocabulary", "load_pretrained"]
 
 # What transformers raises where a folder or Hub name does not hold what it should, and for damaged files of it; and our
 # Hub files, for a configuration that no model can be built from and for weights that do not fit.
@@ -43,6 +43,22 @@ def check_vocabulary(
         )
 
 
+def check_template(source: str, processor: AliBlipProcessor) -> None:
+    """Refuse a tokenizer that does not put [CLS] before a title and [SEP] behind it.
+
+    Raises:
+        UsageError: the model makes [ENC] of the first token, and would lose a word.
+    """
+    tokenizer = processor.tokenizer
+    ids = tokenizer("a")["input_ids"]
+    if len(ids) < 2 or (ids[0], ids[-1]) != (tokenizer.cls_token_id, tokenizer.sep_token_id):
+        shown = " ".join(tokenizer.convert_ids_to_tokens(ids))
+        raise UsageError(
+            f"the tokenizer of {source} writes 'a' as {shown!r}, without [CLS] before and [SEP] behind it: take a BERT "
+            "tokenizer, or add this template to the post_processor of its tokenizer.json"
+        )
+
+
 def build_processor(
     tokenizer_name: str, max_length: int | None = None, image_processor: BlipImageProcessorPil | None = None
 ) -> AliBlipProcessor:
@@ -60,7 +76,9 @@ def build_processor(
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if not tokenizer.is_fast or getattr(tokenizer, "cls_token_id", None) is None:
         raise UsageError(f"the tokenizer {name!r} is not a fast WordPiece tokenizer with [CLS]: take a BERT tokenizer")
-    return AliBlipProcessor(image_processor, tokenizer, max_length=max_length or 35)
+    processor = AliBlipProcessor(image_processor, tokenizer, max_length=max_length or 35)
+    check_template(name, processor)
+    return processor
 
 
 def load_pretrained(
@@ -106,6 +124,7 @@ def load_pretrained(
             processor = build_processor(tokenizer_name, image_processor=image_processor)
     processor.max_length = max_length or processor.max_length
     check_vocabulary(name, processor, model.config.text_config.vocab_size, model.config.enc_token_id)
+    check_template(name, processor)
     return model, processor, None
 
 

@@ -163,10 +163,8 @@ class Launch:
     offloads: bool = False
 
     def __str__(self) -> str:
-        kind = (
-            f"DeepSpeed ZeRO-{self.zero_stage}" if self.zero_stage else "DDP" if self.processes > 1 else "no launcher"
-        )
         of = "process" if self.processes == 1 else "processes"
+        kind = f", DeepSpeed ZeRO-{self.zero_stage}" if self.zero_stage else ", DDP" if self.processes > 1 else ""
         precision = "bf16 mixed precision" if self.precision == "bf16" else "fp32"
         return f"{self.processes} {of} on {'GPU' if self.on_gpu else 'CPU'}{kind}, {precision}"
 

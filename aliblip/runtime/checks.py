@@ -66,23 +66,33 @@ class Findings:
     """What was found, in groups of lines, each of which is ok, a warning, a problem or skipped. Told as it is found.
 
     Args:
-        tell: takes a line.
+        tell: takes a line; None: it is printed to where standard output goes now, whatever checks do with that.
         width: characters of a line; None: as wide as the terminal, and no end where there is none.
         colours: whether the words are coloured; None: on a terminal, unless NO_COLOR is set.
     """
 
-    def __init__(self, tell: Callable[[str], object] = print, width: int | None = None, colours: bool | None = None):
+    def __init__(
+        self, tell: Callable[[str], object] | None = None, width: int | None = None, colours: bool | None = None
+    ):
         on_terminal = sys.stdout.isatty()
         if width is None and on_terminal:
             width = min(shutil.get_terminal_size().columns, LINE)
-        self.tell, self.width = tell, width
+        self.tell = functools.partial(print, file=sys.stdout, flush=True) if tell is None else tell
+        self.width = width
         self.colours = on_terminal and not os.environ.get("NO_COLOR") if colours is None else colours
         self.found: list[tuple[str, str, str]] = []  # (group, kind, text)
         self._group, self._told_group = "", None
+        self._missing: list[str] = []  # names of what could not be looked at in this group
 
     def group(self, name: str) -> None:
         """The lines from now on belong together under this name."""
+        self._end_group()
         self._group = name
+
+    def _end_group(self) -> None:
+        missing, self._missing = list(dict.fromkeys(self._missing)), []
+        if missing:
+            self.skipped(f"{', '.join(missing)}: what this needs has a problem")
 
     def ok(self, text: str) -> None:
         self._add(OK, text)
@@ -91,7 +101,9 @@ class Findings:
         self._add(WARNING, text)
 
     def problem(self, text: str) -> None:
-        self._add(PROBLEM, text)
+        """Two parts that meet the same mistake tell it once."""
+        if text not in self.of(PROBLEM):
+            self._add(PROBLEM, text)
 
     def skipped(self, text: str) -> None:
         self._add(SKIPPED, text)
@@ -142,7 +154,7 @@ class Findings:
         if mistakes is None and ok is not None and (text := ok(given)):
             self.ok(text)
         if mistakes == [] and name:
-            self.skipped(f"{name}: needs what has a problem above")
+            self._missing.append(name)
         return given
 
     def _add(self, kind: str, text: str) -> None:
@@ -171,7 +183,8 @@ class Findings:
         return 2 if self.of(PROBLEM) else 0
 
     def summary(self) -> str:
-        """One line: how many problems and warnings."""
+        """One line, after which nothing comes: how many problems and warnings."""
+        self._end_group()
         counts = Counter(kind for _, kind, _ in self.found)
         problems, doubts = counts[PROBLEM], counts[WARNING]
         told = [f"{problems or 'no'} problem{'' if problems == 1 else 's'}"]

@@ -114,3 +114,27 @@ class TrainingArguments:
     max_non_finite_steps: int = option(
         10, "Give up after so many steps in a row with a loss or gradient that is not finite; each changes nothing."
     )
+
+
+@dataclass
+class PlanArguments:
+    """What a run would take, and where; for `python -m aliblip.doctor` and `train.py --dry_run`."""
+
+    peak_tflops: float | None = option(
+        None, "Rate of one device in the precision of the run, by its maker, in TFLOP/s: tells the time at 40 % of it."
+    )
+    samples_per_second: float | None = option(
+        None, "Rate of the whole run, measured (samples/s of a log line): tells the time."
+    )
+    device_memory_gb: float | None = option(
+        None, "Plan for GPUs of so much memory, in GB, instead of for this machine's devices."
+    )
+    processes: int | None = option(None, "Plan for so many processes (default: as the launcher says).")
+    compared_rows: int = option(20_000, "Rows of each split whose photos are compared by their bytes; 0: none.")
+
+
+@dataclass
+class DryRunArguments(PlanArguments):
+    dry_run: bool = option(
+        False, "Look at everything that can be wrong, tell it all with the plan, and stop; nothing is written."
+    )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import BertTokenizer
 
 from aliblip.data.augment import TrainAugmentation
 from aliblip.models.backbones import (
@@ -45,14 +46,16 @@ class Beginning:
     leaves_momentum_behind: bool = False  # of an original file
 
 
-def begin(args: ModelArguments) -> Beginning:
+def begin(args: ModelArguments, backbones: list[Backbone]) -> Beginning:
     """Read what the model is made from.
+
+    Args:
+        backbones: of `read_backbones`.
 
     Raises:
         UsageError: what can't be read or does not fit together.
     """
     if args.model_name_or_path is None:
-        backbones = read_backbones(args)
         processor = new_processor(args, backbones)
         config = build_config(args, processor, backbones)
         beginning = Beginning(processor, config, args.image_size or config.vision_config.image_size, None, backbones)
@@ -82,6 +85,20 @@ def read_backbones(args: ModelArguments) -> list[Backbone]:
     if args.text_model_name_or_path is not None:
         backbones.append(read_text_backbone(args.text_model_name_or_path))
     return backbones
+
+
+def check_shape(args: ModelArguments, backbones: list[Backbone]) -> None:
+    """Look at the configuration of a new model, whatever its tokenizer will be.
+
+    Raises:
+        UsageError: there is none of this name, or its fields contradict each other.
+    """
+    if args.model_name_or_path is None:
+        any_tokenizer = BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4})
+        config = build_config(args, AliBlipProcessor(tokenizer=any_tokenizer), backbones)
+        if args.image_size is not None:
+            with usage_errors(ValueError):  # a size that is no multiple of the patches
+                type(config.vision_config)(**{**config.vision_config.to_dict(), "image_size": args.image_size})
 
 
 def new_processor(args: ModelArguments, backbones: list[Backbone]) -> AliBlipProcessor:
@@ -239,6 +256,7 @@ __all__ = [
     "build_objective",
     "build_optimizer",
     "carried_momentum",
+    "check_shape",
     "new_processor",
     "read_backbones",
 ]

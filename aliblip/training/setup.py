@@ -26,6 +26,7 @@ from aliblip.data.manifest import manifest_changes
 from aliblip.data.products import tell_sources
 from aliblip.data.rows import Source
 from aliblip.data.sources import open_source, require_usable_row
+from aliblip.models.backbones import Backbone
 from aliblip.models.original import is_original
 from aliblip.models.upload import HubArguments, Publisher, check_hub_arguments, connect
 from aliblip.retrieval.evaluation import check_k_rerank
@@ -37,7 +38,15 @@ from aliblip.runtime.files import repair
 from aliblip.runtime.installation import install_hint
 from aliblip.runtime.mistakes import UsageError, usage_errors
 from aliblip.training.arguments import ModelArguments, TrainDataArguments, TrainingArguments
-from aliblip.training.building import Beginning, begin, build_augmentation, build_model, carried_momentum
+from aliblip.training.building import (
+    Beginning,
+    begin,
+    build_augmentation,
+    build_model,
+    carried_momentum,
+    check_shape,
+    read_backbones,
+)
 from aliblip.training.checkpoint import Progress, checkpoints, find_checkpoint, read_state
 from aliblip.training.optim import learning_rate_schedule, total_optimizer_steps
 from modeling_aliblip import AliBlipForImageTextRetrieval
@@ -159,9 +168,18 @@ class Start:
     # --- the model ---
 
     @part
-    def beginning(self) -> Beginning:
+    def backbones(self) -> list[Backbone]:
+        """Trained towers of a new model."""
         _ = self.origin
-        return begin(self.model_args)
+        return [] if self.model_args.model_name_or_path is not None else read_backbones(self.model_args)
+
+    @part
+    def shape(self) -> None:
+        check_shape(self.model_args, self.backbones)
+
+    @part
+    def beginning(self) -> Beginning:
+        return begin(self.model_args, self.backbones)
 
     @part
     def momentum_start(self) -> dict[str, torch.Tensor] | None:
@@ -356,7 +374,9 @@ CHECKS = (
     Check("flags", "trackers", "trackers"),
     Check("flags", "validation", "what to evaluate on"),
     Check("flags", "publishing", "what to publish"),
-    Check("model", "beginning", "configuration and tokenizer"),
+    Check("model", "backbones", "trained towers"),
+    Check("model", "shape", "configuration"),
+    Check("model", "beginning", "tokenizer"),
     Check("model", "momentum_start", "momentum encoders"),
     Check("training data", "train_source", "rows to train on"),
     Check("validation data", "validation_source", "rows to evaluate on"),
