@@ -257,7 +257,7 @@ class _Examination:
             )
             tokenizer = beginning.processor.tokenizer
             self.findings.ok(
-                f"tokenizer of {len(tokenizer):,} tokens, from {tokenizer.name_or_path}; titles are cut "
+                f"tokenizer of {len(tokenizer):,} tokens, {_origin(tokenizer)}; titles are cut "
                 f"at {beginning.processor.max_length} tokens"
             )
 
@@ -522,7 +522,11 @@ class _Examination:
             self.findings.ok(f"the Hub, {self.hub_args.hub_model_id}: the best model so far, after each evaluation")
 
 
-_OTHER_TOKENIZER = "give a --tokenizer_name that knows these titles"
+def _origin(tokenizer) -> str:
+    return f"from {tokenizer.name_or_path}" if tokenizer.name_or_path else "learned from the titles"
+
+
+_OTHER_TOKENIZER = "give --train_tokenizer, or a --tokenizer_name that knows these titles"
 
 
 def _told_memory(memory: TrainingMemory) -> str:

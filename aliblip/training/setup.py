@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, set_seed
+from transformers import PreTrainedTokenizerFast
 
 from aliblip.data.collate import Collator
 from aliblip.data.loader import EvalLoader, TrainLoader
@@ -26,6 +27,7 @@ from aliblip.data.manifest import manifest_changes
 from aliblip.data.products import tell_sources
 from aliblip.data.rows import Source
 from aliblip.data.sources import open_source, require_usable_row
+from aliblip.data.wordpiece import SMALLEST_VOCABULARY
 from aliblip.models.backbones import Backbone
 from aliblip.models.original import is_original
 from aliblip.models.upload import HubArguments, Publisher, check_hub_arguments, connect
@@ -49,6 +51,13 @@ from aliblip.training.building import (
 )
 from aliblip.training.checkpoint import Progress, checkpoints, find_checkpoint, read_state
 from aliblip.training.optim import learning_rate_schedule, total_optimizer_steps
+from aliblip.training.tokenizer import (
+    TRAINED_TOKENIZER,
+    check_trained_tokenizer,
+    learn_tokenizer,
+    load_trained_tokenizer,
+    save_trained_tokenizer,
+)
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
 
@@ -57,7 +66,7 @@ OF_ALL_SPLITS = (
     *("dataset_name", "dataset_config_name", "data_dir", "image_dir"),
     *("image_column", "caption_column", "product_id_column", "reading"),
 )
-OUTPUT_FOLDERS = ("best", "last", "logs")
+OUTPUT_FOLDERS = ("best", "last", "logs", TRAINED_TOKENIZER)
 OUTPUT_FILES = ("log.jsonl", "skipped.jsonl", "arguments.json", "manifest.json", "machine.json", "status.json")
 # What the order of the rows depends on, and what sets it; the number of rows is the data's.
 ORDER_FLAGS = {
@@ -150,6 +159,10 @@ class Start:
         return Path(self.args.output_dir)
 
     @part
+    def named_tokenizer(self) -> None:
+        check_trained_tokenizer(self.model_args)
+
+    @part
     def numbers(self) -> None:
         check_ranges(self.model_args, self.data_args, self.args)
 
@@ -178,8 +191,21 @@ class Start:
         check_shape(self.model_args, self.backbones)
 
     @part
+    def tokenizer(self) -> PreTrainedTokenizerFast | None:
+        """One that is learned from the titles, or was by the run that goes on; None if it was not asked for. All
+        processes learn it, from the same titles, before they meet: the same bytes."""
+        _ = self.named_tokenizer
+        if not self.model_args.train_tokenizer:
+            return None
+        checkpoint = self.resumed[0]
+        if checkpoint is not None:
+            return load_trained_tokenizer(checkpoint.parent / TRAINED_TOKENIZER)
+        source = self._open(self.data_args.train_split_name, self.data_args.train_file, sides="titles")
+        return learn_tokenizer(self.model_args, source, self.tell if launched_rank() == 0 else lambda line: None)
+
+    @part
     def beginning(self) -> Beginning:
-        return begin(self.model_args, self.backbones)
+        return begin(self.model_args, self.backbones, self.tokenizer)
 
     @part
     def momentum_start(self) -> dict[str, torch.Tensor] | None:
@@ -213,10 +239,10 @@ class Start:
             return None
         return self._open(self.data_args.validation_split_name, self.data_args.validation_file)
 
-    def _open(self, split: str, data_files: str | None) -> Source:
+    def _open(self, split: str, data_files: str | None, **more: str) -> Source:
         options = {name: getattr(self.data_args, name) for name in OF_ALL_SPLITS}
         index_dir = None if self.is_a_try else str(self.folder / "tar_index")
-        return open_source(split=split, data_files=data_files, index_dir=index_dir, **options)
+        return open_source(split=split, data_files=data_files, index_dir=index_dir, **options, **more)
 
     @property
     def _of_loaders(self) -> dict[str, int]:
@@ -370,12 +396,14 @@ class Check:
 CHECKS = (
     Check("flags", "origin", "where the model comes from"),
     Check("flags", "folder", "the output folder"),
+    Check("flags", "named_tokenizer", "which tokenizer"),
     Check("flags", "numbers", "numbers"),
     Check("flags", "trackers", "trackers"),
     Check("flags", "validation", "what to evaluate on"),
     Check("flags", "publishing", "what to publish"),
     Check("model", "backbones", "trained towers"),
     Check("model", "shape", "configuration"),
+    Check("model", "tokenizer", "a tokenizer of the titles"),
     Check("model", "beginning", "tokenizer"),
     Check("model", "momentum_start", "momentum encoders"),
     Check("training data", "train_source", "rows to train on"),
@@ -446,8 +474,11 @@ def meet(setup: Setup) -> AliBlipAccelerator:
         max_grad_norm=args.max_grad_norm,
         per_device_train_batch_size=args.per_device_train_batch_size,
     )
-    if accelerator.is_main_process and setup.checkpoint is None:
-        clear_output_dir(setup.output_dir)
+    if accelerator.is_main_process:
+        if setup.checkpoint is None:
+            clear_output_dir(setup.output_dir)
+        if setup.model_args.train_tokenizer:
+            save_trained_tokenizer(setup.processor.tokenizer, setup.output_dir / TRAINED_TOKENIZER)
     return accelerator
 
 
@@ -482,6 +513,8 @@ def check_ranges(model_args: ModelArguments, data_args: TrainDataArguments, args
         adam_epsilon=(args.adam_epsilon, 0, None),
         weight_decay=(args.weight_decay, 0, None),
         max_length=(model_args.max_length, 3, None),
+        tokenizer_vocab_size=(model_args.tokenizer_vocab_size, SMALLEST_VOCABULARY, None),
+        tokenizer_titles=(model_args.tokenizer_titles, 1, None),
         warmup_steps=(args.warmup_steps, 0, None),
         max_train_steps=(args.max_train_steps, 1, None),
         max_grad_norm=(args.max_grad_norm, 0, None),
