@@ -74,17 +74,21 @@ def hard_negatives(
     else:
         # Features that are not finite must reach the loss and its guard, and not end the draw (on a GPU: the process).
         probability = F.softmax(allowed, dim=1).nan_to_num(nan=1.0)
-        index = torch.multinomial(probability, 1, generator=generator).squeeze(1)
+        # What torch.multinomial does for one draw, without its checks: for these a GPU would have to be waited for.
+        race = probability / torch.empty_like(probability).exponential_(1.0, generator=generator)
+        index = race.argmax(dim=1)
     return torch.where(exists, index, torch.zeros_like(index)), exists
 
 
-def itm_loss(logits: Tensor, is_match: Tensor) -> Tensor:
-    """Cross-entropy of (M, 2) match logits, column 1 = match, against (M,) bool, in nats, mean over the pairs; fp32
-    scalar.
+def itm_loss(logits: Tensor, is_match: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Cross-entropy of (M, 2) match logits, column 1 = match, against (M,) bool, in nats, mean over the pairs, weighted
+    by (M,) `weight` where given; fp32 scalar.
 
     A head that always answers the prior of one match in three pairs scores 0.6365.
     """
-    return F.cross_entropy(logits.float(), is_match.long())
+    if weight is None:
+        return F.cross_entropy(logits.float(), is_match.long())
+    return (F.cross_entropy(logits.float(), is_match.long(), reduction="none") * weight).sum() / weight.sum()
 
 
 def itm_pairs(negative_image: Tensor, image_exists: Tensor, negative_text: Tensor, text_exists: Tensor):
@@ -97,15 +101,16 @@ def itm_pairs(negative_image: Tensor, image_exists: Tensor, negative_text: Tenso
         text_exists: (B,) bool, images that have a negative text.
 
     Returns:
-        image_index, text_index: (M,) int64 with B <= M <= 3 B; is_match: (M,) bool. Rows without a possible negative
-        are left out of that block. The indices of the B own rows are 0..B-1 in both.
+        image_index, text_index: (3 B,) int64; is_match: (3 B,) bool; weight: (3 B,) fp32, 1, and 0 for the pairs that
+        stand where a row has no possible negative. They are kept since their number would have to be read from the
+        device. The B own pairs come first.
     """
     own = torch.arange(negative_image.shape[0], device=negative_image.device)
-    image_index = torch.cat([own, negative_image[image_exists], own[text_exists]])
-    text_index = torch.cat([own, own[image_exists], negative_text[text_exists]])
-    is_match = torch.zeros_like(image_index, dtype=torch.bool)
-    is_match[: own.shape[0]] = True
-    return image_index, text_index, is_match
+    image_index = torch.cat([own, negative_image, own])
+    text_index = torch.cat([own, own, negative_text])
+    weight = torch.cat([torch.ones_like(image_exists), image_exists, text_exists]).float()
+    is_match = torch.arange(image_index.shape[0], device=own.device) < own.shape[0]
+    return image_index, text_index, is_match, weight
 
 
 __all__ = ["hard_negatives", "itc_loss", "itm_loss", "itm_pairs", "positives", "soft_targets"]

@@ -13,12 +13,15 @@ The first token of every pass with cross-attention becomes `[ENC]` inside the mo
 the text-only pass keeps `[CLS]`. Callers never swap tokens.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, GradientCheckpointingLayer, PreTrainedModel
 from transformers import initialization as init
@@ -37,6 +40,34 @@ except ImportError:
 
 # (key, value) of one cross-attention layer for N images, each (N, H, P, C); an `ImageKV` holds one pair per text layer.
 ImageKV = tuple[tuple[Tensor, Tensor], ...]
+
+
+class RowsByImage(NamedTuple):
+    """Rows of a matrix laid out as one line of S places per image, so that an image's rows share an attention.
+
+    `rows` (N, S): the row in each place, any row where an image has fewer than S; `places` (rows,): where in the N * S
+    each row stands. All of them int64.
+    """
+
+    rows: Tensor
+    places: Tensor
+
+
+class PackedPairs(NamedTuple):
+    """M pairs of titles with N images, the tokens of all titles one after the other, without padding: pairs of one
+    length stand together.
+
+    `sizes`: (pairs, length) of every length, in the order of the tokens; `positions` (tokens,): place of each token in
+    its title; `first` (M,): the first token of each pair; `tokens_by_image` and `pairs_by_image`: where the tokens, and
+    where the pairs, stand by image, None if all are of the only image.
+    """
+
+    sizes: list[tuple[int, int]]
+    positions: Tensor
+    first: Tensor
+    tokens_by_image: RowsByImage | None
+    pairs_by_image: RowsByImage | None
+
 
 # The name is not free: transformers looks for it to tell whether a model can change its attention after loading.
 ALL_ATTENTION_FUNCTIONS = AttentionInterface()
@@ -63,6 +94,14 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: 
     return context.flatten(2)  # (B, L, H, C) -> (B, L, D)
 
 
+def _any_shape(device: torch.device) -> AbstractContextManager:
+    """For attention over titles, whose numbers and lengths change from call to call: cuDNN's kernels, which torch takes
+    first on some GPUs, are prepared for each shape anew, and that takes longer than the attention itself."""
+    if device.type != "cuda":
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
 def _split_heads(states: Tensor, heads: int) -> Tensor:
     return states.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, L, D) -> (B, H, L, C)
 
@@ -73,10 +112,12 @@ class DropPath(nn.Module):
     def __init__(self, rate: float):
         super().__init__()
         self.rate = rate
+        self.drops = rate > 0.0
 
     def forward(self, branch: Tensor) -> Tensor:
-        if self.rate == 0.0 or not self.training:
-            return branch
+        return self.dropped(branch) if self.drops and self.training else branch
+
+    def dropped(self, branch: Tensor) -> Tensor:
         keep = 1.0 - self.rate
         kept = branch.new_empty((branch.shape[0],) + (1,) * (branch.dim() - 1)).bernoulli_(keep)
         return branch * kept / keep
@@ -236,11 +277,13 @@ class AliBlipTextEmbeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """ids (B, L) -> (B, L, D), or with the positions of the ids, both of one shape, one vector each."""
         # Made here and not a buffer: a non-persistent buffer is garbage after from_pretrained. Through the module and
         # not a slice of its weight: `device_map` may keep that on disk, from where accelerate fetches it for a call.
-        positions = self.position_embeddings(torch.arange(input_ids.shape[1], device=input_ids.device))  # (L, D)
-        return self.dropout(self.LayerNorm(self.word_embeddings(input_ids) + positions))
+        if positions is None:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return self.dropout(self.LayerNorm(self.word_embeddings(input_ids) + self.position_embeddings(positions)))
 
 
 class AliBlipTextSelfAttention(nn.Module):
@@ -262,6 +305,32 @@ class AliBlipTextSelfAttention(nn.Module):
 
     def forward(self, hidden: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         return _attend(self, _split_heads(self.query(hidden), self.heads), key, value, mask)
+
+    def attend_by_title(self, queries: Tensor, hidden: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
+        """Packed titles, hidden (tokens, D), each within itself: pairs of one length are a batch without padding.
+        Queries are all tokens, or the first of each pair, (M, D)."""
+        tokens = [pairs * length for pairs, length in sizes]
+        asking = tokens if len(queries) == len(hidden) else [pairs for pairs, _ in sizes]
+        parts = (
+            self.query(queries).split(asking),
+            self.key(hidden).split(tokens),
+            self.value(hidden).split(tokens),
+        )
+        contexts = []
+        for (pairs, _), *of_length in zip(sizes, *parts, strict=True):
+            heads = (
+                part.view(pairs, -1, self.heads, part.shape[1] // self.heads).transpose(1, 2) for part in of_length
+            )
+            contexts.append(_attend(self, *heads, None).flatten(0, 1))
+        return torch.cat(contexts)
+
+    def attend_by_image(self, queries: Tensor, key: Tensor, value: Tensor, by_image: RowsByImage | None) -> Tensor:
+        """Packed rows (rows, D), each to the tokens of its image, of N (N, H, P, C)."""
+        if by_image is None:
+            return self(queries[None], key, value, None)[0]
+        query = self.query(queries)[by_image.rows]  # (N, S, D)
+        context = _attend(self, _split_heads(query, self.heads), key, value, None)
+        return context.flatten(0, 1)[by_image.places]
 
 
 class AliBlipTextResidual(nn.Module):
@@ -298,6 +367,16 @@ class AliBlipTextAttention(nn.Module):
             context = self.self(hidden, key[image_index], value[image_index], None)
         return self.output(context, hidden)
 
+    def attend_packed_text(self, hidden: Tensor, packed: PackedPairs, first_only: bool) -> Tensor:
+        """As `attend_text`, hidden (tokens, D) -> (tokens, D), or (M, D) of the first tokens."""
+        queries = hidden[packed.first] if first_only else hidden
+        return self.output(self.self.attend_by_title(queries, hidden, packed.sizes), queries)
+
+    def attend_packed_images(self, hidden: Tensor, image_kv, packed: PackedPairs, first_only: bool) -> Tensor:
+        """As `attend_images`, hidden (tokens, D), or (M, D) of the first tokens."""
+        by_image = packed.pairs_by_image if first_only else packed.tokens_by_image
+        return self.output(self.self.attend_by_image(hidden, *image_kv, by_image), hidden)
+
 
 class AliBlipTextIntermediate(nn.Module):
     def __init__(self, config):
@@ -324,10 +403,15 @@ class AliBlipTextLayer(GradientCheckpointingLayer):
         image_kv: tuple[Tensor, Tensor] | None = None,
         image_index: Tensor | None = None,
         first_only: bool = False,
+        packed: PackedPairs | None = None,
     ) -> Tensor:
-        hidden = self.attention.attend_text(hidden, mask, first_only)
-        if image_kv is not None:
-            hidden = self.crossattention.attend_images(hidden, image_kv, image_index)
+        if packed is not None:
+            hidden = self.attention.attend_packed_text(hidden, packed, first_only)
+            hidden = self.crossattention.attend_packed_images(hidden, image_kv, packed, first_only)
+        else:
+            hidden = self.attention.attend_text(hidden, mask, first_only)
+            if image_kv is not None:
+                hidden = self.crossattention.attend_images(hidden, image_kv, image_index)
         return self.output(self.intermediate(hidden), hidden)
 
 
@@ -336,12 +420,20 @@ class AliBlipTextEncoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(AliBlipTextLayer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, hidden, mask, image_kv: ImageKV | None, image_index: Tensor | None, first_only: bool) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        mask: Tensor | None,
+        image_kv: ImageKV | None,
+        image_index: Tensor | None,
+        first_only: bool,
+        packed: PackedPairs | None = None,
+    ) -> Tensor:
         last = len(self.layer) - 1
         for i, layer in enumerate(self.layer):
             kv = None if image_kv is None else image_kv[i]
             # Tokens meet in self-attention alone: of the last layer's other outputs nothing reaches the first token's.
-            hidden = layer(hidden, mask, kv, image_index, first_only and i == last)
+            hidden = layer(hidden, mask, kv, image_index, first_only and i == last, packed)
         return hidden
 
 
@@ -371,16 +463,25 @@ class AliBlipTextModel(AliBlipPreTrainedModel):
         image_kv: ImageKV | None = None,
         image_index: Tensor | None = None,
         first_only: bool = False,
+        packed: PackedPairs | None = None,
     ) -> Tensor:
-        """ids (B, L) -> tokens (B, L, D), or with `first_only` the first one alone, (B, 1, D), at less work."""
+        """ids (B, L) -> tokens (B, L, D), or with `first_only` the first one alone, (B, 1, D), at less work; with
+        `packed` ids (tokens,) -> (tokens, D), or (M, D)."""
         longest = self.embeddings.position_embeddings.num_embeddings
-        if input_ids.shape[1] > longest:
-            raise ValueError(f"titles of {input_ids.shape[1]} tokens given, the model takes at most {longest}")
+        given = input_ids.shape[1] if packed is None else max(length for _, length in packed.sizes)
+        if given > longest:
+            raise ValueError(f"titles of {given} tokens given, the model takes at most {longest}")
+        if packed is not None:
+            hidden = self.embeddings(input_ids, packed.positions)
+            with _any_shape(hidden.device):
+                return self.encoder(hidden, None, image_kv, None, first_only, packed)
         hidden = self.embeddings(input_ids)
         # Under autocast the attention runs in the autocast type, whatever the weights are.
         autocast = torch.is_autocast_enabled(hidden.device.type)
         dtype = torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype
-        return self.encoder(hidden, self._attention_mask(attention_mask, dtype), image_kv, image_index, first_only)
+        mask = self._attention_mask(attention_mask, dtype)
+        with _any_shape(hidden.device):
+            return self.encoder(hidden, mask, image_kv, image_index, first_only)
 
 
 # --- retrieval --------------------------------------------------------------------------------------------------------
@@ -545,6 +646,21 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
         tokens = self.text_encoder(input_ids, attention_mask, image_kv, image_index, first_only=True)  # (M, 1, D)
         return self.itm_head(tokens[:, 0])
 
+    def match_packed(self, input_ids: Tensor, packed: PackedPairs, image_kv: ImageKV) -> Tensor:
+        """As `match`, for any titles of any of the images in one call: nothing is padded, and no keys and values are
+        copied. What a call costs the host is shared by all its pairs, and it never waits for the device.
+
+        Args:
+            input_ids: (tokens,) int64, the titles of all pairs one after the other, as `packed` describes them.
+            image_kv: of the N images.
+
+        Returns:
+            (M, 2), column 1 = match.
+        """
+        input_ids = input_ids.index_fill(0, packed.first, self.config.enc_token_id)
+        tokens = self.text_encoder(input_ids, image_kv=image_kv, first_only=True, packed=packed)  # (M, D)
+        return self.itm_head(tokens)
+
     def forward(
         self,
         pixel_values: Tensor,
@@ -587,7 +703,7 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
         itm_logits = loss = None
         if paired:
             own = torch.arange(len(image_embeds), device=device)
-            image_index, text_index, is_match = own, own, None
+            image_index, text_index, is_match, weight = own, own, None, None
             if return_loss:
                 product_id = own if product_id is None else product_id.to(device)
                 if product_id.shape != own.shape:
@@ -598,7 +714,7 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
                 positive = positives(product_id, product_id)
                 targets = soft_targets(positive)
                 itc = (itc_loss(logits_per_image, targets) + itc_loss(logits_per_image.t(), targets)) / 2
-                image_index, text_index, is_match = itm_pairs(
+                image_index, text_index, is_match, weight = itm_pairs(
                     *hard_negatives(logits_per_image.t(), positive), *hard_negatives(logits_per_image, positive)
                 )
             text_index = text_index.to(input_ids.device)
@@ -607,7 +723,7 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
             pair_logits = self.match(input_ids[text_index], mask, image_kv, image_index)
             itm_logits = pair_logits[: len(own)]
             if return_loss:
-                loss = itc + itm_loss(pair_logits.to(device), is_match)
+                loss = itc + itm_loss(pair_logits.to(device), is_match, weight)
         return AliBlipRetrievalOutput(
             loss=loss,
             logits_per_image=logits_per_image,

@@ -35,6 +35,7 @@ from aliblip.runtime.mistakes import main_with_usage_errors
 from aliblip.training.arguments import DryRunArguments, ModelArguments, TrainDataArguments, TrainingArguments
 from aliblip.training.building import build_momentum, build_objective, build_optimizer
 from aliblip.training.checkpoint import Training
+from aliblip.training.compiling import CompiledTowers
 from aliblip.training.examination import check_dry_run, examine
 from aliblip.training.optim import set_learning_rate
 from aliblip.training.progress import RunStatus, Unfailing
@@ -77,10 +78,13 @@ def train(setup: Setup, accelerator: AliBlipAccelerator, signals: StopSignals, s
     model = setup.model.to(accelerator.device)
     # The momentum state and the loaders are not prepared: DDP would broadcast the queues at every forward.
     momentum = build_momentum(model, args, accelerator, setup.momentum_start)
-    objective, optimizer = accelerator.prepare(build_objective(model, args), build_optimizer(model, args))
+    compiled = CompiledTowers(model, momentum.encoders) if args.compile else None
+    objective, optimizer = accelerator.prepare(
+        build_objective(model, args, setup.processor.max_length), build_optimizer(model, args)
+    )
     set_seed(args.seed + accelerator.process_index)  # dropout and hard negatives differ from rank to rank
     training = Training(model, optimizer, momentum, accelerator.device)
-    with Run(setup, accelerator, training, signals, status) as run:
+    with Run(setup, accelerator, training, signals, status, compiled) as run:
         for epoch in run.epochs():
             for step in run.steps(epoch):
                 if step.average_is_due:
@@ -90,11 +94,13 @@ def train(setup: Setup, accelerator: AliBlipAccelerator, signals: StopSignals, s
                     with accelerator.accumulate(objective):
                         targets = momentum.encode(batch)
                         output = objective(batch, targets, alpha)
-                        norm = backward_and_step(accelerator, objective, optimizer, output.loss, args.max_grad_norm)
+                        outcome = backward_and_step(
+                            accelerator, objective, optimizer, output.loss, args.max_grad_norm, signals.number
+                        )
                     momentum.enqueue(targets, batch["product_id"])
                     run.after_batch(step, batch, targets, output)
                 clamp_parameter(model.temp, *TEMPERATURE_RANGE)
-                run.after_step(step, output, norm)  # a step that is not finite is undone; log, checkpoint, signal
+                run.after_step(step, output, outcome)  # a step that is not finite is undone; log, checkpoint, signal
             if run.stopped_by:
                 return run.stop()
             run.after_epoch(epoch)  # evaluation, models, publishing

@@ -6,7 +6,7 @@
 
 Random weights of ViT-L/16 at 384 px in bf16 on a GPU (fp32 on a CPU), random photos and titles of 6 to 20 tokens; the
 photos are made on the device, so that the image tower is measured and no disk. The stages are those of
-`aliblip.retrieval.evaluation` on one process: embed, search both ways, re-rank photo by photo. The other side is the
+`aliblip.retrieval.evaluation` on one process: embed, search both ways, re-rank. The other side is the
 goal, 5 minutes for the full size, in proportion to the floating-point operations for another one: the last line is the
 goal over the time taken, and more than 1 means that it is met.
 """
@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import retrieval_aliblip as engine
-from aliblip.retrieval.plan import MemoryPlan, available_memory, expected_time, memory_plan
+from aliblip.retrieval.embedding import TokenMemory
+from aliblip.retrieval.plan import MemoryPlan, available_memory, expected_time, free_for_tokens, memory_plan
 from aliblip.retrieval.rankings import candidate_pairs
 from benchmarks.common import finish, parser
 from configuration_aliblip import AliBlipConfig
@@ -92,7 +93,16 @@ def plan_of(config: AliBlipConfig, num_images: int, num_texts: int, k: int, dtyp
         longest_title=LONGEST,
         token_dtype=dtype,
         host_memory=available_memory() / 2,
+        **_of_device(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
     )
+
+
+def _of_device(device: torch.device) -> dict[str, float]:
+    """What a re-ranking pass may fill, in bytes, and the text tokens that suit the device."""
+    if device.type != "cuda":
+        return {}
+    memory = {"device_memory": torch.cuda.mem_get_info(device)[0] / 2, "token_device_memory": free_for_tokens(device)}
+    return {**memory, "most_batch_tokens": engine.default_batch_tokens(device)}
 
 
 def run(model, args, plan: MemoryPlan, unit: int, count: int) -> tuple[dict[str, float], int]:
@@ -111,13 +121,12 @@ def run(model, args, plan: MemoryPlan, unit: int, count: int) -> tuple[dict[str,
         return torch.randn(number, 3, size, size, generator=seeded, device=device, dtype=dtype)
 
     clock = _Clock(device)
-    kept: dict[int, torch.Tensor] = {}
+    memory = TokenMemory(plan.images_kept * plan.image_tokens / plan.num_images, free_for_tokens(device))
     images = []
     for start in starts:
         embeds, tokens = engine.embed_images(model, photos(start))
         images.append(embeds)
-        if start + unit <= plan.images_kept:
-            kept[start] = tokens.cpu()
+        memory.offer(start, tokens)
     titles = [
         engine.embed_texts(model, input_ids[start : start + 512], attention_mask[start : start + 512])
         for start in range(0, args.num_texts, 512)
@@ -129,12 +138,15 @@ def run(model, args, plan: MemoryPlan, unit: int, count: int) -> tuple[dict[str,
     _, text_ids = engine.search(images, titles, k)
     pairs = candidate_pairs(image_ids, text_ids, count, args.num_texts)
     clock.stop("search")
+    reranker = engine.Reranker(model, input_ids, attention_mask, plan.rerank_batch_tokens)
+    logits = []
     for start in starts:
-        tokens = kept.pop(start, None)
+        tokens = memory.take(start)
         if tokens is None:
             _, tokens = engine.embed_images(model, photos(start))
         chosen = [pairs.texts_of(image) for image in range(start, min(start + unit, count))]
-        engine.rerank(model, tokens, chosen, input_ids, attention_mask, plan.rerank_batch_tokens)
+        logits.append(reranker(tokens, chosen)[:, 1])
+    torch.cat(logits).cpu()
     clock.stop("rerank")
     return clock.seconds, len(pairs)
 

@@ -115,7 +115,7 @@ def rerank_theirs(theirs, image_tokens: Tensor, input_ids: Tensor, attention_mas
 
 
 def rerank_ours(ours, tokens: Tensor, text_ids: list[Tensor], input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Match logits of the pairs, image by image: column 1."""
+    """Match logits of the pairs, image after image: column 1."""
     return engine.rerank(ours, tokens, text_ids, input_ids, attention_mask)[:, 1]
 
 
@@ -218,11 +218,8 @@ def measure(ours, theirs, args) -> dict:
 
 
 def rerank_flops(config, attention_mask: Tensor) -> int:
-    """Of the engine, for one image and all these titles, with the padding that it computes."""
-    lengths = attention_mask.sum(dim=1)
-    order, bounds = engine._buckets(lengths, engine.RERANK_BATCH_TOKENS)
-    padded = sum((stop - start) * match_flops(config, int(lengths[order[start]])) for start, stop in bounds)
-    return image_kv_flops(config) + padded
+    """Of the engine, for one image and all these titles, which it does not pad."""
+    return image_kv_flops(config) + sum(match_flops(config, length) for length in attention_mask.sum(dim=1).tolist())
 
 
 def pair_flops(config) -> int:

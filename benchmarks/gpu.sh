@@ -37,9 +37,10 @@ if [[ $tiny == --tiny ]]; then
         --json "$out/gpu_rerank.json"
 else
     nvidia-smi --query-gpu=name,memory.total,driver_version,clocks.sm --format=csv,noheader
-    part checks 120 benchmarks/gpu_checks.py --json "$out/gpu_checks.json"
-    part steps 180 benchmarks/gpu_steps.py --seconds 120 --json "$out/gpu_steps.json"
-    part rerank 120 benchmarks/bench_full.py --num_images 5000 --num_texts 2000 --json "$out/gpu_rerank.json"
+    part checks 110 benchmarks/gpu_checks.py --json "$out/gpu_checks.json"
+    part steps 150 benchmarks/gpu_steps.py --seconds 110 --json "$out/gpu_steps.json"
+    part rerank_tenth 60 benchmarks/bench_full.py --num_images 5000 --num_texts 2000 --json "$out/gpu_rerank_tenth.json"
+    part rerank 200 benchmarks/bench_full.py --json "$out/gpu_rerank.json"
 fi
 "$python" benchmarks/gpu_summary.py "$out" | tee "$out/summary.md"
 exit "$failed"

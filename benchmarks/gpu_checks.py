@@ -172,7 +172,7 @@ def beside_fp32(run: Path, folder: Path) -> str:
 
 
 def check_fp32(folder: Path) -> str:
-    seen = losses(train(folder, "fp32", "single_gpu", "--mixed_precision", "no"))
+    seen = losses(train(folder, "fp32", "single_gpu", "--mixed_precision", "no", "--deterministic", "true"))
     return f"the loss went from {seen[0]:.4f} to {seen[-1]:.4f} in {STEPS} steps"
 
 
@@ -185,7 +185,7 @@ def check_resume(folder: Path) -> str:
     whole, log = folder / "fp32", folder / "fp32.log"
     checkpoint = whole / f"checkpoint-{STEPS // 2}"
     wait_for(checkpoint, log)
-    flags = ("--mixed_precision", "no", "--resume_from_checkpoint", str(checkpoint))
+    flags = ("--mixed_precision", "no", "--deterministic", "true", "--resume_from_checkpoint", str(checkpoint))
     resumed = train(folder, "resumed", "single_gpu", *flags)
     wait_for(whole / "last" / "model.safetensors", log)
     one, other = (load_file(run / "last" / "model.safetensors") for run in (whole, resumed))

@@ -8,14 +8,10 @@ from pathlib import Path
 
 
 def main(folder: Path) -> None:
-    tables = {name: read(folder / f"gpu_{name}.json") for name in ("checks", "steps", "rerank")}
-    for name, section in (("checks", checks), ("steps", steps), ("rerank", rerank)):
-        print(f"\n## {name}\n")
-        print(section(tables[name]) if tables[name] else "no table was written")
-
-
-def read(file: Path) -> dict | None:
-    return json.loads(file.read_text()) if file.exists() else None
+    for name, section in (("checks", checks), ("steps", steps), ("rerank_tenth", rerank), ("rerank", rerank)):
+        file = folder / f"gpu_{name}.json"
+        print(f"\n## {name.replace('_', ', a ')}\n")
+        print(section(json.loads(file.read_text())) if file.exists() else "no table was written")
 
 
 def checks(table: dict) -> str:

@@ -54,6 +54,7 @@ def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
             {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
         ],
         lr=LEARNING_RATE,
+        fused=True,
     )
 
 
@@ -120,7 +121,9 @@ def main() -> None:
                 losses.append(distributed.reduce_sum(loss.detach()).item() / size)
                 if step == BROKEN_STEP and rank == size - 1:
                     loss = loss * float("inf")
-                norms.append(backward_and_step(accelerator, prepared, optimizer, loss, MAX_GRAD_NORM))
+                outcome = backward_and_step(accelerator, prepared, optimizer, loss, MAX_GRAD_NORM, number=rank)
+                norms.append(None if outcome is None else outcome.read()[0])
+                assert outcome is None or outcome.read()[1] == size - 1  # the largest of all ranks
         assert norms[:-1] == [None] * (ACCUMULATION - 1)
         if step == BROKEN_STEP:
             report["broken_step_changed_weights"] = distributed.checksum(weights()) != before

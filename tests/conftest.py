@@ -29,3 +29,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if slow.is_slow(item):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture
+def accelerate_as_before():
+    """For tests that build an Accelerator in this process: the next one starts anew."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

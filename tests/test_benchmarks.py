@@ -1,4 +1,4 @@
-"""The benchmarks of retrieval and of the gallery run, on tiny models and galleries, and their sides give the same."""
+"""The benchmarks run, on tiny models and galleries, and their sides give the same."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import ROOT, assert_succeeded, run
 
-from benchmarks import bench_full, bench_gallery, bench_retrieval, bench_search
+from benchmarks import bench_full, bench_gallery, bench_retrieval, bench_search, bench_step
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +86,27 @@ def test_the_plan_of_the_full_scale(capsys):
     told = capsys.readouterr().out
     assert "50,000 images x 20,000 titles, the 128 best of each re-ranked" in told
     assert "one H200 in bf16 at 40 % of its 989 TFLOP/s (assumed)" in told
+
+
+def test_step_against_the_plain_way(tmp_path, capsys, accelerate_as_before):
+    file = tmp_path / "table.json"
+    bench_step.main(["--tiny", "--rounds", "1", "--threads", "1", "--json", str(file)])
+    table = json.loads(file.read_text())
+    assert capsys.readouterr().out.splitlines()[-1] == f"step ratio={table['ratio']:.4g}"
+    sides = table["sides"]
+    assert set(sides) == set(bench_step.SIDES) and len(sides) == 9
+    assert all(side["largest_difference"] < 1e-4 and len(side["seconds_of_rounds"]) == 1 for side in sides.values())
+    flops = {name: side["flops"] / sides["ours"]["flops"] for name, side in sides.items()}
+    assert flops["plain"] > 1.5 and all(flops[f"without {name}"] > 1.05 for name in ("lengths", "shared_photos"))
+    assert flops["without average"] == flops["without optimizer"] == pytest.approx(1, abs=0.01)
+
+
+def test_step_refuses_sides_that_differ(monkeypatch, accelerate_as_before):
+    plain = bench_step.draw_one_by_one
+    wrong = lambda *args, **options: (plain(*args, **options)[0].flip(0), plain(*args, **options)[1])  # noqa: E731
+    monkeypatch.setattr(bench_step, "draw_one_by_one", wrong)
+    with pytest.raises(RuntimeError, match="plain: the losses differ by "):
+        bench_step.main(["--tiny", "--rounds", "1", "--threads", "1"])
 
 
 def test_the_script_for_a_gpu_in_small(tmp_path):

@@ -12,7 +12,7 @@ import retrieval_aliblip as engine
 from aliblip.data.collate import Collator
 from aliblip.data.loader import EvalLoader
 from aliblip.data.sources import open_source
-from aliblip.retrieval.embedding import EmbeddedUnit, embedded_units, undisturbed
+from aliblip.retrieval.embedding import EmbeddedUnit, TokenMemory, embedded_units, undisturbed
 from aliblip.runtime.parts import Parts
 
 UNITS = -(-ROWS // UNIT)
@@ -103,3 +103,26 @@ def test_a_model_in_training_mode_is_refused_and_undisturbed_puts_it_back(model,
         assert model.text_encoder.training and not model.vision_model.training
     finally:
         model.eval()
+
+
+class OnDevice:
+    """Tokens of 400 bytes on a device that is not here."""
+
+    device = torch.device("cuda")
+
+    def numel(self) -> int:
+        return 100
+
+    def element_size(self) -> int:
+        return 4
+
+    def cpu(self) -> str:
+        return "in host memory"
+
+
+def test_image_tokens_fill_the_device_first_and_then_the_host():
+    memory, tokens = TokenMemory(host_limit=800, device_limit=900), [OnDevice() for _ in range(5)]
+    for unit, of_unit in enumerate(tokens):
+        memory.offer(unit, of_unit)
+    assert list(map(memory.take, range(5))) == [*tokens[:2], "in host memory", "in host memory", None]
+    assert memory.take(0) is None  # no longer kept

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import functools
 import json
 import shutil
 import sys
@@ -25,17 +24,25 @@ import os, signal, sys
 import retrieval_aliblip as engine
 from aliblip.runtime import parts
 parts.SECONDS = 0.0
-rerank, calls = engine.rerank, []
+rerank, calls = engine.Reranker.__call__, []
 def counted(*arguments):
     calls.append(1)
     if len(calls) == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     return rerank(*arguments)
-engine.rerank = counted
+engine.Reranker.__call__ = counted
 import evaluate_retrieval
 sys.argv = ["evaluate_retrieval.py", *sys.argv[1:]]
 evaluate_retrieval.main()
 """
+
+
+def counted(calls, name, work):
+    def call(*arguments):
+        calls.append(name)
+        return work(*arguments)
+
+    return call
 
 
 @pytest.mark.parametrize("depth", [str(K), "all"])
@@ -52,13 +59,11 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(depth, model_folder, cata
             run_script(*arguments, "--model_name_or_path", shorter)
     calls = []
     with pytest.MonkeyPatch.context() as patched:
-        for name in ("rerank", "embed_texts"):
-            work = getattr(evaluation.engine, name)
-            counted = functools.partial(lambda name, work, *a: (calls.append(name), work(*a))[1], name, work)
-            patched.setattr(evaluation.engine, name, counted)
+        for owner, name in ((evaluation.engine.Reranker, "__call__"), (evaluation.engine, "embed_texts")):
+            patched.setattr(owner, name, counted(calls, name, getattr(owner, name)))
         assert run_script(*arguments)[0] == 0
     units = -(-ROWS // UNIT)
-    assert calls.count("embed_texts") == 0 and calls.count("rerank") == units - 3
+    assert calls.count("embed_texts") == 0 and calls.count("__call__") == units - 3
     assert run_script(*arguments, "--output_dir", tmp_path / "whole")[0] == 0
     went_on, whole = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("out", "whole"))
     assert went_on["run"]["units_from_an_earlier_start"] == units + 3
@@ -81,7 +86,7 @@ def test_what_fails_after_the_work_is_made_up_for_without_doing_it_again(
         assert (out / "results.json").exists() and (out / "parts").is_dir()
         with monkeypatch.context() as patched:
             patched.setattr(evaluation.engine, "embed_texts", None)  # calling it would fail
-            patched.setattr(evaluation.engine, "rerank", None)
+            patched.setattr(evaluation.engine.Reranker, "__call__", None)
             code, printed = run_script(*arguments, "--contact_sheet_rows", BROKEN + 1)
         assert code == 0 and not (out / "parts").exists()
         assert (out / "itm_logits.npy").exists() == (depth == "all")

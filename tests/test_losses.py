@@ -69,22 +69,48 @@ def test_rows_of_one_product_have_no_negative_and_are_left_out():
     same = torch.tensor([4, 4, 4])
     index, exists = hard_negatives(torch.randn(3, 3), positives(same, same))
     assert not exists.any() and (index == 0).all()
-    image_index, text_index, is_match = itm_pairs(index, exists, index, exists)
-    assert image_index.tolist() == text_index.tolist() == [0, 1, 2] and is_match.all()
+    *_, is_match, weight = itm_pairs(index, exists, index, exists)
+    assert weight.tolist() == [1.0] * 3 + [0.0] * 6 and torch.equal(is_match, weight.bool())
+    logits = torch.randn(9, 2)
+    torch.testing.assert_close(itm_loss(logits, is_match, weight), itm_loss(logits[:3], is_match[:3]))
 
 
 def test_pairs_of_an_itm_step():
-    image_index, text_index, is_match = itm_pairs(
-        torch.tensor([1, 0, 1]),
-        torch.tensor([True, True, False]),
-        torch.tensor([2, 0, 0]),
-        torch.tensor([True, False, True]),
-    )
-    assert list(zip(image_index.tolist(), text_index.tolist(), is_match.tolist(), strict=True)) == [
+    image_exists, text_exists = torch.tensor([True, True, False]), torch.tensor([True, False, True])
+    pairs = itm_pairs(torch.tensor([1, 0, 1]), image_exists, torch.tensor([2, 0, 0]), text_exists)
+    weight = pairs[-1]
+    assert weight.shape == (9,)
+    assert list(zip(*(part[weight > 0].tolist() for part in pairs[:3]), strict=True)) == [
         *[(0, 0, True), (1, 1, True), (2, 2, True)],
         *[(1, 0, False), (0, 1, False)],  # texts 0 and 1 with their negative images
         *[(0, 2, False), (2, 0, False)],  # images 0 and 2 with their negative texts
     ]
+
+
+def test_pairs_that_are_missing_weigh_nothing():
+    """The loss and its gradient are those of the pairs that are there."""
+    weight = torch.tensor([1.0, 1, 1, 0, 1, 0])
+    logits, is_match = torch.randn(6, 2, requires_grad=True), torch.arange(6) < 2
+    loss = itm_loss(logits, is_match, weight)
+    loss.backward()
+    there = logits.detach()[weight > 0].requires_grad_()
+    expected = itm_loss(there, is_match[weight > 0])
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(logits.grad[weight > 0], there.grad)
+    assert (logits.grad[weight == 0] == 0).all()
+
+
+def test_the_draw_is_that_of_multinomial():
+    """Bit by bit, and it leaves the generator where multinomial leaves it."""
+    similarity, product_id = torch.randn(64, 64) * 5, torch.arange(64) // 3
+    positive = positives(product_id, product_id)
+    ours, theirs = (torch.Generator().manual_seed(7) for _ in range(2))
+    for _ in range(20):
+        index, _ = hard_negatives(similarity, positive, generator=ours)
+        probability = similarity.masked_fill(positive, -torch.inf).softmax(1)
+        assert torch.equal(index, torch.multinomial(probability, 1, generator=theirs).squeeze(1))
+    assert torch.equal(ours.get_state(), theirs.get_state())
 
 
 def test_the_prior_scores_the_loss_that_the_log_warns_of():

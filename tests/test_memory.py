@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import tiny
 import torch
+from helpers import ROOT
 
 from aliblip.training.memory import Work, activations, largest_batch, state_of, training_memory
 from aliblip.training.momentum import MomentumState
 from aliblip.training.objective import RetrievalObjective
+from configuration_aliblip import AliBlipConfig
 
 ROWS, LENGTH, QUEUE = 8, 12, 50
 
@@ -94,3 +97,18 @@ def test_the_largest_batch_fits_and_one_more_does_not():
     assert largest_batch(model.config, state, work, 1000) == 0
     longer = replace(work, longest=30, matched=30)
     assert largest_batch(model.config, state, longer, available) < 100
+
+
+def test_what_is_told_is_a_little_above_what_a_gpu_allocated():
+    """Peaks of whole steps on an H200, as benchmarks/gpu_steps.py measured them; its titles have 6 to 20 tokens."""
+    measured = json.loads((ROOT / "benchmarks" / "results" / "gpu_steps.json").read_text())["variants"]
+    config = AliBlipConfig.from_size("large", vision_config={"image_size": 384})
+    state = state_of(config, 57_600)
+    ratios = []
+    for variant in measured:
+        if "peak_gb" in variant and not variant["compiled"] and not variant["checkpointing"]:
+            bf16, attention = variant["precision"] == "bf16", variant["attention"]
+            work = Work(longest=20, matched=14.75, bf16=bf16, on_gpu=True, attention=attention)
+            told = training_memory(config, state, work, variant["batch"]).total
+            ratios.append(told / (variant["peak_gb"] * 1e9))
+    assert len(ratios) >= 6 and all(1.05 < ratio < 1.2 for ratio in ratios)

@@ -29,6 +29,19 @@ def test_average_follows_the_formula_and_holds_no_gradient():
         torch.testing.assert_close(value, before[name] + 0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_average_of_all_parameters_at_once_equals_one_by_one(dtype):
+    momentum, model = state(), tiny.model(seed=3).to(dtype)
+    trained = dict(model.named_parameters())
+    expected = {
+        name: average.lerp(trained[name].detach().float(), 0.005)
+        for name, average in momentum.encoders.named_parameters()
+    }
+    momentum.update(model)
+    for name, average in momentum.encoders.named_parameters():
+        assert torch.equal(average, expected[name]), name
+
+
 def test_average_of_bf16_weights_moves_in_fp32():
     """In bf16 a step of 0.005 of the distance rounds to nothing."""
     model = tiny.model()
@@ -94,7 +107,7 @@ def test_queue_of_any_size_wraps_like_a_list(sizes):
             pointer = (pointer + 1) % 10
     assert momentum.pointer == pointer
     assert momentum.queue_filled.tolist() == [slot is not None for slot in slots]
-    assert momentum.queue_fill() == pytest.approx(sum(slot is not None for slot in slots) / 10)
+    assert momentum.queue_fill().item() == pytest.approx(sum(slot is not None for slot in slots) / 10)
     for i, slot in enumerate(slots):
         if slot is None:
             assert torch.equal(momentum.image_queue[i], random_vectors[i])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from itertools import accumulate, pairwise
+
 import pytest
 import tiny
 import torch
@@ -12,7 +15,7 @@ import aliblip.training.objective
 import losses_aliblip
 from aliblip.runtime.distributed import rank
 from aliblip.training.momentum import MomentumState
-from aliblip.training.objective import RetrievalObjective, match_by_length
+from aliblip.training.objective import RetrievalObjective, length_groups, match_by_length
 
 
 def objective_and_momentum(**options):
@@ -24,11 +27,32 @@ def test_matching_in_groups_of_similar_length_equals_one_call():
     model = tiny.model().eval()
     for rows in (1, 2, 3, 11):
         batch = tiny.batch(rows, length=12)
+        ids, mask = batch["input_ids"], batch["attention_mask"]
         image_kv = model.project_image_kv(model.encode_image(batch["pixel_values"]))
         index = torch.arange(rows).flip(0)
-        plain = model.match(batch["input_ids"], batch["attention_mask"], image_kv, index)
-        grouped = match_by_length(model, batch["input_ids"], batch["attention_mask"], image_kv, index)
-        torch.testing.assert_close(grouped, plain, rtol=0, atol=1e-6)
+        plain = model.match(ids, mask, image_kv, index)
+        lengths = mask.sum(1).tolist()
+        # What the host knows may be the lengths, or no more than a bound of some of them.
+        for longest in (lengths, [length if i % 3 else 12 for i, length in enumerate(lengths)], [12] * rows):
+            grouped = match_by_length(model, ids, mask, image_kv, index, longest, tokens_per_pass=1)
+            torch.testing.assert_close(grouped, plain, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 24])
+def test_titles_are_cut_into_quarters_of_which_some_stay_together(size):
+    generator = random.Random(size)
+    lengths = sorted(generator.randrange(3, 36) for _ in range(size))
+    quarters = [part.tolist() for part in torch.tensor(lengths).tensor_split(min(4, size))]
+    assert length_groups(lengths[::-1], 0) == [(len(part), part[-1]) for part in quarters]
+    for tokens_per_pass in (1, 5, 20, 1000):
+        groups = length_groups(lengths, tokens_per_pass)
+        assert sum(titles for titles, _ in groups) == size
+        ends = list(accumulate(titles for titles, _ in groups))
+        assert [length for _, length in groups] == [lengths[end - 1] for end in ends]
+        assert set(ends) <= set(accumulate(len(part) for part in quarters))
+        for (titles, length), (_, longer) in pairwise(groups):  # each cut pays for itself
+            assert titles * (longer - length) >= tokens_per_pass
+    assert length_groups(lengths, 1000) == [(size, lengths[-1])]
 
 
 def test_forward_changes_no_state_and_reaches_every_parameter():
@@ -58,6 +82,7 @@ def test_report():
     batch["product_id"] = torch.zeros(4, dtype=torch.long)
     output = objective(batch, momentum.encode(batch), alpha=0.0)
     assert output.report["rows_without_negative"].item() == 8
+    assert output.report["itm_accuracy_negative"].isnan()  # of no pairs: neither 0 nor 1
     assert torch.isfinite(output.loss)
 
 

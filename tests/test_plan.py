@@ -67,7 +67,17 @@ def test_memory_plan_chooses_the_size_of_a_pass_by_the_memory():
     image_kv = 2 * 2 * 5 * 32 * 4
     plan = memory_plan(config, 9, 9, 3, longest_title=20, device_memory=image_kv + 50 * per_token)
     assert plan.image_kv == image_kv
-    assert plan.rerank_batch_tokens == 50 and plan.rerank_pass == 50 * per_token
+    assert plan.rerank_batch_tokens == 50 and plan.rerank_pass == 50 * per_token and plan.images_per_pass == 1
+    many = {"longest_title": 20, "most_batch_tokens": 65_536}
+    for images, tokens in ((1, 1500), (1, 2047), (2, 2048), (3, 3500), (64, 65_536)):
+        memory = images * image_kv + tokens * per_token
+        plan = memory_plan(config, 9, 9, 3, device_memory=memory, **many)
+        assert (plan.images_per_pass, plan.rerank_batch_tokens) == (images, tokens)
+        assert f"at most {images} at a time" in str(plan)
+    # Too small for another image beside the tokens that would allow it: one image less, and tokens up to its bound.
+    plan = memory_plan(config, 9, 9, 3, device_memory=2 * image_kv + 2048 * per_token - 1, **many)
+    assert (plan.images_per_pass, plan.rerank_batch_tokens) == (1, 2047)
+    assert memory_plan(config, 9, 9, 3, device_memory=1e12, **many).rerank_batch_tokens == 65_536
     with pytest.raises(UsageError, match="one title of 20 tokens takes 35.8 kB: give at least that"):
         memory_plan(config, 9, 9, 3, longest_title=20, device_memory=image_kv + 19 * per_token)
     with pytest.raises(ValueError, match="0 images, 9 titles and k = 3 given"):
@@ -77,3 +87,20 @@ def test_memory_plan_chooses_the_size_of_a_pass_by_the_memory():
     nothing = memory_plan(config, 9, 30, 0)
     assert nothing.rerank_flops == 0 and "none re-ranked" in str(nothing)
     assert "every pair scored" in str(memory_plan(config, 9, 30, 9))
+
+
+def test_image_tokens_are_kept_on_the_device_first():
+    config = AliBlipConfig.from_size("base")
+    one = 577 * 768 * 2
+    shared = {"k": 128, "token_dtype": torch.bfloat16, "device_memory": 2e9}
+
+    def kept(images: int, on_device: int, in_host: int) -> str:
+        memory = {"token_device_memory": on_device * one, "host_memory": in_host * one}
+        plan = memory_plan(config, images, 100, **shared, **memory)
+        return next(line for line in str(plan).splitlines() if "image tokens" in line).partition("an image; ")[2]
+
+    assert kept(50, 60, 60) == "all are kept on the device"
+    assert kept(50, 0, 60) == "all are kept in host memory"
+    assert kept(50, 30, 60) == "30 images' are kept on the device, 20 images' are kept in host memory"
+    assert kept(50, 30, 5).endswith("5 images' are kept in host memory, the others are encoded again to re-rank")
+    assert kept(50, 0, 0) == "all are encoded again to re-rank"

@@ -26,12 +26,30 @@ class StubModel(nn.Module):
         self.projected += len(tokens)
         return ((tokens, tokens),)
 
-    def match(self, input_ids, attention_mask, image_kv, image_index):
-        self.called_with.append(tuple(input_ids.shape))
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        image = image_kv[0][0].sum(dim=(1, 2))[image_index]
-        title = (input_ids * mask).sum(dim=1) * mask.sum(dim=1)
-        return torch.stack([torch.zeros_like(image), torch.sin(image * 3 + title)], dim=1)
+    def match(self, input_ids, image):
+        """A title (L,) with an image (P, D): (2,)."""
+        matched = torch.sin(image.sum() * 3 + input_ids.sum() * len(input_ids))
+        return torch.stack([torch.zeros_like(matched), matched])
+
+    def match_packed(self, input_ids, packed, image_kv):
+        images = image_kv[0][0]
+        lengths = [length for pairs, length in packed.sizes for _ in range(pairs)]
+        self.called_with.append((len(images), lengths))
+        assert all(0 < pairs <= engine._MOST_PAIRS for pairs, _ in packed.sizes)
+        assert packed.first.tolist() == [sum(lengths[:pair]) for pair in range(len(lengths))]
+        assert packed.positions.tolist() == [place for length in lengths for place in range(length)]
+        of_pairs = [0] * len(lengths)
+        if len(images) > 1:
+            rows, places = packed.tokens_by_image
+            assert rows.flatten()[places].tolist() == list(range(len(input_ids)))
+            of_tokens = (places // rows.shape[1]).tolist()
+            of_pairs = (packed.pairs_by_image.places // packed.pairs_by_image.rows.shape[1]).tolist()
+            assert of_tokens == [image for image, length in zip(of_pairs, lengths, strict=True) for _ in range(length)]
+            assert packed.pairs_by_image.rows.flatten()[packed.pairs_by_image.places].tolist() == list(
+                range(len(lengths))
+            )
+        titles = input_ids.split(lengths)
+        return torch.stack([self.match(ids, images[image]) for ids, image in zip(titles, of_pairs, strict=True)])
 
 
 @functools.cache
@@ -152,26 +170,30 @@ def test_search_refuses_widths_that_differ_and_takes_no_queries():
 # --- rerank -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 30, 100, 10_000])
-def test_rerank_equals_one_pair_at_a_time(batch_tokens):
+@pytest.mark.parametrize("images_per_pass", [1, 3, None])
+@pytest.mark.parametrize("batch_tokens", [1, 30, 100, 1500, 10_000])
+def test_rerank_equals_one_pair_at_a_time(batch_tokens, images_per_pass, monkeypatch):
+    monkeypatch.setattr(engine, "_MOST_PAIRS", 3)
+    monkeypatch.setattr(engine, "_SHARED_TOKENS_OF_A_CPU", 10_000)
     model = StubModel()
     input_ids, attention_mask = titles(60, 2, 20)
-    tokens = torch.rand(4, 3, 2, generator=torch.Generator().manual_seed(0))
+    tokens = torch.rand(6, 3, 2, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
-    text_ids = [torch.randperm(60, generator=generator)[:m] for m in (60, 0, 1, 25)]
-    got = engine.rerank(model, tokens, text_ids, input_ids, attention_mask, batch_tokens)[:, 1]
-    assert model.projected == 3, "each image with candidates is projected once"
-    for count, length in model.called_with:
-        assert count * length <= batch_tokens or count == 1
+    text_ids = [torch.randperm(60, generator=generator)[:m] for m in (60, 0, 1, 25, 2, 27)]
+    options = {"images_per_pass": images_per_pass, "rerank_batch_tokens": batch_tokens}
+    got = engine.rerank(model, tokens, text_ids, input_ids, attention_mask, **options)[:, 1]
+    assert model.projected == 5, "each image with candidates is projected once"
+    for images, lengths in model.called_with:
+        assert images <= (images_per_pass or max(1, batch_tokens // 1024))
+        assert sum(lengths) <= batch_tokens or len(lengths) == 1
+        assert lengths == sorted(lengths, reverse=True)
+    assert sum(len(lengths) for _, lengths in model.called_with) == 115
 
-    slow = StubModel()
     expected = []
     for image, ids in zip(tokens, text_ids, strict=True):
         for title in ids.tolist():
             length = int(attention_mask[title].sum())
-            kv = slow.project_image_kv(image[None])
-            logits = slow.match(input_ids[title : title + 1, :length], None, kv, torch.zeros(1, dtype=torch.int64))
-            expected.append(float(logits[0, 1]))
+            expected.append(float(model.match(input_ids[title, :length], image)[1]))
     torch.testing.assert_close(got, torch.tensor(expected), atol=1e-5, rtol=0)
 
 
@@ -180,29 +202,36 @@ def test_rerank_equals_one_pair_at_a_time(batch_tokens):
 @torch.no_grad()
 def test_rerank_of_several_images_a_pass_equals_one_pair_at_a_time(images_per_pass, batch_tokens, monkeypatch):
     model = tiny_model()
-    monkeypatch.setattr(engine, "PAIRS_PER_PASS", 7)
+    monkeypatch.setattr(engine, "_SHARED_TOKENS_OF_A_CPU", 900)
     input_ids, attention_mask = titles(30, 2, 20)
     _, tokens = engine.embed_images(model, torch.randn(9, 3, 32, 32, generator=torch.Generator().manual_seed(2)))
     generator = torch.Generator().manual_seed(1)
     text_ids = [torch.randperm(30, generator=generator)[:m] for m in (3, 0, 1, 12, 2, 0, 5, 1, 30)]
-    asked, calls, match = [], [], model.match
+    asked, calls, match = [], [], model.match_packed
 
     def tokens_of(images):
         asked.append(images)
         return tokens[images]
 
-    def counted(titles, mask, image_kv, index):
-        calls.append((len(image_kv[0][0]), *titles.shape))
-        return match(titles, mask, image_kv, index)
+    def counted(input_ids, packed, image_kv):
+        calls.append((len(image_kv[0][0]), len(input_ids), len(packed.first)))
+        return match(input_ids, packed, image_kv)
 
-    monkeypatch.setattr(model, "match", counted)
+    monkeypatch.setattr(model, "match_packed", counted)
     options = {"images_per_pass": images_per_pass, "rerank_batch_tokens": batch_tokens}
     got = engine.rerank(model, tokens_of, text_ids, input_ids, attention_mask, **options)
     monkeypatch.undo()
     wanted = [0, 2, 3, 4, 6, 7, 8]  # the others have no titles
-    assert asked == [wanted[first : first + images_per_pass] for first in range(0, 7, images_per_pass)]
-    assert all(count * length <= batch_tokens or count == 1 for _, count, length in calls)
-    assert all(count <= 7 for images, count, _ in calls if images > 1)
+    assert sorted(sum(asked, [])) == wanted and all(len(images) <= images_per_pass for images in asked)
+    if batch_tokens == 8192:  # images of many titles come together, those of few too, whatever stands between them
+        by_tokens = sorted(wanted, key=lambda image: -int(attention_mask[text_ids[image]].sum()))
+        expected = {
+            2: [by_tokens[:2], by_tokens[2:4], by_tokens[4:6], by_tokens[6:]],
+            4: [by_tokens[:2], by_tokens[2:6], by_tokens[6:]],
+            16: [by_tokens[:2], by_tokens[2:]],
+        }
+        assert asked == expected[images_per_pass]
+    assert all(count <= batch_tokens or pairs == 1 for _, count, pairs in calls)
     expected = []
     for image, ids in enumerate(text_ids):
         kv = model.project_image_kv(tokens[image, None])
@@ -220,15 +249,21 @@ def test_rerank_of_nothing_is_empty_and_lists_without_images_are_refused():
         engine.rerank(model, tokens, [none], input_ids, attention_mask)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("batch_tokens", [40, 10_000])
 @torch.no_grad()
-def test_rerank_of_the_real_model_equals_its_plain_pair_forward(batch_tokens):
+def test_rerank_of_the_real_model_equals_its_plain_pair_forward(batch_tokens, attention, monkeypatch):
+    monkeypatch.setattr(engine, "_SHARED_TOKENS_OF_A_CPU", 10_000)
     model = tiny_model()
     input_ids, attention_mask = titles(40, 4, 35)
     pixel_values = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     _, tokens = engine.embed_images(model, pixel_values)
     text_ids = [torch.arange(40), torch.tensor([39, 3, 5]), torch.arange(7, 20)]
-    got = engine.rerank(model, tokens, text_ids, input_ids, attention_mask, batch_tokens)[:, 1].split([40, 3, 13])
+    model.set_attn_implementation(attention)
+    try:
+        got = engine.rerank(model, tokens, text_ids, input_ids, attention_mask, batch_tokens)[:, 1].split([40, 3, 13])
+    finally:
+        model.set_attn_implementation("sdpa")
     for image, ids in enumerate(text_ids):
         for place, title in enumerate(ids.tolist()):
             # all 35 positions, padding and mask: what is cut away may not matter
@@ -301,19 +336,8 @@ def test_rerank_refuses_titles_padded_on_the_left():
         engine.rerank(
             StubModel(), torch.rand(1, 3, 2), [torch.tensor([0])], torch.ones(1, 3), torch.tensor([[0, 1, 1]])
         )
-
-
-def test_buckets_are_few_and_cover_everything():
-    lengths = torch.arange(128) % 15 + 6  # 6 to 20 tokens
-    order, bounds = engine._buckets(lengths, 8192)
-    assert sorted(order.tolist()) == list(range(128))
-    assert [start for start, _ in bounds] == [0] + [stop for _, stop in bounds[:-1]] and bounds[-1][1] == 128
-    padded = sum((stop - start) * int(lengths[order[start]]) for start, stop in bounds)
-    assert 2 <= len(bounds) <= 6
-    assert padded < 1.15 * int(lengths.sum())
-    assert len(engine._buckets(torch.full((128,), 35), 8192)[1]) == 1
-    assert len(engine._buckets(torch.tensor([9]), 1)[1]) == 1
-    assert [stop - start for start, stop in engine._buckets(torch.full((20,), 35), 8192, 8)[1]] == [8, 8, 4]
+    with pytest.raises(ValueError, match="titles of at least one token"):
+        engine.Reranker(StubModel(), torch.ones(2, 2), torch.tensor([[1, 1], [0, 0]]))
 
 
 def test_fused_order_is_the_sum_with_ties_to_the_lower_id():

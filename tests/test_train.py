@@ -307,8 +307,10 @@ def test_the_warning_stands_in_the_log_and_its_count_in_the_checkpoint(tmp_path)
     def lines(log: Log, steps: range) -> None:
         log.bar = SimpleNamespace(write=written.append)
         for step in steps:
-            log.sums, log.batches = torch.tensor([1.0, ITM_PRIOR_LOSS, 0.0, 1.0, 1.0, 0.0]), 1
-            log.line(step, 1.0, learning_rate=0.1, temperature=0.07, queue_fill=1.0, grad_norm=1.0)
+            sums = torch.tensor([1.0, ITM_PRIOR_LOSS, 0.0, 1.0, 1.0, 0.0])
+            log.sums, log.batches = torch.stack([sums, torch.ones(6)]), 1
+            on_device = {"temperature": torch.tensor(0.07), "queue_fill": torch.tensor(1.0)}
+            log.line(step, 1.0, on_device, learning_rate=0.1, grad_norm=1.0)
 
     options = {"total_steps": 800, "warmup_steps": 0}
     first = Log(accelerator, tmp_path, **options, first_step=0)

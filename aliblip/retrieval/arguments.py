@@ -46,7 +46,7 @@ class EvaluationArguments:
     )
     per_device_eval_batch_size: int = option(32, "Rows encoded at a time.")
     rerank_batch_tokens: int | None = option(
-        None, "Text tokens of one re-ranking pass (default: what the memory holds, at most 8192)."
+        None, "Text tokens of one re-ranking pass (default: what the memory holds, at most 8192, on a GPU 65536)."
     )
     image_token_memory_gb: float | None = option(
         None, "Host memory of a process for image tokens; others are encoded twice (default: half of what is free)."

@@ -145,14 +145,16 @@ def undisturbed(model) -> Iterator[None]:
 
 
 class TokenMemory:
-    """Image tokens of this process's units, kept in host memory while they fit.
+    """Image tokens of this process's units between the stages: on the device while they fit, then in host memory.
 
     Args:
-        limit: bytes that they may fill.
+        host_limit: bytes of host memory that they may fill.
+        device_limit: bytes of the device.
     """
 
-    def __init__(self, limit: float):
-        self.limit, self.kept_bytes, self.all_bytes, self.units = limit, 0, 0, 0
+    def __init__(self, host_limit: float, device_limit: float = 0.0):
+        self.host_limit, self.device_limit = host_limit, device_limit
+        self.host_bytes, self.device_bytes, self.all_bytes, self.units = 0, 0, 0, 0
         self._kept: dict[int, Tensor] = {}
 
     def offer(self, unit: int, tokens: Tensor) -> None:
@@ -160,24 +162,30 @@ class TokenMemory:
         size = tokens.numel() * tokens.element_size()
         self.units += 1
         self.all_bytes += size
-        if self.kept_bytes + size <= self.limit:
+        if tokens.device.type != "cpu" and self.device_bytes + size <= self.device_limit:
+            self._kept[unit] = tokens
+            self.device_bytes += size
+        elif self.host_bytes + size <= self.host_limit:
             self._kept[unit] = tokens.cpu()
-            self.kept_bytes += size
+            self.host_bytes += size
 
     def take(self, unit: int) -> Tensor | None:
         """The tokens of a unit, which are no longer kept then; None: they are not there."""
         return self._kept.pop(unit, None)
 
     def tell(self) -> None:
-        """Say how many units' tokens are kept."""
+        """Say how many units' tokens are kept, and where."""
         whole = len(self._kept) == self.units
         logger.info(
-            "image tokens of %d of %d units of this process stay in host memory (%.2f of %.2f GB, at most %g GB); %s",
+            "image tokens of %d of %d units of this process stay (%.2f GB of %.2f on the device, %.2f in host memory, "
+            "at most %g and %g GB); %s",
             len(self._kept),
             self.units,
-            self.kept_bytes / 1e9,
+            self.device_bytes / 1e9,
             self.all_bytes / 1e9,
-            self.limit / 1e9,
+            self.host_bytes / 1e9,
+            self.device_limit / 1e9,
+            self.host_limit / 1e9,
             "nothing is encoded twice" if whole else "the others are read and encoded again to re-rank",
         )
 

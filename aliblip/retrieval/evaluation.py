@@ -24,6 +24,7 @@ import torch
 
 import retrieval_aliblip as engine
 from aliblip.retrieval.embedding import TokenMemory, embed, undisturbed
+from aliblip.retrieval.plan import batch_tokens_now, free_for_tokens
 from aliblip.retrieval.rankings import MATRIX, Direction, Retrieval, final_order, ranks_of
 from aliblip.retrieval.reranking import Reranking
 from aliblip.retrieval.results import measure
@@ -107,7 +108,7 @@ def retrieve(
     score: str = "fused",
     fusion_weight: float = 1.0,
     dtype: torch.dtype | None = None,
-    rerank_batch_tokens: int = engine.RERANK_BATCH_TOKENS,
+    rerank_batch_tokens: int | None = None,
     gallery_chunk: int = engine.GALLERY_CHUNK,
     image_token_memory_gb: float = 4.0,
     list_at_least: int = 0,
@@ -132,10 +133,11 @@ def retrieve(
         score: what orders the candidates: "fused", "itm" or "itc" (no second stage).
         fusion_weight: of the ITC similarity in the fused score.
         dtype: type of the autocast of the model's passes; None: the type of the weights.
-        rerank_batch_tokens: bound on the text tokens of one re-ranking pass.
+        rerank_batch_tokens: bound on the text tokens of one re-ranking pass; None: what suits the device and its free
+            memory.
         gallery_chunk: gallery items scored at a time in the search.
-        image_token_memory_gb: host memory that each process may fill with image tokens between the stages. Images
-            beyond it are read and encoded once more. Either way gives the same results.
+        image_token_memory_gb: host memory that each process may fill with image tokens between the stages, beside what
+            is free on its GPU. Images beyond are read and encoded once more. Either way gives the same results.
         list_at_least: items that the rankings hold of every query, where fewer are re-ranked.
         parts: where finished units are kept, and those of an earlier start are found; None: nowhere.
         progress: show a progress bar on the main process.
@@ -154,7 +156,7 @@ def retrieve(
     seconds: dict[str, float] = {}
     with undisturbed(model), _timed(seconds, "total"):
         with _timed(seconds, "embed"):
-            memory = TokenMemory(image_token_memory_gb * 1e9)
+            memory = TokenMemory(image_token_memory_gb * 1e9, free_for_tokens(next(model.parameters()).device))
             images, titles, resumed = embed(
                 model, loader, queries, dtype=dtype, memory=memory, parts=parts, progress=progress
             )
@@ -174,6 +176,9 @@ def retrieve(
                 search.has_truth = False
         if score != "itc":
             with _timed(seconds, "rerank"):
+                if rerank_batch_tokens is None:  # the same on all ranks
+                    longest = titles.input_ids.shape[1]
+                    rerank_batch_tokens = min(all_gather_objects(batch_tokens_now(model, longest, dtype)))  # collective
                 options = {"dtype": dtype, "batch_tokens": rerank_batch_tokens, "progress": progress}
                 work = Reranking(model, loader, images, titles, memory, **options)
                 logits, again = work.all_pairs(found, parts) if exhaustive else work.candidates(found, reranked, parts)

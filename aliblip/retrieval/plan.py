@@ -37,11 +37,12 @@ class MemoryPlan:
     """What a two-stage retrieval needs of memory (bytes) and of work (FLOPs, in matrix products); `str` makes it
     readable.
 
-    `image_tokens`: of all images; `images_kept`: how many images' tokens stay in host memory; `embeddings`: of both
-    galleries, fp32; `candidates`: scores and ids of both directions; `search_block`: the scores of one block of queries
-    with one chunk of the gallery; `image_kv`: keys and values of one image; `rerank_pass`: one call of `match`, beside
-    them; `pairs_per_pass`: in such a call, at the longest title; `max_pairs`: re-ranked if no pair is a candidate of
-    both directions.
+    `image_tokens`: of all images; `images_on_device`, `images_kept`: how many images' tokens stay on the device, and
+    how many of the others in host memory; `embeddings`: of both galleries, fp32; `candidates`: scores and ids of both
+    directions; `search_block`: the scores of one block of queries with one chunk of the gallery; `image_kv`: keys and
+    values of one image; `images_per_pass`: whose keys and values are there together; `rerank_pass`: one call of the
+    model, beside them; `pairs_per_pass`: in such a call, at the
+    longest title; `max_pairs`: re-ranked if no pair is a candidate of both directions.
     """
 
     num_images: int
@@ -49,11 +50,13 @@ class MemoryPlan:
     k: int
     token_dtype: torch.dtype
     image_tokens: int
+    images_on_device: int
     images_kept: int
     embeddings: int
     candidates: int
     search_block: int
     image_kv: int
+    images_per_pass: int
     rerank_batch_tokens: int
     rerank_pass: int
     pairs_per_pass: int
@@ -65,11 +68,16 @@ class MemoryPlan:
     def __str__(self) -> str:
         one_image = self.image_tokens // self.num_images
         dtype = str(self.token_dtype).removeprefix("torch.")
-        kept = (
-            "all are kept in host memory"
-            if self.images_kept == self.num_images
-            else f"{self.images_kept:,} images' are kept in host memory, the others are encoded again to re-rank"
-        )
+        places = {"on the device": self.images_on_device, "in host memory": self.images_kept}
+        if self.num_images in places.values():
+            kept = f"all are kept {next(place for place, count in places.items() if count == self.num_images)}"
+        else:
+            counted = [f"{count:,} images' are kept {place}" for place, count in places.items() if count]
+            if sum(places.values()) < self.num_images:
+                counted.append(
+                    "the others are encoded again to re-rank" if counted else "all are encoded again to re-rank"
+                )
+            kept = ", ".join(counted)
         if self.max_pairs == self.num_images * self.num_texts:
             reranked = "every pair scored"
         else:
@@ -79,7 +87,8 @@ class MemoryPlan:
             f"  image tokens: {size_text(self.image_tokens)} in {dtype}, {size_text(one_image)} an image; {kept}",
             f"  embeddings: {size_text(self.embeddings)}; candidates: {size_text(self.candidates)}",
             f"  search: {size_text(self.search_block)} of scores at a time",
-            f"  re-ranking: {size_text(self.image_kv)} of keys and values, an image at a time; "
+            f"  re-ranking: {size_text(self.image_kv)} of keys and values an image, at most {self.images_per_pass} at "
+            f"a time; "
             f"{size_text(self.rerank_pass)} for a pass of {self.rerank_batch_tokens:,} text tokens, "
             f"{self.pairs_per_pass:,} of the longest titles",
             f"  work: {self.embed_flops:.3g} FLOPs to embed, {self.search_flops:.3g} to search, at most "
@@ -100,7 +109,9 @@ def memory_plan(
     token_dtype: torch.dtype = torch.float32,
     host_memory: float = 4e9,
     device_memory: float = 2e9,
+    token_device_memory: float = 0.0,
     rerank_batch_tokens: int | None = None,
+    most_batch_tokens: int = engine.RERANK_BATCH_TOKENS,
     chunk_size: int = engine.GALLERY_CHUNK,
 ) -> MemoryPlan:
     """Memory and work of a retrieval, known before any of it is done.
@@ -112,10 +123,11 @@ def memory_plan(
         both_directions: photos for titles and titles for photos, or the first alone.
         title_tokens, longest_title: mean and largest length of the titles.
         token_dtype: type in which the image tokens are kept and the passes run.
-        host_memory: bytes that image tokens may fill.
+        host_memory: bytes that image tokens may fill there, beside those on the device.
         device_memory: bytes that keys, values and one re-ranking pass may fill, beside the weights.
-        rerank_batch_tokens: text tokens of a pass; None: as many as `device_memory` holds, up to
-            `engine.RERANK_BATCH_TOKENS`, beyond which a pass is not faster.
+        token_device_memory: bytes of the device that image tokens may fill, beside `device_memory`.
+        rerank_batch_tokens: text tokens of a pass; None: as many as `device_memory` holds, up to `most_batch_tokens`.
+        most_batch_tokens: beyond which a pass is not faster, see `engine.default_batch_tokens`.
         chunk_size: of the search.
 
     Raises:
@@ -126,40 +138,33 @@ def memory_plan(
         raise ValueError(
             f"{num_images} images, {num_texts} titles and k = {k} given: at least 1 image and 1 title, k of at least 0"
         )
-    vision, text = config.vision_config, config.text_config
+    vision = config.vision_config
     element, P, E = token_dtype.itemsize, tokens_per_image(config), config.image_text_hidden_size
     one_image = P * vision.hidden_size * element
-    image_kv = text.num_hidden_layers * 2 * P * text.hidden_size * element
-    # Alive at the widest point of a layer: both sides of the activation function, and in D-wide states up to eight
-    # (measured in fp32 and under bf16 autocast), here one more. Fused attention keeps no scores.
-    per_token = (2 * text.intermediate_size + 9 * text.hidden_size) * element
-    fitting = int(device_memory - image_kv) // per_token
+    image_kv, per_token = _rerank_bytes(config, element)
     if rerank_batch_tokens is None:
-        if fitting < longest_title:
-            needed = image_kv + longest_title * per_token
-            raise UsageError(
-                f"{size_text(device_memory)} of device memory given, re-ranking one title of {longest_title} tokens "
-                f"takes {size_text(needed)}: give at least that"
-            )
-        rerank_batch_tokens = min(fitting, engine.RERANK_BATCH_TOKENS)
+        rerank_batch_tokens = fitting_batch_tokens(config, token_dtype, device_memory, longest_title, most_batch_tokens)
     pairs_per_pass = max(1, rerank_batch_tokens // longest_title)
     text_k, image_k = min(k, num_images), min(k, num_texts)  # candidates of a title, of an image
     candidates = num_texts * text_k + (num_images * image_k if both_directions else 0)
     max_pairs = min(candidates, num_images * num_texts)
     length = math.ceil(title_tokens)
+    on_device = min(num_images, int(token_device_memory // one_image))
     return MemoryPlan(
         num_images=num_images,
         num_texts=num_texts,
         k=k,
         token_dtype=token_dtype,
         image_tokens=num_images * one_image,
-        images_kept=min(num_images, int(host_memory // one_image)),
+        images_on_device=on_device,
+        images_kept=min(num_images - on_device, int(host_memory // one_image)),
         embeddings=(num_images + num_texts) * E * 4,
         candidates=candidates * (4 + 8),
         search_block=min(engine.QUERY_BLOCK, max(num_images, num_texts))
         * min(chunk_size, max(num_images, num_texts))
         * 4,
         image_kv=image_kv,
+        images_per_pass=engine.most_images(rerank_batch_tokens),
         rerank_batch_tokens=rerank_batch_tokens,
         rerank_pass=max(rerank_batch_tokens, longest_title) * per_token,
         pairs_per_pass=pairs_per_pass,
@@ -168,6 +173,57 @@ def memory_plan(
         search_flops=(2 if both_directions else 1) * 2 * num_images * num_texts * E,
         rerank_flops=min(num_images, max_pairs) * image_kv_flops(config) + max_pairs * match_flops(config, length),
     )
+
+
+def free_for_tokens(device: torch.device) -> float:
+    """Bytes of the device that image tokens may fill between the stages: 0 where it is the host itself. Beside them
+    there has to be room for a re-ranking pass, which may take half of what is free."""
+    return 0.4 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0.0
+
+
+def fitting_batch_tokens(config, dtype: torch.dtype, device_memory: float, longest_title: int, most: int) -> int:
+    """Text tokens of a re-ranking pass that so many bytes hold together with the keys and values of its images, at most
+    `most`.
+
+    Raises:
+        UsageError: the memory is too small for one image and one title.
+    """
+    image_kv, per_token = _rerank_bytes(config, dtype.itemsize)
+    fitting = int(device_memory - image_kv) // per_token  # beside those of one image
+    if fitting < longest_title:
+        raise UsageError(
+            f"{size_text(device_memory)} of device memory given, re-ranking one title of {longest_title} tokens "
+            f"takes {size_text(image_kv + longest_title * per_token)}: give at least that"
+        )
+    fitting = min(fitting, most)
+    return max(  # by the number of images, whose keys and values leave the less for tokens the more there are
+        min(fitting, (images + 1) * engine.TOKENS_PER_IMAGE - 1, int(device_memory - images * image_kv) // per_token)
+        for images in range(1, engine.most_images(fitting) + 1)
+    )
+
+
+def batch_tokens_now(model, longest_title: int, dtype: torch.dtype | None) -> int:
+    """Text tokens of a re-ranking pass for a model where it is: what suits the device and its free memory.
+
+    Raises:
+        UsageError: the memory is too small for one image and one title.
+    """
+    device = next(model.parameters()).device
+    most = engine.default_batch_tokens(device)
+    if device.type != "cuda":
+        return most
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept for what comes next
+    free = torch.cuda.mem_get_info(device)[0] + unused
+    return fitting_batch_tokens(model.config, dtype or model.dtype, free / 2, longest_title, most)
+
+
+def _rerank_bytes(config, element: int) -> tuple[int, int]:
+    """Of the keys and values of one image, and of one text token in a re-ranking pass."""
+    text = config.text_config
+    image_kv = text.num_hidden_layers * 2 * tokens_per_image(config) * text.hidden_size * element
+    # Alive at the widest point of a layer: both sides of the activation function, and in D-wide states up to eight
+    # (measured in fp32 and under bf16 autocast), here one more. Fused attention keeps no scores.
+    return image_kv, (2 * text.intermediate_size + 9 * text.hidden_size) * element
 
 
 # --- of this process --------------------------------------------------------------------------------------------------
@@ -232,7 +288,9 @@ def make_plan(
         host_memory=host,
         # The rest is left to the weights and the allocator, and on a CPU to the image tokens.
         device_memory=free / 2 if device.type == "cuda" else free / 4,
+        token_device_memory=free_for_tokens(device),
         rerank_batch_tokens=rerank_batch_tokens,
+        most_batch_tokens=engine.default_batch_tokens(device),
     )
 
 
@@ -329,8 +387,11 @@ __all__ = [
     "ASSUMED_SHARE",
     "MemoryPlan",
     "available_memory",
+    "batch_tokens_now",
     "duration_text",
     "expected_time",
+    "free_for_tokens",
+    "fitting_batch_tokens",
     "image_flops",
     "image_kv_flops",
     "launched_device",

@@ -5,7 +5,8 @@
     logits, resumed = work.all_pairs([text_to_image, image_to_text], parts)       # into a file of its own
 
 Pairs of both directions are grouped by photo. A unit of photos is re-ranked whole by the rank that embedded it, which
-may still have its image tokens, so the results depend neither on the number of processes nor on an earlier start.
+may still have its image tokens, and photos share a pass only within their unit: the results depend neither on the
+number of processes nor on an earlier start.
 
 The functions are collectives: every rank calls them, and every rank gets the results.
 """
@@ -13,6 +14,7 @@ The functions are collectives: every rank calls them, and every rank gets the re
 import contextlib
 import hashlib
 import os
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -57,6 +59,7 @@ class Reranking:
     ):
         self.model, self.loader, self.images, self.titles = model, loader, images, titles
         self.memory, self.dtype, self.batch_tokens, self.progress = memory, dtype, batch_tokens, progress
+        self._reranker = engine.Reranker(model, titles.input_ids, titles.attention_mask, batch_tokens, dtype)
 
     def candidates(self, found: list[Candidates], depth: int, parts: Parts | None) -> tuple[list[Tensor], int]:
         """Match logits of the first `depth` candidates of one direction or both.
@@ -85,8 +88,7 @@ class Reranking:
             done = [unit for unit in own if unit in stage]
             results = [(unit, stage.load(unit)[0]["logits"].numpy()) for unit in done]
             todo = [unit for unit in own if unit not in stage]
-            for unit in unit_bar(todo, len(todo), "re-ranking", self.progress):
-                logits = self._unit(unit, pairs.texts_of)
+            for unit, logits in self._units(unit_bar(todo, len(todo), "re-ranking", self.progress), pairs.texts_of):
                 stage.add(unit, {"logits": logits})
                 results.append((unit, logits.numpy()))
         logits = torch.from_numpy(np.concatenate(gather_units("re-ranking", results, self.loader.num_units)))
@@ -120,17 +122,35 @@ class Reranking:
         own = own_units(self.loader.num_units)
         with parts.stage(name, before_write=matrix.flush, needed=True) as stage:  # collective
             todo = [unit for unit in own if unit not in stage]
-            for unit in unit_bar(todo, len(todo), "scoring all pairs", self.progress):
+            bar = unit_bar(todo, len(todo), "scoring all pairs", self.progress)
+            for unit, logits in self._units(bar, lambda _: every_title):
                 images = slice(self.images.first[unit], self.images.first[unit + 1])
-                matrix[images] = self._unit(unit, lambda _: every_title).view(-1, num_titles).numpy()
+                matrix[images] = logits.view(-1, num_titles).numpy()
                 stage.add(unit, {})
         gather_units("scoring all pairs", [(unit, None) for unit in own], self.loader.num_units)  # collective
         places = [(found[0].ids.numpy(), np.arange(num_titles)[:, None])]
         places += [(np.arange(num_images)[:, None], candidates.ids.numpy()) for candidates in found[1:]]
         return [torch.from_numpy(matrix[place]) for place in places], len(own) - len(todo)
 
-    def _unit(self, unit: int, texts_of) -> Tensor:
-        """Match logits of a unit's photos with their titles, photo by photo."""
+    def _units(self, units: Iterable[int], texts_of: Callable[[int], Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """Each unit and the match logits of its photos with their titles, photo by photo, on the CPU.
+
+        An accelerator gets the next unit's work before anybody waits for the logits of the last.
+        """
+        waiting = None
+        for unit in units:
+            logits = _on_the_way(self._unit(unit, texts_of))
+            if waiting is not None:
+                yield waiting[0], waiting[1]()
+            waiting = unit, logits
+            if self._reranker.device.type == "cpu":
+                yield unit, logits()
+                waiting = None
+        if waiting is not None:
+            yield waiting[0], waiting[1]()
+
+    def _unit(self, unit: int, texts_of: Callable[[int], Tensor]) -> Tensor:
+        """Match logits of a unit's photos with their titles, photo by photo, on the model's device."""
         images = range(self.images.first[unit], self.images.first[unit + 1])
         text_ids = [texts_of(image) for image in images]
         if not sum(map(len, text_ids)):
@@ -143,11 +163,23 @@ class Reranking:
                     f"unit {unit} gave other rows when it was read again: the data changed during the run"
                 )
             _, tokens = engine.embed_images(self.model, batch["pixel_values"], self.dtype)
-        titles = self.titles
-        logits = engine.rerank(
-            self.model, tokens, text_ids, titles.input_ids, titles.attention_mask, self.batch_tokens, self.dtype
-        )
-        return logits[:, 1].contiguous()
+        return self._reranker(tokens, text_ids)[:, 1].contiguous()
+
+
+def _on_the_way(values: Tensor) -> Callable[[], Tensor]:
+    """Start to copy values to the CPU; the function waits for them."""
+    if values.device.type != "cuda":
+        return values.cpu
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    copy.copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> Tensor:
+        arrived.synchronize()
+        return copy.clone()  # pinned memory is for what is on its way
+
+    return wait
 
 
 def _make_matrix(parts: Parts, shape: tuple[int, int], stage: str) -> None:

@@ -47,6 +47,7 @@ __all__ = [
     "is_deepspeed",
     "launched_precision",
     "started_alone",
+    "sum_in_order",
 ]
 
 MIXED_PRECISIONS = ("no", "bf16")
@@ -210,6 +211,13 @@ def check_launch(
     zero = config["zero_optimization"]
     offloads = zero.get("offload_optimizer", {}).get("device", "none") not in ("none", None)
     return Launch(processes, _precision_of(config) or "no", on_gpu, plugin, zero["stage"], offloads)
+
+
+def sum_in_order() -> None:
+    """Let a GPU add in the same order each time, so that equal runs give equal bits. Many kernels add in whatever order
+    their threads come in; torch takes slower ones then, and raises where there is none. Before a GPU is first used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
 
 
 def launched_precision(mixed_precision: str | None) -> str:

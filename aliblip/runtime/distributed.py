@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
+
+from aliblip.runtime.arrival import Arrival
 
 __all__ = [
     "all_gather",
@@ -32,6 +34,7 @@ __all__ = [
     "rank",
     "reduce_max",
     "reduce_sum",
+    "sum_numbers",
     "together",
     "world_size",
 ]
@@ -181,13 +184,21 @@ def reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def reduce_max(value: int, device: torch.device | str = "cpu") -> int:
-    """Return the largest of all ranks' integers. `device`: where the backend reduces (the GPU under NCCL)."""
+def reduce_max(tensor: torch.Tensor) -> torch.Tensor:
+    """The largest of all ranks, element by element, without gradient. The argument stays as it is."""
     if not _is_active():
-        return value
-    largest = torch.tensor(value, dtype=torch.int64, device=device)
+        return tensor.detach()
+    largest = tensor.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return int(largest.item())
+    return largest
+
+
+def sum_numbers(numbers: Sequence[int], device: torch.device | str = "cpu") -> list[int]:
+    """The sums over ranks of whole numbers, read at once. `device`: where the backend reduces (the GPU under NCCL); a
+    single process has nothing to wait for there."""
+    if not _is_active():
+        return list(numbers)
+    return Arrival(reduce_sum(torch.tensor(numbers).to(device, non_blocking=True))).read()
 
 
 def broadcast_object(obj: Any, src: int = 0) -> Any:

@@ -3,7 +3,7 @@
     with StopSignals() as signals:
         while ...:
             ...one step...
-            if signals.received_by_any_rank(device):
+            if signals.known_to_all(the largest `signals.number` of all ranks):
                 ...checkpoint, end...
 
 SIGTERM (launchers, `kill`, cluster managers), SIGUSR1 (preemption notices, the end of the launcher), SIGINT (Ctrl-C)
@@ -18,9 +18,7 @@ import os
 import signal
 import sys
 
-import torch
-
-from aliblip.runtime.distributed import reduce_max
+from aliblip.runtime.distributed import world_size
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # of Linux' prctl
@@ -52,9 +50,19 @@ class StopSignals:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def received_by_any_rank(self, device: torch.device) -> signal.Signals | None:
-        """The signal that some rank has received, equal on all ranks. A collective."""
-        number = reduce_max(0 if self.received is None else int(self.received), device)
+    @property
+    def number(self) -> int:
+        """What this process has received, for the others; 0 is nothing."""
+        return 0 if self.received is None else int(self.received)
+
+    def known_to_all(self, largest: int) -> signal.Signals | None:
+        """The signal that all ranks know of, equal on all of them.
+
+        Args:
+            largest: the largest `number` of all ranks. It takes a while to get around: what came meanwhile is heard the
+                next time, and of a single process at once.
+        """
+        number = largest if world_size() > 1 else self.number
         return signal.Signals(number) if number else None
 
 

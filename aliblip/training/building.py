@@ -245,12 +245,15 @@ def build_optimizer(model: AliBlipForImageTextRetrieval, args: TrainingArguments
     )
 
 
-def build_objective(model: AliBlipForImageTextRetrieval, args: TrainingArguments) -> RetrievalObjective:
+def build_objective(
+    model: AliBlipForImageTextRetrieval, args: TrainingArguments, longest_title: int | None = None
+) -> RetrievalObjective:
     return RetrievalObjective(
         model,
         negatives_from_all_ranks=args.negatives_from_all_ranks,
         hardest_negatives=args.hardest_negatives,
         in_batch_itc=args.in_batch_itc,
+        longest_title=longest_title,
     ).train()
 
 

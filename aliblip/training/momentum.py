@@ -118,8 +118,15 @@ class MomentumState(nn.Module):
         `encode`."""
         keep = min(self.momentum, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.momentum
         trained = dict(model.named_parameters())
-        for name, average in self.encoders.named_parameters():
-            average.lerp_(trained[name].detach().to(average.dtype), 1.0 - keep)
+        averages = dict(self.encoders.named_parameters())
+        weights = [trained[name].detach() for name in averages]
+        averages = list(averages.values())
+        if any(weight.dtype != torch.float32 for weight in weights):  # of an engine in bf16
+            copies = [torch.empty_like(average) for average in averages]
+            torch._foreach_copy_(copies, weights)
+            weights = copies
+        # The same numbers as parameter by parameter; on a GPU in a few launches instead of hundreds.
+        torch._foreach_lerp_(averages, weights, 1.0 - keep)
         self.updates += 1
 
     @torch.no_grad()
@@ -159,7 +166,7 @@ class MomentumState(nn.Module):
         self.image_queue[slots] = image[dropped:]
         self.text_queue[slots] = text[dropped:]
         self.queue_ids[slots] = product_id[dropped:]
-        self.queue_filled[slots] = True
+        self.queue_filled.index_fill_(0, slots, True)  # an assignment would copy the True to the device, and wait
         self.pointer = (self.pointer + dropped + rows) % self.queue_size
 
     @torch.no_grad()
@@ -170,9 +177,9 @@ class MomentumState(nn.Module):
             getattr(self, name).copy_(getattr(targets, name))
         self.pointer = targets.queue_pointer
 
-    def queue_fill(self) -> float:
-        """Share of the slots that hold features, 0 to 1."""
-        return self.queue_filled.float().mean().item()
+    def queue_fill(self) -> Tensor:
+        """Share of the slots that hold features, 0 to 1; a scalar on the device."""
+        return self.queue_filled.float().mean()
 
 
 __all__ = ["MomentumState", "Targets"]

@@ -8,14 +8,19 @@ Nothing here changes state: the momentum update, the queue and the temperature c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations, pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aliblip.runtime.distributed import all_gather, all_gather_with_grad, reduce_max
+from aliblip.runtime.distributed import all_gather, all_gather_with_grad
 from losses_aliblip import hard_negatives, itc_loss, itm_loss, itm_pairs, positives, soft_targets
+
+# What a pass over a group of titles costs beside its tokens, in tokens: on a GPU the launches of its kernels.
+TOKENS_PER_PASS = {"cpu": 0, "cuda": 4096}
 
 
 @dataclass
@@ -25,25 +30,55 @@ class ObjectiveOutput:
     report: dict[str, Tensor]  # detached scalars of this rank, see RetrievalObjective.forward
 
 
+def length_groups(longest: Sequence[int], tokens_per_pass: int, groups: int = 4) -> list[tuple[int, int]]:
+    """Cut titles, sorted by length, into equally many per group; neighbours stay together where a pass of their own
+    would cost more than the padding that it saves.
+
+    Args:
+        longest: length of each title, in any order, or what it is at most.
+        tokens_per_pass: how many tokens a pass costs before its first.
+        groups: at most so many; few, since every group is a pass of its own.
+
+    Returns:
+        (titles, longest) of each group, from short to long.
+    """
+    lengths = sorted(longest)
+    size, more = divmod(len(lengths), min(groups, len(lengths)))
+    cuts = [part * size + min(part, more) for part in range(1, min(groups, len(lengths)))]
+    ways = []
+    for kept in range(len(cuts), -1, -1):
+        for chosen in combinations(cuts, kept):
+            ways.append([(end - start, lengths[end - 1]) for start, end in pairwise([0, *chosen, len(lengths)])])
+    return min(ways, key=lambda way: sum(titles * length + tokens_per_pass for titles, length in way))
+
+
 def match_by_length(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, image_kv, image_index: Tensor, buckets: int = 4
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    image_kv,
+    image_index: Tensor,
+    longest: Sequence[int],
+    tokens_per_pass: int = 0,
 ) -> Tensor:
     """`model.match` without most of the padding: the pairs in a few groups of similar length, each as long as its
-    longest
-    title. Titles differ much in length (half of them are padding in a typical batch), and the pairs are most of a
-    step's work. The logits are those of one call, up to the order of float sums; dropout draws other masks.
+    longest title. Titles differ much in length (half of them are padding in a typical batch), and the pairs are most of
+    a step's work. The logits are those of one call, up to the order of float sums; dropout draws other masks.
 
     Args:
         input_ids, attention_mask: (M, L), padded on the right.
-        buckets: number of groups; few, since every group is a pass of its own.
+        longest: M numbers on the host: as many tokens as each title has, or more.
+        tokens_per_pass: see `length_groups`.
     """
-    lengths = attention_mask.sum(dim=1)
-    order = lengths.argsort(stable=True)
-    groups = order.tensor_split(min(buckets, len(order)))
-    longest = torch.stack([lengths[group[-1]] for group in groups]).tolist()  # the one wait for the device
+    groups = length_groups(longest, tokens_per_pass)
+    if len(groups) == 1:
+        ((_, length),) = groups
+        return model.match(input_ids[:, :length], attention_mask[:, :length], image_kv, image_index)
+    # The device sorts by the lengths themselves: the longest of the first so many is never above what the host thinks.
+    order = attention_mask.sum(dim=1).argsort(stable=True)
     logits = [
         model.match(input_ids[group, :length], attention_mask[group, :length], image_kv, image_index[group])
-        for group, length in zip(groups, longest, strict=True)
+        for group, (_, length) in zip(order.split([size for size, _ in groups]), groups, strict=True)
     ]
     return torch.cat(logits)[order.argsort()]
 
@@ -63,6 +98,8 @@ class RetrievalObjective(nn.Module):
             each other (CLIP, https://arxiv.org/abs/2103.00020) instead of with momentum features and queue. Momentum
             features lag behind, and no gradient flows into them: from scratch and on small data a share of this loss
             learns faster. 0 is the published objective.
+        longest_title: tokens of the longest title that any rank may have, to which `negatives_from_all_ranks` pads;
+            None: what the model takes at most.
     """
 
     def __init__(
@@ -72,25 +109,29 @@ class RetrievalObjective(nn.Module):
         negatives_from_all_ranks: bool = False,
         hardest_negatives: bool = False,
         in_batch_itc: float = 0.0,
+        longest_title: int | None = None,
     ):
         super().__init__()
         self.model = model
         self.negatives_from_all_ranks = negatives_from_all_ranks
         self.hardest_negatives = hardest_negatives
         self.in_batch_itc = in_batch_itc
+        self.longest_title = longest_title
 
     def forward(self, batch: dict[str, Tensor], targets, alpha: float) -> ObjectiveOutput:
         """One batch to its loss.
 
         Args:
-            batch: pixel_values (B, 3, H, H), input_ids and attention_mask (B, L), product_id (B,).
+            batch: pixel_values (B, 3, H, H), input_ids and attention_mask (B, L), product_id (B,); and on a GPU
+                title_lengths, B numbers on the host (without them no padding is saved).
             targets: the momentum side, see `aliblip.training.momentum.Targets`.
             alpha: weight of the momentum encoders' opinion in the ITC targets.
 
         Returns:
-            report: temperature; itm_accuracy_positive and itm_accuracy_negative, shares of pairs judged right;
-            positives_per_row, keys of the own product, the own one included, mean over rows; rows_without_negative, ITM
-            rows left out because no candidate shows another product (texts and images both count).
+            report: temperature; itm_accuracy_positive and itm_accuracy_negative, shares of pairs judged right, the
+            latter NaN where there is none; positives_per_row, keys of the own product, the own one included, mean over
+            rows; rows_without_negative, ITM rows left out because no candidate shows another product (texts and images
+            both count).
         """
         product_id = batch["product_id"]
         image = self.model.get_image_features(batch["pixel_values"])
@@ -150,32 +191,45 @@ class RetrievalObjective(nn.Module):
         self, batch, image_tokens, negative_image, image_exists, negative_text, text_exists
     ) -> tuple[Tensor, dict[str, Tensor]]:
         images, texts, masks = image_tokens, batch["input_ids"], batch["attention_mask"]
+        rows, own_length = texts.shape
         if self.negatives_from_all_ranks:
             # Own rows first, then the chosen ones: 2 B images to project instead of the G that were gathered.
-            own = torch.arange(len(texts), device=texts.device)
+            own = torch.arange(rows, device=texts.device)
             images = torch.cat([images, all_gather_with_grad(image_tokens)[negative_image]])  # (2 B, P, D)
-            # Ranks pad to their own longest title.
-            padding = (0, reduce_max(texts.shape[1], texts.device) - texts.shape[1])
+            # Ranks pad to their own longest title. Which of them is the longest would have to be waited for.
+            padding = (0, self._longest_title(own_length) - own_length)
             texts, masks = F.pad(texts, padding), F.pad(masks, padding)
             texts = torch.cat([texts, all_gather(texts)[negative_text]])  # (2 B, L)
             masks = torch.cat([masks, all_gather(masks)[negative_text]])
-            negative_image = negative_text = len(own) + own
+            negative_image = negative_text = rows + own
 
-        image_index, text_index, is_match = itm_pairs(negative_image, image_exists, negative_text, text_exists)
+        image_index, text_index, is_match, weight = itm_pairs(negative_image, image_exists, negative_text, text_exists)
         image_kv = self.model.project_image_kv(images)  # once per image, though it stands in several pairs
-        logits = match_by_length(self.model, texts[text_index], masks[text_index], image_kv, image_index)  # (M, 2)
+        masks = masks[text_index]  # (3 B, L)
+        if masks.device.type == "cpu":
+            longest = masks.sum(dim=1).tolist()  # a look at the host's own memory waits for nothing
+        else:
+            own_lengths = list(batch.get("title_lengths", [own_length] * rows))
+            longest = [*own_lengths, *own_lengths, *[masks.shape[1]] * rows]  # which texts were drawn is not known here
+        tokens_per_pass = TOKENS_PER_PASS.get(masks.device.type, TOKENS_PER_PASS["cuda"])
+        logits = match_by_length(
+            self.model, texts[text_index], masks, image_kv, image_index, longest, tokens_per_pass
+        )  # (3 B, 2)
         with torch.no_grad():
             right = (logits.argmax(dim=1).bool() == is_match).float()
-            positives_right, negatives_right = right[is_match], right[~is_match]
+            negatives = weight[rows:].sum()
             report = {
-                "itm_accuracy_positive": positives_right.mean(),
-                # A batch of one product has no negatives: 0 pairs are not 0 % right.
-                "itm_accuracy_negative": negatives_right.mean()
-                if len(negatives_right)
-                else logits.new_ones(()).float(),
-                "rows_without_negative": (~image_exists).sum() + (~text_exists).sum(),
+                "itm_accuracy_positive": right[:rows].mean(),
+                "itm_accuracy_negative": (right * weight)[rows:].sum() / negatives,
+                "rows_without_negative": 2 * rows - negatives,
             }
-        return itm_loss(logits, is_match), report
+        return itm_loss(logits, is_match, weight), report
+
+    def _longest_title(self, own: int) -> int:
+        longest = self.longest_title or self.model.config.text_config.max_position_embeddings
+        if own > longest:
+            raise ValueError(f"titles of {own} tokens given, where longest_title is {longest}")
+        return longest
 
 
-__all__ = ["ObjectiveOutput", "RetrievalObjective", "match_by_length"]
+__all__ = ["ObjectiveOutput", "RetrievalObjective", "length_groups", "match_by_length"]

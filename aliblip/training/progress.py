@@ -20,7 +20,8 @@ import torch
 from tqdm.auto import tqdm
 
 from aliblip.retrieval.results import format_table
-from aliblip.runtime.distributed import all_gather_objects, is_main, rank, reduce_sum
+from aliblip.runtime.arrival import Arrival
+from aliblip.runtime.distributed import all_gather_objects, is_main, rank, reduce_sum, sum_numbers
 from aliblip.runtime.files import append_json_line, read_json_lines, write_json, write_json_lines
 from aliblip.runtime.mistakes import UsageError
 
@@ -39,7 +40,7 @@ PARTS = (
 LINE = (
     "step {step} epoch {epoch:.2f} loss_itc {loss_itc:.4f} loss_itm {loss_itm:.4f} lr {learning_rate:.2e} "
     "temperature {temperature:.4f} itm_accuracy positive {itm_accuracy_positive:.2f} negative "
-    "{itm_accuracy_negative:.2f} queue {queue_fill:.0%} grad_norm {grad_norm:.2f} "
+    "{negative} queue {queue_fill:.0%} grad_norm {grad_norm:.2f} "
     "samples/s {samples_per_second:.1f} data_wait {data_wait:.0%}"
 )
 
@@ -107,7 +108,7 @@ class SkippedRows:
 
     def check(self, at_least: int = 0) -> None:
         """Stop, on all ranks, when too large a share of at least `at_least` rows was unusable. A collective."""
-        seen, met = reduce_sum(torch.tensor([self.seen, self.met], device=self.device)).tolist()
+        seen, met = sum_numbers([self.seen, self.met], self.device)
         if met > self.max_fraction * seen and seen >= at_least:
             self.write()
             rows = self.collect()
@@ -172,7 +173,7 @@ class Log:
         self._restart()
 
     def _restart(self) -> None:
-        self.sums: torch.Tensor | None = None
+        self.sums: torch.Tensor | None = None  # (2, PARTS): the sums, and of how many batches each is
         self.batches = self.samples = self.left_out = 0
         self.waited = 0.0
         self.since = time.perf_counter()
@@ -186,7 +187,10 @@ class Log:
     def load_state(self, state: dict) -> None:
         self.batches, self.left_out, self.matching_head.lines = state["batches"], state["left_out"], state["near_prior"]
         if state["sums"] is not None:
-            self.sums = torch.tensor(state["sums"], device=self.accelerator.device)
+            sums = torch.tensor(state["sums"])
+            if sums.dim() == 1:  # of version 0.1.0, in which all parts were of all batches
+                sums = torch.stack([sums, torch.full_like(sums, self.batches)])
+            self.sums = sums.to(self.accelerator.device)
 
     def tell(self, text: str) -> None:
         """Print a line, in the main process; the bar makes way for it."""
@@ -207,7 +211,9 @@ class Log:
 
     def add_batch(self, output, rows: int, waited: float) -> None:
         values = {"loss_itc": output.parts["itc"], "loss_itm": output.parts["itm"], **output.report}
-        self.batches_of_step.append((torch.stack([values[name].float() for name in PARTS]), rows))
+        parts = torch.stack([values[name].float() for name in PARTS])
+        # NaN is no value: a batch of one product has no negatives. (In a step that is not finite none of it counts.)
+        self.batches_of_step.append((torch.stack([parts.nan_to_num(nan=0.0), (~parts.isnan()).float()]), rows))
         self.waited += waited
 
     def end_step(self, left_out: bool) -> None:
@@ -221,15 +227,23 @@ class Log:
         self.batches_of_step.clear()
         self.bar.update()
 
-    def line(self, step: int, epoch: float, **values: float) -> None:
-        """A collective."""
+    def line(self, step: int, epoch: float, on_device: dict[str, torch.Tensor], **values: float) -> None:
+        """A line of the means since the last one. A collective; waits once for the device.
+
+        Args:
+            on_device: further scalars of this moment, read together with the means.
+            values: those that the host knows.
+        """
         processes = self.accelerator.num_processes
         seconds = time.perf_counter() - self.since
         entry = {"step": step, "epoch": round(epoch, 4)}
         if self.batches:  # equal on all ranks
-            means = (reduce_sum(self.sums) / (self.batches * processes)).tolist()
+            sums, counts = reduce_sum(self.sums)
+            values_of_now = torch.stack([value.float() for value in on_device.values()])
+            read = Arrival(torch.cat([sums / counts, values_of_now])).read()
+            read = [None if math.isnan(value) else value for value in read]
             entry |= {
-                **dict(zip(PARTS, means, strict=True)),
+                **dict(zip([*PARTS, *on_device], read, strict=True)),
                 **values,
                 "samples_per_second": self.samples * processes / seconds,
                 "data_wait": self.waited / seconds,
@@ -239,7 +253,8 @@ class Log:
         if self.accelerator.is_main_process:
             self.write(entry)
         if self.batches:
-            self.tell(LINE.format(**entry))
+            negative = entry["itm_accuracy_negative"]
+            self.tell(LINE.format(**entry, negative="none" if negative is None else f"{negative:.2f}"))
             if self.matching_head.looks_dead(step, entry["loss_itm"], entry["itm_accuracy_positive"]):
                 self.tell(
                     f"warning: loss_itm sits at {ITM_PRIOR_LOSS:.4f} since {LINES_TO_BE_DEAD} log lines: the matching "
@@ -251,7 +266,7 @@ class Log:
                 f"warning: {self.left_out} steps up to step {step} had a loss or gradient that is not finite: they "
                 "changed nothing"
             )
-        self._track({key: value for key, value in entry.items() if key != "step"}, step)
+        self._track({key: value for key, value in entry.items() if key != "step" and value is not None}, step)
         self._restart()
 
     def _track(self, values: dict, step: int) -> None:

@@ -1,12 +1,12 @@
 """What happens around a step: the position in the data, undoing, the log, checkpoints, signals, evaluation, publishing.
 
-    with Run(setup, accelerator, training, signals, status) as run:
+    with Run(setup, accelerator, training, signals, status, compiled) as run:
         for epoch in run.epochs():
             for step in run.steps(epoch):
                 for batch, alpha in run.batches(step):
                     ...
                     run.after_batch(step, batch, targets, output)
-                run.after_step(step, output, grad_norm)
+                run.after_step(step, output, outcome)
             if run.stopped_by:
                 return run.stop()
             run.after_epoch(epoch)
@@ -21,11 +21,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import shlex
-import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from signal import Signals
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,11 +51,14 @@ from aliblip.training.checkpoint import (
     save_checkpoint,
     save_model,
 )
+from aliblip.training.compiling import CompiledTowers
+from aliblip.training.feed import Feed
 from aliblip.training.momentum import Targets
 from aliblip.training.objective import ObjectiveOutput
 from aliblip.training.optim import alpha_schedule
 from aliblip.training.progress import Log, RunStatus, SkippedRows
 from aliblip.training.setup import Setup
+from aliblip.training.step import Outcome
 from aliblip.training.tokenizer import tokenizer_bytes
 
 ROWS_TO_JUDGE = 1000  # before the end of an epoch, a few rows more or less say little about the data
@@ -67,11 +70,10 @@ NOT_OF_THE_TRAINING = ("resume_from_checkpoint", "output_dir", "overwrite_output
 class Step:
     """An optimizer step: what it begins with, and what its micro-batches leave for its end."""
 
-    batches: Iterator[dict]
+    feed: Feed
     average_is_due: bool  # False after a step that was left out: the average has followed the one before
     taken: int  # steps before this one that changed something; schedules count these
     learning_rate: float
-    waited: float = 0.0  # seconds for the last micro-batch
     targets: Targets | None = None  # of the first micro-batch, with the queues as they were then
     rows: list[Tensor] = dataclasses.field(default_factory=list)
 
@@ -85,6 +87,7 @@ class Run:
         training: the state that a checkpoint holds.
         signals: that ask the run to stop.
         status: `status.json`.
+        compiled: the towers, if they are.
 
     Raises:
         UsageError: the checkpoint to go on from does not fit the model.
@@ -98,9 +101,11 @@ class Run:
         training: Training,
         signals: StopSignals,
         status: RunStatus,
+        compiled: CompiledTowers | None = None,
     ):
         self.setup, self.args, self.output_dir = setup, setup.args, setup.output_dir
         self.accelerator, self.training, self.signals, self.status = accelerator, training, signals, status
+        self.compiled = compiled
         self.progress = setup.progress
         self.stopped_by: Signals | None = None
         self.log = Log(
@@ -187,43 +192,44 @@ class Run:
         last = min(self.setup.total_steps, (epoch + 1) * per_epoch)
         first_batch = (self.progress.step - epoch * per_epoch) * self.args.gradient_accumulation_steps
         with closing(self.setup.loader.epoch(epoch, start_step=first_batch)) as batches:
+            feed = Feed(batches, self.accelerator.device)
             while self.progress.step < last and not self.stopped_by:
-                yield self._begin_step(batches)
+                yield self._begin_step(feed)
 
-    def _begin_step(self, batches: Iterator[dict]) -> Step:
+    def _begin_step(self, feed: Feed) -> Step:
         progress = self.progress
         average_is_due, progress.average_is_due = progress.average_is_due, False  # the loop lets it follow at once
         if not progress.left_out_in_a_row:
             self._before = self._position()
         taken = progress.step - progress.left_out
-        return Step(batches, average_is_due, taken, self.setup.learning_rate(taken))
+        return Step(feed, average_is_due, taken, self.setup.learning_rate(taken))
 
     def _position(self) -> tuple[Progress, dict[str, Tensor]]:
         """Counters and random states: with the state of the training, which a step that is left out does not change,
         all that a run goes back to."""
         return dataclasses.replace(self.progress), random_states(self.accelerator.device)
 
-    def batches(self, step: Step) -> Iterator[tuple[dict[str, Tensor], float]]:
+    def batches(self, step: Step) -> Iterator[tuple[dict[str, Any], float]]:
         """The micro-batches of a step, on the device, each with its weight of the momentum encoders' opinion. No
         collective."""
         accumulation = self.args.gradient_accumulation_steps
         batches_per_epoch = self.setup.steps_per_epoch * accumulation
         for micro_step in range(accumulation):
-            waiting = time.perf_counter()
-            batch = next(step.batches)
-            step.waited = time.perf_counter() - waiting
+            batch = step.feed.take()
             self.skipped.add(batch)
             alpha = alpha_schedule(self.args.alpha, step.taken * accumulation + micro_step, batches_per_epoch)
-            yield {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}, alpha
+            yield batch, alpha
 
-    def after_batch(self, step: Step, batch: dict[str, Tensor], targets: Targets, output: ObjectiveOutput) -> None:
-        """Keep of a micro-batch what the end of its step needs. No collective."""
+    def after_batch(self, step: Step, batch: dict[str, Any], targets: Targets, output: ObjectiveOutput) -> None:
+        """Keep of a micro-batch what the end of its step needs, and fetch the next. No collective."""
         step.targets = step.targets or targets
         step.rows.append(batch["row"])
-        self.log.add_batch(output, batch["row"].shape[0], step.waited)
+        self.log.add_batch(output, batch["row"].shape[0], step.feed.waited)
+        step.feed.fetch()
 
-    def after_step(self, step: Step, output: ObjectiveOutput, grad_norm: float) -> None:
+    def after_step(self, step: Step, output: ObjectiveOutput, outcome: Outcome) -> None:
         """All that is due once the weights have moved, or were kept from it."""
+        grad_norm, number = outcome.read()
         self.progress.step += 1
         is_finite = math.isfinite(grad_norm)
         self.log.end_step(left_out=not is_finite)
@@ -233,7 +239,7 @@ class Run:
             self._leave_out(step)
         if self._log_line_is_due():
             self._log_line(step, output)
-        self.stopped_by = self.signals.received_by_any_rank(self.accelerator.device)
+        self.stopped_by = self.signals.known_to_all(number)
         if self.stopped_by or self._checkpoint_is_due():
             self._save_checkpoint(*self._position())
 
@@ -274,9 +280,8 @@ class Run:
         self.log.line(
             self.progress.step,
             self.progress.step / self.setup.steps_per_epoch,
+            {"temperature": output.report["temperature"], "queue_fill": self.training.momentum.queue_fill()},
             learning_rate=step.learning_rate,
-            temperature=float(output.report["temperature"]),
-            queue_fill=self.training.momentum.queue_fill(),
             grad_norm=self._last_norm,
         )
         self.skipped.check(at_least=ROWS_TO_JUDGE)
@@ -339,15 +344,16 @@ class Run:
 
     def _evaluate(self, epoch: int) -> dict:
         source = self.setup.validation_loader.source
-        self._results = evaluate_retrieval(
-            self.training.model,
-            self.setup.validation_loader,
-            model_name=str(self.output_dir / "last"),
-            dataset_name=source.name,
-            split=source.split,
-            k_rerank=self.args.k_rerank,
-            dtype=self.accelerator.autocast_dtype,
-        )
+        with nullcontext() if self.compiled is None else self.compiled.paused():
+            self._results = evaluate_retrieval(
+                self.training.model,
+                self.setup.validation_loader,
+                model_name=str(self.output_dir / "last"),
+                dataset_name=source.name,
+                split=source.split,
+                k_rerank=self.args.k_rerank,
+                dtype=self.accelerator.autocast_dtype,
+            )
         self.log.evaluation(self.progress.step, epoch + 1, self._results)
         return self._results
 
@@ -412,6 +418,8 @@ class Run:
         step, last, best = self.progress.step, self.output_dir / "last", self.output_dir / "best"
         samples = step * self.setup.rows_per_step
         print(f"done in {self.status.minutes():.1f} minutes: {step} steps, {samples} samples")
+        if self.compiled is not None:
+            print(self.compiled.told())
         if unusable:
             names = ", ".join(row["name"] for row in unusable[:5]) + (", ..." if len(unusable) > 5 else "")
             print(f"{len(unusable)} rows could not be used ({names}): see {self.skipped.file}")

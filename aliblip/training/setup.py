@@ -32,7 +32,7 @@ from aliblip.models.backbones import Backbone
 from aliblip.models.original import is_original
 from aliblip.models.upload import HubArguments, Publisher, check_hub_arguments, connect
 from aliblip.retrieval.evaluation import check_k_rerank
-from aliblip.runtime.accelerator import AliBlipAccelerator, build_accelerator
+from aliblip.runtime.accelerator import AliBlipAccelerator, build_accelerator, sum_in_order
 from aliblip.runtime.arguments import check_range
 from aliblip.runtime.checks import part
 from aliblip.runtime.distributed import launched_rank, launched_world_size
@@ -466,6 +466,8 @@ def meet(setup: Setup) -> AliBlipAccelerator:
         UsageError: the launcher and the arguments contradict each other.
     """
     args = setup.args
+    if args.deterministic:
+        sum_in_order()
     accelerator = build_accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,

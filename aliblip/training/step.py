@@ -3,7 +3,9 @@
 for batch in batches:
     with accelerator.accumulate(objective):
         output = objective(batch)
-        grad_norm = backward_and_step(accelerator, objective, optimizer, output.loss, max_grad_norm=1.0)
+        outcome = backward_and_step(accelerator, objective, optimizer, output.loss, max_grad_norm=1.0)
+...what else there is for the device to do...
+grad_norm, _ = outcome.read()
 """
 
 from __future__ import annotations
@@ -15,7 +17,28 @@ import torch
 from accelerate import Accelerator
 
 from aliblip.runtime.accelerator import is_deepspeed
+from aliblip.runtime.arrival import Arrival
+from aliblip.runtime.distributed import reduce_max, world_size
 from aliblip.runtime.mistakes import UsageError
+
+
+class Outcome:
+    """What came of a step, on its way from the device: the gradient norm, and a number that the ranks told each other.
+    While it is read the device moves the weights, and the host can give it the next step before it has run dry."""
+
+    def __init__(self, norm: torch.Tensor, number: int = 0):
+        """A collective."""
+        self._number = number
+        values = norm.detach().float().reshape(1)
+        if world_size() > 1:
+            values = torch.cat([values, reduce_max(torch.full((1,), float(number), device=norm.device))])
+        self._values = Arrival(values)
+
+    def read(self) -> tuple[float, int]:
+        """The global gradient norm before clipping, `inf` when the step was left out, and the largest number of any
+        rank; equal on all ranks. The one time in a step that the host waits for the device."""
+        norm, number = [*self._values.read(), self._number][:2]
+        return norm if math.isfinite(norm) else math.inf, int(number)
 
 
 def backward_and_step(
@@ -24,7 +47,8 @@ def backward_and_step(
     optimizer: torch.optim.Optimizer,
     loss: torch.Tensor,
     max_grad_norm: float,
-) -> float | None:
+    number: int = 0,
+) -> Outcome | None:
     """Differentiate a loss and, when the accumulation is complete, clip, step and clear the gradients.
 
     A collective: every rank calls it for every micro-batch, inside `accelerator.accumulate(model)`. A step with a loss
@@ -34,29 +58,39 @@ def backward_and_step(
     Args:
         accelerator: from `build_accelerator`.
         model: the prepared module.
-        optimizer: the prepared optimizer.
+        optimizer: the prepared optimizer, one of torch's with `fused=True`: these can leave out a step on the device.
         loss: scalar, the loss of this rank's micro-batch, not divided by the accumulation steps.
         max_grad_norm: the value given to `build_accelerator`; 0 means no clipping.
+        number: what this rank has to tell the others; the largest comes back with the outcome.
 
     Returns:
-        The global gradient norm before clipping, equal on all ranks; `inf` when the step was left out; None when this
-        micro-batch only accumulated.
+        The outcome; None when this micro-batch only accumulated.
     """
     # A loss that is not finite makes every gradient NaN, also where the derivative there happens to be finite: the norm
     # that all ranks share then tells all of them, and DeepSpeed inside its backward, without one more collective.
-    loss = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+    loss = loss * (0.0 * loss.detach() + 1.0)
     accelerator.backward(loss)  # under DeepSpeed this clips, steps and clears as well
     if not accelerator.sync_gradients:
         return None
     if is_deepspeed(accelerator):
-        norm = float(model.get_global_grad_norm())
-        return norm if math.isfinite(norm) else math.inf
+        norm = model.get_global_grad_norm()
+        return Outcome(norm if torch.is_tensor(norm) else torch.full((), float(norm), device=loss.device), number)
     # After DDP's reduction every rank has the same gradient, hence the same norm and the same decision.
-    norm = float(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm if max_grad_norm > 0 else math.inf))
-    if math.isfinite(norm):
-        optimizer.step()
+    norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm if max_grad_norm > 0 else math.inf)
+    outcome = Outcome(norm, number)
+    _step_if_finite(optimizer, norm)
     optimizer.zero_grad()
-    return norm if math.isfinite(norm) else math.inf
+    return outcome
+
+
+def _step_if_finite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
+    """Step, or change nothing: the device decides, and the host goes on without knowing. By what torch's GradScaler
+    tells an optimizer; the fused kernels return at once then, and the count of steps goes back."""
+    optimizer.optimizer.found_inf = (~norm.isfinite()).float()
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.optimizer.found_inf
 
 
 def fp32_value(parameter: torch.nn.Parameter) -> torch.Tensor:

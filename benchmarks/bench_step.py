@@ -1,0 +1,274 @@
+"""A training step against the plain way to compute it, and what each technique is worth.
+
+    python benchmarks/bench_step.py --json benchmarks/results/step.json       # ViT-B/16 at 224 px, batch 8; ten minutes
+    python benchmarks/bench_step.py --recipe recipes/products_tiny.yaml       # a small model, batch 32
+    python benchmarks/bench_step.py --tiny                                    # seconds, to try it
+
+The plain way is the published one in our own words: eager attention, titles padded to 35 tokens, keys and values of a
+photo projected again for every pair that it stands in, the last text layer for all tokens, a loop that draws negatives
+row by row, an average that follows parameter by parameter, and an optimizer that steps parameter by parameter and asks
+first whether the gradient is finite. All sides take turns in one process, with the same weights, queues and batches, in
+fp32 with fixed threads; titles have 6 to 20 tokens. Before anything is measured, the losses of a few steps, without
+dropout and with the hardest negatives, have to agree to 1e-4. In the table each technique is off while the others are
+on. The ratio is the seconds of the plain step over those of ours, of medians.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import aliblip.training.objective
+from aliblip.runtime.accelerator import build_accelerator, end
+from aliblip.training.momentum import MomentumState
+from aliblip.training.objective import RetrievalObjective
+from aliblip.training.optim import parameter_groups
+from aliblip.training.step import backward_and_step, clamp_parameter
+from benchmarks.common import finish, parser
+from configuration_aliblip import AliBlipConfig
+from losses_aliblip import hard_negatives
+from modeling_aliblip import AliBlipForImageTextRetrieval
+from train import TEMPERATURE_RANGE
+
+PADDED, LENGTHS = 35, (6, 20)
+VOCABULARY = 30524
+AGREEMENT = 1e-4
+_NARROW = {"num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3}  # at 0.02 all photos look alike
+TINY = {
+    "config_name": "base",
+    "vision_config": {**_NARROW, "hidden_size": 32, "patch_size": 8},
+    "text_config": {**_NARROW, "hidden_size": 24, "intermediate_size": 48},
+    "image_size": 32,
+    "per_device_train_batch_size": 6,
+    "queue_size": 64,
+}
+BASE = {"config_name": "base", "image_size": 224, "per_device_train_batch_size": 8, "queue_size": 57600}
+
+
+@dataclass(frozen=True)
+class Techniques:
+    """What a step does better than the plain one."""
+
+    attention: bool = True  # torch's scaled_dot_product_attention
+    lengths: bool = True  # titles as long as the longest, and pairs in groups of similar length
+    shared_photos: bool = True  # keys and values once per photo
+    first_token: bool = True  # the last text layer for the first token alone
+    draws: bool = True  # all negatives at once
+    average: bool = True  # all parameters in one call
+    optimizer: bool = True  # torch's fused AdamW, which leaves out a step by itself
+
+
+OURS = Techniques()
+PLAIN = Techniques(**{field.name: False for field in fields(Techniques)})
+SIDES = {"ours": OURS, "plain": PLAIN}
+SIDES |= {f"without {field.name}": replace(OURS, **{field.name: False}) for field in fields(Techniques)}
+
+
+def main(command_line: list[str] | None = None) -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--threads", type=int, default=2)
+    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--recipe", type=Path, help="size, batch and queue of this recipe")
+    arguments.add_argument("--tiny", action="store_true", help="a tiny model: shows that it runs, measures nothing")
+    args = arguments.parse_args(command_line)
+    torch.set_num_threads(args.threads)
+    recipe = BASE if args.recipe is None else yaml.safe_load(args.recipe.read_text())
+    accelerator = build_accelerator(max_grad_norm=1.0, per_device_train_batch_size=1)
+    report = measure(Trained(accelerator, TINY if args.tiny else recipe), args.rounds)
+    end(accelerator)
+    ours = report["sides"]["ours"]
+    for name, side in report["sides"].items():
+        print(
+            f"{name:<22} {side['seconds']:8.3f} s, {side['seconds'] / ours['seconds']:5.2f} times ours, "
+            f"{side['flops'] / ours['flops']:5.2f} by FLOPs; losses within {side['largest_difference']:.1e}"
+        )
+    ratio = report["sides"]["plain"]["seconds"] / ours["seconds"]
+    settings = {name: str(value) for name, value in vars(args).items() if name != "json"}
+    finish("step", ratio, {**report, "settings": settings}, args.json)
+
+
+def measure(trained: Trained, rounds: int) -> dict:
+    """Seconds, FLOPs and the agreement of each side."""
+    losses = {name: trained.losses(techniques) for name, techniques in SIDES.items()}
+    sides: dict[str, dict] = {}
+    for name, of_side in losses.items():
+        pairs = zip(of_side, losses["ours"], strict=True)
+        difference = max(abs(one - other) / abs(other) for one, other in pairs)
+        if not difference < AGREEMENT:
+            raise RuntimeError(f"{name}: the losses differ by {difference:.2g}: {of_side} and {losses['ours']}")
+        sides[name] = {"largest_difference": difference, "seconds_of_rounds": []}
+    for name, techniques in SIDES.items():
+        torch.manual_seed(0)  # other negatives have other lengths
+        with FlopCounterMode(display=False) as counter:
+            trained.step(techniques)
+        sides[name]["flops"] = counter.get_total_flops()
+    for _ in range(rounds):
+        for name, techniques in SIDES.items():
+            start = time.perf_counter()
+            trained.step(techniques)
+            sides[name]["seconds_of_rounds"].append(time.perf_counter() - start)
+    for side in sides.values():
+        side["seconds"] = statistics.median(side["seconds_of_rounds"])
+    rows = trained.batch["product_id"].shape[0]
+    return {"sides": sides, "rows": rows, "losses": losses["ours"], "parameters": trained.parameters}
+
+
+class Trained:
+    """Model, momentum encoders, queues and optimizer, which all sides step in turn."""
+
+    def __init__(self, accelerator, recipe: dict):
+        torch.manual_seed(0)
+        config = AliBlipConfig.from_size(
+            recipe["config_name"],
+            vision_config={**recipe.get("vision_config", {}), "image_size": recipe["image_size"]},
+            text_config={**recipe.get("text_config", {}), "vocab_size": VOCABULARY},
+            image_text_hidden_size=recipe.get("image_text_hidden_size", 256),
+            enc_token_id=VOCABULARY - 1,
+        )
+        self.accelerator = accelerator
+        self.model = AliBlipForImageTextRetrieval(config)
+        self.plain_model = PlainModel(self.model)
+        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        embedding_size = config.image_text_hidden_size
+        self.momentum = MomentumState(self.model, queue_size=recipe["queue_size"], embedding_size=embedding_size)
+        self.in_batch_itc = recipe.get("in_batch_itc", 0.0)
+        optimizer = torch.optim.AdamW(parameter_groups(self.model, 0.05), lr=1e-5, fused=True)
+        self.optimizer = accelerator.prepare(optimizer)
+        self.batch = random_batch(recipe["per_device_train_batch_size"], recipe["image_size"])
+        self._start = copy.deepcopy((self.model.state_dict(), self.momentum.state_dict()))
+
+    def losses(self, techniques: Techniques, steps: int = 3) -> list[float]:
+        """Of steps from the beginning, without dropout and with the hardest negatives."""
+        model, momentum = self._start
+        self.model.load_state_dict(model)
+        self.momentum.load_state_dict(momentum)
+        self.optimizer.optimizer.state.clear()
+        return [self.step(techniques, exact=True) for _ in range(steps)]
+
+    def step(self, techniques: Techniques, exact: bool = False) -> float:
+        """One step of one side; its loss."""
+        for part in (self.model, self.momentum.encoders):
+            part.set_attn_implementation("sdpa" if techniques.attention else "eager")
+        self.plain_model.techniques = techniques
+        plain_pairs = not (techniques.shared_photos and techniques.first_token)
+        objective = RetrievalObjective(
+            self.plain_model if plain_pairs else self.model,
+            hardest_negatives=exact,
+            in_batch_itc=self.in_batch_itc,
+        ).train(not exact)
+        batch = self.batch if techniques.lengths else padded(self.batch)
+        if techniques.average:
+            self.momentum.update(self.model)
+        else:
+            follow_one_by_one(self.momentum, self.model)
+        with plain_parts(techniques):
+            targets = self.momentum.encode(batch)
+            output = objective(batch, targets, alpha=0.2)
+        if techniques.optimizer:
+            with self.accelerator.accumulate(objective):
+                backward_and_step(self.accelerator, objective, self.optimizer, output.loss, 1.0).read()
+        else:
+            step_one_by_one(self.model, self.optimizer.optimizer, output.loss)
+        self.momentum.enqueue(targets, batch["product_id"])
+        clamp_parameter(self.model.temp, *TEMPERATURE_RANGE)
+        return output.loss.item()
+
+
+def random_batch(rows: int, image_size: int) -> dict[str, Tensor]:
+    """Photos, and titles as long as the longest of them."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(LENGTHS[0], LENGTHS[1] + 1, (rows,), generator=generator)
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    return {
+        "pixel_values": torch.randn(rows, 3, image_size, image_size, generator=generator),
+        "input_ids": torch.randint(1000, VOCABULARY - 2, mask.shape, generator=generator) * mask,
+        "attention_mask": mask,
+        "product_id": torch.arange(rows),
+    }
+
+
+# --- the plain way ----------------------------------------------------------------------------------------------------
+
+
+class PlainModel(nn.Module):
+    """A model whose matching pass projects the photo of every pair by itself, or computes all tokens to the end."""
+
+    def __init__(self, model: AliBlipForImageTextRetrieval):
+        super().__init__()
+        self.model = model
+        self.techniques = PLAIN
+        for name in ("get_image_features", "get_text_features", "temp", "config"):
+            object.__setattr__(self, name, getattr(model, name))
+
+    def project_image_kv(self, image_tokens: Tensor):
+        return self.model.project_image_kv(image_tokens) if self.techniques.shared_photos else image_tokens
+
+    def match(self, input_ids: Tensor, attention_mask: Tensor, image_kv, image_index: Tensor) -> Tensor:
+        if not self.techniques.shared_photos:
+            image_kv = self.model.project_image_kv(image_kv[image_index])
+            image_index = torch.arange(len(image_index))
+        if self.techniques.first_token:
+            return self.model.match(input_ids, attention_mask, image_kv, image_index)
+        input_ids = input_ids.clone()
+        input_ids[:, 0] = self.config.enc_token_id
+        tokens = self.model.text_encoder(input_ids, attention_mask, image_kv, image_index)
+        return self.model.itm_head(tokens[:, 0])
+
+
+def padded(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    more = (0, PADDED - batch["input_ids"].shape[1])
+    return batch | {name: nn.functional.pad(batch[name], more) for name in ("input_ids", "attention_mask")}
+
+
+@contextmanager
+def plain_parts(techniques: Techniques) -> Iterator[None]:
+    objective = aliblip.training.objective
+    one_pass = lambda longest, *_: [(len(longest), PADDED)]  # noqa: E731
+    negatives = hard_negatives if techniques.draws else draw_one_by_one
+    groups = objective.length_groups if techniques.lengths else one_pass
+    with mock.patch.multiple(objective, hard_negatives=negatives, length_groups=groups):
+        yield
+
+
+def draw_one_by_one(similarity: Tensor, positive: Tensor, *, hardest: bool = False) -> tuple[Tensor, Tensor]:
+    weights = torch.softmax(similarity.detach(), dim=1).masked_fill(positive, 0.0)
+    drawn = [(row.argmax() if hardest else torch.multinomial(row, 1)).item() for row in weights]
+    return torch.tensor(drawn), torch.ones(len(drawn), dtype=torch.bool)
+
+
+@torch.no_grad()
+def follow_one_by_one(momentum: MomentumState, model: nn.Module) -> None:
+    trained = dict(model.named_parameters())
+    for name, average in momentum.encoders.named_parameters():
+        average.copy_(average * momentum.momentum + trained[name] * (1.0 - momentum.momentum))
+
+
+def step_one_by_one(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=False).item()
+    for group in optimizer.param_groups:
+        group["fused"], group["foreach"] = False, False
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    for group in optimizer.param_groups:
+        group["fused"], group["foreach"] = True, None
+
+
+if __name__ == "__main__":
+    main()
