@@ -144,7 +144,9 @@ def read_photo(value: Any, fetch: Callable[[str, int], bytes] = fetch) -> Image.
 
 def _unidentified(data: io.BytesIO) -> str:
     if data.getvalue()[4:8] == b"ftyp" and data.getvalue()[8:12] in HEIC_BRANDS:
-        return "the photo is HEIC, which is read where pillow-heif is installed"
+        if reads_heic():
+            return "the photo is HEIC and damaged"
+        return "the photo is HEIC, which is read where pillow-heif is installed (the extra heic)"
     return "the file is not an image of a known format"
 
 

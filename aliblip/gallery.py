@@ -36,6 +36,7 @@ from aliblip.data.arguments import DataArguments
 from aliblip.data.products import tell_sources
 from aliblip.data.rows import Source
 from aliblip.data.sources import ALL, open_source, require_usable_row
+from aliblip.data.titles import tell_cut_titles
 from aliblip.models.loading import load_pretrained
 from aliblip.retrieval.building import THUMBNAIL_SIDE, Build, check_options
 from aliblip.retrieval.galleries import Gallery
@@ -194,6 +195,7 @@ def open_data(data: GalleryDataArguments, kind: str, columns: Sequence[str] | No
             data_dir=data.data_dir,
             data_files=data.data_files,
             image_dir=data.image_dir,
+            fetch_photos=data.fetch_photos,
             split=data.split_name,
             any_split=True,
             image_column=data.image_column,
@@ -301,6 +303,8 @@ def build(data: GalleryDataArguments, options: GalleryArguments) -> int:
     )
     check_index(work, options)
     model, processor, _ = load_pretrained(options.model_name_or_path, tokenizer_name=options.tokenizer_name)
+    if options.kind == "text":
+        tell_cut_titles(source, tokenizer=processor.tokenizer, max_length=processor.max_length)
     tell_plan(work, model.config, options)
 
     def index() -> None:

@@ -81,6 +81,9 @@ class ServeArguments:
     id_column: str | None = option(
         None, "Column of the ids of the photos' data (default: id, else the names of files, else numbers of rows)."
     )
+    fetch_photos: bool = option(
+        False, "Fetch the photos that a table in the folder names by address (default: not fetched)."
+    )
     storage_options: str | None = option(
         None, 'For a gallery at an address, a JSON object: {"region": "eu-central-1"} (default: the environment).'
     )
@@ -147,7 +150,7 @@ def _check_gallery(options: ServeArguments) -> None:
     if options.storage_options is not None and not is_address(options.gallery):
         raise UsageError("--storage_options belong to a gallery at an address, such as s3://...: leave them out")
     if is_gallery(options.gallery):
-        for name in ("gallery_dir", "id_column", "update_gallery"):
+        for name in ("gallery_dir", "id_column", "update_gallery", "fetch_photos"):
             if getattr(options, name):
                 raise UsageError(
                     f"--{name}: {options.gallery} is a gallery already, there is nothing to build: leave it out"
@@ -177,7 +180,12 @@ def open_searcher(options: ServeArguments) -> Searcher:
         gallery = Gallery.open(options.gallery, photo_root=options.photo_root, storage_options=storage)
     else:
         source = open_source(
-            data_dir=options.gallery, split=options.split_name, any_split=True, sides="images", other_columns=ALL
+            data_dir=options.gallery,
+            split=options.split_name,
+            any_split=True,
+            sides="images",
+            other_columns=ALL,
+            fetch_photos=options.fetch_photos,
         )
         tell_sources(source, products=False)
         require_usable_row(source)

@@ -11,11 +11,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from data_stub import add_member
 from PIL import Image
 
 from aliblip.data.rows import decode
-from aliblip.data.sources import open_source
+from aliblip.data.sources import Reading, open_source
+from aliblip.runtime.mistakes import UsageError
 from reading_aliblip import UnusableItem
 
 COUNT = 12
@@ -99,6 +101,26 @@ def whole(source) -> None:
     """Assert that a source gives all of `TITLES`, each with its photo."""
     assert read(source) == (all_rows(), [])
     assert source.num_rows == COUNT
+
+
+def opened(folder: Path, data: str | bytes, name="metadata.csv", **reading):
+    """A folder with such a table, opened."""
+    (folder / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    return open_at(folder, reading=Reading(**reading))
+
+
+def refused(folder: Path, data: str | bytes, name="metadata.csv", **reading) -> str:
+    """The one line in which a folder with such a table is refused."""
+    with pytest.raises(UsageError) as caught:
+        opened(folder, data, name, **reading)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def titles(source) -> list[str]:
+    found, reasons = read(source)
+    assert not reasons
+    return [title for _, title in found]
 
 
 def told(source) -> str:

@@ -199,7 +199,7 @@ def _damaged(rng: np.random.Generator) -> list[Case]:
                 ("parent folder with backslashes", "..\\outside.png", "outside"),
                 ("absolute path", "/etc/hostname", "outside"),
                 ("drive letter", "C:\\outside.png", "outside"),
-                ("address", "http://localhost/outside.png", "outside"),
+                ("address", "http://localhost/outside.png", "--fetch_photos"),
                 ("file name with NUL", "a\0.png", "NUL"),
             )
         ),

@@ -5,6 +5,7 @@ The kinds of fault behind them are tested in test_folders.py, test_tables.py and
 
 import gzip
 import json
+import re
 import zipfile
 
 import numpy as np
@@ -34,7 +35,7 @@ from drawing import (
 from aliblip.data.collate import Collator
 from aliblip.data.loader import TrainLoader
 from aliblip.data.manifest import manifest_changes
-from aliblip.data.sources import require_usable_row
+from aliblip.data.sources import Reading, require_usable_row
 from aliblip.runtime.mistakes import UsageError
 
 WHOLE = {}
@@ -311,6 +312,9 @@ def test_what_is_not_whole_is_refused_with_the_cause(tmp_path, name):
     with pytest.raises(UsageError, match=words) as caught:
         require_usable_row(open_case(tmp_path / name, **options))
     assert "\n" not in str(caught.value)
+    for flag, value in re.findall(r"--(csv_quotes|encoding) (\w+)", str(caught.value)):  # whatever is advised works
+        reading = Reading(**{flag.removeprefix("csv_"): value})
+        assert open_case(tmp_path / name, **options, reading=reading).num_rows == COUNT
 
 
 def test_thousands_of_lines_behind_a_quote(tmp_path):

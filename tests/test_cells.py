@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import unicodedata
 from itertools import product
 
 import numpy as np
@@ -33,7 +34,7 @@ from aliblip.data.collate import Collator
 from aliblip.data.loader import TrainLoader
 from aliblip.data.missing import why_missing
 from aliblip.data.places import Place, find_place
-from aliblip.data.sources import open_source
+from aliblip.data.sources import open_source, require_usable_row
 from aliblip.data.values import Facts, embedded_photo, listed_text, photos_of, titles_of
 from aliblip.runtime.mistakes import UsageError
 
@@ -48,17 +49,17 @@ def server(tmp_path, monkeypatch):
         yield server
 
 
-def table_of(folder, rows, form: str):
+def table_of(folder, rows, form: str, **options):
     """The same records as a file of a form, opened."""
     if form == "parquet":
         pq.write_table(pa.Table.from_pylist(rows), folder / "list.parquet")
-        return open_at(data_files=str(folder / "list.parquet"))
+        return open_at(data_files=str(folder / "list.parquet"), **options)
     if form == "csv":
         cells = [[v if isinstance(v, str) else json.dumps(v) for v in row.values()] for row in rows]
         (folder / "list.csv").write_text(lines(cells, rows[0]))
     else:
         (folder / "list.jsonl").write_text(json_lines(rows))
-    return open_at(data_files=str(folder / f"list.{form}"))
+    return open_at(data_files=str(folder / f"list.{form}"), **options)
 
 
 FORMS = ("csv", "jsonl", "parquet")
@@ -183,9 +184,14 @@ def test_addresses_are_photos(tmp_path, server, form, wrap):
     if form == "csv" and wrap == "nested":
         return  # a cell of CSV is text
     rows = [{"image": cells[wrap](i), "caption": title} for i, title in enumerate(TITLES)]
-    source = table_of(tmp_path, rows, form)
+    with pytest.raises(UsageError, match="--fetch_photos") as refused:
+        require_usable_row(table_of(tmp_path, rows, form))
+    titles = table_of(tmp_path, rows, form, sides="titles")  # for which no photo is fetched
+    assert read(titles) == ([(None, title) for title in TITLES], [])
+    source = table_of(tmp_path, rows, form, fetch_photos=True)
     whole(source)
     if (form, wrap) != ("parquet", "nested"):
+        assert f"photos of the column 'image' are addresses (127.0.0.1:{server.server_port})" in str(refused.value)
         assert f"{COUNT} photos come from the network (127.0.0.1:{server.server_port})" in told(source)
 
 
@@ -193,31 +199,35 @@ def test_several_addresses_of_a_cell_are_photos_of_one_product(tmp_path, server)
     urls = [f"{server.url}/{name}" for name in NAMES]
     for glue in (", ", ",", "|", ";", " ", "\n"):
         (tmp_path / "list.csv").write_text(lines([(glue.join(urls[:3]), "a"), (urls[3], "b")], ("image_link", "title")))
-        source = open_at(data_files=str(tmp_path / "list.csv"))
+        source = open_at(data_files=str(tmp_path / "list.csv"), fetch_photos=True)
         assert read(source) == ([(0, "a"), (1, "a"), (2, "a"), (3, "b")], []), glue
         ids = [row.product_id for row in source.read_range(0, 4)]
         assert ids[0] == ids[1] == ids[2] != ids[3]
     assert photos_of("https://host/a,b.jpg?c=d, e") == ["https://host/a,b.jpg?c=d, e"]
     # photos and titles in lists: each of both is in a row
     rows = [{"image": urls[:2], "caption": ["x", "y", "z"]}, {"image": urls[2:5], "caption": "w"}]
-    source = table_of(tmp_path, rows, "jsonl")
+    source = table_of(tmp_path, rows, "jsonl", fetch_photos=True)
     assert read(source)[0] == [(0, "x"), (1, "y"), (0, "z"), (2, "w"), (3, "w"), (4, "w")]
 
 
-def test_single_addresses_among_files_are_mistakes(tmp_path):
+def test_single_addresses_among_files_are_told(tmp_path, server):
     draw(tmp_path)
-    rows = [*pairs(), ("http://127.0.0.1:1/x.png", "x")]
+    rows = [*pairs(), (f"{server.url}/00.png", "x")]
     (tmp_path / "list.csv").write_text(lines(rows, ("image", "caption")))
     source = open_at(tmp_path)
     assert read(source) == (
         all_rows(),
-        ["the image file name leads outside the image folder: it is an address, among files"],
+        ["the image is an address, and addresses are fetched only with --fetch_photos"],
     )
-    assert "network" not in told(source)
+    assert f"1 photos are addresses (127.0.0.1:{server.server_port}), which are not fetched" in told(source)
+    assert read(open_at(tmp_path, fetch_photos=True)) == ([*all_rows(), (0, "x")], [])
+    stored = [{"bytes": picture(i), "path": f"http://127.0.0.1:1/{i}"} for i in range(COUNT)]
+    pq.write_table(pa.table({"image": stored, "caption": TITLES}), tmp_path / "stored.parquet")
+    whole(open_at(data_files=str(tmp_path / "stored.parquet")))  # where the address only tells where it came from
 
 
 def test_anothers_table_names_nothing_of_a_private_network(tmp_path):
-    place = Place("https://shop.example/photos", is_own=False, host="shop.example")
+    place = Place("https://shop.example/photos", is_own=False, host="shop.example", fetch=True)
     for address in (
         "http://127.0.0.1/a",
         "http://10.0.0.7/a",
@@ -229,8 +239,11 @@ def test_anothers_table_names_nothing_of_a_private_network(tmp_path):
     for address in ("https://cdn.example/a.jpg", "http://1.1.1.1/a"):
         assert place.find(address) == (address, address, None)
     assert place.find("s3://bucket/a.jpg")[0] is None
-    assert Place("x").find("http://127.0.0.1/a")[0] and Place("x").find("s3://bucket/a.jpg")[0]
-    own = Place("http://127.0.0.1:80/photos", is_own=False, host="127.0.0.1:80")
+    own = Place("x", fetch=True)
+    assert own.find("http://127.0.0.1/a")[0] and own.find("s3://bucket/a.jpg")[0]
+    for address in ("https://cdn.example/a.jpg", "s3://bucket/a.jpg"):
+        assert Place("x").find(address)[0] is None and "--fetch_photos" in Place("x").find(address)[2]
+    own = Place("http://127.0.0.1:80/photos", is_own=False, host="127.0.0.1:80", fetch=True)
     assert own.find("http://127.0.0.1:80/a.jpg")[0] == "http://127.0.0.1:80/a.jpg"
 
 
@@ -244,6 +257,7 @@ def test_photos_in_text(tmp_path, form, wrap):
     }
     source = table_of(tmp_path, [{"image": cells[wrap](i), "caption": t} for i, t in enumerate(TITLES)], form)
     whole(source)
+    assert "not in the folder" not in told(open_at(tmp_path))  # they are no names
 
 
 def test_what_looks_like_base64_and_is_a_path():
@@ -268,7 +282,7 @@ def test_shopify_exports(tmp_path, server):
         rows.append((f"h{i}", "", "", "", f"{server.url}/{NAMES[i + 2]}?v=1", 3))
     rows.append(("alone", "without a photo", "", "", "", ""))
     (tmp_path / "products_export.csv").write_text(lines(rows, header))
-    source = open_at(data_files=str(tmp_path / "products_export.csv"))
+    source = open_at(data_files=str(tmp_path / "products_export.csv"), fetch_photos=True)
     assert read(source) == ([(i, TITLES[i // 3 * 3]) for i in range(COUNT)], [])
     ids = [row.product_id for row in source.read_range(0, COUNT)]
     assert len(set(ids)) == COUNT // 3 and ids[0] == ids[2] != ids[3]
@@ -297,6 +311,15 @@ def test_parquet_of_names_beside_photos(tmp_path):
     pq.write_table(pa.table({"image": away, "caption": TITLES}), tmp_path / "photos" / "stored.parquet")
     _, reasons = read(open_at(data_files=str(tmp_path / "photos" / "stored.parquet")))
     assert reasons == ["the image is a path, and no image folder was given (--image_dir)"] * COUNT
+
+
+def test_a_parquet_column_that_comes_twice_is_refused(tmp_path):
+    columns = [pa.array([picture(0)]), pa.array(["a"]), pa.array(["b"]), pa.array([1])]
+    pq.write_table(pa.Table.from_arrays(columns, names=["image", "caption", "caption", "x"]), tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match="a.parquet has the column 'caption' more than once: rename one of them"):
+        open_at(tmp_path)
+    pq.write_table(pa.Table.from_arrays(columns, names=["image", "caption", "x", "x"]), tmp_path / "a.parquet")
+    assert read(open_at(tmp_path)) == ([(0, "a")], [])
 
 
 def test_parquet_files_whose_cells_differ(tmp_path):
@@ -376,6 +399,69 @@ def test_photos_are_found_near_the_table(tmp_path):
     assert f"list.csv: photos are taken from {tmp_path}/shop/images" in told(source)
 
 
+def test_each_table_finds_the_photos_nearest_to_it(tmp_path):
+    for brand in ("acme", "brandx"):
+        draw(tmp_path / brand / "img")
+        draw(tmp_path / "photos")  # of the same names
+        (tmp_path / brand / "list.csv").write_text(lines(pairs(), ("image", "title")))
+    source = open_at(tmp_path)
+    assert read(source) == (all_rows() * 2, [])
+    brands = {os.path.relpath(row.image, tmp_path).split("/")[0] for row in source.read_range(0, 24)}
+    assert brands == {"acme", "brandx"}
+
+
+def test_a_link_to_a_table_finds_the_photos_of_the_table(tmp_path):
+    draw(tmp_path / "shop")
+    (tmp_path / "shop" / "list.csv").write_text(lines(pairs(), ("image", "title")))
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "list.csv").symlink_to(tmp_path / "shop" / "list.csv")
+    source = open_at(data_files=str(tmp_path / "linked" / "list.csv"))
+    whole(source)
+    assert f"photos are taken from {os.path.realpath(tmp_path)}/shop" in told(source)
+
+
+@pytest.mark.parametrize(("in_table", "in_files"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_letters_with_marks_are_one_letter_however_they_are_stored(tmp_path, in_table, in_files):
+    names = [f"größe {i:02d} 머그.png" for i in range(COUNT)]
+    folder = draw(tmp_path / "photos", [unicodedata.normalize(in_files, name) for name in names])
+    rows = [(unicodedata.normalize(in_table, name), title) for name, title in zip(names, TITLES, strict=True)]
+    (tmp_path / "list.csv").write_text(lines(rows[:-1], ("image", "caption")))
+    source = open_at(tmp_path)
+    assert read(source) == (all_rows()[:-1], [])
+    assert "letters with marks are stored otherwise in their names" in told(source)
+    assert "left: photos that no row names: 1 (photos/gr" in told(source)
+    assert "are not in the folder" not in told(source)
+    reason = why_missing(str(folder / rows[0][0]))
+    assert reason.endswith("whose letters are stored otherwise: write the name as the file has it")
+
+
+@pytest.mark.parametrize("beside", ["photos", "Images", "product-images", "img_2024", "JPEGs", "pngs (new)", "media"])
+def test_photos_may_lie_in_a_folder_beside_that_of_the_table(tmp_path, beside):
+    draw(tmp_path / beside)
+    draw(tmp_path / "summer catalogue", NAMES)
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "list.csv").write_text(lines(pairs(), ("image", "caption")))
+    pq.write_table(pa.table({"image": NAMES, "caption": TITLES}), tmp_path / "tables" / "list.parquet")
+    for name in ("list.csv", "list.parquet"):
+        source = open_at(data_files=str(tmp_path / "tables" / name))
+        whole(source)
+        assert f"photos are taken from {tmp_path}/tables/../{beside}" in told(source).replace(
+            f"{tmp_path}/{beside}", f"{tmp_path}/tables/../{beside}"
+        )
+
+
+@pytest.mark.parametrize("beside", ["summer catalogue", "imagination", "photosynthesis", "multimedia", "www"])
+def test_a_folder_beside_that_of_the_table_is_not_any_folder(tmp_path, beside):
+    """It may be another catalogue, whose photos have the same names."""
+    draw(tmp_path / beside)
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "list.csv").write_text(lines(pairs(), ("image", "caption")))
+    pq.write_table(pa.table({"image": NAMES, "caption": TITLES}), tmp_path / "tables" / "list.parquet")
+    for name in ("list.csv", "list.parquet"):
+        found, reasons = read(open_at(data_files=str(tmp_path / "tables" / name)))
+        assert not found and len(reasons) == COUNT
+
+
 def test_names_without_an_ending(tmp_path):
     draw(tmp_path / "images", [f"{i}.png" for i in range(COUNT)])
     (tmp_path / "styles.csv").write_text(lines(enumerate(TITLES), ("image", "name")))
@@ -412,18 +498,23 @@ def test_a_missing_photo_says_where_it_was_looked_for_and_what_is_there(tmp_path
         ("a.png", "there is 'A.PNG', with other capitals"),
         ("b.jpg", "there is 'b.jpeg', with another ending"),
         ("c.jpg", "there is 'c.jpg.png', with another ending"),
-        ("d.jpg", "if the photos lie in another folder, give that one as --image_dir"),
+        (" b.jpeg ", "there is 'b.jpeg', without the blanks around its name"),
+        ("b%2ejpeg", "there is 'b.jpeg': write names as the files have them, and not as in addresses"),
         ("sub/d.jpg", f"there is no folder {folder}/sub"),
     ):
         reason = why_missing(str(folder / name))
         assert reason.startswith(f"the image file is missing: {folder}/{name}; ") and words in reason
+    assert why_missing(str(folder / "d.jpg")) == f"the image file is missing: {folder}/d.jpg"
     (tmp_path / "photos.zip").write_bytes(b"PK")
     for path in (folder / "d.jpg", tmp_path / "images" / "d.jpg"):
         assert f"photos.zip lies in {tmp_path}: unpack it there" in why_missing(str(path))
-    (tmp_path / "metadata.csv").write_text(lines(pairs()))
-    _, reasons = read(open_at(tmp_path))
+    shop = tmp_path / "shop"
+    shop.mkdir()
+    (shop / "metadata.csv").write_text(lines(pairs()))
+    (tmp_path / "photos.zip").rename(shop / "photos.zip")
+    _, reasons = read(open_at(shop))
     assert len(reasons) == COUNT and "photos.zip" in reasons[0]
-    assert f"{COUNT} photos that rows name are not in the folder" in told(open_at(tmp_path))
+    assert f"{COUNT} photos that rows name are not in the folder" in told(open_at(shop))
 
 
 def test_columns_are_named_in_messages(tmp_path):

@@ -26,12 +26,14 @@ from drawing import (
     told,
     whole,
 )
+from PIL import Image, PngImagePlugin
 
 import reading_aliblip
 from aliblip.data import folders
 from aliblip.data.columns import Reading
 from aliblip.data.folders import Survey
 from aliblip.data.local import expanded
+from aliblip.data.rows import decode
 from aliblip.data.splits import splits_of
 from aliblip.runtime.mistakes import UsageError
 
@@ -200,6 +202,15 @@ def test_the_same_rows_in_two_tables_are_refused(tmp_path):
     assert open_at(tmp_path / "two").num_rows == 2 * COUNT
 
 
+def test_tables_of_the_same_name_are_told_by_their_paths(tmp_path):
+    draw(tmp_path / "a")
+    (tmp_path / "a" / "metadata.csv").write_text(lines(pairs()))
+    (tmp_path / "metadata.csv").write_text(lines((f"a/{name}", title) for name, title in pairs()))
+    assert f"{tmp_path}/metadata.csv holds rows that are in {tmp_path}/a/metadata.csv too (12 of 12" in refused(
+        tmp_path
+    )
+
+
 def test_copies_of_data_files_are_refused(tmp_path):
     parquet(tmp_path / "a.parquet", range(COUNT))
     shutil.copy(tmp_path / "a.parquet", tmp_path / "a (1).parquet")
@@ -227,6 +238,9 @@ def test_archives_and_spreadsheets_say_what_to_do(tmp_path):
         folder.mkdir()
         (folder / name).write_bytes(b"x" * 99)
         assert remedy in refused(folder) and name in refused(folder)
+        draw(folder, NAMES[:1])  # beside photos, too
+        assert remedy in refused(folder) and name in refused(folder)
+        os.remove(folder / NAMES[0])
     assert "unpack" in refused(data_files=str(tmp_path / "a-zip" / "a.zip"))
     assert "CSV" in refused(data_files=str(tmp_path / "a-xlsx" / "a.xlsx"))
     assert "packed by zstd" in refused(data_files=str(tmp_path / "a-tar-zst" / "a.tar.zst"))
@@ -281,7 +295,14 @@ def test_photos_with_texts_and_some_without(tmp_path):
 # -------------------------------------------------------------------------------------------- photos, links, leftovers
 
 
-def test_all_that_lies_in_a_folder_of_photos(tmp_path):
+@pytest.fixture
+def without_heic(monkeypatch):
+    """As where pillow-heif is not installed."""
+    Image.init()
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+
+
+def test_all_that_lies_in_a_folder_of_photos(tmp_path, without_heic):
     folder = draw(tmp_path / "photos", ["a.png", "b.JPG", "c", "d.jpg_640x640", "sub/e.png"])
     heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(400)
     for name in ("f.HEIC", "g.heif", "h"):
@@ -330,10 +351,8 @@ def test_a_linked_folder_counts_under_its_own_name(tmp_path):
     assert "left: links to folders that are read already: 1 (a)" in told(source)
 
 
-def test_heic_is_read_where_pillow_heif_is_installed(tmp_path, monkeypatch):
+def test_heic_is_read_where_a_reader_is_registered(tmp_path, without_heic, monkeypatch):
     """With a stand-in for the reader that pillow-heif registers."""
-    from PIL import Image, PngImagePlugin
-
     heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
     draw(tmp_path, ["a.png"])
     (tmp_path / "b.heic").write_bytes(heic + picture(1))
@@ -353,12 +372,33 @@ def test_heic_is_read_where_pillow_heif_is_installed(tmp_path, monkeypatch):
     assert read(open_at(tmp_path, sides="images")) == ([(0, None), (1, None)], [])
 
 
+def test_photos_of_phones_are_upright(tmp_path):
+    """With pillow-heif itself."""
+    pytest.importorskip("pillow_heif", reason="pillow-heif is not installed (the extra heic)")
+    image = Image.new("RGB", (64, 40), (200, 30, 30))
+    image.paste((20, 20, 200), (0, 0, 64, 10))
+    turned = Image.Exif()
+    turned[274] = 6  # to be turned by a quarter, clockwise
+    image.save(tmp_path / "a.heic", "HEIF", quality=95)
+    image.save(tmp_path / "b.HEIF", "HEIF", quality=95, exif=turned.tobytes())
+    (tmp_path / "c.heic").write_bytes((tmp_path / "a.heic").read_bytes()[:300])
+    source = open_at(tmp_path, sides="images")
+    assert source.num_rows == 3
+    first, second, third = source.read_range(0, 3)
+    first, second = decode(first, "images").image, decode(second, "images").image
+    assert first.size == (64, 40) and first.getpixel((30, 3))[2] > 150 and first.getpixel((30, 30))[0] > 150
+    assert second.size == (40, 64) and second.getpixel((37, 30))[2] > 150 and second.getpixel((5, 30))[0] > 150
+    with pytest.raises(reading_aliblip.UnusableItem, match="HEIC and damaged"):
+        decode(third, "images")
+
+
 def test_photos_that_no_row_names_are_counted(tmp_path):
     draw(tmp_path)
     (tmp_path / "metadata.csv").write_text(lines(pairs()[:8]))
     source = open_at(tmp_path)
     assert source.num_rows == 8
     assert "left: photos that no row names: 4 (08.png, 09.png, 10.png, ...)" in told(source)
+    assert "found: 1 table, 12 photos\n" in told(source)  # each file once
     for spelling in ("./{}", "sub/../{}", ".//{}", ".\\{}"):
         (tmp_path / "metadata.csv").write_text(lines((spelling.format(name), title) for name, title in pairs()))
         source = open_at(tmp_path)
@@ -374,6 +414,7 @@ def test_only_photos_of_the_split_count(tmp_path):
         (tmp_path / split / "metadata.csv").write_text(lines(pairs()))
     draw(tmp_path / "train", ["more.png"])
     assert "no row names: 1 (train/more.png)" in told(open_at(tmp_path))
+    assert "found: 2 tables, 25 photos\n" in told(open_at(tmp_path))
     assert "no row names" not in told(open_at(tmp_path, split="validation"))
 
 

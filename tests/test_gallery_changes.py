@@ -56,10 +56,10 @@ def test_changes_equal_a_new_gallery(paths, built, tmp_path):
     replaced = {**rows[7], "image": more[2], "price": None, "category": "hat"}
     report = upsert(built, [*new, replaced, {**rows[0], "id": "gone", "image": str(tmp_path / "gone.png")}])
     assert (report.inserted, report.updated) == (5, 1)
-    assert [(entry["row"], entry["reason"]) for entry in report.skipped] == [(6, "the image file is missing")]
+    missing = f"the image file is missing: {tmp_path / 'gone.png'}"
+    assert [(entry["row"], entry["reason"]) for entry in report.skipped] == [(6, missing)]
     assert str(report) == (
-        f"rows inserted: 5; replaced: 1; could not be used: 1, the first '{tmp_path / 'gone.png'}' "
-        "(the image file is missing)"
+        f"rows inserted: 5; replaced: 1; could not be used: 1, the first '{tmp_path / 'gone.png'}' ({missing})"
     )
     assert built.remove(["sku-0", "new-1", "nowhere"]) == 2
     wanted = [row for row in [*rows, *new] if row["id"] not in ("sku-0", "new-1", f"sku-{BROKEN}")]
@@ -355,7 +355,7 @@ def test_photos_that_are_gone(paths, tmp_path):
         gallery.photo(hits[1])
     encoder = Encoder(*case.model_and_processor())
     with pytest.raises(
-        UsageError, match=f"needs the photo of item {hits[0]['id']!r}, .*: the image file is missing. Set"
+        UsageError, match=f"needs the photo of item {hits[0]['id']!r}, .*: the image file is missing: .*/00\\d.png. Set"
     ):
         gallery.image_tokens(hits[:1], encoder)
     without = build([Path(path).read_bytes() for path in paths[:2]], tmp_path / "without")

@@ -64,8 +64,9 @@ def test_the_command_gives_the_same_gallery_with_any_number_of_processes(saved, 
     one = run_command(*command(*given, "--output_dir", tmp_path / "one"))
     assert_succeeded(one)
     printed = one.stdout.splitlines()
-    assert printed[0] == f"{COUNT} photos; vectors: 1.34 kB; image tokens: 22.8 kB"
-    assert printed[1] == (
+    assert printed[0] == f"{catalogue} (train): {COUNT} rows"
+    plan = printed.index(f"{COUNT} photos; vectors: 1.34 kB; image tokens: 22.8 kB")
+    assert printed[plan + 1] == (
         "columns: price (double), category (string), stock (int64), tags (list<item: string>), "
         "size (struct<width: int64, unit: string>); ids: the column id"
     )

@@ -363,6 +363,15 @@ def test_a_product_of_an_unlikely_share_is_told(tmp_path, ids, warned):
         assert warned in warnings[0].replace("'0'", "0") and "--product_id_column" in warnings[0]
 
 
+def test_ids_that_a_spreadsheet_has_shortened_are_told(tmp_path):
+    draw_photos(tmp_path, [f"{i}.png" for i in range(6)])
+    for ids, warned in ((["8.90E+12"] * 3 + ["1", "2", "3"], True), (["8.90", "8E12", "A", "B", "C", "D"], False)):
+        rows = [{"image": f"{i}.png", "caption": f"t{i}", "product_id": ids[i]} for i in range(6)]
+        write_jsonl(tmp_path / "rows.jsonl", rows)
+        warnings = report(open_source(data_files=str(tmp_path / "rows.jsonl"), split="train")).warnings()
+        assert ["a spreadsheet has shortened" in warning for warning in warnings] == [True] * warned
+
+
 def test_a_photo_of_an_unlikely_share_is_told(tmp_path):
     """A stand-in for photos that are not there, for instance."""
     rows = [

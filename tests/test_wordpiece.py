@@ -12,7 +12,7 @@ from helpers import environment
 from languages import LANGUAGES, PRODUCTS, title
 from transformers import AutoTokenizer, BertTokenizer
 
-from aliblip.data.titles import title_report
+from aliblip.data.tokens import title_report
 from aliblip.data.wordpiece import SMALLEST_VOCABULARY, train_wordpiece
 from processing_aliblip import AliBlipProcessor
 

@@ -28,6 +28,9 @@ class DataArguments:
     product_id_column: str | None = option(
         None, "Column of the product; equal values are positives (default: product_id, otherwise each photo is one)."
     )
+    fetch_photos: bool = option(
+        False, "Fetch the photos that a table names by address, each time that a row is read (default: not fetched)."
+    )
     csv_delimiter: str | None = option(
         None, "Between the fields of CSV files: one character, or comma, semicolon, tab or bar (default: as found)."
     )

@@ -50,6 +50,7 @@ class Asked:
         others: further columns, or `ALL`.
         sides: what a row must have: "both", or only "images" or "titles".
         by_flags: whether the names came as flags of a command, or as arguments in Python; for messages.
+        fetch: whether photos are fetched from addresses that rows name.
     """
 
     image: str | None = None
@@ -58,6 +59,7 @@ class Asked:
     others: Sequence[str] | str = ()
     sides: str = "both"
     by_flags: bool = True
+    fetch: bool = False
 
     def name_of(self, argument: str) -> str:
         """How the user writes an argument."""

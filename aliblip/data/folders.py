@@ -79,6 +79,7 @@ class Survey:
         root: the folder.
         data: kind -> paths of such files, relative to the root and sorted.
         left: reason -> the files that are left for it.
+        found: for people, what was found.
         is_compared: whether rows name photos by file, and these were compared with the folder's.
     """
 
@@ -87,6 +88,7 @@ class Survey:
         self.data: dict[str, list[str]] = {kind: [] for kind in DATA_KINDS}
         self.left: dict[str, Left] = {}
         self.is_compared = False
+        self.found = ""
         # By folder; names are joined, since millions of Python strings would take gigabytes.
         self._photos: dict[str, str] = {}
         self._photo_counts: dict[str, int] = {}
@@ -107,6 +109,7 @@ class Survey:
             survey._walk(survey._links.pop(0))
         for files in survey.data.values():
             files.sort()
+        survey.found = survey._counted()
         return survey
 
     @property
@@ -212,7 +215,7 @@ class Survey:
             else:
                 self.data[kind].append(name)
         elif kind == "heic":
-            self.leave(f"HEIC photos ({install_hint('heif')} makes them readable)", name)
+            self.leave(f"HEIC photos ({install_hint('heic')} makes them readable)", name)
         else:
             self.leave(REASONS[kind], name)
 
@@ -237,8 +240,8 @@ class Survey:
 
     # ------------------------------------------------------------------------------------------------------ reporting
 
-    def found(self) -> str:
-        """For people: what was found."""
+    def _counted(self) -> str:
+        """What was found, before anything of it is left for what else there is."""
         kinds = {**{kind: len(files) for kind, files in self.data.items()}, "photo": self.num_photos}
         parts = [count_of(count, kind) for kind, count in kinds.items() if count]
         sides = sum(names.count("\0") + 1 for names in self._sides.values())

@@ -243,18 +243,22 @@ def _mixed(chosen: dict[str, list[str]], name: str) -> str:
 
 def _nothing(survey: Survey, name: str, split: str) -> str:
     if survey.num_photos:
+        told = f"; {left}" if (left := _left(survey)) else ""
         return (
             f"{name} has photos but no metadata.jsonl or metadata.csv in split '{split}': add one with the columns "
-            "file_name and caption, or give a JSON list as --data_files with --image_dir"
+            f"file_name and caption, or name a table by flags, with --image_dir{told}"
         )
     packed = survey.left.get(REASONS["packed tar"])
     if packed is not None:
         return _packed_tar(os.path.join(survey.root, packed.examples[0]))
-    left = "; ".join(f"{reason}: {entry.told()}" for reason, entry in survey.left.items())
     return (
         f"{name} can't be opened: it holds no Parquet files, tars, tables or photos that can be read"
-        f" ({left or 'it is empty'})"
+        f" ({_left(survey) or 'it is empty'})"
     )
+
+
+def _left(survey: Survey) -> str:
+    return "; ".join(f"{reason}: {entry.told()}" for reason, entry in survey.left.items())
 
 
 # ---------------------------------------------------------------------------------------------- paths that are given

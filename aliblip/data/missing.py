@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import os
+import unicodedata
+from urllib.parse import unquote
 
 __all__ = ["ENDINGS", "MISSING", "why_missing"]
 
@@ -27,24 +29,34 @@ def why_missing(path: str) -> str:
         return f"{told}; there is no folder {missing}{_archives(there or '.')}"
     stem, ending = os.path.splitext(name)
     names = _names_in(folder, os.stat(folder).st_mtime_ns)
-    if (same := names.get(name.lower())) is not None:
-        return f"{told}; there is '{same}', with other capitals: write the name as the file has it"
+    if (same := names.get(_key(name))) is not None:
+        how = "whose letters are stored otherwise" if same.lower() != name.lower() else "with other capitals"
+        return f"{told}; there is '{same}', {how}: write the name as the file has it"
+    if (same := names.get(_key(name.strip()))) is not None:
+        return f"{told}; there is '{same}', without the blanks around its name"
+    if (same := names.get(_key(unquote(name)))) is not None:
+        return f"{told}; there is '{same}': write names as the files have them, and not as in addresses"
     for other in ENDINGS:
-        for candidate in (f"{stem}{other}".lower(), f"{name}{other}".lower()):
+        for candidate in (_key(f"{stem}{other}"), _key(f"{name}{other}")):
             if (same := names.get(candidate)) is not None:
                 return f"{told}; there is '{same}', with another ending"
-    return f"{told}{_archives(folder) or '; if the photos lie in another folder, give that one as --image_dir'}"
+    return told + _archives(folder)
+
+
+def _key(name: str) -> str:
+    """Equal for names that differ in capitals, or in how Unicode stores a letter, alone."""
+    return unicodedata.normalize("NFC", name).lower()
 
 
 @functools.lru_cache(maxsize=8)
 def _names_in(folder: str, changed: int) -> dict[str, str]:
-    """Names of the files of a folder by their small letters; of a very large folder none."""
+    """Names of the files of a folder by their keys; of a very large folder none."""
     names: dict[str, str] = {}
     with os.scandir(folder) as entries:
         for entry in entries:
             if len(names) >= MOST_LISTED:
                 return {}
-            names.setdefault(entry.name.lower(), entry.name)
+            names.setdefault(_key(entry.name), entry.name)
     return names
 
 

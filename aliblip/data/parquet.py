@@ -301,6 +301,8 @@ def _check_columns(footer: _Footer, first: _Footer, selected: Columns) -> None:
     """Refuse a file that lacks a column; one without products, or without some of all columns, has nulls there."""
     needed = [selected.image, selected.caption, *(() if selected.takes_all else selected.others)]
     names = footer.schema.names
+    if twice := [key for key in selected.names() if names.count(key) > 1]:
+        raise UsageError(f"{footer.file.file} has the column '{twice[0]}' more than once: rename one of them")
     if missing := [key for key in needed if key is not None and key not in names]:
         whose = "the first file has" if missing[0] in first.schema.names else "other files have"
         raise UsageError(f"{footer.file.file} has no column '{missing[0]}' that {whose}: there are {listed(names)}")

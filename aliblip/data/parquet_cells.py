@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 
 from aliblip.data.columns import Columns, Request
 from aliblip.data.manifest import DataFile
-from aliblip.data.places import Place, find_place, folders_below, folders_beside
-from aliblip.data.records import told_facts, told_unnamed
+from aliblip.data.places import Place, find_place
+from aliblip.data.records import tiers_of, told_facts, told_unnamed
 from aliblip.data.remote import is_remote, open_file, read_patiently
 from aliblip.data.values import Facts, listed_text
 from aliblip.runtime.mistakes import usage_errors
@@ -62,7 +62,6 @@ def look_at_cells(request: Request, selected: Columns, files: Sequence[tuple[Dat
         facts = _facts(files, selected.image, photos=True)
         told_facts(request, selected.image, facts)
         cells.image_lists = facts.as_lists
-        cells.place = replace(cells.place, has_addresses=facts.has_addresses)
         cells.place = _place(request, cells.place, facts.sample)
         _enter(cells, files, facts.counts())
         if request.survey is not None:
@@ -70,10 +69,6 @@ def look_at_cells(request: Request, selected: Columns, files: Sequence[tuple[Dat
     elif images and pa.types.is_struct(images[0]) and not is_remote(files[0][0].file):
         paths = _paths(files[0][0].file, selected.image, images[0])
         if paths is not None:
-            sample = Facts(photos=True)
-            for path in paths:
-                sample.add(path)
-            cells.place = replace(cells.place, has_addresses=sample.has_addresses)
             cells.place = _place(request, cells.place, paths)
     if any(map(_is_list, captions)) or (any(map(_is_text, captions)) and _writes_lists(files, selected.caption)):
         facts = _facts(files, selected.caption, photos=False)
@@ -181,10 +176,10 @@ def _paths(file: str, column: str, kind: pa.StructType) -> list[str] | None:
 def _first_place(request: Request) -> Place:
     first = request.files[0]
     if is_remote(first):
-        return Place(request.image_dir, is_own=False, host=urlsplit(first).netloc)
+        return Place(request.image_dir, is_own=False, host=urlsplit(first).netloc, fetch=request.asked.fetch)
     folders = (request.image_dir, request.folder, os.path.dirname(first))
     roots = dict.fromkeys(os.path.abspath(folder) for folder in folders if folder is not None and "://" not in folder)
-    return Place(request.image_dir, tuple(roots))
+    return Place(request.image_dir, tuple(roots), fetch=request.asked.fetch)
 
 
 def _place(request: Request, place: Place, sample: list[Any]) -> Place:
@@ -192,12 +187,8 @@ def _place(request: Request, place: Place, sample: list[Any]) -> Place:
     if is_remote(request.files[0]) or not sample:
         return place
     own = os.path.dirname(request.files[0]) or "."
-    others = [own, *([request.folder] if request.folder else [])]
-    if request.survey is not None:
-        others += [os.path.join(request.survey.root, each) for each in sorted(request.survey.photo_folders())[:64]]
-    others += [*folders_below(own), *([] if request.image_dir else folders_beside(own))]
-    start = place if place.folder is not None else Place(own, place.roots)
-    found, told = find_place(sample, start, dict.fromkeys(each for each in others if each != start.folder))
+    start = place if place.folder is not None else replace(place, folder=own)
+    found, told = find_place(sample, start, *tiers_of(request, request.files[0], start.folder))
     if told is None and place.folder is None and not _any_there(found, sample):
         return place
     if told:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,7 @@ __all__ = ["Place", "find_place", "folders_below", "folders_beside"]
 # Sub-folders in which photos are looked for, if they are not where the table says.
 MOST_FOLDERS = 64
 PROBED = 100
+NOT_FETCHED = "the image is an address, and addresses are fetched only with --fetch_photos"
 # What a folder of photos is called. A neighbour of another name may be another catalogue with the same file names.
 _OF_PHOTOS = re.compile(r"(?i)(^|.*[^a-z])(images?|imgs?|photos?|pictures?|pics?|jpe?gs?|pngs?|media)($|[^a-z].*)")
 _NUMBERED = re.compile(r"(.+\.\w{3,4})#\d+")
@@ -36,21 +38,23 @@ class Place:
         folder: that names are relative to; None refuses them.
         roots: folders in which names of whole paths may lie.
         ending: what is added to names.
+        unicode: the form of Unicode, "NFC" or "NFD", that names of files have and those of the table have not: archives
+            of a Mac hold "ö" as two characters.
         is_numbered: whether a name ends in the number of its title, "a.jpg#0", as those of Flickr8k do.
         is_own: whether the table is the user's, on this machine. Another's table names no places of a private network,
             and none in buckets, for which this machine may have keys.
         host: the server that the table comes from, which it may always name.
-        has_addresses: whether addresses are photos here: a single one among names of files is not, lest a row stop a
-            run by an address that nobody answers.
+        fetch: whether addresses are fetched: only if the user asked for it.
     """
 
     folder: str | None
     roots: tuple[str, ...] = ()
     ending: str = ""
     is_numbered: bool = False
+    unicode: str = ""
     is_own: bool = True
     host: str = ""
-    has_addresses: bool = True
+    fetch: bool = False
 
     def find(self, value: Any) -> tuple[Any, str | None, str | None]:
         """(bytes, path or address; the name for reports; why there is none) of what a cell says."""
@@ -70,8 +74,8 @@ class Place:
     def _find_text(self, text: str, name: str | None) -> tuple[Any, str | None, str | None]:
         if is_address(text):
             text = text.strip()
-            if not self.has_addresses:
-                return None, text, "the image file name leads outside the image folder: it is an address, among files"
+            if not self.fetch:
+                return None, text, NOT_FETCHED
             if not self.is_own and _is_private(text) and urlsplit(text).netloc != self.host:
                 return None, text, "the image is an address of a private network, named by another's table"
             return text, text, None
@@ -81,7 +85,7 @@ class Place:
         except ValueError:
             return None, name, "the image is a data URI that can't be decoded"
         if self.is_own and re.match(r"(?:s3|gs|gcs|az|abfs|hf)://", text):
-            return text, text, None
+            return (text, text, None) if self.fetch else (None, text, NOT_FETCHED)
         text = text.removeprefix("file://")
         if self.folder is None:
             return None, text, "the image is a path, and no image folder was given (--image_dir)"
@@ -97,11 +101,13 @@ class Place:
         name = text
         if self.is_numbered and (match := _NUMBERED.fullmatch(text)) is not None:
             text = match.group(1)
+        if self.unicode:
+            text = unicodedata.normalize(self.unicode, text)
         path, problem = path_inside(self.folder, text + self.ending if text.strip() else text)
         return path, name, problem
 
 
-def find_place(names: Sequence[Any], place: Place, others: Iterable[str] = ()) -> tuple[Place, str | None]:
+def find_place(names: Sequence[Any], place: Place, *others: Iterable[str]) -> tuple[Place, str | None]:
     """The place where some names are found, and what to say of it if it is not the one where they should be.
 
     Another folder is taken only if it holds at least half of them, and if no other folder holds as many: names such as
@@ -110,19 +116,33 @@ def find_place(names: Sequence[Any], place: Place, others: Iterable[str] = ()) -
     Args:
         names: values of the photo's column, some from all over the table.
         place: of the folder in which they should be.
-        others: further folders, if none is found there.
+        others: further folders, if none is found there: first the nearest, then others, and so on.
     """
     names = [name for name in names[:PROBED] if isinstance(name, (str, int)) and not is_address(name)]
     if place.folder is None or "://" in place.folder or not names:
         return place, None
     here = [place, replace(place, is_numbered=True), *(replace(place, ending=ending) for ending in ENDINGS)]
+    if not all(name.isascii() for name in names if isinstance(name, str)):
+        here += [replace(place, unicode=form) for form in ("NFD", "NFC")]
     counts = [_found(candidate, names) for candidate in here]
     if max(counts):
         best = here[counts.index(max(counts))]
         return best, _told(place, best)
-    found: dict[tuple[int, int], Place] = {}  # by the folder itself: a link to it is no other one
+    found = next(filter(None, (_found_in(folders, here, names) for folders in others)), {})
+    if not found:
+        return place, None
+    if len(found) > 1:
+        folders = " and ".join(each.folder for each in list(found.values())[:2])
+        return place, f"photos of these names lie in several folders ({folders}): give one as --image_dir"
+    (best,) = found.values()
+    return best, _told(place, best)
+
+
+def _found_in(folders: Iterable[str], here: Sequence[Place], names: Sequence[Any]) -> dict[tuple[int, int], Place]:
+    """The folders that hold most of the names, by the folder itself: a link to it is no other one."""
+    found: dict[tuple[int, int], Place] = {}
     best_count = 0
-    for folder in others:
+    for folder in folders:
         if not os.path.isdir(folder):
             continue
         for candidate in (replace(each, folder=folder) for each in here):
@@ -132,13 +152,7 @@ def find_place(names: Sequence[Any], place: Place, others: Iterable[str] = ()) -
                 best_count = count
                 status = os.stat(folder)
                 found.setdefault((status.st_dev, status.st_ino), candidate)
-    if not found:
-        return place, None
-    if len(found) > 1:
-        folders = " and ".join(each.folder for each in list(found.values())[:2])
-        return place, f"photos of these names lie in several folders ({folders}): give one as --image_dir"
-    (best,) = found.values()
-    return best, _told(place, best)
+    return found
 
 
 def _found(place: Place, names: Sequence[Any]) -> int:
@@ -150,6 +164,7 @@ def _told(place: Place, best: Place) -> str | None:
         return None
     parts = [f"photos are taken from {best.folder}"] if best.folder != place.folder else []
     parts += [f"'{best.ending}' is added to their names"] if best.ending else []
+    parts += ["letters with marks are stored otherwise in their names"] if best.unicode else []
     parts += ["the number behind their names is left out"] if best.is_numbered else []
     return ", ".join(parts)
 

@@ -76,6 +76,8 @@ _WHOLE_NUMBER = re.compile(r"(0|-?[1-9][0-9]*)(\.0)?", re.ASCII)
 _IDS = re.compile(
     r"(?i)(^|[^a-z])(id|ids|sku|spu|asin|gtin|ean|upc|isbn|mpn|pid|handle|product|item|article|group)($|[^a-z])"
 )
+# A long number, as a spreadsheet saves it.
+_SHORTENED = re.compile(r"'\d(?:[.,]\d+)?E\+\d\d'")
 # Rows whose ids are counted at once.
 CHUNK_ROWS = 65536
 # A product of more rows than these is told: a text that means "no id" in one shop, or a column of categories.
@@ -300,7 +302,19 @@ class ProductReport:
         return "; the largest: " + ", ".join(f"{name} ({_count(rows, 'row')})" for name, rows in self.largest)
 
     def warnings(self) -> list[str]:
-        """Products of an unlikely share of the rows."""
+        """Products of an unlikely share of the rows, and ids that a spreadsheet has spoiled."""
+        return [*self._shortened(), *self._unlikely()]
+
+    def _shortened(self) -> list[str]:
+        name = next((name for name, _ in self.largest if _SHORTENED.fullmatch(name)), None)
+        if name is None:
+            return []
+        return [
+            f"{self.source}: the id {name} is a number that a spreadsheet has shortened, so that different products "
+            "have the same id: write the column as text, and save it again"
+        ]
+
+    def _unlikely(self) -> list[str]:
         there = self.rows - self.without
         mean = (there - self.largest[0][1]) / max((self.products or 1) - 1, 1) if self.largest else 0
         unlikely = [
@@ -326,7 +340,8 @@ def report(source: Any) -> ProductReport:
         OSError: the ids can't be read.
     """
     about = {"source": f"{source.name} ({source.split})", "column": source.selected.product_id, "rows": source.num_rows}
-    about["columns"] = tuple(column for column in source.columns if _IDS.search(column))
+    others = [column for column in source.columns if column not in (source.selected.image, source.selected.caption)]
+    about["columns"] = tuple(column for column in others if _IDS.search(column))
     chunks = counted_ids(source)
     if chunks is None:
         return ProductReport(**about, why_not="since that would read every photo")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import unicodedata
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -269,11 +270,24 @@ def _rows(request: Request, table: Table, key: str | None, selected: Columns) ->
 
 
 def told_facts(request: Request, column: str, facts: Facts) -> None:
-    """Say what is unusual about the cells of a column."""
-    if facts.addresses and facts.has_addresses:
+    """Say what is unusual about the cells of a column.
+
+    Raises:
+        UsageError: its photos are addresses, and it was not asked for them to be fetched.
+    """
+    if facts.addresses:
         hosts = ", ".join(host for host, _ in facts.hosts.most_common(EXAMPLES))
-        more = ", ..." if len(facts.hosts) > EXAMPLES else ""
-        request.told.append(f"{facts.addresses:,} photos come from the network ({hosts}{more})")
+        hosts += ", ..." if len(facts.hosts) > EXAMPLES else ""
+        if request.asked.fetch:
+            request.told.append(f"{facts.addresses:,} photos come from the network ({hosts})")
+        elif facts.has_addresses and request.asked.sides != "titles":
+            raise UsageError(
+                f"{request.name}: photos of the column '{column}' are addresses ({hosts}), which are fetched only when "
+                f"asked for: give {request.asked.name_of('fetch_photos')} to fetch each of them every time that its "
+                "row is read, or fetch them first, and name their files in the column"
+            )
+        elif request.asked.sides != "titles":
+            request.told.append(f"{facts.addresses:,} photos are addresses ({hosts}), which are not fetched")
     if facts.doubtful:
         request.told.append(
             f"{facts.doubtful:,} texts of '{column}' are written as lists and the others are not: they stay text"
@@ -284,24 +298,32 @@ def _place(request: Request, table: Table, facts: Facts | None) -> Place:
     """Where the photos of a table lie."""
     own = posixpath.dirname(table.file.replace(os.sep, "/")) or "."
     if is_remote(table.file):
-        many = facts is None or facts.has_addresses
-        return Place(request.image_dir or own, is_own=False, host=urlsplit(table.file).netloc, has_addresses=many)
+        host, fetch = urlsplit(table.file).netloc, request.asked.fetch
+        return Place(request.image_dir or own, is_own=False, host=host, fetch=fetch)
     # All lists of a data set lie together: photos are looked for beside the first.
     first = posixpath.dirname(request.files[0].replace(os.sep, "/")) or "."
     folder = request.image_dir or (own if request.survey is not None else first)
     roots = [os.path.abspath(root) for root in (folder, own, request.folder) if root is not None and "://" not in root]
-    place = Place(folder, tuple(dict.fromkeys(roots)), has_addresses=facts is None or facts.has_addresses)
+    place = Place(folder, tuple(dict.fromkeys(roots)), fetch=request.asked.fetch)
     if facts is None or not facts.sample:
         return place
-    others = [own, *([request.folder] if request.folder else [])]
-    if request.survey is not None:
-        others += [os.path.join(request.survey.root, each) for each in sorted(request.survey.photo_folders())[:64]]
-    # Beside a folder of tables there is often one of photos.
-    others += [*folders_below(folder), *([] if request.image_dir else folders_beside(own))]
-    found, told = find_place(facts.sample, place, dict.fromkeys(each for each in others if each != folder))
+    tiers = tiers_of(request, table.file, folder)
+    found, told = find_place(facts.sample, place, *tiers)
     if told:
         request.told.append(f"{table.name}: {told}")
     return found
+
+
+def tiers_of(request: Request, table: str, folder: str) -> list[list[str]]:
+    """Folders in which the photos of a local table may lie, if not in `folder`: first the nearest."""
+    own = os.path.dirname(table) or "."
+    near = [own, *folders_below(own), os.path.dirname(os.path.realpath(table))]
+    further = [*([request.folder] if request.folder else []), *folders_below(folder)]
+    if request.survey is not None:
+        further += [os.path.join(request.survey.root, each) for each in sorted(request.survey.photo_folders())[:64]]
+    # Beside a folder of tables there is often one of photos.
+    beside = [] if request.image_dir else folders_beside(own)
+    return [[each for each in dict.fromkeys(tier) if each != folder] for tier in (near, further, beside)]
 
 
 def told_unnamed(request: Request, named: Sequence[tuple[Place, Facts]]) -> None:
@@ -331,8 +353,17 @@ def told_unnamed(request: Request, named: Sequence[tuple[Place, Facts]]) -> None
             request.told.append(f"{gone:,} photos that rows name are not in the folder")
 
 
+def _names_apart(tables: Sequence[Table]) -> list[str]:
+    """Names of tables for a message: their whole paths, if two have the same name."""
+    names = [table.name for table in tables]
+    return names if len(set(names)) == len(names) else [table.file for table in tables]
+
+
 def _relative_to(root: str, place: Place) -> Any:
-    """How the path of a photo, relative to the root, is written relative to a place."""
+    """How the path of a photo, relative to the root, is written in the table of a place."""
+    if place.unicode:
+        form, relative = {"NFD": "NFC", "NFC": "NFD"}[place.unicode], _relative_to(root, replace(place, unicode=""))
+        return lambda path: None if (found := relative(path)) is None else unicodedata.normalize(form, found)
     way = os.path.relpath(os.path.abspath(place.folder), os.path.abspath(root)).replace(os.sep, "/")
     if way == ".":
         return lambda path: path
@@ -375,9 +406,10 @@ def _refuse_repeats(request: Request, tables: Sequence[Rows], key: str | None, s
         pairs = np.unique(np.frombuffer(pairs, dtype=np.int64)) if len(pairs) else np.zeros(0, np.int64)
         shared = len(np.intersect1d(pairs, before, assume_unique=True))
         if shared and shared * 2 >= min(len(pairs), len(before)):
-            others = " or ".join(other.table.name for other in tables[:index][:EXAMPLES])
+            own, *named = _names_apart([rows.table, *(other.table for other in tables[:index][:EXAMPLES])])
+            others = " or ".join(named)
             raise UsageError(
-                f"{rows.table.name} holds rows that are in {others} too ({shared:,} of {len(rows.table):,}, the same "
+                f"{own} holds rows that are in {others} too ({shared:,} of {len(rows.table):,}, the same "
                 "photos and titles): keep one of the files, or name the one that is meant by flags"
             )
         if shared:

@@ -308,7 +308,10 @@ def path_inside(folder: str, file: Any) -> tuple[str | None, str | None]:
         return None, "the image file name is empty" if isinstance(file, str) else "the image file name is not text"
     normal = posixpath.normpath(file.replace("\\", "/"))
     if normal.startswith(("/", "../")) or normal == ".." or re.match(r"[A-Za-z]:|[a-z0-9+]+://", file):
-        return None, "the image file name leads outside the image folder"
+        problem = "the image file name leads outside the image folder"
+        if re.match(r"[A-Za-z]:[\\/]", file):
+            problem += ": it is a whole path of another machine, so write what follows the folder of the photos"
+        return None, problem
     if "\0" in file:
         return None, "the image file name contains a NUL character"
     return f"{folder.rstrip('/')}/{normal}" if "://" in folder else os.path.join(folder, normal), None

@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 
 from aliblip.data.columns import ALL, Asked, Reading, Request, listed, one_line
 from aliblip.data.local import Found, expanded, find_files, find_in_folder, is_metadata, kind_of_files
+from aliblip.data.missing import MISSING
 from aliblip.data.parquet import open_parquet
 from aliblip.data.photos import open_photos, open_sided
 from aliblip.data.records import open_metadata, open_records
@@ -68,6 +69,7 @@ def open_source(
     data_dir: str | None = None,
     data_files: str | Sequence[str] | dict | None = None,
     image_dir: str | None = None,
+    fetch_photos: bool = False,
     split: str,
     image_column: str | None = None,
     caption_column: str | None = None,
@@ -96,6 +98,8 @@ def open_source(
             its forms, packed or not); or a dict of them by split. An HTTP server has no globs: name every file.
         image_dir: the folder that file names in a table, or in a Parquet column, are relative to (default: where the
             table lies, or the folder near it where they are found).
+        fetch_photos: fetch the photos that a table or a column names by address, each time that a row is read;
+            otherwise such a table is refused, and a single such row is unusable.
         split: e.g. "train" or "validation"; `aliblip.data.splits` says how a folder's splits are told apart.
         image_column: default "image" ("product", "image" or "file_name" in a table), then what people call it.
         caption_column: default "caption", then "text", then what people call it.
@@ -113,7 +117,7 @@ def open_source(
     Raises:
         UsageError: in one line, what was given, what is there, and what to do.
     """
-    asked = Asked(image_column, caption_column, product_id_column, other_columns, sides)
+    asked = Asked(image_column, caption_column, product_id_column, other_columns, sides, fetch=fetch_photos)
     given = _given(dataset_name, dataset_config_name, data_dir, data_files, split)
     name, found = given.name, _find(given, any_split, cache_dir, asked, reading)
     if image_dir is not None and "://" not in image_dir and not os.path.isdir(image_dir):
@@ -161,7 +165,7 @@ def _tell_survey(source: Source, found: Found) -> None:
     if found.kind not in ("sided",) and survey.num_sided:
         photo, sides = next(survey.sided_photos())
         survey.leave("files beside photos of the same name", sides[0], survey.num_sided)
-    source.told.insert(0, f"found: {survey.found()}")
+    source.told.insert(0, f"found: {survey.found}")
     source.told.extend(f"left: {reason}: {entry.told()}" for reason, entry in survey.left.items())
 
 
@@ -180,9 +184,12 @@ def require_usable_row(source: Source, tries: int = 1000) -> None:
             tried += 1
             if len(reasons) < 3:
                 reasons.append(f"{row.name}: {error}")
+    remedy = "check the image and caption columns and the files"
+    if any(MISSING in reason for reason in reasons):
+        remedy += "; if the photos lie in another folder, give that one as --image_dir"
     raise UsageError(
         f"none of the first {tried} rows of {source.name} (split '{source.split}') is usable ({'; '.join(reasons)}): "
-        "check the image and caption columns and the files"
+        f"{remedy}"
     )
 
 

@@ -68,6 +68,16 @@ TABLES = {
 }
 PACKINGS = (".gz", ".bz2", ".xz", ".zst")
 # Bytes that are looked at for marks and forms.
+# How files begin that are no tables, in small letters, and what to do.
+NO_TABLES = {
+    b"pk\3\4": "a zip file or a spreadsheet, whatever it is called: unpack it, or save it as CSV in UTF-8",
+    b"\xd0\xcf\x11\xe0": "a spreadsheet, whatever it is called: save it as CSV in UTF-8",
+    b"par1": "a Parquet file, whatever it is called: call it .parquet",
+    b"%pdf": "a PDF, whatever it is called: save its table as CSV in UTF-8",
+    b"<!doctype html": "a web page, whatever it is called: get the file itself",
+    b"<html": "a web page, whatever it is called: get the file itself",
+}
+_JSON_RECORDS = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:\[\s*)?\{\s*"[^"]*"\s*:')
 HEAD_BYTES = 2**16
 COPY_BYTES = 2**20
 # Lines that are named in a message.
@@ -169,11 +179,22 @@ def open_table(file: str, reading: Reading, roles: Roles, split: str, kind: str 
     with _raw(file) as raw, _unpacking(file, raw):
         opened = _Opened(file, raw, reading, roles, split)
         opened.add_digest()
+        _check_content(opened)
+        if kind == "csv" and opened.reading.delimiter is None and _JSON_RECORDS.match(opened.head):
+            kind = "json"  # whatever its name says
         if kind is None:  # a file whose name says nothing
             kind = "json" if opened.head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"[") else "csv"
         if kind == "text" and not _is_table_in_text(opened):
             return _titles(opened)
         return _of_json(opened) if kind == "json" else _of_csv(opened)
+
+
+def _check_content(opened: _Opened) -> None:
+    """Refuse a file that is called as a table is, and is something else."""
+    head = opened.head.lstrip(b"\xef\xbb\xbf \t\r\n")[:64].lower()
+    what = next((what for begin, what in NO_TABLES.items() if head.startswith(begin)), None)
+    if what is not None:
+        raise UsageError(f"{opened.file} is {what}")
 
 
 @contextmanager
@@ -312,7 +333,7 @@ def _of_csv(opened: _Opened) -> Table:
                 form, result, bad = other, again, bad_again
                 break
     if bad.count and reading.bad_lines != "skip":
-        raise UsageError(_bad_lines(opened, bad, len(result.begins)))
+        raise UsageError(_bad_lines(opened, form, names, bad, len(result.begins)))
     if opened.in_place and not is_remote(opened.file):
         table._stored = Spans.of(opened.file, result.begins, result.ends)
         table._parse = functools.partial(_csv_record, names=names, form=form, encoding=opened.encoding)
@@ -378,6 +399,14 @@ def _distinct(names: Sequence[str], opened: _Opened) -> list[str]:
         name = name or f"column {number}"
         found.append(name if name not in found else f"{name} ({number})")
     return found
+
+
+# What --csv_quotes may be, and what a file then means.
+QUOTES = {
+    "doubled": "each quote is right as it is",
+    "backslash": "backslashes stand before quotes",
+    "none": "quotes are text",
+}
 
 
 @dataclass
@@ -451,15 +480,29 @@ def _other_forms(opened: _Opened, form: Form) -> Iterator[Form]:
         yield Form(form.delimiter, "none", form.skip_space, form.skipped_lines)
 
 
-def _bad_lines(opened: _Opened, bad: _Bad, rows: int) -> str:
+def _quotes_that_fit(opened: _Opened, form: Form, names: Sequence[str]) -> list[str]:
+    """The values of --csv_quotes by which each line of a file is a row."""
+    forms = {quotes: Form(form.delimiter, quotes, form.skip_space, form.skipped_lines, True) for quotes in QUOTES}
+    if not any('\\"' in line.text for line in opened.lines()):
+        del forms["backslash"]
+    return [
+        quotes
+        for quotes, other in forms.items()
+        if all(record.problem is None for record in _rows_of(opened, other, names))
+    ]
+
+
+def _bad_lines(opened: _Opened, form: Form, names: Sequence[str], bad: _Bad, rows: int) -> str:
     line, problem = bad.first[0]
     what = f"{opened.file}, line {line:,}: {problem}"
     if "field" in problem and "header" in problem:
         remedy = "put text that holds the delimiter in double quotes, as spreadsheets do when they save CSV"
     elif "quote" in problem:
-        remedy = "write a quote in a quoted field twice, or, if quotes are text, give --csv_quotes none"
-        if "rows of their own" in problem:
-            remedy += ", or, if it is one text, --csv_quotes doubled"
+        remedy = 'put a text that has quotes in double quotes, and write each of its own twice, as in "12"" pan"'
+        fitting = _quotes_that_fit(opened, form, names)
+        remedy += "".join(
+            f", or, if {meaning}, give --csv_quotes {each}" for each, meaning in QUOTES.items() if each in fitting
+        )
     elif "encoding" in problem:
         remedy = "give the right --encoding"
     else:
@@ -500,6 +543,9 @@ def _of_json(opened: _Opened) -> Table:
         ends.append(record.end)
         if kept is not None:
             kept.append(json.dumps(record.value).encode())
+    if count and len(table.problems) == count and not bad_lines:
+        first = opened.head.decode("utf-8", "replace").split("\n")[0].strip()[:100]
+        raise UsageError(f"{opened.file} holds no JSON: its first line is '{first}'; write it again, or call it .csv")
     if len(bad_lines) > max(BAD_LINES_OF_JSON, count - len(bad_lines)):
         raise UsageError(f"{opened.file} is not in UTF-8: {guess_encoding(bad_lines).told()}")
     opened.store(begins, ends, kept)

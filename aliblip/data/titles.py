@@ -1,122 +1,127 @@
-"""How well a tokenizer fits titles: tokens a title, tokens it does not know, titles that are cut.
+"""Titles that are longer than the model reads: how many, and which of them then look the same.
 
-print(title_report(processor.tokenizer, titles, processor.max_length))
+    for line in cut_titles(source, processor.tokenizer, 35).lines(): print(line)
+
+Nothing of a title is lost in silence: what lies behind the last token that the model takes is not learned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
-import numpy as np
-
-from aliblip.data.rows import Source
+from aliblip.data.remote import is_remote
+from aliblip.data.rows import Row, Source
+from aliblip.runtime.distributed import launched_rank
 from reading_aliblip import UnusableItem, clean_title
 
-__all__ = ["TitleReport", "title_report", "titles_of"]
+__all__ = ["CutTitles", "cut_titles", "tell_cut_titles"]
 
-AT_ONCE = 1000
+# Titles that are looked at: of so many places of the data, since catalogues are sorted by brand or kind.
+LOOKED_AT = 2048
+PLACES = 16
+# Of data on another machine the first ones, which the run reads anyway at its start.
+LOOKED_AT_REMOTE = 256
 
 
 @dataclass(frozen=True)
-class TitleReport:
-    """Titles as a tokenizer writes them.
+class CutTitles:
+    """What of some titles the model does not read.
 
     Attributes:
-        lengths: (titles,) int64, tokens of each with [CLS] and [SEP], before it is cut.
-        max_length: tokens after which a title is cut.
-        tokens: of all titles, without special ones.
-        unknown: of these, [UNK].
-        examples: words that became [UNK], a few.
+        source: what they come from, for messages.
+        rows: of the source.
+        looked_at: titles that were counted.
+        max_length: tokens that the model reads of a title, `[CLS]` and `[SEP]` included.
+        cut: titles that are longer.
+        alike: of these, titles that up to there read like another one.
     """
 
-    lengths: np.ndarray
+    source: str
+    rows: int
+    looked_at: int
     max_length: int
-    tokens: int
-    unknown: int
-    examples: tuple[str, ...] = ()
+    cut: int
+    alike: int
 
-    @property
-    def mean(self) -> float:
-        """Tokens of a title, as the model sees it."""
-        return float(np.minimum(self.lengths, self.max_length).mean()) if len(self.lengths) else float(self.max_length)
-
-    @property
-    def longest(self) -> int:
-        return int(min(self.lengths.max(), self.max_length)) if len(self.lengths) else self.max_length
-
-    @property
-    def cut(self) -> float:
-        """Share of the titles that are cut."""
-        return float((self.lengths > self.max_length).mean()) if len(self.lengths) else 0.0
-
-    @property
-    def unknown_share(self) -> float:
-        """Share of the tokens that are [UNK]."""
-        return self.unknown / self.tokens if self.tokens else 0.0
-
-    def quantile(self, share: float) -> int:
-        return int(np.quantile(np.minimum(self.lengths, self.max_length), share)) if len(self.lengths) else 0
-
-    def __str__(self) -> str:
-        return (
-            f"{self.mean:.1f} tokens a title (longest {self.longest}), {self.unknown_share:.2%} of the tokens unknown, "
-            f"{self.cut:.1%} of the titles cut at {self.max_length} tokens"
+    def lines(self) -> Iterator[str]:
+        """For people; nothing if no title is cut."""
+        if not self.cut:
+            return
+        of = "" if self.looked_at == self.rows else " looked at"
+        yield (
+            f"  {self.cut:,} of {self.looked_at:,} titles{of} ({self.cut / self.looked_at:.0%}) are longer than "
+            f"{self.max_length} tokens and are cut there (max_length)"
         )
+        if self.alike:
+            yield (
+                f"warning: {self.source}: {self.alike:,} titles that are cut read like another one up to there, so "
+                "that the model can't tell them apart: raise max_length, or write first what tells products apart"
+            )
 
 
-def title_report(tokenizer: Any, titles: Iterable[str], max_length: int) -> TitleReport:
-    """Look at titles through a fast tokenizer of transformers.
-
-    Args:
-        tokenizer: with [CLS] and [SEP] in its template.
-        titles: clean ones.
-        max_length: of the processor.
-    """
-    unknown_id, lengths, unknown, tokens, examples = tokenizer.unk_token_id, [], 0, 0, {}
-    for chunk in _chunks(titles):
-        encoded = tokenizer(
-            chunk, return_attention_mask=False, return_token_type_ids=False, return_offsets_mapping=True
-        )
-        for title, ids, places in zip(chunk, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            lengths.append(len(ids))
-            tokens += sum(1 for begin, end in places if end > begin)
-            for token, (begin, end) in zip(ids, places, strict=True):
-                if token == unknown_id and end > begin:
-                    unknown += 1
-                    if len(examples) < 5:
-                        examples[title[begin:end]] = None
-    return TitleReport(np.array(lengths, dtype=np.int64), max_length, tokens, unknown, tuple(examples))
-
-
-def titles_of(source: Source, most: int | None = None) -> Iterator[str]:
-    """The usable titles of a source in its order; at most so many.
-
-    Args:
-        source: opened with its titles alone, it reads no photo.
+def cut_titles(source: Source, tokenizer: Any, max_length: int) -> CutTitles:
+    """Count the titles that are longer than `max_length` tokens: of little data all, else of some parts of it.
 
     Raises:
-        OSError: it can't be read.
+        OSError: they can't be read.
     """
-    count = 0
-    for row in source.read_range(0, source.num_rows):
-        if most is not None and count >= most:
-            return
+    texts = []
+    for row in _some_rows(source):
         try:
-            title = clean_title(row.text)
-        except UnusableItem:
+            texts.append(clean_title(row.text))
+        except UnusableItem:  # counted where rows are read
             continue
-        count += 1
-        yield title
+    longer, full = 0, {}
+    for text, ids in zip(texts, _tokens(tokenizer, texts, max_length), strict=True):
+        longer += ids[1]
+        full.setdefault(ids[0], []).append((text.casefold(), ids[1]))
+    alike = 0
+    for same in full.values():
+        if len({text for text, _ in same}) > 1:
+            alike += sum(is_cut for _, is_cut in same)
+    return CutTitles(f"{source.name} ({source.split})", source.num_rows, len(texts), max_length, longer, alike)
 
 
-def _chunks(titles: Iterable[str]) -> Iterator[list[str]]:
-    chunk: list[str] = []
-    for title in titles:
-        chunk.append(title)
-        if len(chunk) == AT_ONCE:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+def tell_cut_titles(*sources: Source | None, tokenizer: Any, max_length: int) -> None:
+    """Tell, by the first process of a launch, how many titles of each source are cut. No failure ends a run."""
+    if launched_rank() != 0:
+        return
+    for source in dict.fromkeys(source for source in sources if source is not None):
+        try:
+            found = cut_titles(source, tokenizer, max_length)
+        except OSError as error:
+            reason = " ".join(str(error).split())[:300]
+            print(f"warning: {source.name} ({source.split}): the length of titles was not looked at ({reason})")
+            continue
+        for line in found.lines():
+            print(line)
+
+
+def _tokens(tokenizer: Any, texts: list[str], max_length: int) -> list[tuple[tuple[int, ...], bool]]:
+    """(the tokens that are read, whether there are more) of each title."""
+    if not texts:
+        return []
+    # One more than is read: longer titles need not be tokenized to their ends.
+    encoded = tokenizer(texts, truncation=True, max_length=max_length + 1, return_attention_mask=False)["input_ids"]
+    read = tokenizer(texts, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
+    return [(tuple(ids), len(more) > max_length) for ids, more in zip(read, encoded, strict=True)]
+
+
+def _some_rows(source: Source) -> Iterator[Row]:
+    if any(is_remote(file.file) for file in source.files):
+        return source.read_range(0, min(LOOKED_AT_REMOTE, source.num_rows))
+    if source.num_rows <= LOOKED_AT:
+        return source.read_range(0, source.num_rows)
+    if source.random_access:
+        starts = [source.num_rows * place // PLACES for place in range(PLACES)]
+        return chain.from_iterable(source.read_range(start, start + LOOKED_AT // PLACES) for start in starts)
+    # The beginnings of shards, where nothing before has to be read or unpacked.
+    places = min(PLACES, len(source.shards))
+    shards = [source.shards[len(source.shards) * place // places] for place in range(places)]
+    return chain.from_iterable(
+        source.read_range(shard.first_row, shard.first_row + min(shard.num_rows, LOOKED_AT // places))
+        for shard in shards
+    )

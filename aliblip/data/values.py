@@ -63,6 +63,16 @@ def looks_like_photo_name(text: str) -> bool:
     return _PHOTO_NAME.fullmatch(text.strip(" '\"")) is not None
 
 
+def _holds_photo(text: str) -> bool:
+    """Whether a text is a photo rather than the name of one; a broken data URI is no name either."""
+    if len(text) < 100 and text[:5].lower() != "data:":
+        return False
+    try:
+        return embedded_photo(text) is not None
+    except ValueError:
+        return True
+
+
 def embedded_photo(text: str) -> bytes | None:
     """The bytes of a photo that a text holds as a data URI or as base64; None if it is another text.
 
@@ -209,7 +219,7 @@ class Facts:
                 self.addresses += 1
                 if len(self.hosts) < 1000:
                     self.hosts[urlsplit(part.strip()).netloc] += 1
-            elif len(part) < LONGEST_NAME:
+            elif len(part) < LONGEST_NAME and not _holds_photo(part):
                 self.names.append(hash(plain_name(part)))
                 self.absolute += part.startswith("/")
                 self._keep(part)

@@ -39,7 +39,7 @@ def this_python() -> str:
 
 
 def install_hint(extra: str) -> str:
-    """The command that installs what an extra of ours needs: "gallery", "serve", "peft", "deepspeed", "tensorboard".
+    """The command that installs what an extra of ours needs, such as "gallery", "heic" or "deepspeed".
 
     A checkout is installed in place; a wheel is named, and pip adds the extra to what is there. A bare `pip` may belong
     to another Python, so it is named only where `python` is this one.

@@ -18,7 +18,7 @@ import torch
 
 from aliblip.data.inspection import Leakage, Sample, decoded_sample, leakage
 from aliblip.data.rows import Source
-from aliblip.data.titles import TitleReport, title_report
+from aliblip.data.tokens import TitleReport, title_report
 from aliblip.models.upload import HubArguments
 from aliblip.retrieval.plan import (
     ASSUMED_SHARE,

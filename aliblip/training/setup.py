@@ -27,6 +27,7 @@ from aliblip.data.manifest import manifest_changes
 from aliblip.data.products import tell_sources
 from aliblip.data.rows import Source
 from aliblip.data.sources import open_source, require_usable_row
+from aliblip.data.titles import tell_cut_titles
 from aliblip.data.wordpiece import SMALLEST_VOCABULARY
 from aliblip.models.backbones import Backbone
 from aliblip.models.original import is_original
@@ -63,7 +64,7 @@ from processing_aliblip import AliBlipProcessor
 
 # Flags of the data that hold for every split.
 OF_ALL_SPLITS = (
-    *("dataset_name", "dataset_config_name", "data_dir", "image_dir"),
+    *("dataset_name", "dataset_config_name", "data_dir", "image_dir", "fetch_photos"),
     *("image_column", "caption_column", "product_id_column", "reading"),
 )
 OUTPUT_FOLDERS = ("best", "last", "logs", TRAINED_TOKENIZER)
@@ -260,6 +261,13 @@ class Start:
         tell_sources(self.validation_source, tell=self.tell)
 
     @part
+    def told_titles(self) -> None:
+        """How many titles are longer than the model reads."""
+        processor = self.beginning.processor
+        sources = (self.train_source, self.validation_source)
+        tell_cut_titles(*sources, tokenizer=processor.tokenizer, max_length=processor.max_length)
+
+    @part
     def usable(self) -> None:
         require_usable_row(self.train_source)
 
@@ -410,6 +418,7 @@ CHECKS = (
     Check("validation data", "validation_source", "rows to evaluate on"),
     Check("training data", "told", "what is in it"),
     Check("validation data", "told_validation", "what is in it"),
+    Check("titles", "told_titles", "titles that are cut"),
     Check("training data", "usable", "usable rows"),
     Check("training data", "batches", "batches"),
     Check("validation data", "usable_validation", "usable rows and candidates"),
