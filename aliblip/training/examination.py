@@ -50,7 +50,7 @@ __all__ = ["check_dry_run", "examine"]
 UNKNOWN_WARNING, UNKNOWN_PROBLEM = 0.02, 0.5
 CUT_WARNING = 0.1
 SHARED_PHOTOS_PROBLEM = 0.01
-FEW_STEPS_FOR_A_QUEUE = 2  # epochs after which a queue should be full
+EPOCHS_TO_FILL_A_QUEUE = 2
 
 
 def examine(
@@ -221,7 +221,6 @@ class _Examination:
             processes=launch.processes,
             zero_stage=launch.zero_stage,
             offloads=launch.offloads,
-            accumulates=self.args.gradient_accumulation_steps > 1,
             checkpointed=tuple(sum(layer.gradient_checkpointing for layer in layers) for layers in towers),
             negatives_from_all_ranks=self.args.negatives_from_all_ranks and launch.processes > 1,
         )
@@ -329,7 +328,7 @@ class _Examination:
 
     def _tell_photos(self, found: Leakage) -> None:
         if not found.compared or not found.compared_with:
-            self.findings.skipped("photos of both sides: they lie on other machines, or --compared_rows is 0")
+            self.findings.skipped("photos of both sides: the data lies on other machines, or --compared_rows is 0")
             return
         compared = f"{found.compared:,} photos of the validation data with {found.compared_with:,} of the training data"
         if found.photos:
@@ -389,7 +388,7 @@ class _Examination:
                     "learning rate never reaches its peak; lower it"
                 )
             rows = start.train_source.num_rows
-            if args.queue_size > FEW_STEPS_FOR_A_QUEUE * rows:
+            if args.queue_size > EPOCHS_TO_FILL_A_QUEUE * rows:
                 self.findings.warning(
                     f"--queue_size {args.queue_size:,} takes {args.queue_size / rows:.1f} epochs to fill, and most of "
                     f"its products are in it several times: {rows:,} or less is usual for {rows:,} rows"
