@@ -165,6 +165,14 @@ def test_only_the_first_process_of_a_launch_speaks(examined, monkeypatch, capsys
     assert "2 processes on CPU, DDP, fp32" in groups["launcher"][0][1]
 
 
+def test_memory_is_looked_at_without_data_too(examined):
+    code, groups = examined("--caption_column", "nope", "--device_memory_gb", "0.001")
+    problems = texts(groups, "problem")
+    assert (
+        code == 2 and len(problems) == 2 and "has no column 'nope'" in problems[0] and "of 1 MB (--dev" in problems[1]
+    )
+
+
 # --- what a run finds out on its way ----------------------------------------------------------------------------------
 
 
@@ -206,8 +214,9 @@ def test_titles_that_the_tokenizer_does_not_know(examined, tmp_path, caption, ki
 
 def test_titles_that_are_cut(examined):
     _, groups = examined("--max_length", "4")
-    (warning,) = texts(groups, "warning")
-    assert "of the titles cut at 4 tokens: raise --max_length, up to 7" in warning
+    own, *of_run = reversed(texts(groups, "warning"))
+    assert "of the titles cut at 4 tokens: raise --max_length, up to 7" in own
+    assert of_run and all("read like another one up to there" in warning for warning in of_run)
 
 
 def test_memory_and_disk_that_do_not_suffice(examined, monkeypatch):

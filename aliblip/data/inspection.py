@@ -23,6 +23,7 @@ from reading_aliblip import UnusableItem
 __all__ = ["Leakage", "Sample", "decoded_sample", "leakage", "sample_rows"]
 
 SAMPLED_ROWS = 200
+SAMPLED_REMOTE_ROWS = 64  # the first ones, which a run reads anyway at its start
 PLACES = 8  # in the data, from which a sample comes
 COMPARED_ROWS = 20_000
 PLACES_COMPARED = 64
@@ -35,10 +36,8 @@ def sample_rows(source: Source, count: int, places: int = PLACES) -> Iterator[Ro
     Raises:
         OSError: they can't be read.
     """
-    if source.num_rows <= count:
-        yield from source.read_range(0, source.num_rows)
-        return
-    places = min(places, count)
+    count = min(count, source.num_rows)
+    places = 1 if count == source.num_rows else min(places, count)
     for place in range(places):
         start = source.num_rows * place // places
         yield from source.read_range(start, start + count * (place + 1) // places - count * place // places)
@@ -92,8 +91,10 @@ def decoded_sample(source: Source, count: int = SAMPLED_ROWS) -> Sample:
     Raises:
         OSError: they can't be read.
     """
+    is_remote_source = _is_remote(source)
+    count = min(count, SAMPLED_REMOTE_ROWS) if is_remote_source else count
     sample = Sample(is_all=source.num_rows <= count)
-    for row in sample_rows(source, count):
+    for row in sample_rows(source, count, 1 if is_remote_source else PLACES):
         sample.rows += 1
         try:
             example = decode(row, source.sides)
@@ -136,12 +137,14 @@ def leakage(train: Source, validation: Source, rows: int = COMPARED_ROWS) -> Lea
     """Look for products and photos that are on both sides.
 
     Products are compared wherever ids can be read without the photos. Photos are compared by their bytes, of at most
-    `rows` rows of each side, from places all over it; those that lie on other machines are not fetched.
+    `rows` rows of each side, from places all over it; nothing is fetched from other machines.
 
     Raises:
         OSError: a source can't be read.
     """
     products, all_products, names = _shared_products(train, validation)
+    if _is_remote(train) or _is_remote(validation):
+        rows = 0
     places, compared = _validation_photos(validation, rows)
     shared: dict[str, None] = {}
     compared_with = 0
@@ -188,6 +191,10 @@ def _shared_products(train: Source, validation: Source) -> tuple[int | None, int
     shared = np.intersect1d(ids[0][there[0]], own)
     rows = [int(np.flatnonzero(there[1] & (ids[1] == value))[0]) for value in shared[:REASONS]]
     return len(shared), len(np.unique(own)), tuple(validation.product_name(row) for row in rows)
+
+
+def _is_remote(source: Source) -> bool:
+    return any(is_remote(file.file) for file in source.files)
 
 
 def _size(image: Any) -> int | None:

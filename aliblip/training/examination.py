@@ -30,7 +30,7 @@ from aliblip.retrieval.plan import (
 )
 from aliblip.runtime.accelerator import STARTED_ALONE, Launch, check_launch, started_alone
 from aliblip.runtime.arguments import OutOfRange, check_range
-from aliblip.runtime.checks import Findings, part
+from aliblip.runtime.checks import AlreadyTold, Findings, part
 from aliblip.runtime.distributed import launched_rank
 from aliblip.runtime.mistakes import UsageError, usage_errors
 from aliblip.training.arguments import (
@@ -50,7 +50,7 @@ __all__ = ["check_dry_run", "examine"]
 UNKNOWN_WARNING, UNKNOWN_PROBLEM = 0.02, 0.5
 CUT_WARNING = 0.1
 SHARED_PHOTOS_PROBLEM = 0.01
-FEW_STEPS_FOR_A_QUEUE = 2  # epochs after which a queue should be full
+EPOCHS_TO_FILL_A_QUEUE = 2
 
 
 def examine(
@@ -209,22 +209,31 @@ class _Examination:
     @part
     def work(self) -> Work:
         """How a step is done, as far as its memory depends on it."""
-        model, launch, titles = self.start.model, self.launch, self.titles
+        model, launch = self.start.model, self.launch
         towers = (model.vision_model.encoder.layers, model.text_encoder.encoder.layer)
-        quarters = [titles.quantile((group + 1) / GROUPS) for group in range(GROUPS)]
+        longest, matched = self._lengths()
         return Work(
-            longest=titles.longest,
-            matched=sum(quarters) / GROUPS,
+            longest=longest,
+            matched=matched,
             bf16=launch.precision == "bf16",
             on_gpu=launch.on_gpu,
             attention=model.config.vision_config._attn_implementation or "sdpa",
             processes=launch.processes,
             zero_stage=launch.zero_stage,
             offloads=launch.offloads,
-            accumulates=self.args.gradient_accumulation_steps > 1,
             checkpointed=tuple(sum(layer.gradient_checkpointing for layer in layers) for layers in towers),
             negatives_from_all_ranks=self.args.negatives_from_all_ranks and launch.processes > 1,
         )
+
+    def _lengths(self) -> tuple[int, float]:
+        """Tokens of the longest title, and of a title of ITM's groups on average; all of them full if there is no data
+        to look at."""
+        try:
+            titles = self.titles
+        except AlreadyTold:
+            longest = self.start.beginning.processor.max_length
+            return longest, float(longest)
+        return titles.longest, sum(titles.quantile((group + 1) / GROUPS) for group in range(GROUPS)) / GROUPS
 
     @part
     def plan(self) -> TrainingPlan:
@@ -319,7 +328,7 @@ class _Examination:
 
     def _tell_photos(self, found: Leakage) -> None:
         if not found.compared or not found.compared_with:
-            self.findings.skipped("photos of both sides: they lie on other machines, or --compared_rows is 0")
+            self.findings.skipped("photos of both sides: the data lies on other machines, or --compared_rows is 0")
             return
         compared = f"{found.compared:,} photos of the validation data with {found.compared_with:,} of the training data"
         if found.photos:
@@ -379,7 +388,7 @@ class _Examination:
                     "learning rate never reaches its peak; lower it"
                 )
             rows = start.train_source.num_rows
-            if args.queue_size > FEW_STEPS_FOR_A_QUEUE * rows:
+            if args.queue_size > EPOCHS_TO_FILL_A_QUEUE * rows:
                 self.findings.warning(
                     f"--queue_size {args.queue_size:,} takes {args.queue_size / rows:.1f} epochs to fill, and most of "
                     f"its products are in it several times: {rows:,} or less is usual for {rows:,} rows"
@@ -459,7 +468,12 @@ class _Examination:
             plan = self.plan
             self.findings.ok(
                 f"{plan.steps:,} steps of {plan.rows_per_step:,} rows, {plan.epochs:.4g} epochs: {plan.samples:,} "
-                "samples" + (f" and {plan.evaluations:,} evaluations" if plan.evaluations else "")
+                "samples"
+                + (
+                    f", {plan.evaluations:,} evaluation{'s' if plan.evaluations > 1 else ''}"
+                    if plan.evaluations
+                    else ""
+                )
             )
             self.findings.ok(
                 f"{plan.flops:.3g} FLOPs: {plan.sample_flops:.3g} a sample, {plan.evaluation_flops:.3g} an evaluation"

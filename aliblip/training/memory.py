@@ -91,9 +91,8 @@ class Work:
         processes: of the run.
         zero_stage: of DeepSpeed, or 0.
         offloads: whether DeepSpeed keeps AdamW's state in the host's memory.
-        accumulates: whether a step has several batches.
         checkpointed: the last so many layers of the ViT and of the BERT that are computed again.
-        negatives_from_all_ranks, in_batch_itc: of the objective.
+        negatives_from_all_ranks: of the objective, with several processes.
     """
 
     longest: int
@@ -104,7 +103,6 @@ class Work:
     processes: int = 1
     zero_stage: int = 0
     offloads: bool = False
-    accumulates: bool = False
     checkpointed: tuple[int, int] = (0, 0)
     negatives_from_all_ranks: bool = False
 
