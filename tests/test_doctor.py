@@ -8,15 +8,20 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
+import torch
 from helpers import assert_succeeded, run, run_forked
 from runs import TINY, photo, write_split
 
 import train
 from aliblip import doctor
+from aliblip.data import rows as rows_module
 from aliblip.runtime.mistakes import UsageError
 from aliblip.training import examination
+from aliblip.training.compiling import check_compiler
 from aliblip.training.setup import CHECKS, Start
 
 GROUPS = ["flags", "launcher", "model", "training data", "validation data", "splits", "titles", "course", "output"]
@@ -85,8 +90,9 @@ def test_all_is_well_and_the_plan_says_what_it_takes(examined, catalogue, tmp_pa
         "none of 12 products of the validation da",
         "12 photos of the validation data with 40",
     ]
-    example, titles = (text for _, text in groups["titles"])
-    assert "-> [CLS] red" in example and "0.00% of the tokens unknown" in titles
+    example, *titles = (text for _, text in groups["titles"])
+    assert "-> [CLS] red" in example and all("0.00% of the tokens unknown" in text for text in titles)
+    assert [text.partition(": ")[2][:10] for text in titles] == ["40 titles:", "12 titles:"]
     plan = [text for _, text in groups["plan"]]
     assert plan[0] == "10 steps of 8 rows, 2 epochs: 80 samples, 2 evaluations"
     assert "FLOPs" in plan[1] and "at 40% of 1 x 0.001 TFLOP/s (assumed)" in plan[2]
@@ -173,6 +179,48 @@ def test_memory_is_looked_at_without_data_too(examined):
     )
 
 
+def test_flags_of_the_machine_are_tried(examined, monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("No working C++ compiler found")
+
+    lookup = torch._dynamo.lookup_backend
+    of_here = {"aot_eager": lookup("aot_eager"), "broken": broken}
+    tried = []
+    monkeypatch.setattr(examination, "check_compiler", lambda device: tried.append(device) or check(device))
+
+    def check(device):
+        check_compiler(device, of_here[backend])
+
+    backend = "aot_eager"
+    code, groups = examined("--compile", "true", "--deterministic", "true")
+    assert code == 0 and [line[0] for line in groups["launcher"]] == ["ok"] * 3
+    assert groups["launcher"][1][1] == "--compile: layers can be compiled on cpu"
+    assert groups["launcher"][2][1].startswith("--deterministic changes nothing on a CPU")
+    assert any("as without --compile" in text for _, text in groups["memory"])
+    torch._dynamo.reset()
+    backend = "broken"
+    code, groups = examined("--compile", "true")
+    assert code == 2 and "--compile can't be used here (" in groups["launcher"][1][1]
+    torch._dynamo.reset()
+    assert len(tried) == 2
+    code, groups = examined("--compile", "true", "--deterministic", "true", "--device_memory_gb", "80")
+    assert code == 0 and len(tried) == 2 and groups["launcher"][1][0] == "skipped"
+    assert "a step takes longer" in groups["launcher"][2][1]
+
+
+def test_photos_at_addresses_are_fetched_only_when_asked_for(examined, monkeypatch, tmp_path):
+    for split, count in (("train", 40), ("validation", 12)):
+        rows = [{"image": f"https://example.org/{split}{i}.png", "caption": "red cup"} for i in range(count)]
+        pq.write_table(pa.Table.from_pylist(rows), (tmp_path / f"{split}.parquet"))
+    data = ["--data_dir", tmp_path]
+    fetched = []
+    monkeypatch.setattr(rows_module, "read_file", lambda address, most: fetched.append(address) or photo(1))
+    code, groups = examined(*data)
+    assert code == 2 and not fetched and any("--fetch_photos" in problem for problem in texts(groups, "problem"))
+    code, groups = examined(*data, "--fetch_photos", "true")
+    assert code == 0 and fetched and not texts(groups, "problem")
+
+
 # --- what a run finds out on its way ----------------------------------------------------------------------------------
 
 
@@ -208,15 +256,18 @@ def test_titles_that_the_tokenizer_does_not_know(examined, tmp_path, caption, ki
     write_split(tmp_path / "data", "validation", 12)
     code, groups = examined("--data_dir", tmp_path / "data", "--compared_rows", "0")
     assert code == (2 if kind == "problem" else 0)
-    (line,) = [line for line in groups["titles"] if "unknown" in line[1]]
-    assert line[0] == kind and "'чайник'" in line[1] and "--tokenizer_name" in line[1]
+    line, of_validation = [line for line in groups["titles"] if "unknown" in line[1]]
+    assert of_validation[0] == "ok" and line[0] == kind and "'чайник'" in line[1] and "--tokenizer_name" in line[1]
 
 
 def test_titles_that_are_cut(examined):
     _, groups = examined("--max_length", "4")
-    own, *of_run = reversed(texts(groups, "warning"))
-    assert "of the titles cut at 4 tokens: raise --max_length, up to 7" in own
-    assert of_run and all("read like another one up to there" in warning for warning in of_run)
+    train, alike, validation = (text for kind, text in groups["titles"] if kind == "warning")
+    assert "(train): 30 titles that are cut read like another one up to there" in alike
+    for side, text in (("train", train), ("validation", validation)):
+        assert f"({side}): " in text and "75.0% of the titles cut at 4 tokens: raise --max_length, up to 7" in text
+    # A run tells of each side under its rows; here nothing is told twice.
+    assert not [text for name in ("training data", "validation data") for _, text in groups[name] if "tokens" in text]
 
 
 def test_memory_and_disk_that_do_not_suffice(examined, monkeypatch):

@@ -12,7 +12,7 @@ from helpers import environment
 from languages import LANGUAGES, PRODUCTS, title
 from transformers import AutoTokenizer, BertTokenizer
 
-from aliblip.data.tokens import title_report
+from aliblip.data.titles import FARTHEST, title_report
 from aliblip.data.wordpiece import SMALLEST_VOCABULARY, train_wordpiece
 from processing_aliblip import AliBlipProcessor
 
@@ -63,7 +63,7 @@ def test_every_word_of_known_characters_can_be_spelled(tokenizer):
 
 def test_common_words_are_tokens_and_the_vocabulary_is_bounded():
     tokenizer = train_wordpiece(TITLES, vocab_size=400)
-    assert len(tokenizer) <= 400 and len(train_wordpiece(TITLES, vocab_size=280)) == 280
+    assert len(tokenizer) <= 400 and len(train_wordpiece(TITLES, vocab_size=110)) == 110
     assert {"чашка", "فنجان", "hongse", "杯"} <= tokenizer.get_vocab().keys()
     assert max(tokenizer.get_vocab().values()) == len(tokenizer) - 1
     # Characters leave room for words: of many the common ones are taken.
@@ -107,13 +107,22 @@ def test_it_is_saved_and_loaded_as_any_tokenizer(tokenizer, tmp_path):
     assert (ids[0], ids[-1]) == (plain.cls_token_id, plain.sep_token_id)
 
 
+def test_titles_are_not_looked_at_for_ever():
+    titles = [" ".join(["red"] * 2000), "red чайник"]
+    report = title_report(tiny.tokenizer(), titles, max_length=35)
+    assert report.lengths.tolist() == [FARTHEST, 4] and (report.cut, report.unknown) == (1, 1)
+    assert title_report(tiny.tokenizer(), titles, max_length=1000).cut == 1
+
+
 def test_a_report_counts_tokens_unknown_ones_and_cut_titles():
     report = title_report(tiny.tokenizer(), ["red cup", "red чайник", "small blue cotton shirt"], max_length=5)
     assert report.lengths.tolist() == [4, 4, 6]
     assert (report.tokens, report.unknown, report.examples) == (8, 1, ("чайник",))
-    assert report.cut == pytest.approx(1 / 3) and report.longest == 5 and report.mean == pytest.approx(13 / 3)
+    assert report.cut == 1 and report.cut_share == pytest.approx(1 / 3)
+    assert report.longest == 5 and report.mean == pytest.approx(13 / 3)
     nothing = title_report(tiny.tokenizer(), [], max_length=5)
-    assert (nothing.cut, nothing.unknown_share, nothing.longest) == (0.0, 0.0, 5)
+    assert (nothing.cut, nothing.cut_share, nothing.unknown_share, nothing.longest) == (0, 0.0, 0.0, 5)
+    assert not list(nothing.cut_lines())
 
 
 def test_of_english_titles_it_is_bert_with_another_vocabulary():

@@ -18,7 +18,7 @@ import torch
 
 from aliblip.data.inspection import Leakage, Sample, decoded_sample, leakage
 from aliblip.data.rows import Source
-from aliblip.data.tokens import TitleReport, title_report
+from aliblip.data.titles import TitleReport, look_at_titles, titles_of
 from aliblip.models.upload import HubArguments
 from aliblip.retrieval.plan import (
     ASSUMED_SHARE,
@@ -40,6 +40,7 @@ from aliblip.training.arguments import (
     TrainDataArguments,
     TrainingArguments,
 )
+from aliblip.training.compiling import check_compiler
 from aliblip.training.memory import GROUPS, State, TrainingMemory, Work, largest_batch, state_of, training_memory
 from aliblip.training.plan import Disk, TrainingPlan, disk_of, training_plan
 from aliblip.training.setup import CHECKS, Start, existing_parent
@@ -190,9 +191,17 @@ class _Examination:
 
     @part
     def titles(self) -> TitleReport:
+        return self._look_at_titles(self.start.train_source)
+
+    @part
+    def validation_titles(self) -> TitleReport | None:
+        source = self.start.validation_source
+        return None if source is None else self._look_at_titles(source)
+
+    def _look_at_titles(self, source: Source) -> TitleReport:
         processor = self.start.beginning.processor
-        texts = [example.text for example in self.sample.examples]
-        return title_report(processor.tokenizer, texts, processor.max_length)
+        with usage_errors(OSError, told=f"the titles of {source.name} ({source.split}) can't be read: {{}}"):
+            return look_at_titles(source, processor.tokenizer, processor.max_length)
 
     @part
     def state(self) -> State:
@@ -253,6 +262,23 @@ class _Examination:
         self.findings.check(lambda: self.launch, str)
         if started_alone() and not torch.cuda.is_available():
             self.findings.warning(STARTED_ALONE)
+        if self.args.compile:
+            self._compiler()
+        if self.args.deterministic:
+            self.findings.check(self._order_of_sums, name="--deterministic")
+
+    def _compiler(self) -> None:
+        device = launched_device()
+        if self.plan_args.device_memory_gb is not None and device.type == "cpu":
+            self.findings.skipped("--compile: the GPUs that are planned for are not here")
+            return
+        self.findings.check(lambda: check_compiler(device), lambda _: f"--compile: layers can be compiled on {device}")
+
+    def _order_of_sums(self) -> None:
+        if self.launch.on_gpu:
+            self.findings.ok("--deterministic: equal runs give equal bits, and a step takes longer")
+        else:
+            self.findings.ok("--deterministic changes nothing on a CPU, where equal runs give equal bits anyway")
 
     def _model(self) -> None:
         def tell() -> None:
@@ -345,29 +371,37 @@ class _Examination:
             self.findings.ok(f"{compared} compared: none is there too, byte by byte")
 
     def _titles(self) -> None:
-        def tell() -> None:
-            titles = self.titles
-            if not len(titles.lengths):
-                self.findings.skipped("there is no usable title")
-                return
-            self._tell_example()
-            told = f"{len(titles.lengths)} titles: {titles}"
-            examples = f" ({', '.join(map(repr, titles.examples))})" if titles.examples else ""
-            if titles.unknown_share > UNKNOWN_PROBLEM:
-                self.findings.problem(f"{told}{examples}: {_OTHER_TOKENIZER}")
-            elif titles.unknown_share > UNKNOWN_WARNING:
-                self.findings.warning(f"{told}{examples}: {_OTHER_TOKENIZER}")
-            elif titles.cut > CUT_WARNING:
-                longer = int(titles.lengths.max())
-                self.findings.warning(f"{told}: raise --max_length, up to {longer} for the longest of them")
-            else:
-                self.findings.ok(told)
+        self._look(self._tell_example, "a title")
+        self.findings.check(lambda: self._tell_titles(self.titles), name="titles to train on")
+        self.findings.check(lambda: self._tell_titles(self.validation_titles), name="titles to evaluate on")
 
-        self._look(tell, "titles")
+    def _tell_titles(self, titles: TitleReport | None) -> None:
+        if titles is None:  # there is no validation data, and that is told
+            return
+        if not titles.titles:
+            self.findings.skipped(f"{titles.source}: there is no usable title")
+            return
+        of = "" if titles.titles == titles.rows else " looked at"
+        told = f"{titles.source}: {titles.titles:,} titles{of}: {titles}"
+        examples = f" ({', '.join(map(repr, titles.examples))})" if titles.examples else ""
+        if titles.unknown_share > UNKNOWN_PROBLEM:
+            self.findings.problem(f"{told}{examples}: {_OTHER_TOKENIZER}")
+        elif titles.unknown_share > UNKNOWN_WARNING:
+            self.findings.warning(f"{told}{examples}: {_OTHER_TOKENIZER}")
+        elif titles.cut_share > CUT_WARNING:
+            longest = int(titles.lengths.max())
+            self.findings.warning(f"{told}: raise --max_length, up to {longest} for the longest of them")
+        else:
+            self.findings.ok(told)
+        if titles.alike:
+            self.findings.warning(titles.alike_line())
 
     def _tell_example(self) -> None:
-        tokenizer, text = self.start.beginning.processor.tokenizer, self.sample.examples[0].text
-        ids = tokenizer(text, truncation=True, max_length=self.titles.max_length)["input_ids"]
+        text = next(titles_of(self.start.train_source, 1), None)
+        if text is None:  # which is told of all titles
+            return
+        tokenizer = self.start.beginning.processor.tokenizer
+        ids = tokenizer(text, truncation=True, max_length=self.start.beginning.processor.max_length)["input_ids"]
         shown = " ".join(tokenizer.convert_ids_to_tokens(ids[:16]))
         more = " ..." if len(ids) > 16 else ""
         self.findings.ok(
@@ -435,6 +469,8 @@ class _Examination:
                     "DeepSpeed, or larger devices"
                 )
             self.findings.plain(_told_memory(needed))
+            if self.args.compile:
+                self.findings.plain("as without --compile, with which the peak may be lower")
 
         self.findings.check(tell, name="what a step takes")
 

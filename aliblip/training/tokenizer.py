@@ -16,7 +16,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from aliblip.data.rows import Source
-from aliblip.data.tokens import title_report, titles_of
+from aliblip.data.titles import title_report, titles_of
 from aliblip.data.wordpiece import train_wordpiece
 from aliblip.models.loading import DEFAULT_MAX_LENGTH, DEFAULT_TOKENIZER, LOADING_ERRORS
 from aliblip.runtime.files import NewFolder
