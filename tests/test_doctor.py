@@ -214,7 +214,7 @@ def test_titles_that_the_tokenizer_does_not_know(examined, tmp_path, caption, ki
 
 def test_titles_that_are_cut(examined):
     _, groups = examined("--max_length", "4")
-    own, *of_run = reversed(texts(groups, "warning"))
+    own, *of_run = reversed([text for kind, text in groups["titles"] if kind == "warning"])
     assert "of the titles cut at 4 tokens: raise --max_length, up to 7" in own
     assert of_run and all("read like another one up to there" in warning for warning in of_run)
 
