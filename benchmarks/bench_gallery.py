@@ -9,6 +9,10 @@ each row, as much noise as `--spread` says, all of length 1. (Uniform noise has 
 of every index, and nobody's data.) Queries are further members of random clusters. Recall@10 is the share of the ten
 best of exact search that is found; times are of one query after another, medians.
 
+Exact search is measured three ways, in turn: by codes in memory and the true scores of the best (what it does where
+there is room), by vectors in memory, and by reading all of them from the table; and beside them FAISS's flat and SQ8
+indices where FAISS is installed, in as many threads, up to 2,000,000 rows.
+
 Filters leave 10 %, 1 % and 0.1 % of the rows. An upsert embeds nothing here: it is the table's share. The last line is
 the time of an exact query over one by the index, at the largest size.
 """
@@ -17,6 +21,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import importlib.util
 import resource
 import shutil
 import statistics
@@ -34,6 +39,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from aliblip.retrieval import exact
 from aliblip.retrieval.galleries import Gallery
 from aliblip.retrieval.indexing import IndexSettings, index_settings
 from benchmarks.common import finish, parser
@@ -42,6 +48,7 @@ ROOT = Path(__file__).resolve().parent.parent
 K = 10
 CLUSTER = 50
 BATCH = 50_000
+FAISS_ROWS = 2_000_000
 SELECTIVITIES = {"10 %": 10, "1 %": 1, "0.1 %": 0.1}
 CATEGORIES = 10
 
@@ -139,12 +146,14 @@ def measure(rows: int, folder: Path, args) -> dict:
     row: dict = {"rows": rows, "write_seconds": seconds(lambda: Gallery.from_vectors(reader, folder))}
     gallery = Gallery.open(folder)
     queries = data.queries(args.queries)
-    exact = args.exact_queries
-    wanted, taken = one_by_one(lambda q: gallery.search(q, K, approximate=False, columns=[]), queries[:exact])
-    row["exact"] = {"milliseconds": 1000 * statistics.median(taken), "queries": exact}
+    gallery.search(queries[:1], K, approximate=False, columns=[])  # what is kept is read
+    some = queries[: args.exact_queries]
+    wanted, taken = one_by_one(lambda q: gallery.search(q, K, approximate=False, columns=[]), some)
+    row["exact"] = {"milliseconds": 1000 * statistics.median(taken), "queries": len(some)}
     print(
         f"{rows:,} rows: written in {row['write_seconds']:.0f} s; exact {row['exact']['milliseconds']:.1f} ms a query"
     )
+    row["exact_ways"] = exact_ways(folder, data, queries[: args.exact_rounds])
     row["settings"] = []
     default = index_settings(rows, args.width, "IVF_PQ" if rows >= args.index_rows else None)
     tried = [IndexSettings(**{**default.as_json(), **change}) for change in variants(default)] if default else []
@@ -162,6 +171,66 @@ def measure(rows: int, folder: Path, args) -> dict:
     row["filters"] = filtered(gallery, queries, args)
     row["changes"] = changes(gallery, data, args)
     return row
+
+
+def exact_ways(folder: Path, data: Clusters, queries: torch.Tensor) -> dict:
+    """Milliseconds of an exact query in each way, medians; the ways take turns, and find the same scores."""
+    ways: dict[str, Callable[[torch.Tensor], list[float]]] = {}
+    for name, share, codes in (("codes", exact.MEMORY_SHARE, True), ("vectors", 0.75, False), ("table", 0.0, False)):
+        gallery = Gallery.open(folder)
+        if codes and not exact.codes_pay():
+            continue
+
+        def search(query, gallery=gallery, share=share, codes=codes) -> list[float]:
+            before = exact.MEMORY_SHARE, exact.codes_pay
+            exact.MEMORY_SHARE, exact.codes_pay = share, lambda: codes
+            try:
+                return [hit["itc"] for hit in gallery.search(query[None], K, approximate=False, columns=[])[0]]
+            finally:
+                exact.MEMORY_SHARE, exact.codes_pay = before
+
+        ways[name] = search
+    if importlib.util.find_spec("faiss") and data.rows <= FAISS_ROWS:
+        ways |= faiss_ways(data)
+    first = {name: seconds(lambda way=way: way(queries[0])) for name, way in ways.items()}  # what is kept is read
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for query in queries:
+        scores = {}
+        for name, way in ways.items():
+            start = time.perf_counter()
+            scores[name] = way(query)
+            taken[name].append(time.perf_counter() - start)
+        for name in scores.keys() - {"faiss SQ8"}:  # whose scores are not the true ones
+            if not np.allclose(scores[name], scores["table"], atol=1e-5):
+                raise RuntimeError(f"exact search by {name} found other scores than by the table")
+    found = {
+        name: {
+            "milliseconds": 1000 * statistics.median(times),
+            "first_seconds": first[name],
+            "table_over_it": statistics.median(taken["table"]) / statistics.median(times),
+        }
+        for name, times in taken.items()
+    }
+    told = (f"{name} {one['milliseconds']:.1f} ms ({one['table_over_it']:.1f})" for name, one in found.items())
+    print(f"  exact search, and times as fast as reading the table: {', '.join(told)}", flush=True)
+    return found
+
+
+def faiss_ways(data: Clusters) -> dict[str, Callable[[torch.Tensor], list[float]]]:
+    """FAISS's own exact search, and its search by codes alone."""
+    faiss = importlib.import_module("faiss")
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    inner = faiss.METRIC_INNER_PRODUCT
+    flat = faiss.IndexFlatIP(data.width)
+    coded = faiss.IndexScalarQuantizer(data.width, faiss.ScalarQuantizer.QT_8bit, inner)
+    coded.train(data.batch(0))
+    for _, one in data.batches():
+        flat.add(one)
+        coded.add(one)
+    return {
+        name: lambda query, index=index: index.search(query[None].numpy(), K)[0][0].tolist()
+        for name, index in (("faiss flat", flat), ("faiss SQ8", coded))
+    }
 
 
 def variants(default: IndexSettings) -> list[dict]:
@@ -289,6 +358,7 @@ def main(command_line: list[str] | None = None) -> None:
     arguments.add_argument("--spread", type=float, default=0.6, help="noise of a row, as a multiple of its centre")
     arguments.add_argument("--queries", type=int, default=200)
     arguments.add_argument("--exact_queries", type=int, default=50, help="of these, searched exactly too")
+    arguments.add_argument("--exact_rounds", type=int, default=7, help="queries of each way of exact search")
     arguments.add_argument("--filtered_queries", type=int, default=50)
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--index_rows", type=int, default=50_000, help="from how many rows on there is an index")

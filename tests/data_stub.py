@@ -41,13 +41,15 @@ class StubProcessor:
         self.max_length = max_length
 
     def __call__(self, images, text, return_tensors, padding, truncation, max_length=None):
-        size = (self.image_processor.size["width"], self.image_processor.size["height"])
-        pixels = [np.asarray(image.resize(size, Image.Resampling.BICUBIC), dtype=np.float32) / 255 for image in images]
         ids = [[ord(c) % 1000 + 1 for c in title][: max_length or self.max_length] for title in text]
         longest = max(map(len, ids))
         input_ids = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
-        pixel_values = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
-        return {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": (input_ids > 0).long()}
+        encoded = {"input_ids": input_ids, "attention_mask": (input_ids > 0).long()}
+        if images is None:
+            return encoded
+        size = (self.image_processor.size["width"], self.image_processor.size["height"])
+        pixels = [np.asarray(image.resize(size, Image.Resampling.BICUBIC), dtype=np.float32) / 255 for image in images]
+        return {"pixel_values": torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), **encoded}
 
 
 class MemorySource(Source):

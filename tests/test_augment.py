@@ -6,9 +6,11 @@ import random
 import numpy as np
 import pytest
 from data_stub import photo
-from PIL import Image
+from PIL import Image, ImageEnhance
 
-from aliblip.data.augment import OPERATIONS, TrainAugmentation, crop_box
+from aliblip.data import augment
+from aliblip.data.augment import OPERATIONS, TrainAugmentation, crop_box, resized
+from reading_aliblip import read_photo
 
 
 def gradient(width=21, height=17):
@@ -140,7 +142,7 @@ def test_every_draw_comes_from_the_generator():
 def test_parts_switched_off():
     image = photo(7).resize((30, 20))
     plain = TrainAugmentation(16, scale=None, flip=False, randaugment=None)(image, random.Random(0))
-    assert np.array_equal(np.asarray(plain), np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC)))
+    assert np.array_equal(np.asarray(plain), np.asarray(resized(image, 16)))
     flips = TrainAugmentation(16, scale=None, flip=True, randaugment=None)
     mirrored = np.asarray(plain)[:, ::-1]
     kinds = [np.array_equal(np.asarray(flips(image, random.Random(i))), mirrored) for i in range(400)]
@@ -168,3 +170,61 @@ def test_randaugment_applies_half_of_what_it_draws(monkeypatch):
 def test_settings_are_checked(options):
     with pytest.raises(ValueError, match="must be"):
         TrainAugmentation(**{"image_size": 8, **options})
+
+
+@pytest.mark.parametrize("level", [4, 5, 10])
+def test_what_is_left_out_of_an_operation_changes_no_pixel(level):
+    """A factor of 1 changes nothing, and whole pixels are copied: as Pillow's own enhancement and interpolation."""
+    image = gradient(40, 30)
+    factor = level / 10 * 1.8 + 0.1
+    assert np.array_equal(OPERATIONS["Sharpness"](image, level, None), ImageEnhance.Sharpness(image).enhance(factor))
+    assert np.array_equal(OPERATIONS["Brightness"](image, level, None), ImageEnhance.Brightness(image).enhance(factor))
+    for positive in (True, False):
+        moved = OPERATIONS["TranslateX"](image, level, FixedSign(positive))
+        shift = level if positive else -level
+        assert np.array_equal(moved, augment._affine(image, 1, 0, shift, 0, 1, 0))
+        moved = OPERATIONS["TranslateY"](image, level, FixedSign(positive))
+        assert np.array_equal(moved, augment._affine(image, 1, 0, 0, 0, 1, shift))
+
+
+@pytest.mark.parametrize("size", [(400, 300), (201, 77), (64, 64), (30, 50)])
+def test_a_resized_photo_is_that_of_pillow(size):
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*reversed(size), 3), dtype=np.uint8))
+    ours, theirs = resized(photo, 64), photo.resize((64, 64), Image.Resampling.BICUBIC)
+    difference = np.abs(np.asarray(ours).astype(int) - np.asarray(theirs))
+    assert difference.max() <= 1 and difference.mean() < 0.02  # both round, one of them from other weights
+
+
+@pytest.mark.parametrize("scale", [None, (0.3, 1.0), (0.5, 0.9)])
+def test_no_crop_of_a_photo_that_suffices_is_enlarged(scale):
+    view = TrainAugmentation(64, scale=scale)
+    draws = random.Random(0)
+    seen = {True: 0, False: 0}
+    for _ in range(400):
+        width, height = draws.randrange(50, 400), draws.randrange(50, 400)
+        suffices = view.suffices(width, height)
+        seen[suffices] += 1
+        if suffices:
+            boxes = (
+                [(0, 0, width, height)]
+                if scale is None
+                else [crop_box(width, height, scale, draws) for _ in "ten drawn"]
+            )
+            # a side is rounded to whole pixels
+            assert all(min(right - left, bottom - top) >= 63 for left, top, right, bottom in boxes)
+    assert min(seen.values()) > 20
+
+
+def test_a_view_of_a_smaller_decoded_photo_is_that_of_the_whole_one(tmp_path):
+    """A JPEG is decoded at the smallest scale that no crop enlarges: the same view but for the finest detail."""
+    generator = np.random.default_rng(0)
+    coarse = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    coarse.resize((801, 599), Image.Resampling.BICUBIC).save(tmp_path / "photo.jpg", quality=90)
+    view = TrainAugmentation(96)
+    whole, small = (read_photo(tmp_path / "photo.jpg", suffices=one) for one in (None, view.suffices))
+    assert whole.size == (801, 599) and small.size == (201, 150)
+    still = TrainAugmentation(96, scale=None, randaugment=None, flip=False)
+    views = [np.asarray(still(photo, random.Random(0))).astype(float) for photo in (whole, small)]
+    assert np.abs(views[0] - views[1]).mean() < 2.0  # of 255; without smaller scales it is 0
+    Image.open(tmp_path / "photo.jpg").save(tmp_path / "photo.png")
+    assert read_photo(tmp_path / "photo.png", suffices=view.suffices).size == (801, 599)  # JPEG alone has scales

@@ -31,11 +31,17 @@ def expected_ids(gallery, queries, k, keep=lambda row: True):
     return [by_hand(vectors, positions, query.double().numpy(), k) for query in queries]
 
 
-@pytest.fixture(params=["in memory", "from the table"])
+@pytest.fixture(params=["vectors in memory", "codes in memory", "both in memory", "from the table"])
 def way(request, monkeypatch):
-    """Both ways of exact search: vectors that are kept, and vectors that are read in batches."""
+    """All ways of exact search: what is kept of the vectors, and vectors that are read in batches."""
+    monkeypatch.setattr(exact, "codes_pay", lambda: True)
     if request.param == "from the table":
-        monkeypatch.setattr(exact, "CACHE_BYTES", 0)
+        monkeypatch.setattr(exact, "MEMORY_SHARE", 0)
+    elif request.param != "vectors in memory":
+        monkeypatch.setattr(exact, "SMALL_BYTES", 0)
+        monkeypatch.setattr(exact, "_FEWEST_CANDIDATES", 2)
+        monkeypatch.setattr(exact, "_CODES_CHUNK", 16)
+        monkeypatch.setattr(exact, "is_address", lambda uri: request.param == "both in memory")
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 46, 100])

@@ -19,9 +19,11 @@ from data_stub import (
     write_parquet,
     write_tars,
 )
+from PIL import Image
+from transformers import BlipImageProcessorPil
 
 from aliblip.data.augment import TrainAugmentation
-from aliblip.data.collate import Collator, NoUsableRow, sample_rng
+from aliblip.data.collate import Collator, Normalisation, NoUsableRow, as_bytes, sample_rng
 from aliblip.data.loader import EpochOrder, EvalLoader, TrainLoader, _schedule, _shares
 from aliblip.data.manifest import DataFile
 from aliblip.data.rows import decode
@@ -377,7 +379,21 @@ def test_batch_contract_and_slow_version():
     views = Collator(StubProcessor(), augment, seed=4)(rows, epoch=2)["pixel_values"]
     for row, view in zip(rows, views, strict=True):
         slow = augment(decode(row).image, sample_rng(4, 2, row.row))
-        assert torch.equal(view, torch.from_numpy(np.asarray(slow, dtype=np.float32) / 255).permute(2, 0, 1))
+        assert torch.equal(view, torch.from_numpy(np.array(slow)).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"do_normalize": False}, {"do_rescale": False}, {"rescale_factor": 0.0123}, {"image_mean": [0.1, 0.5, 0.9]}],
+)
+def test_normalisation_gives_the_pixels_of_the_processor(changes):
+    processor = BlipImageProcessorPil(size={"height": 40, "width": 40}, **changes)
+    generator = np.random.default_rng(0)
+    photos = [Image.fromarray(generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)) for _ in range(3)]
+    expected = processor(images=photos, return_tensors="pt")["pixel_values"].to(torch.float32)
+    normalise = Normalisation(processor)
+    assert torch.equal(normalise(as_bytes(photos)), expected)
+    assert torch.equal(normalise(expected), expected)  # what is normalised already
 
 
 @pytest.mark.parametrize("pattern", range(1, 32))

@@ -22,6 +22,7 @@ from make_catalogue import make_catalogue  # noqa: E402
 import train
 from aliblip import doctor
 from aliblip.convert import ConvertArguments
+from aliblip.data.prepare_arguments import PrepareArguments, PrepareDataArguments
 from aliblip.gallery import GalleryArguments, GalleryDataArguments
 from aliblip.models.upload import HubArguments
 from aliblip.publish import PublishArguments
@@ -42,6 +43,7 @@ PROGRAMS = {
     "aliblip.convert": (ConvertArguments,),
     "aliblip.doctor": doctor.GROUPS,
     "aliblip.gallery": (GalleryDataArguments, GalleryArguments),
+    "aliblip.prepare": (PrepareDataArguments, PrepareArguments),
     "aliblip.publish": (PublishArguments, HubArguments),
     "aliblip.serve": (ServeArguments,),
 }

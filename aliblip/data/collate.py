@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -18,7 +19,7 @@ from aliblip.data.rows import Example, Row, decode
 from aliblip.runtime.mistakes import UsageError
 from reading_aliblip import UnusableItem
 
-__all__ = ["Collator", "NoUsableRow", "printable", "sample_rng", "thumbnail"]
+__all__ = ["Collator", "NoUsableRow", "Normalisation", "as_bytes", "printable", "sample_rng", "thumbnail"]
 
 THUMBNAIL_QUALITY = 85
 
@@ -39,7 +40,8 @@ class Collator:
     Args:
         processor: called as `processor(images=[PIL], text=[str], return_tensors="pt", padding=True, truncation=True)`,
             returns `pixel_values`, `input_ids`, `attention_mask`.
-        augment: `augment(image, rng) -> image` before the processor, or None.
+        augment: `augment(image, rng) -> image`, a `TrainAugmentation`, or None. Its views have the processor's size,
+            and stay bytes: `Normalisation` makes of them on the device what the processor would have made.
         seed: of the augmentation.
         max_length: longest title in tokens; None leaves it to the processor.
         sides: "both", or the only side that is read: "images" or "titles". The other side's tensors are absent.
@@ -83,8 +85,9 @@ class Collator:
             spares: further rows, tried in order only if `fill` is asked for and no row of the batch is usable.
 
         Returns:
-            `pixel_values` (B, 3, H, H) float32, `input_ids` and `attention_mask` (B, L) int64, `product_id` and `row`
-            (B,) int64, and `skipped`, a list of {"row", "name", "reason"} of the rows that are not in the batch.
+            `pixel_values` (B, 3, H, H) float32, or uint8 where they are augmented, `input_ids` and `attention_mask`
+            (B, L) int64, `product_id` and `row` (B,) int64, and `skipped`, a list of {"row", "name", "reason"} of the
+            rows that are not in the batch.
 
         Raises:
             NoUsableRow: `fill` is asked for, and neither a row nor a spare is usable.
@@ -117,7 +120,7 @@ class Collator:
 
     def _example(self, row: Row, epoch: int, skipped: list[dict[str, Any]]) -> Example | None:
         try:
-            example = decode(row, self.sides)
+            example = decode(row, self.sides, self.augment.suffices if self.augment is not None else None)
         except UnusableItem as error:
             skipped.append({"row": row.row, "name": printable(row.name), "reason": str(error)})
             return None
@@ -141,12 +144,13 @@ class Collator:
     def _process(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         batch: dict[str, torch.Tensor] = {}
         images, titles = self.sides != "titles", self.sides != "images"
+        bytes_stay = images and self.augment is not None and bool(examples)
         if examples:
             options: dict[str, Any] = {"padding": True, "truncation": True} if titles else {}
             if titles and self.max_length is not None:  # otherwise the processor's own longest title holds
                 options["max_length"] = self.max_length
             encoded = self.processor(
-                images=[example.image for example in examples] if images else None,
+                images=[example.image for example in examples] if images and not bytes_stay else None,
                 text=[example.text for example in examples] if titles else None,
                 return_tensors="pt",
                 **options,
@@ -158,7 +162,9 @@ class Collator:
                 "input_ids": torch.zeros(0, 1),
                 "attention_mask": torch.zeros(0, 1),
             }
-        if images:
+        if bytes_stay:
+            batch["pixel_values"] = as_bytes([example.image for example in examples])
+        elif images:
             batch["pixel_values"] = encoded["pixel_values"].to(torch.float32)
         if titles:
             batch["input_ids"] = encoded["input_ids"].to(torch.int64)
@@ -166,6 +172,49 @@ class Collator:
         batch["product_id"] = torch.tensor([example.product_id for example in examples], dtype=torch.int64)
         batch["row"] = torch.tensor([example.row for example in examples], dtype=torch.int64)
         return batch
+
+
+def as_bytes(photos: Sequence[Image.Image]) -> torch.Tensor:
+    """RGB photos of one size as a tensor (B, 3, H, W) of uint8."""
+    stacked = torch.stack([torch.from_numpy(np.array(photo)) for photo in photos])  # (B, H, W, 3)
+    return stacked.permute(0, 3, 1, 2).contiguous()
+
+
+class Normalisation:
+    """Bytes to the pixels that a processor makes of a photo of the right size, bit by bit.
+
+    A quarter of the bytes goes from readers to device, and the arithmetic is the device's.
+
+    Args:
+        image_processor: its `rescale_factor`, `image_mean` and `image_std` hold where `do_rescale` and `do_normalize`
+            are on.
+    """
+
+    def __init__(self, image_processor: Any):
+        self.scale = image_processor.rescale_factor if image_processor.do_rescale else 1.0
+        # The processor multiplies in double precision. Where a division in single precision rounds to the same, it is
+        # taken: a device for training is slow in double precision.
+        levels = torch.arange(256, dtype=torch.uint8)
+        self.divisor = float(np.float32(1.0 / self.scale))
+        self.divides = torch.equal(levels / self.divisor, self._scaled(levels))
+        self.mean, self.std = (
+            torch.tensor(values, dtype=torch.float32).view(3, 1, 1) if image_processor.do_normalize else None
+            for values in (image_processor.image_mean, image_processor.image_std)
+        )
+
+    def _scaled(self, pixels: torch.Tensor) -> torch.Tensor:
+        return (pixels.double() * self.scale).to(torch.float32)
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) of uint8 to float32, on their device; pixels in float32 are normalised already and stay."""
+        if pixels.dtype != torch.uint8:
+            return pixels
+        values = pixels / self.divisor if self.divides else self._scaled(pixels)
+        if self.mean is not None:
+            if self.mean.device != pixels.device:
+                self.mean, self.std = self.mean.to(pixels.device), self.std.to(pixels.device)
+            values = values.sub_(self.mean).div_(self.std)
+        return values
 
 
 def thumbnail(photo: Image.Image, side: int) -> bytes:

@@ -10,10 +10,12 @@ of them into an RGB photo and a title, or raises `UnusableItem` with a plain rea
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import posixpath
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -28,7 +30,7 @@ from aliblip.data.missing import why_missing
 from aliblip.data.products import CHUNK_ROWS, ProductIds, own_id, photo_id_of, product_id_of, shown
 from aliblip.data.remote import RemoteReadError, is_remote, read_file, resumed
 from aliblip.runtime.mistakes import UsageError
-from reading_aliblip import MissingFile, UnusableItem, clean_title, read_photo
+from reading_aliblip import MissingFile, UnusableItem, clean_title, read_bytes, read_photo
 
 __all__ = [
     "Example",
@@ -37,6 +39,7 @@ __all__ = [
     "Source",
     "decode",
     "path_inside",
+    "stored_photo",
 ]
 
 
@@ -92,7 +95,7 @@ class Example:
 # ------------------------------------------------------------------------------------------------------ decoding
 
 
-def decode(row: Row, sides: str = "both") -> Example:
+def decode(row: Row, sides: str = "both", suffices: Callable[[int, int], bool] | None = None) -> Example:
     """Decode one row: the photo as a person sees it, and its title.
 
     EXIF orientation and colour profile are applied, transparency lies over white, an animation is its first picture.
@@ -100,6 +103,7 @@ def decode(row: Row, sides: str = "both") -> Example:
     Args:
         row: from a source.
         sides: "both", or only the "images" or the "titles".
+        suffices: see `read_photo`.
 
     Raises:
         UnusableItem: with a plain reason; no other exception leaves this function, whatever the bytes are.
@@ -108,12 +112,32 @@ def decode(row: Row, sides: str = "both") -> Example:
         raise UnusableItem(row.problem)
     text = clean_title(row.text) if sides != "images" else None  # first, since it costs nothing
     try:
-        image = read_photo(row.image, _fetch) if sides != "titles" else None
+        image = read_photo(row.image, _fetch, suffices) if sides != "titles" else None
     except MissingFile:
         if not isinstance(row.image, str) or is_remote(row.image):
             raise
         raise MissingFile(why_missing(row.image)) from None
     return Example(image, text, row.product_id, row.row)
+
+
+def stored_photo(row: Row, fetch: Callable[[str, int], bytes] | None = None) -> bytes:
+    """The file of a row's photo as it is stored, without a look at what it holds.
+
+    Args:
+        row: from a source.
+        fetch: reads an address, at most so many bytes of it, or raises `UnusableItem`; None: as training does.
+
+    Raises:
+        UnusableItem: with a plain reason.
+    """
+    if row.problem is not None:
+        raise UnusableItem(row.problem)
+    try:
+        return read_bytes(row.image, fetch or _fetch)
+    except MissingFile:
+        if not isinstance(row.image, str) or is_remote(row.image):
+            raise
+        raise MissingFile(why_missing(row.image)) from None
 
 
 def _fetch(address: str, most_bytes: int) -> bytes:
@@ -203,6 +227,12 @@ class Source:
                 for name, file in zip(names, self.files, strict=True)
             ],
         }
+
+    def described(self) -> str:
+        """What the rows are, in a line that differs where the files, or the columns that are read, differ."""
+        content = json.dumps([self.manifest(), self.selected.others], sort_keys=True)
+        digest = hashlib.blake2b(content.encode(), digest_size=6).hexdigest()
+        return f"{self.name}, {self.split} ({self.num_rows} rows, {digest})"
 
     def read(self, shard_index: int, start: int = 0, stop: int | None = None) -> Iterator[Row]:
         """Undecoded rows [start, stop) of one shard; `stop` None or beyond the end means the end.

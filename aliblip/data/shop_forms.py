@@ -1,11 +1,12 @@
-"""Exports of shops whose rows lean on each other: Shopify's."""
+"""Exports of shops: Shopify's, whose rows lean on each other, and the feed of Google Merchant."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["is_shopify", "shopify_rows"]
+__all__ = ["is_shopify", "merchant_product", "shopify_rows"]
 
 SHOPIFY = {"Handle", "Title", "Image Src"}
 
@@ -13,6 +14,12 @@ SHOPIFY = {"Handle", "Title", "Image Src"}
 def is_shopify(columns: Sequence[str]) -> bool:
     """Whether a table is an export of products as Shopify writes it."""
     return set(columns) >= SHOPIFY
+
+
+def merchant_product(columns: Sequence[str]) -> str | None:
+    """The column of the products of a feed for Google Merchant: of its variants, which are items of one group."""
+    plain = {re.sub(r"[\W_]", "", column).lower(): column for column in columns}
+    return plain.get("itemgroupid") if {"id", "title", "imagelink"} <= set(plain) else None
 
 
 def shopify_rows(records: Iterable[Any]) -> tuple[list[dict[str, Any]], str]:

@@ -42,7 +42,7 @@ from aliblip.data.delimited import (
 from aliblip.data.documents import json_records, table_in
 from aliblip.data.encodings import check_encoding, guess_encoding, is_packed, unicode_of, unpacked
 from aliblip.data.remote import is_remote, open_file, resumed
-from aliblip.data.shop_forms import is_shopify, shopify_rows
+from aliblip.data.shop_forms import is_shopify, merchant_product, shopify_rows
 from aliblip.data.storage import Blocks, Spans
 from aliblip.data.values import Facts, looks_like_photo_name
 from aliblip.runtime.mistakes import UsageError
@@ -347,6 +347,9 @@ def _of_csv(opened: _Opened) -> Table:
         table.told.append(f"{bad.count:,} lines of {table.name} are not rows ({bad.named()}), and are skipped")
     if is_shopify(names):
         _as_shopify(table, opened.roles)
+    elif (group := merchant_product(names)) is not None:
+        table.product_column = group
+        table.told.append(f"a feed of Google Merchant: items of one '{group}' are one product")
     return table
 
 

@@ -119,7 +119,12 @@ class Examples:
 
 
 def contact_sheet(
-    rows: Sequence[SheetRow], path: str | os.PathLike, *, photo_size: int = 168, heading: str | None = None
+    rows: Sequence[SheetRow],
+    path: str | os.PathLike,
+    *,
+    photo_size: int = 168,
+    heading: str | None = None,
+    legend: str = "right photo",
 ) -> Path:
     """Draw one line per query: the title, then its photos, best first, the right ones framed in green.
 
@@ -128,6 +133,7 @@ def contact_sheet(
         path: where the picture goes; the ending names the format. Its folder is created.
         photo_size: side of the square that each photo is fitted into, in pixels.
         heading: one line above all.
+        legend: what the green frame says.
 
     Raises:
         ValueError: no rows.
@@ -158,7 +164,7 @@ def contact_sheet(
         for place, hit in enumerate(row.hits):
             x = _MARGIN + _TITLE_WIDTH + _GAP + place * cell
             _draw_hit(sheet, draw, hit, place, x, y + _GAP, photo_size, small)
-    _draw_legend(draw, sheet.height - 22, small)
+    _draw_legend(draw, sheet.height - 22, small, legend)
     data = io.BytesIO()
     sheet.save(data, format=file_format)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -195,9 +201,9 @@ def _draw_hit(
     draw.text((x + outer - _FRAME, y + outer + 5), score, fill=_RIGHT if hit.right else _QUIET, font=font, anchor="ra")
 
 
-def _draw_legend(draw: ImageDraw.ImageDraw, y: int, font) -> None:
+def _draw_legend(draw: ImageDraw.ImageDraw, y: int, font, legend: str) -> None:
     draw.rectangle((_MARGIN, y - 7, _MARGIN + 13, y + 6), outline=_RIGHT, width=3)
-    draw.text((_MARGIN + 22, y), "right photo", fill=_QUIET, font=font, anchor="lm")
+    draw.text((_MARGIN + 22, y), legend, fill=_QUIET, font=font, anchor="lm")
 
 
 def _wrap(text: str, font, width: int, most_lines: int) -> list[str]:

@@ -11,8 +11,6 @@ Whatever the user got wrong is a `UsageError` with one line.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
 import os
 import shutil
@@ -358,10 +356,10 @@ def set_up(data: EvaluationDataArguments, options: EvaluationArguments) -> Setup
     if not options.overwrite_output_dir:
         check_results_of_others(output_dir, **names)
     made_from = _made_from(model, processor, data, options)
-    parts = Parts(output_dir / "parts", made_from | {"photos": _described(photos), "titles": _described(titles)})
+    parts = Parts(output_dir / "parts", made_from | {"photos": photos.described(), "titles": titles.described()})
     tuning_parts = None
     if tuned_on is not None:
-        tuning_parts = Parts(parts.folder / "tuning", made_from | {"photos": _described(tuned_on)})
+        tuning_parts = Parts(parts.folder / "tuning", made_from | {"photos": tuned_on.described()})
     if not options.overwrite_output_dir:
         parts.check()
     plan = _plan(model, processor, photos, titles, depths, options)
@@ -426,13 +424,6 @@ def _check_disk(folder: Path, size: int) -> None:
             f"--k_rerank all writes {size_text(wanted)}, {size_text(free)} are free in {folder.parent}: "
             "give another --output_dir, or a number"
         )
-
-
-def _described(source: Source) -> str:
-    """What the rows of a source are, columns for slices included: they are kept with the embeddings."""
-    content = json.dumps([source.manifest(), source.selected.others], sort_keys=True)
-    digest = hashlib.blake2b(content.encode(), digest_size=6).hexdigest()
-    return f"{source.name}, {source.split} ({source.num_rows} rows, {digest})"
 
 
 __all__ = ["Setup", "check_flags", "open_data", "open_titles", "rows_of", "set_up", "set_up_logging", "slices_of"]

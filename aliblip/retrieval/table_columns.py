@@ -10,7 +10,6 @@ Python rows, whose reading costs little, and from the first values of tars.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from aliblip.data.cell_types import NOT_OF_THE_TYPE, fitting_value, joined_type, storable
 from aliblip.data.collate import printable
 from aliblip.data.parquet import ParquetSource
 from aliblip.data.python_rows import PythonSource
@@ -37,7 +37,6 @@ __all__ = [
     "Lost",
     "ids_told_ahead",
     "kept_columns",
-    "storable",
     "table_names",
 ]
 
@@ -126,8 +125,8 @@ class KeptColumns:
             values = [row.get(name) for row in others]
             try:
                 arrays[kept] = pa.array(values, schema.field(kept).type)
-            except _NOT_OF_THE_TYPE:
-                fitting = [_fitting(value, schema.field(kept).type) for value in values]
+            except NOT_OF_THE_TYPE:
+                fitting = [fitting_value(value, schema.field(kept).type) for value in values]
                 gone = [one is None and value is not None for one, value in zip(fitting, values, strict=True)]
                 lost.misfits[name] += sum(gone)
                 arrays[kept] = pa.array(fitting, schema.field(kept).type)
@@ -169,22 +168,6 @@ def _counted(counts: Mapping[str, int]) -> str:
 
 # Lets Lance compare rows that are put in with those of another writer.
 PRIMARY_KEY = {"lance-schema:unenforced-primary-key": "true"}
-# What Arrow raises for values that it can't make a column of.
-_NOT_OF_THE_TYPE = (pa.ArrowException, TypeError, ValueError, OverflowError, UnicodeError)
-
-
-def _fitting(value: Any, kind: pa.DataType) -> Any:
-    """A single value in its column's type, or None."""
-    if pa.types.is_string(kind) and value is not None:
-        return _as_text(value)
-    try:
-        return pa.array([value], kind)[0].as_py()
-    except _NOT_OF_THE_TYPE:
-        return None
-
-
-def _as_text(value: Any) -> str:
-    return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
 
 
 # --- from a source ----------------------------------------------------------------------------------------------------
@@ -288,44 +271,8 @@ def _types(source: Source) -> dict[str, tuple[pa.DataType, str]]:
         for name in dict.fromkeys(name for row in block for name in row):
             before, note = found.get(name, (pa.null(), ""))
             if not note:  # else it is text already
-                found[name] = _joined(name, before, [row.get(name) for row in block])
+                found[name] = joined_type(name, before, [row.get(name) for row in block])
     return {name: (storable(kind), note) for name, (kind, note) in found.items()}
-
-
-def _joined(name: str, kind: pa.DataType, values: list[Any]) -> tuple[pa.DataType, str]:
-    """The type of a column so far, and of more values; text where they have none in common."""
-    try:
-        more = pa.array(values).type
-        schemas = [pa.schema([pa.field("x", one)]) for one in (kind, more)]
-        return pa.unify_schemas(schemas, promote_options="permissive").field("x").type, ""
-    except _NOT_OF_THE_TYPE:
-        return (
-            pa.string(),
-            f"the column {name!r} holds values of several types, or of none that a table has: kept as text",
-        )
-
-
-def storable(kind: pa.DataType) -> pa.DataType:
-    """The type that the table has for one of the data."""
-    if isinstance(kind, pa.BaseExtensionType):
-        return storable(kind.storage_type)
-    if pa.types.is_dictionary(kind):
-        return storable(kind.value_type)
-    if pa.types.is_null(kind) or pa.types.is_large_string(kind) or kind == pa.string_view():
-        return pa.string()
-    if pa.types.is_large_binary(kind) or kind == pa.binary_view():
-        return pa.binary()
-    if pa.types.is_interval(kind):
-        return pa.string()
-    if pa.types.is_struct(kind):
-        return pa.struct([pa.field(child.name, storable(child.type)) for child in kind])
-    if pa.types.is_map(kind):
-        return pa.map_(kind.key_type, storable(kind.item_type))
-    if pa.types.is_fixed_size_list(kind):
-        return pa.list_(storable(kind.value_type), kind.list_size)
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return pa.list_(storable(kind.value_type))
-    return kind
 
 
 # --- ids before the work ----------------------------------------------------------------------------------------------

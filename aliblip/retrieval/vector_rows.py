@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from aliblip.data.cell_types import storable
 from aliblip.retrieval.building import check_place
-from aliblip.retrieval.table_columns import PRIMARY_KEY, storable, table_names
+from aliblip.retrieval.table_columns import PRIMARY_KEY, table_names
 from aliblip.retrieval.tables import ID, ITEMS, KINDS, VECTOR, Facts, aligned, lance_options, library, table_uri
 from aliblip.runtime.mistakes import UsageError, first_line
 

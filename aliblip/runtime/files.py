@@ -6,25 +6,36 @@ import errno
 import json
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors.torch import save_file
 
+# Ends the names of files that a killed process left half written.
+PARTIAL = ".partial"
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file beside its place, synced, and then put it there."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write piece by piece beside its place; it is synced, and then put there, if nothing failed."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         with open(partial, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file beside its place, synced, and then put it there."""
+    with new_file(path) as file:
+        file.write(data)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -166,8 +177,10 @@ def repair(parent: Path) -> None:
 
 
 __all__ = [
+    "PARTIAL",
     "NewFolder",
     "append_json_line",
+    "new_file",
     "read_json_lines",
     "repair",
     "write_bytes",

@@ -72,6 +72,16 @@ class Parts:
                 f"{self.folder} holds unfinished work on something else ({told(changed)}): go on with that, {way_out}"
             )
 
+    def begin(self) -> None:
+        """Make the folder and write down what its parts are made from. Main process only.
+
+        Raises:
+            OSError: it can't be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / _FINGERPRINT).exists():
+            write_json(self.folder / _FINGERPRINT, self.made_from)
+
     def drop_others(self) -> None:
         """Remove the folder if `check` refuses it. Main process only."""
         try:
@@ -94,9 +104,7 @@ class Parts:
         """Unit -> file of a stage; None if the folder can't be used, and need not be."""
         files: dict[int, str] = {}
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not (self.folder / _FINGERPRINT).exists():
-                write_json(self.folder / _FINGERPRINT, self.made_from)
+            self.begin()
         except OSError as error:
             if needed:
                 raise

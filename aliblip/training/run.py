@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from aliblip.data.arguments import DataArguments
+from aliblip.data.collate import Normalisation
 from aliblip.retrieval.arguments import EvaluationDataArguments
 from aliblip.retrieval.evaluation import evaluate_retrieval
 from aliblip.runtime.accelerator import AliBlipAccelerator, describe_machine
@@ -107,6 +108,7 @@ class Run:
         self.accelerator, self.training, self.signals, self.status = accelerator, training, signals, status
         self.compiled = compiled
         self.progress = setup.progress
+        self.normalise = Normalisation(setup.processor.image_processor)
         self.stopped_by: Signals | None = None
         self.log = Log(
             accelerator,
@@ -218,7 +220,7 @@ class Run:
             batch = step.feed.take()
             self.skipped.add(batch)
             alpha = alpha_schedule(self.args.alpha, step.taken * accumulation + micro_step, batches_per_epoch)
-            yield batch, alpha
+            yield batch | {"pixel_values": self.normalise(batch["pixel_values"])}, alpha
 
     def after_batch(self, step: Step, batch: dict[str, Any], targets: Targets, output: ObjectiveOutput) -> None:
         """Keep of a micro-batch what the end of its step needs, and fetch the next. No collective."""
