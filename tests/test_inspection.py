@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from drawing import COUNT, NAMES, draw, json_lines, open_at, parquet, picture, records
 
@@ -16,6 +18,15 @@ def test_a_sample_comes_from_all_over_the_data(tmp_path, count, places):
     assert len(rows) == min(count, COUNT) and rows == sorted(set(rows))
     if 1 < places <= count < COUNT:
         assert rows[0] == 0 and rows[-1] >= COUNT * (places - 1) // places
+
+
+def test_samples_of_any_size_take_no_row_twice():
+    for rows in range(1, 40):
+        source = SimpleNamespace(num_rows=rows, read_range=range)
+        for count in range(1, rows + 1):
+            for places in range(1, count + 1):
+                taken = list(sample_rows(source, count, places))
+                assert taken == sorted(set(taken)) and len(taken) == count and taken[-1] < rows
 
 
 def test_unusable_rows_of_a_sample_are_counted_by_reason(tmp_path):

@@ -38,9 +38,11 @@ def sample_rows(source: Source, count: int, places: int = PLACES) -> Iterator[Ro
     """
     count = min(count, source.num_rows)
     places = 1 if count == source.num_rows else min(places, count)
+    stop = 0
     for place in range(places):
-        start = source.num_rows * place // places
-        yield from source.read_range(start, start + count * (place + 1) // places - count * place // places)
+        start = max(source.num_rows * place // places, stop)  # rounding may bring two places together
+        stop = start + count * (place + 1) // places - count * place // places
+        yield from source.read_range(start, stop)
 
 
 @dataclass
