@@ -7,7 +7,7 @@
 
 The flags are those of train.py, which does the same with --dry_run. Each line is ok, a warning, a problem with its
 remedy, or skipped, since what it needs has a problem. The exit code is 2 if there is a problem, else 0. Nothing is
-written, on the Hub either; data on the Hub goes into its cache as ever.
+written, on the Hub either; data on the Hub, and what --compile tries, goes into its cache as ever.
 """
 
 from __future__ import annotations
