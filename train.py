@@ -15,6 +15,7 @@ What a run leaves in `--output_dir`: `best/` and `last/` (models for `from_pretr
 `log.jsonl` (every log line), `skipped.jsonl` (rows that could not be used), `arguments.json`, `manifest.json` (of the
 data), `machine.json`, `status.json` (how it stands, or how it ended), and with `--checkpointing_steps` checkpoints,
 from which `--resume_from_checkpoint last` goes on. SIGTERM, SIGUSR1 or Ctrl-C write one more and end the run.
+`--dry_run` looks at everything that can be wrong, tells it all with what the run takes, and writes nothing.
 `--push_to_hub --hub_model_id me/name` uploads the best model so far with a card, in the background.
 """
 
@@ -31,10 +32,11 @@ from aliblip.runtime.accelerator import AliBlipAccelerator, end
 from aliblip.runtime.arguments import parse
 from aliblip.runtime.interrupts import StopSignals
 from aliblip.runtime.mistakes import main_with_usage_errors
-from aliblip.training.arguments import ModelArguments, TrainDataArguments, TrainingArguments
+from aliblip.training.arguments import DryRunArguments, ModelArguments, TrainDataArguments, TrainingArguments
 from aliblip.training.building import build_momentum, build_objective, build_optimizer
 from aliblip.training.checkpoint import Training
 from aliblip.training.compiling import CompiledTowers
+from aliblip.training.examination import check_dry_run, examine
 from aliblip.training.optim import set_learning_rate
 from aliblip.training.progress import RunStatus, Unfailing
 from aliblip.training.run import Run
@@ -42,12 +44,15 @@ from aliblip.training.setup import Setup, meet, set_up
 from aliblip.training.step import backward_and_step, clamp_parameter
 
 TEMPERATURE_RANGE = (0.001, 0.5)  # of the published code
-GROUPS = (ModelArguments, TrainDataArguments, TrainingArguments, HubArguments)
+GROUPS = (ModelArguments, TrainDataArguments, TrainingArguments, HubArguments, DryRunArguments)
 
 
 def main() -> int:
-    """The exit code: 0, or 128 and the number of the signal that stopped the run."""
-    setup = set_up(*parse(GROUPS, description=__doc__))
+    """The exit code: 0, or 128 and the number of the signal that stopped the run; of a dry run 2 with a problem."""
+    *groups, dry_run_args = parse(GROUPS, description=__doc__)
+    if check_dry_run(dry_run_args):
+        return examine(*groups, dry_run_args)
+    setup = set_up(*groups)
     accelerator = meet(setup)
     sys.stdout, sys.stderr = Unfailing(sys.stdout), Unfailing(sys.stderr)
     seconds_to_publish = SECONDS_AFTER_A_STOP

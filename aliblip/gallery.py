@@ -36,7 +36,7 @@ from aliblip.data.arguments import DataArguments
 from aliblip.data.products import tell_sources
 from aliblip.data.rows import Source
 from aliblip.data.sources import ALL, open_source, require_usable_row
-from aliblip.data.titles import tell_cut_titles
+from aliblip.data.titles import look_at_titles, tell_cut_titles
 from aliblip.models.loading import load_pretrained
 from aliblip.retrieval.building import THUMBNAIL_SIDE, Build, check_options
 from aliblip.retrieval.galleries import Gallery
@@ -304,7 +304,7 @@ def build(data: GalleryDataArguments, options: GalleryArguments) -> int:
     check_index(work, options)
     model, processor, _ = load_pretrained(options.model_name_or_path, tokenizer_name=options.tokenizer_name)
     if options.kind == "text":
-        tell_cut_titles(source, tokenizer=processor.tokenizer, max_length=processor.max_length)
+        tell_cut_titles(source, lambda: look_at_titles(source, processor.tokenizer, processor.max_length))
     tell_plan(work, model.config, options)
 
     def index() -> None:

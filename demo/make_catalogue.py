@@ -53,8 +53,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFilter
 
+from aliblip.data.wordpiece import train_wordpiece
+
 # Raise it with every change of what is drawn or written: an older catalogue is then refused instead of silently kept.
-VERSION = 2
+VERSION = 3
 
 
 class Mistake(ValueError):
@@ -567,45 +569,10 @@ def write_split(folder: Path, split: str, rows: Sequence[dict]) -> None:
 
 
 def write_tokenizer(folder: Path, titles: Sequence[str]) -> int:
-    """Train a WordPiece on the titles and save it so that `AutoTokenizer` loads a BertTokenizer; returns its size."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-
-    # The trainer numbers continued letters in the order of a hash table, and breaks ties by these numbers. Listed as
-    # special tokens they have fixed ones. It also makes every word of these characters spellable.
-    letters = [chr(code) for code in (*range(ord("0"), ord("9") + 1), *range(ord("a"), ord("z") + 1))]
-    fixed = [*special, *letters, *("##" + letter for letter in letters)]
-    trainer = trainers.WordPieceTrainer(vocab_size=800, min_frequency=3, special_tokens=fixed, show_progress=False)
-    tokenizer.train_from_iterator(titles, trainer)
-    vocabulary = tokenizer.get_vocab()
-    tokens = sorted(vocabulary, key=vocabulary.get)
-
-    tokenizer = Tokenizer(models.WordPiece({token: i for i, token in enumerate(tokens)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    tokenizer.add_special_tokens(special)
-    ends = [(token, tokens.index(token)) for token in ("[CLS]", "[SEP]")]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS]:0 $A:0 [SEP]:0", pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1", special_tokens=ends
-    )
-
-    folder.mkdir()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in tokens), encoding="utf-8")
-    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-    settings = {
-        "tokenizer_class": "BertTokenizer",
-        "do_lower_case": True,
-        "model_max_length": 512,
-        **dict(zip(names, special, strict=True)),
-    }
-    _write_json(folder / "tokenizer_config.json", settings)
-    return len(tokens)
+    """Learn a WordPiece from the titles and save it so that `AutoTokenizer` loads it; returns its size."""
+    tokenizer = train_wordpiece(titles, vocab_size=800, min_frequency=3)
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)
 
 
 def _write_json(path: Path, content: dict) -> None:

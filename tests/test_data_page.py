@@ -9,7 +9,7 @@ from drawing import draw, lines, open_at
 
 from aliblip.data.arguments import DataArguments
 from aliblip.data.products import tell_sources
-from aliblip.data.titles import cut_titles
+from aliblip.data.titles import look_at_titles
 from aliblip.training.arguments import TrainDataArguments, TrainingArguments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +29,7 @@ def test_what_is_told_at_the_start_is_what_the_page_shows(tmp_path, monkeypatch)
     source = open_at("my_catalogue", product_id_column="sku")
     printed = []
     tell_sources(source, tell=printed.append)
-    printed += cut_titles(source, tiny.tokenizer(), 35).lines()
+    printed += look_at_titles(source, tiny.tokenizer(), 35).cut_lines()
     shown = re.search(r"```\n(my_catalogue .*?)\n```", PAGE, re.DOTALL)[1]
     assert shown == "\n".join(printed).replace(f"{tmp_path}/", "")
 

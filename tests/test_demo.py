@@ -216,12 +216,11 @@ def test_tokenizer(catalogue):
 
     folder = catalogue / "tokenizer"
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert isinstance(tokenizer, BertTokenizer) and tokenizer.is_fast
+    assert tokenizer.is_fast
     special = [tokenizer.pad_token, tokenizer.unk_token, tokenizer.cls_token, tokenizer.sep_token, tokenizer.mask_token]
     assert special == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     assert tokenizer.convert_tokens_to_ids(special) == [0, 1, 2, 3, 4]
-    vocabulary = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
-    assert tokenizer.get_vocab() == {token: i for i, token in enumerate(vocabulary)} and len(vocabulary) <= 1000
+    assert sorted(tokenizer.get_vocab().values()) == list(range(len(tokenizer))) and len(tokenizer) <= 800
 
     titles = [row["caption"] for row in rows(catalogue, "validation")]
     encoded = tokenizer(titles)["input_ids"]

@@ -25,7 +25,7 @@ from remote_code_probe import scores
 from runs import TINY, write_split
 
 import train
-from aliblip import publish
+from aliblip import doctor, publish
 from aliblip.models import card, upload
 from aliblip.models.card import MARK, all_results, model_card, write_card
 from aliblip.models.upload import HubArguments
@@ -274,6 +274,34 @@ def test_without_a_network_a_push_is_refused(hub, monkeypatch):
 def test_a_name_without_a_user_is_the_users_own(hub):
     assert upload.connect(HubArguments(hub_model_id="name"))[1] == "me/name"
     assert upload.connect(HubArguments(hub_model_id="name"))[1] == "me/name"  # and it may be there
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "said"),
+    [
+        ("me/new", hub_stub.TOKEN, None),
+        ("new", hub_stub.TOKEN, None),
+        ("me/there", hub_stub.TOKEN, None),
+        ("me/new", hub_stub.READ_TOKEN, "(the token may only read): give a token with write permission"),
+        ("other/new", hub_stub.TOKEN, "(other is neither the user nor an organization of theirs): give a token"),
+        ("other/there", hub_stub.TOKEN, "may not write to other/there"),
+        ("me/new", "hf_wrong", "is not accepted by"),
+    ],
+)
+def test_the_doctor_asks_the_hub_and_changes_nothing(catalogue, hub, tmp_path, monkeypatch, capsys, name, token, said):
+    for there in ("me/there", "other/there"):
+        hub.make(there)
+    flags = [*TINY, *catalogue, "--output_dir", str(tmp_path / "run"), "--push_to_hub", "--hub_model_id", name]
+    monkeypatch.setattr(sys, "argv", ["doctor", *flags, "--hub_token", token, "--compared_rows", "0"])
+    code = doctor.main()
+    (line,) = [line for line in capsys.readouterr().out.split("\nHub\n")[1].splitlines() if line][:1]
+    if said is None:
+        full = name if "/" in name else f"me/{name}"
+        assert code == 0 and line == f"  ok        {full} can be written at {hub.url}"
+    else:
+        assert code == 2 and line.startswith("  problem") and said in line and token not in line
+    assert hub.commits.keys() == {"me/there", "other/there"} and not (tmp_path / "run").exists()
+    assert all(method in ("GET", "HEAD") for method, _ in hub.requests)
 
 
 # --- uploads in the background ----------------------------------------------------------------------------------------

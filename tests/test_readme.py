@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "demo"))
 from make_catalogue import make_catalogue  # noqa: E402
 
 import train
+from aliblip import doctor
 from aliblip.convert import ConvertArguments
 from aliblip.data.prepare_arguments import PrepareArguments, PrepareDataArguments
 from aliblip.gallery import GalleryArguments, GalleryDataArguments
@@ -40,6 +41,7 @@ PROGRAMS = {
     "train.py": train.GROUPS,
     "evaluate_retrieval.py": (EvaluationDataArguments, EvaluationArguments),
     "aliblip.convert": (ConvertArguments,),
+    "aliblip.doctor": doctor.GROUPS,
     "aliblip.gallery": (GalleryDataArguments, GalleryArguments),
     "aliblip.prepare": (PrepareDataArguments, PrepareArguments),
     "aliblip.publish": (PublishArguments, HubArguments),

@@ -50,7 +50,7 @@ class Facts:
         split: of `split_names`, the one that they were given in.
         product: int64.
         digest: of the file of the photo.
-        title, words: keys of the title; see `aliblip.data.titles`.
+        title, words: keys of the title; see `aliblip.data.clean_titles`.
         width, height: of the photo as it is kept.
         given, kept: bytes of the photo before and after.
         rejected: reasons, and how many rows each has.

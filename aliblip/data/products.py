@@ -41,6 +41,7 @@ __all__ = [
     "NO_ID",
     "ProductIds",
     "ProductReport",
+    "counted_ids",
     "own_id",
     "photo_id_of",
     "product_id_of",
@@ -341,9 +342,7 @@ def report(source: Any) -> ProductReport:
     about = {"source": f"{source.name} ({source.split})", "column": source.selected.product_id, "rows": source.num_rows}
     others = [column for column in source.columns if column not in (source.selected.image, source.selected.caption)]
     about["columns"] = tuple(column for column in others if _IDS.search(column))
-    chunks = source.product_ids()
-    if chunks is None and sum(file.size for file in source.files) <= READ_FOR_COUNTING and _is_here(source):
-        chunks = source.read_product_ids()
+    chunks = counted_ids(source)
     if chunks is None:
         return ProductReport(**about, why_not="since that would read every photo")
     by_photo = about["column"] is None or about["column"] in source.photo_keys
@@ -366,6 +365,18 @@ def report(source: Any) -> ProductReport:
         absent=(("no photo", without),) if by_photo else tuple(absent.most_common()),
         photos=len(np.unique(ids[photos])) if not by_photo and photos.sum() == without else None,
     )
+
+
+def counted_ids(source: Any) -> Iterator[ProductIds] | None:
+    """The product ids of all rows of a `Source`, in pieces; None if that would read too many photos.
+
+    Raises:
+        OSError: they can't be read.
+    """
+    chunks = source.product_ids()
+    if chunks is None and sum(file.size for file in source.files) <= READ_FOR_COUNTING and _is_here(source):
+        chunks = source.read_product_ids()
+    return chunks
 
 
 def _is_here(source: Any) -> bool:

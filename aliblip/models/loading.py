@@ -15,8 +15,17 @@ from aliblip.runtime.mistakes import UsageError, usage_errors
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
 
-__all__ = ["LOADING_ERRORS", "build_processor", "check_vocabulary", "load_pretrained"]
+__all__ = [
+    "DEFAULT_MAX_LENGTH",
+    "DEFAULT_TOKENIZER",
+    "LOADING_ERRORS",
+    "build_processor",
+    "check_template",
+    "check_vocabulary",
+    "load_pretrained",
+]
 
+DEFAULT_TOKENIZER, DEFAULT_MAX_LENGTH = "bert-base-uncased", 35
 # What transformers raises where a folder or Hub name does not hold what it should, and for damaged files of it; and our
 # Hub files, for a configuration that no model can be built from and for weights that do not fit.
 LOADING_ERRORS = (OSError, ValueError, ImportError, SafetensorError)
@@ -43,6 +52,22 @@ def check_vocabulary(
         )
 
 
+def check_template(source: str, processor: AliBlipProcessor) -> None:
+    """Refuse a tokenizer that does not put [CLS] before a title and [SEP] behind it.
+
+    Raises:
+        UsageError: the model makes [ENC] of the first token, and would lose a word.
+    """
+    tokenizer = processor.tokenizer
+    ids = tokenizer("a")["input_ids"]
+    if len(ids) < 2 or (ids[0], ids[-1]) != (tokenizer.cls_token_id, tokenizer.sep_token_id):
+        shown = " ".join(tokenizer.convert_ids_to_tokens(ids))
+        raise UsageError(
+            f"the tokenizer of {source} writes 'a' as {shown!r}, without [CLS] before and [SEP] behind it: take a BERT "
+            "tokenizer, or add this template to the post_processor of its tokenizer.json"
+        )
+
+
 def build_processor(
     tokenizer_name: str, max_length: int | None = None, image_processor: BlipImageProcessorPil | None = None
 ) -> AliBlipProcessor:
@@ -60,7 +85,9 @@ def build_processor(
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if not tokenizer.is_fast or getattr(tokenizer, "cls_token_id", None) is None:
         raise UsageError(f"the tokenizer {name!r} is not a fast WordPiece tokenizer with [CLS]: take a BERT tokenizer")
-    return AliBlipProcessor(image_processor, tokenizer, max_length=max_length or 35)
+    processor = AliBlipProcessor(image_processor, tokenizer, max_length=max_length or DEFAULT_MAX_LENGTH)
+    check_template(name, processor)
+    return processor
 
 
 def load_pretrained(
@@ -106,6 +133,7 @@ def load_pretrained(
             processor = build_processor(tokenizer_name, image_processor=image_processor)
     processor.max_length = max_length or processor.max_length
     check_vocabulary(name, processor, model.config.text_config.vocab_size, model.config.enc_token_id)
+    check_template(name, processor)
     return model, processor, None
 
 
@@ -124,7 +152,7 @@ def _load_original(
 ) -> tuple[AliBlipForImageTextRetrieval, AliBlipProcessor, Original]:
     original = read_original(path)
     beside = Path(path).parent
-    own = str(beside) if (beside / "tokenizer.json").is_file() else "bert-base-uncased"
+    own = str(beside) if (beside / "tokenizer.json").is_file() else DEFAULT_TOKENIZER
     processor = build_processor(tokenizer_name or own, max_length)
     text_config = {"pad_token_id": processor.tokenizer.pad_token_id, **(text_config or {})}
     words = original.weights.get("text_encoder.embeddings.word_embeddings.weight")

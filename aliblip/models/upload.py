@@ -44,6 +44,7 @@ MODEL_FILES = (
 SECONDS_AT_THE_END = 3600.0
 SECONDS_AFTER_A_STOP = 10.0
 SECONDS_BETWEEN_NEWS = 30.0
+WRITE = "write permission"
 
 T = TypeVar("T")
 
@@ -110,9 +111,13 @@ def check_hub_arguments(args: HubArguments) -> None:
         validate_repo_id(args.hub_model_id)
 
 
-def connect(args: HubArguments) -> tuple[HfApi, str]:
+def connect(args: HubArguments, make: bool = True) -> tuple[HfApi, str]:
     """Ask the Hub for all that an upload needs: a token, the permission, the license's name, and the repository, which
     is made if it is not there.
+
+    Args:
+        make: False changes nothing there: whether a repository that is missing may be made is then judged by the names
+            of the user and the kind of the token, which says less of a fine-grained one.
 
     Returns:
         The Hub and the full name of the repository.
@@ -126,11 +131,18 @@ def connect(args: HubArguments) -> tuple[HfApi, str]:
     name = args.hub_model_id
     user = "?"
     try:
-        user = _ask(api.whoami)["name"]
+        about = _ask(api.whoami)
+        user = about["name"]
         if args.hub_license is not None:
             _check_license(args.hub_license)
-        name = _ask(lambda: api.create_repo(name, private=args.hub_private_repo or None, exist_ok=True)).repo_id
-        _ask(lambda: api.auth_check(name, write=True))
+        if make:
+            name = _ask(lambda: api.create_repo(name, private=args.hub_private_repo or None, exist_ok=True)).repo_id
+        else:
+            name = name if "/" in name else f"{user}/{name}"
+        if make or _ask(lambda: api.repo_exists(name)):
+            _ask(lambda: api.auth_check(name, write=True))
+        elif (reason := _why_not_made(about, name)) is not None:
+            raise UsageError(_no_permission(reason, token, user, name))
     except UsageError:
         raise
     except Exception as error:  # each version of the library brings its HTTP client with errors of its own
@@ -143,7 +155,7 @@ def connect(args: HubArguments) -> tuple[HfApi, str]:
 
 def _refusal(error: Exception, api: HfApi, token: str, user: str, name: str) -> str | None:
     """What to tell about an error of the Hub or on the way there; None: it is neither, so it is a bug."""
-    rights = "write permission (https://huggingface.co/settings/tokens)"
+    rights = f"{WRITE} (https://huggingface.co/settings/tokens)"
     if isinstance(error, LocalTokenNotFoundError):
         return (
             f"there is no token for the Hub: `hf auth login`, or set HF_TOKEN, or give --hub_token; it needs {rights}"
@@ -154,15 +166,26 @@ def _refusal(error: Exception, api: HfApi, token: str, user: str, name: str) -> 
     if trouble.status in (401, 403) and user == "?":
         return f"{token} is not accepted by {api.endpoint}: make one with {rights}"
     if trouble.status in (401, 403, 404):
-        owner, _, own_name = name.rpartition("/")
-        other = f", or another --hub_model_id, such as {user}/{own_name}" if owner not in ("", user) else ""
-        return (
-            f"{token} (user {user}) may not write to {name} ({first_line(error)}): give a token with write "
-            f"permission{other}"
-        )
+        return _no_permission(first_line(error), token, user, name)
     if trouble.reason is None:
         return None
     return f"{api.endpoint} can't be used ({type(error).__name__}: {first_line(error)}): try again{_LATER}"
+
+
+def _no_permission(reason: str, token: str, user: str, name: str) -> str:
+    owner, _, own_name = name.rpartition("/")
+    other = f", or another --hub_model_id, such as {user}/{own_name}" if owner not in ("", user) else ""
+    return f"{token} (user {user}) may not write to {name} ({reason}): give a token with {WRITE}{other}"
+
+
+def _why_not_made(about: dict, name: str) -> str | None:
+    """Why a user, as `whoami` tells about them, can't make a repository; None: nothing speaks against it."""
+    owner = name.partition("/")[0]
+    owners = {about["name"], *(entry["name"] for entry in about.get("orgs", []))}
+    if owner not in owners:
+        return f"{owner} is neither the user nor an organization of theirs"
+    role = about.get("auth", {}).get("accessToken", {}).get("role")
+    return "the token may only read" if role == "read" else None
 
 
 _LATER = "; to train without it, leave out --push_to_hub and publish the finished model with python -m aliblip.publish"

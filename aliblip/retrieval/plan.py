@@ -274,7 +274,7 @@ def make_plan(
     """
     length, longest = title_tokens(processor.tokenizer, titles, processor.max_length)
     host = available_memory() / 2 if image_token_memory_gb is None else image_token_memory_gb * 1e9
-    device = _device()
+    device = launched_device()
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     return memory_plan(
         model.config,
@@ -297,14 +297,14 @@ def make_plan(
 def expected_time(plan: MemoryPlan) -> str:
     """Lines that say how long the work of a plan takes: on one H200 at a stated share of its peak, and on this CPU."""
     flops = plan.embed_flops + plan.search_flops + plan.rerank_flops
-    here = _matmul_flops()
+    here = measured_matmul_flops()
     return "\n".join(
         [
             f"expected time, {flops:.3g} FLOPs in all, reading and decoding photos not included:",
             f"  one H200 in bf16 at {100 * ASSUMED_SHARE:.0f} % of its {H200_FLOPS / 1e12:.0f} TFLOP/s (assumed): "
-            f"{_duration(flops / (H200_FLOPS * ASSUMED_SHARE))}",
+            f"{duration_text(flops / (H200_FLOPS * ASSUMED_SHARE))}",
             f"  this machine's CPU at {100 * ASSUMED_SHARE:.0f} % of a large fp32 matrix product just measured, "
-            f"{here / 1e9:.0f} GFLOP/s: {_duration(flops / (here * ASSUMED_SHARE))}",
+            f"{here / 1e9:.0f} GFLOP/s: {duration_text(flops / (here * ASSUMED_SHARE))}",
         ]
     )
 
@@ -356,7 +356,7 @@ def size_text(count: float) -> str:
     return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
-def _device() -> torch.device:
+def launched_device() -> torch.device:
     """The device that this process will get from the launcher."""
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
     if on_cpu or not torch.cuda.is_available():
@@ -364,7 +364,8 @@ def _device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def _matmul_flops(size: int = 1024, times: int = 5) -> float:
+def measured_matmul_flops(size: int = 1024, times: int = 5) -> float:
+    """Operations a second of a large fp32 matrix product on this CPU, just measured."""
     matrix = torch.rand(size, size)
     seconds = []
     for _ in range(times):
@@ -374,7 +375,8 @@ def _matmul_flops(size: int = 1024, times: int = 5) -> float:
     return 2 * size**3 / statistics.median(seconds)
 
 
-def _duration(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
+    """12.3 hours, in the largest unit of which there are two."""
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
@@ -382,16 +384,20 @@ def _duration(seconds: float) -> str:
 
 
 __all__ = [
+    "ASSUMED_SHARE",
     "MemoryPlan",
     "available_memory",
     "batch_tokens_now",
+    "duration_text",
     "expected_time",
     "free_for_tokens",
     "fitting_batch_tokens",
     "image_flops",
     "image_kv_flops",
+    "launched_device",
     "make_plan",
     "match_flops",
+    "measured_matmul_flops",
     "memory_plan",
     "size_text",
     "text_flops",

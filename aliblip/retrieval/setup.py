@@ -26,7 +26,7 @@ from aliblip.data.collate import Collator
 from aliblip.data.loader import EvalLoader
 from aliblip.data.products import tell_sources
 from aliblip.data.sources import Source, open_source, require_usable_row
-from aliblip.data.titles import tell_cut_titles
+from aliblip.data.titles import look_at_titles, tell_cut_titles
 from aliblip.retrieval.arguments import EvaluationArguments, EvaluationDataArguments
 from aliblip.retrieval.compare import check_comparable
 from aliblip.retrieval.evaluation import ALL, DEFAULT_K_RERANK, Depth, check_k_rerank, parse_k_rerank
@@ -350,7 +350,7 @@ def set_up(data: EvaluationDataArguments, options: EvaluationArguments) -> Setup
     has_truth = titles is photos or None not in (photos.selected.product_id, titles.selected.product_id)
     _check_outputs(options, output_dir, photos, titles, has_truth)
     model, processor = _load(options)
-    tell_cut_titles(titles, tokenizer=processor.tokenizer, max_length=processor.max_length)
+    tell_cut_titles(titles, lambda: look_at_titles(titles, processor.tokenizer, processor.max_length))
     dataset = photos.name if titles is photos else f"{photos.name} for {titles.name}"
     names = {"model_name": options.model_name_or_path, "dataset_name": dataset, "split": photos.split}
     if not options.overwrite_output_dir:

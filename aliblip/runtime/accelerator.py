@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import warnings
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -36,16 +37,24 @@ from aliblip.runtime.extensions import release_left_locks
 from aliblip.runtime.mistakes import UsageError, usage_errors
 
 __all__ = [
+    "STARTED_ALONE",
     "AliBlipAccelerator",
+    "Launch",
     "build_accelerator",
+    "check_launch",
     "describe_machine",
     "end",
     "is_deepspeed",
     "launched_precision",
+    "started_alone",
     "sum_in_order",
 ]
 
 MIXED_PRECISIONS = ("no", "bf16")
+STARTED_ALONE = (
+    "the launcher was set up for several processes but started one: on CPU use accelerate_configs/cpu_2_processes.yaml "
+    "(or unset MASTER_ADDR)"
+)
 
 
 class AliBlipAccelerator(Accelerator):
@@ -94,14 +103,13 @@ def build_accelerator(
             configuration, and for what this machine can't do; afterwards, when the launcher started something else
             than it says.
     """
-    requested = _requested_precision(mixed_precision)
-    launched_as_deepspeed = _launched_as_deepspeed()
-    accumulation_of_launcher = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto")
-    if accumulation_of_launcher not in ("auto", str(gradient_accumulation_steps)):
-        raise UsageError(
-            f"the launcher sets {accumulation_of_launcher} gradient accumulation steps and the arguments "
-            f"{gradient_accumulation_steps}: leave it out of the launcher's configuration"
-        )
+    launch = check_launch(
+        mixed_precision=mixed_precision,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        max_grad_norm=max_grad_norm,
+        per_device_train_batch_size=per_device_train_batch_size,
+    )
+    launched_as_deepspeed = launch.deepspeed is not None
     # torch 2.13 announces a successor of broadcast_buffers that does not do the same yet.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     # DeepSpeed still calls by the old name, in every step.
@@ -112,25 +120,15 @@ def build_accelerator(
         # Without a named backend, DeepSpeed on CPU leaves every rank believing that it is rank 0 of 1.
         backend = {"backend": "gloo"} if without_gpu else {}
         kwargs_handlers.append(InitProcessGroupKwargs(**backend, timeout=timeout))
-    plugin = None
-    if launched_as_deepspeed:
-        if without_gpu:
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # the others wait for what it leaves
-            release_left_locks()
-        plugin = _deepspeed_plugin(
-            requested,
-            gradient_clipping=float(max_grad_norm),
-            train_micro_batch_size_per_gpu=per_device_train_batch_size,
-            gradient_accumulation_steps=gradient_accumulation_steps,
-        )
+    if launched_as_deepspeed and os.environ.get("LOCAL_RANK", "0") == "0":  # the others wait for what it leaves
+        release_left_locks()
     # Packages and hardware that the arguments or the launcher ask for, and that are not there.
     with usage_errors(ImportError, ValueError):
         accelerator = AliBlipAccelerator(
             mixed_precision=mixed_precision,
             # cpu=True would silently turn DeepSpeed into DDP.
             cpu=without_gpu and not launched_as_deepspeed,
-            deepspeed_plugin=plugin,
+            deepspeed_plugin=launch.deepspeed,
             # A plugin, since the bare argument is overridden by an environment variable. Our loader is not prepared, so
             # there is no end of a data loader to react to.
             gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -143,6 +141,76 @@ def build_accelerator(
         )
     _check_launch(accelerator, launched_as_deepspeed)
     return accelerator
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher and the arguments will start.
+
+    Attributes:
+        processes: of all machines.
+        precision: "no" or "bf16".
+        on_gpu: whether it computes on a GPU.
+        deepspeed: its plugin, or None.
+        zero_stage: of DeepSpeed, or 0.
+        offloads: whether DeepSpeed keeps the optimizer's state in the host's memory.
+    """
+
+    processes: int
+    precision: str
+    on_gpu: bool
+    deepspeed: DeepSpeedPlugin | None = None
+    zero_stage: int = 0
+    offloads: bool = False
+
+    def __str__(self) -> str:
+        of = "process" if self.processes == 1 else "processes"
+        kind = f", DeepSpeed ZeRO-{self.zero_stage}" if self.zero_stage else ", DDP" if self.processes > 1 else ""
+        precision = "bf16 mixed precision" if self.precision == "bf16" else "fp32"
+        return f"{self.processes} {of} on {'GPU' if self.on_gpu else 'CPU'}{kind}, {precision}"
+
+
+def check_launch(
+    *,
+    mixed_precision: str | None,
+    gradient_accumulation_steps: int,
+    max_grad_norm: float,
+    per_device_train_batch_size: int,
+) -> Launch:
+    """What `build_accelerator` will start with these arguments, without starting or contacting anything.
+
+    Raises:
+        UsageError: values that contradict each other or the launcher's configuration, and what this machine can't do.
+    """
+    requested = _requested_precision(mixed_precision)
+    on_gpu = torch.cuda.is_available()
+    accumulation_of_launcher = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto")
+    if accumulation_of_launcher not in ("auto", str(gradient_accumulation_steps)):
+        raise UsageError(
+            f"the launcher sets {accumulation_of_launcher} gradient accumulation steps and the arguments "
+            f"{gradient_accumulation_steps}: leave it out of the launcher's configuration"
+        )
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if on_gpu and 0 < gpus < here:
+        raise UsageError(
+            f"the launcher starts {here} processes on this machine, which has {gpus} GPU{'s' if gpus > 1 else ''}: one "
+            f"process a GPU, accelerate launch --num_processes {gpus}"
+        )
+    processes = launched_world_size()
+    if not _launched_as_deepspeed():
+        return Launch(processes, requested or "no", on_gpu)
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    plugin = _deepspeed_plugin(
+        requested,
+        gradient_clipping=float(max_grad_norm),
+        train_micro_batch_size_per_gpu=per_device_train_batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+    )
+    config = plugin.deepspeed_config
+    zero = config["zero_optimization"]
+    offloads = zero.get("offload_optimizer", {}).get("device", "none") not in ("none", None)
+    return Launch(processes, _precision_of(config) or "no", on_gpu, plugin, zero["stage"], offloads)
 
 
 def sum_in_order() -> None:
@@ -296,13 +364,13 @@ def _check_launch(accelerator: Accelerator, launched_as_deepspeed: bool) -> None
             f"the launcher asks for DeepSpeed but accelerate runs {accelerator.distributed_type.value}: remove "
             "use_cpu from its configuration"
         )
-    if promised == 1 and "MASTER_ADDR" in os.environ and "RANK" not in os.environ and accelerator.device.type == "cpu":
-        # What `accelerate launch --cpu --num_processes 2` leaves behind.
-        warnings.warn(
-            "the launcher was set up for several processes but started one: on CPU use "
-            "accelerate_configs/cpu_2_processes.yaml (or unset MASTER_ADDR)",
-            stacklevel=3,
-        )
+    if accelerator.device.type == "cpu" and started_alone():
+        warnings.warn(STARTED_ALONE, stacklevel=3)
+
+
+def started_alone() -> bool:
+    """Whether this is what `accelerate launch --cpu --num_processes 2` leaves behind: one process instead of two."""
+    return launched_world_size() == 1 and "MASTER_ADDR" in os.environ and "RANK" not in os.environ
 
 
 def is_deepspeed(accelerator: Accelerator) -> bool:

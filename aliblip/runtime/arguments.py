@@ -13,16 +13,24 @@ import dataclasses
 import difflib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 
 import yaml
 from transformers import HfArgumentParser
 
-from aliblip.runtime.mistakes import UsageError
+from aliblip.runtime.mistakes import Mistakes, UsageError
 
 SECONDS_FOR_THE_FIRST_PROCESS = 30
+
+
+class OutOfRange(Mistakes):
+    """Numbers out of their ranges; `names` are those of their flags."""
+
+    def __init__(self, mistakes: Mapping[str, str]):
+        super().__init__(list(mistakes.values()))
+        self.names = list(mistakes)
 
 
 def option(default, text: str, **kwargs):
@@ -118,12 +126,15 @@ def check_range(**ranges) -> None:
     """`name=(value, low, high)`; None as a bound: open; None as a value: not given.
 
     Raises:
-        UsageError: a value out of its range.
+        OutOfRange: the values out of their ranges, all of them.
     """
+    mistakes = {}
     for name, (value, low, high) in ranges.items():
         if value is not None and ((low is not None and value < low) or (high is not None and value > high)):
             accepted = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise UsageError(f"--{name} is {value}: it must be {accepted}")
+            mistakes[name] = f"--{name} is {value}: it must be {accepted}"
+    if mistakes:
+        raise OutOfRange(mistakes)
 
 
-__all__ = ["UsageError", "check_range", "json_mapping", "parse"]
+__all__ = ["OutOfRange", "UsageError", "check_range", "json_mapping", "parse"]

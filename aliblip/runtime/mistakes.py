@@ -13,7 +13,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from aliblip.runtime.distributed import launched_rank
@@ -25,6 +25,14 @@ TRACEBACK_VARIABLE = "ALIBLIP_TRACEBACK"
 
 class UsageError(ValueError):
     """A mistake in what the user gave; the message is the one line to show."""
+
+
+class Mistakes(UsageError):
+    """Several mistakes of the same kind at once; `each` is a list of their messages."""
+
+    def __init__(self, each: Sequence[str]):
+        super().__init__("; ".join(each))
+        self.each = list(each)
 
 
 def first_line(error: BaseException) -> str:
@@ -69,4 +77,4 @@ def main_with_usage_errors(name: str, main: Callable[[], int | None]) -> None:
         sys.exit(2)
 
 
-__all__ = ["UsageError", "first_line", "main_with_usage_errors", "usage_errors"]
+__all__ = ["Mistakes", "UsageError", "first_line", "main_with_usage_errors", "usage_errors"]

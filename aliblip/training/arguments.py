@@ -36,6 +36,11 @@ class ModelArguments:
         "Tokenizer: folder, vocab.txt or Hub name (default: that of the model or of --text_model_name_or_path, else "
         "bert-base-uncased).",
     )
+    train_tokenizer: bool = option(
+        False, "Learn the tokenizer, a WordPiece of any language, from the titles to train on (from scratch only)."
+    )
+    tokenizer_vocab_size: int = option(30_000, "Tokens of a tokenizer that is learned, at most.")
+    tokenizer_titles: int = option(1_000_000, "Titles that a tokenizer is learned from, at most, the first ones.")
     image_size: int | None = option(
         None, "Side of the photos in pixels; a trained model's position embedding is interpolated to it."
     )
@@ -115,4 +120,28 @@ class TrainingArguments:
     push_to_hub: bool = option(False, "Upload the best model with its card to --hub_model_id at each save.")
     max_non_finite_steps: int = option(
         10, "Give up after so many steps in a row with a loss or gradient that is not finite; each changes nothing."
+    )
+
+
+@dataclass
+class PlanArguments:
+    """What a run would take, and where; for `python -m aliblip.doctor` and `train.py --dry_run`."""
+
+    peak_tflops: float | None = option(
+        None, "Rate of one device in the precision of the run, by its maker, in TFLOP/s: tells the time at 40 % of it."
+    )
+    samples_per_second: float | None = option(
+        None, "Rate of the whole run, measured (samples/s of a log line): tells the time."
+    )
+    device_memory_gb: float | None = option(
+        None, "Plan for GPUs of so much memory, in GB, instead of for this machine's devices."
+    )
+    processes: int | None = option(None, "Plan for so many processes (default: as the launcher says).")
+    compared_rows: int = option(20_000, "Rows of each split whose photos are compared by their bytes; 0: none.")
+
+
+@dataclass
+class DryRunArguments(PlanArguments):
+    dry_run: bool = option(
+        False, "Look at everything that can be wrong, tell it all with the plan, and stop; nothing is written."
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import BertTokenizer, PreTrainedTokenizerFast
 
 from aliblip.data.augment import TrainAugmentation
 from aliblip.models.backbones import (
@@ -16,7 +17,7 @@ from aliblip.models.backbones import (
     start_from_backbone,
     starting_report,
 )
-from aliblip.models.loading import build_processor, load_pretrained
+from aliblip.models.loading import DEFAULT_MAX_LENGTH, DEFAULT_TOKENIZER, build_processor, load_pretrained
 from aliblip.runtime.accelerator import AliBlipAccelerator
 from aliblip.runtime.arguments import json_mapping
 from aliblip.runtime.distributed import launched_rank
@@ -45,15 +46,20 @@ class Beginning:
     leaves_momentum_behind: bool = False  # of an original file
 
 
-def begin(args: ModelArguments) -> Beginning:
+def begin(
+    args: ModelArguments, backbones: list[Backbone], tokenizer: PreTrainedTokenizerFast | None = None
+) -> Beginning:
     """Read what the model is made from.
+
+    Args:
+        backbones: of `read_backbones`.
+        tokenizer: one that was learned for a new model; None: as the arguments say.
 
     Raises:
         UsageError: what can't be read or does not fit together.
     """
     if args.model_name_or_path is None:
-        backbones = read_backbones(args)
-        processor = new_processor(args, backbones)
+        processor = new_processor(args, backbones, tokenizer)
         config = build_config(args, processor, backbones)
         beginning = Beginning(processor, config, args.image_size or config.vision_config.image_size, None, backbones)
     else:
@@ -84,10 +90,29 @@ def read_backbones(args: ModelArguments) -> list[Backbone]:
     return backbones
 
 
-def new_processor(args: ModelArguments, backbones: list[Backbone]) -> AliBlipProcessor:
+def check_shape(args: ModelArguments, backbones: list[Backbone]) -> None:
+    """Look at the configuration of a new model, whatever its tokenizer will be.
+
+    Raises:
+        UsageError: there is none of this name, or its fields contradict each other.
+    """
+    if args.model_name_or_path is None:
+        any_tokenizer = BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4})
+        config = build_config(args, AliBlipProcessor(tokenizer=any_tokenizer), backbones)
+        if args.image_size is not None:
+            with usage_errors(ValueError):  # a size that is no multiple of the patches
+                type(config.vision_config)(**{**config.vision_config.to_dict(), "image_size": args.image_size})
+
+
+def new_processor(
+    args: ModelArguments, backbones: list[Backbone], tokenizer: PreTrainedTokenizerFast | None = None
+) -> AliBlipProcessor:
     """The processor of a new model: around the tokenizer asked for, with what its towers were trained with."""
-    tokenizer_name = args.tokenizer_name or args.text_model_name_or_path or "bert-base-uncased"
-    processor = build_processor(tokenizer_name, args.max_length)
+    if tokenizer is not None:
+        processor = AliBlipProcessor(tokenizer=tokenizer, max_length=args.max_length or DEFAULT_MAX_LENGTH)
+    else:
+        tokenizer_name = args.tokenizer_name or args.text_model_name_or_path or DEFAULT_TOKENIZER
+        processor = build_processor(tokenizer_name, args.max_length)
     for backbone in backbones:
         if backbone.tower == "text_encoder":
             check_backbone_vocabulary(backbone, processor)
@@ -242,6 +267,7 @@ __all__ = [
     "build_objective",
     "build_optimizer",
     "carried_momentum",
+    "check_shape",
     "new_processor",
     "read_backbones",
 ]

@@ -12,6 +12,7 @@ it has other shapes, and its results shall not depend on the flag.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -29,6 +30,16 @@ def _double(x: torch.Tensor) -> torch.Tensor:
     return 2.0 * x
 
 
+def check_compiler(device: torch.device, backend: Callable | str = "inductor") -> None:
+    """Compile a line, to see that it can be done.
+
+    Raises:
+        UsageError: nothing can be compiled here, as without a C++ compiler, or on a GPU without Triton.
+    """
+    with usage_errors(RuntimeError, told="--compile can't be used here ({}): install what is missing, or leave it out"):
+        torch.compile(_double, backend=backend)(torch.zeros(2, device=device))
+
+
 class CompiledTowers:
     """Towers whose layers are compiled when they are first called.
 
@@ -44,7 +55,7 @@ class CompiledTowers:
     def __init__(self, *models: nn.Module):
         self.graphs, self.seconds = 0, 0.0
         self._backend = torch._dynamo.lookup_backend(self.backend)
-        self._try(next(models[0].parameters()).device)
+        check_compiler(next(models[0].parameters()).device, self._backend)
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS_PER_FUNCTION)
         # As many pairs as a title has tokens is chance, and no case of its own.
         torch.fx.experimental._config.use_duck_shape = False
@@ -55,12 +66,6 @@ class CompiledTowers:
                 layer.compile(backend=self._compile, dynamic=False)
             for layer in model.text_encoder.encoder.layer:
                 layer.compile(backend=self._compile, dynamic=True)
-
-    def _try(self, device: torch.device) -> None:
-        with usage_errors(
-            RuntimeError, told="--compile can't be used here ({}): install what is missing, or leave it out"
-        ):
-            torch.compile(_double, backend=self._backend)(torch.zeros(2, device=device))
 
     def _compile(self, graph: torch.fx.GraphModule, inputs: list):
         start = time.perf_counter()
@@ -78,4 +83,4 @@ class CompiledTowers:
         return f"compiled {self.graphs} graphs of the towers' layers in {self.seconds:.0f} s"
 
 
-__all__ = ["CompiledTowers"]
+__all__ = ["CompiledTowers", "check_compiler"]

@@ -60,6 +60,7 @@ from aliblip.training.optim import alpha_schedule
 from aliblip.training.progress import Log, RunStatus, SkippedRows
 from aliblip.training.setup import Setup
 from aliblip.training.step import Outcome
+from aliblip.training.tokenizer import tokenizer_bytes
 
 ROWS_TO_JUDGE = 1000  # before the end of an epoch, a few rows more or less say little about the data
 # These differ in every resumed run, and say nothing about its training.
@@ -124,7 +125,8 @@ class Run:
         if setup.checkpoint is not None:
             self._resume(setup.checkpoint)
         # On several machines this finds a folder that is not the same for all of them, too.
-        self._assert_equal("step, momentum encoders and queues", step=torch.tensor(self.progress.step))
+        more = {"step": torch.tensor(self.progress.step), "tokenizer": tokenizer_bytes(setup.processor.tokenizer)}
+        self._assert_equal("step, tokenizer, momentum encoders and queues", **more)
         self._write_what_it_is()
         self._announce()
         self._before = self._position()
