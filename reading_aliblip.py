@@ -89,12 +89,17 @@ def fetch(address: str, most_bytes: int) -> bytes:
         raise UnusableItem(f"the image can't be fetched ({address}: {' '.join(str(error).split())[:200]})") from None
 
 
-def read_photo(value: Any, fetch: Callable[[str, int], bytes] = fetch) -> Image.Image:
+def read_photo(
+    value: Any,
+    fetch: Callable[[str, int], bytes] = fetch,
+    told: Callable[[bytes], None] | None = None,
+) -> Image.Image:
     """A PIL image, bytes, a path, an address, or {"bytes", "path"} as `datasets` stores photos, to PIL RGB as a person
     sees it: EXIF orientation and colour profile applied, transparency over white, of an animation the first picture.
 
     Args:
         fetch: reads an address, at most so many bytes of it, or raises `UnusableItem`.
+        told: gets the bytes of the file before they are decoded; of a PIL image its size and the bytes of the result.
 
     Raises:
         UnusableItem: with a plain reason; no other exception leaves this function, whatever the bytes are.
@@ -108,8 +113,13 @@ def read_photo(value: Any, fetch: Callable[[str, int], bytes] = fetch) -> Image.
         raise UnusableItem("the image is null")
     try:
         if isinstance(value, Image.Image):
-            return _to_rgb(value)
+            image = _to_rgb(value)
+            if told is not None:
+                told(f"{image.size} ".encode() + image.tobytes())
+            return image
         data = _open_image(value, fetch)
+        if told is not None:
+            told(data.getvalue())
         with Image.open(data, formats=_formats()) as image:
             _refuse_hidden_bombs(image, data)
             return _to_rgb(image)

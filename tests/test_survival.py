@@ -331,7 +331,7 @@ def test_checkpoints_are_those_of_version_0_1_0(checkpoint):
     )
     assert {key.partition(".")[0] for key in optimizer} == {"exp_avg", "exp_avg_sq", "step"}
     assert {key.partition(".")[2] for key in optimizer} == set(model)
-    queues = {"image_queue", "text_queue", "queue_ids", "queue_filled"}
+    queues = {"image_queue", "text_queue", "queue_ids", "queue_photos", "queue_filled"}
     assert {key.removeprefix("encoders.") for key in momentum} - queues < set(model) and queues < set(momentum)
     assert set(ranks) == {"0.numpy", "0.numpy_gauss", "0.python", "0.python_gauss", "0.torch"}
 

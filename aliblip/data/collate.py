@@ -84,7 +84,8 @@ class Collator:
 
         Returns:
             `pixel_values` (B, 3, H, H) float32, `input_ids` and `attention_mask` (B, L) int64, `product_id` and `row`
-            (B,) int64, and `skipped`, a list of {"row", "name", "reason"} of the rows that are not in the batch.
+            (B,) int64, `photo_id` (B,) int64, equal for equal photos, and `skipped`, a list of {"row", "name",
+            "reason"} of the rows that are not in the batch.
 
         Raises:
             NoUsableRow: `fill` is asked for, and neither a row nor a spare is usable.
@@ -160,6 +161,7 @@ class Collator:
             }
         if images:
             batch["pixel_values"] = encoded["pixel_values"].to(torch.float32)
+            batch["photo_id"] = torch.tensor([example.photo_id for example in examples], dtype=torch.int64)
         if titles:
             batch["input_ids"] = encoded["input_ids"].to(torch.int64)
             batch["attention_mask"] = encoded["attention_mask"].to(torch.int64)

@@ -35,6 +35,7 @@ __all__ = [
     "Row",
     "Shard",
     "Source",
+    "content_id",
     "decode",
     "path_inside",
     "product_id_of",
@@ -79,13 +80,14 @@ class Row:
 
 @dataclass
 class Example:
-    """A decoded row: `image` PIL RGB, `text` str, `product_id` int64, `row` the number in the source. The side that was
-    not asked for is None."""
+    """A decoded row: `image` PIL RGB, `text` str, `product_id` int64, `row` the number in the source, `photo_id` int64,
+    equal for equal files and different for others (see `content_id`). The side that was not asked for is None."""
 
     image: Image.Image | None
     text: str | None
     product_id: int
     row: int
+    photo_id: int | None = None
 
 
 # ------------------------------------------------------------------------------------------------------ decoding
@@ -106,8 +108,16 @@ def decode(row: Row, sides: str = "both") -> Example:
     if row.problem is not None:
         raise UnusableItem(row.problem)
     text = clean_title(row.text) if sides != "images" else None  # first, since it costs nothing
-    image = read_photo(row.image, _fetch) if sides != "titles" else None
-    return Example(image, text, row.product_id, row.row)
+    if sides == "titles":
+        return Example(None, text, row.product_id, row.row)
+    ids: list[int] = []
+    image = read_photo(row.image, _fetch, told=lambda data: ids.append(content_id(data)))
+    return Example(image, text, row.product_id, row.row, ids[0])
+
+
+def content_id(data: bytes) -> int:
+    """An int64 by which equal files are one photo, whatever they are called."""
+    return _hash64(data)
 
 
 def _fetch(address: str, most_bytes: int) -> bytes:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import retrieval_aliblip as engine
-from aliblip.retrieval.embedding import TokenMemory
+from aliblip.retrieval.embedding import TokenMemory, UnitTokens, embed_batch
 from aliblip.retrieval.plan import image_kv_flops, match_flops
 from aliblip.retrieval.rankings import MATRIX, Candidates, Retrieval, Side, candidate_pairs
 from aliblip.runtime.distributed import is_main, together
@@ -96,7 +96,7 @@ class Reranking:
         if len(found) > 1:
             located.append(logits[pairs.locate(torch.arange(images)[:, None], text_ids)])
         padded = [
-            F.pad(values, (0, candidates.ids.shape[1] - depth), value=float("nan"))
+            F.pad(values, (0, candidates.ids.shape[1] - values.shape[1]), value=float("nan"))
             for values, candidates in zip(located, found, strict=True)
         ]
         return padded, len(done)
@@ -137,12 +137,12 @@ class Reranking:
             return torch.empty(0)
         tokens = self.memory.take(unit)
         if tokens is None:
-            batch = self.loader.read_unit(unit)
-            if not torch.equal(batch["row"], self.images.rows[images.start : images.stop]):
-                raise RuntimeError(
-                    f"unit {unit} gave other rows when it was read again: the data changed during the run"
-                )
-            _, tokens = engine.embed_images(self.model, batch["pixel_values"], self.dtype)
+            tokens = UnitTokens.of(embed_batch(self.model, unit, self.loader.read_unit(unit), self.dtype, titles=False))
+        tokens = tokens.of_photos(
+            self.images.rows[images.start : images.stop], self.images.photo_id[images.start : images.stop]
+        )
+        if tokens is None:
+            raise RuntimeError(f"unit {unit} gave other rows when it was read again: the data changed during the run")
         titles = self.titles
         logits = engine.rerank(
             self.model, tokens, text_ids, titles.input_ids, titles.attention_mask, self.batch_tokens, self.dtype

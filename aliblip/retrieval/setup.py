@@ -24,13 +24,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from aliblip.data.collate import Collator
+from aliblip.data.collate import Collator, printable
 from aliblip.data.loader import EvalLoader
+from aliblip.data.rows import content_id
 from aliblip.data.sources import Source, open_source, require_usable_row
 from aliblip.retrieval.arguments import EvaluationArguments, EvaluationDataArguments
 from aliblip.retrieval.compare import check_comparable
 from aliblip.retrieval.evaluation import ALL, DEFAULT_K_RERANK, Depth, check_k_rerank, parse_k_rerank
-from aliblip.retrieval.plan import MemoryPlan, expected_time, make_plan, size_text
+from aliblip.retrieval.plan import MemoryPlan, count_photos, expected_time, make_plan, size_text
 from aliblip.retrieval.rankings import MATRIX
 from aliblip.retrieval.results import TITLE_SLICES, check_results_of_others
 from aliblip.retrieval.submission import submission_rows
@@ -131,6 +132,16 @@ def open_data(data: EvaluationDataArguments, slices: tuple[str, ...] = ()) -> tu
     photos = _open_side(data, data.gallery, "images")
     titles = _open_side(data, data.queries, "titles", other_columns=columns)
     return photos, titles
+
+
+def names_of_photos(photos: Source) -> list[str]:
+    """The names of the photos, each once where several rows name one, in the order of the data."""
+    names: dict[Any, str] = {}
+    for row in photos.read_range(0, photos.num_rows):
+        is_file = isinstance(row.image, str)
+        photo = row.image if is_file else content_id(row.image) if isinstance(row.image, bytes) else ("row", row.row)
+        names.setdefault((photo, row.name), printable(row.name))
+    return list(names.values())
 
 
 def open_titles(data: EvaluationDataArguments) -> Source:
@@ -236,8 +247,7 @@ def _check_outputs(
         if path := getattr(options, flag):
             _check_place(flag, path)
     if options.submission and photos.random_access:  # the names are all that is read there
-        names = [row.name for row in photos.read_range(0, photos.num_rows)]
-        submission_rows([], names, torch.empty(0))
+        submission_rows([], names_of_photos(photos), torch.empty(0))
 
 
 def _check_place(flag: str, path: str) -> None:
@@ -286,7 +296,7 @@ class Setup:
     def told(self) -> str:
         """The plan in words; of a dry run also the expected time."""
         lines = [str(self.plan)]
-        if size := _matrix_bytes(self.depths, self.photos, self.titles):
+        if size := _matrix_bytes(self.depths, self.plan.num_images, self.titles):
             lines.append(f"  match logits of all pairs: {size_text(size)} on disk")
         if self.options.dry_run:
             lines.append(expected_time(self.plan))
@@ -327,6 +337,7 @@ class Setup:
             "dtype": torch.bfloat16 if accelerator.mixed_precision == "bf16" else None,
             "rerank_batch_tokens": batch_tokens,
             "image_token_memory_gb": self.plan.images_kept * one_image / 1e9,
+            "photos_by_name": bool(self.options.submission),  # which is what an answer file asks for
             "progress": sys.stderr.isatty(),
         }
 
@@ -358,8 +369,9 @@ def set_up(data: EvaluationDataArguments, options: EvaluationArguments) -> Setup
         tuning_parts = Parts(parts.folder / "tuning", made_from | {"photos": _described(tuned_on)})
     if not options.overwrite_output_dir:
         parts.check()
-    plan = _plan(model, processor, photos, titles, depths, options)
-    _check_disk(parts.folder, _matrix_bytes(depths, photos, titles))
+    num_photos = count_photos(photos)
+    plan = _plan(model, processor, num_photos, titles, depths, options, both_directions=titles is photos)
+    _check_disk(parts.folder, _matrix_bytes(depths, num_photos, titles))
     return Setup(
         data=data,
         options=options,
@@ -391,25 +403,35 @@ def _made_from(model, processor, data: EvaluationDataArguments, options: Evaluat
     }
 
 
-def _plan(model, processor, photos: Source, titles: Source, depths, options: EvaluationArguments) -> MemoryPlan:
-    asked = depths or [min(DEFAULT_K_RERANK, photos.num_rows)]
-    depth = photos.num_rows if ALL in asked else max(asked)
+def _plan(
+    model,
+    processor,
+    num_photos: int,
+    titles: Source,
+    depths,
+    options: EvaluationArguments,
+    *,
+    both_directions: bool,
+) -> MemoryPlan:
+    most = max(num_photos, titles.num_rows) if both_directions else num_photos
+    asked = depths or [min(DEFAULT_K_RERANK, most)]
+    depth = most if ALL in asked else max(asked)
     return make_plan(
         model,
         processor,
-        photos.num_rows,
+        num_photos,
         titles,
         0 if options.score == "itc" else depth,
-        both_directions=titles is photos,
+        both_directions=both_directions,
         dtype=torch.bfloat16 if launched_precision(options.mixed_precision) == "bf16" else None,
         rerank_batch_tokens=options.rerank_batch_tokens,
         image_token_memory_gb=options.image_token_memory_gb,
     )
 
 
-def _matrix_bytes(depths: list[Depth] | None, photos: Source, titles: Source) -> int:
+def _matrix_bytes(depths: list[Depth] | None, num_photos: int, titles: Source) -> int:
     """Size of the file of all match logits; 0 if it is not asked for."""
-    return photos.num_rows * titles.num_rows * 4 if ALL in (depths or ()) else 0
+    return num_photos * titles.num_rows * 4 if ALL in (depths or ()) else 0
 
 
 def _check_disk(folder: Path, size: int) -> None:
@@ -429,4 +451,14 @@ def _described(source: Source) -> str:
     return f"{source.name}, {source.split} ({source.num_rows} rows, {digest})"
 
 
-__all__ = ["Setup", "check_flags", "open_data", "open_titles", "rows_of", "set_up", "set_up_logging", "slices_of"]
+__all__ = [
+    "Setup",
+    "check_flags",
+    "names_of_photos",
+    "open_data",
+    "open_titles",
+    "rows_of",
+    "set_up",
+    "set_up_logging",
+    "slices_of",
+]

@@ -15,13 +15,12 @@ from pathlib import Path
 
 import torch
 
-from aliblip.data.collate import printable
 from aliblip.retrieval.arguments import EvaluationArguments, EvaluationDataArguments
 from aliblip.retrieval.compare import compare, format_comparison
 from aliblip.retrieval.pages import draw_contact_sheet, write_report
 from aliblip.retrieval.rankings import Retrieval
 from aliblip.retrieval.results import COMPARISON, format_table, write_results
-from aliblip.retrieval.setup import Setup, open_data, open_titles, rows_of
+from aliblip.retrieval.setup import Setup, names_of_photos, open_data, open_titles, rows_of
 from aliblip.retrieval.submission import LONGEST_LIST, submission_rows, verify_submission, write_submission
 from aliblip.runtime.distributed import launched_rank
 from aliblip.runtime.files import write_json
@@ -98,7 +97,7 @@ def verify(data: EvaluationDataArguments, options: EvaluationArguments) -> int:
         The exit code: 1 if something is wrong.
     """
     photos, _ = open_data(data)
-    names = [printable(row.name) for row in photos.read_range(0, photos.num_rows)]
+    names = names_of_photos(photos)
     captions = _captions(data)
     problems = verify_submission(options.verify_submission, captions, names)
     if launched_rank() == 0:

@@ -212,6 +212,8 @@ class Run:
             step.waited = time.perf_counter() - waiting
             self.skipped.add(batch)
             alpha = alpha_schedule(self.args.alpha, step.taken * accumulation + micro_step, batches_per_epoch)
+            # Another title of the same photo is no negative, whatever its product is called.
+            batch["product_id"] = torch.stack([batch["product_id"], batch.pop("photo_id")], dim=1)
             yield {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}, alpha
 
     def after_batch(self, step: Step, batch: dict[str, Tensor], targets: Targets, output: ObjectiveOutput) -> None:
