@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 try:
+    from .modeling_aliblip import weights_not_finite
     from .reading_aliblip import clean_title, read_photo
     from .retrieval_aliblip import embed_images, embed_texts
 except ImportError:
     if __package__:  # inside a package (the Hub cache) a failure is real
         raise
+    from modeling_aliblip import weights_not_finite
     from reading_aliblip import clean_title, read_photo
     from retrieval_aliblip import embed_images, embed_texts
 
@@ -74,12 +76,14 @@ class Encoder:
     def embed_pixels(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """(N, 3, H, H) to unit vectors (N, E) fp32 and image tokens (N, P, D) bf16, both on the CPU."""
         vectors, tokens = embed_images(self.model, pixel_values, self.dtype)
-        return finite(vectors.cpu(), "vectors"), tokens.to(TOKEN_TYPE).cpu()
+        return finite(vectors.cpu(), "vectors of photos", self.model), tokens.to(TOKEN_TYPE).cpu()
 
     @torch.no_grad()
     def embed_titles(self, titles: Sequence[str]) -> Tensor:
         """Unit vectors (N, E) fp32 on the CPU."""
-        return finite(embed_texts(self.model, *self.tokenize(titles), self.dtype).cpu(), "vectors")
+        return finite(
+            embed_texts(self.model, *self.tokenize(titles), self.dtype).cpu(), "vectors of titles", self.model
+        )
 
 
 # Its tokens change with lower-casing, accents, scripts and the treatment of marks.
@@ -133,11 +137,28 @@ def _weights(model) -> dict[str, Tensor]:
     return state | get_state_dict_offloaded_model(model)  # which leaves out what belongs to no submodule
 
 
-def finite(values: Tensor, name: str) -> Tensor:
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
     # By the extremes, through which NaN comes too: isfinite of everything would make a copy of it.
-    if values.numel() and not torch.stack(values.aminmax()).isfinite().all():
-        raise ValueError(f"the {name} are not all finite: the model's weights or its precision are broken")
+    return not values.numel() or bool(torch.stack(values.aminmax()).isfinite().all())
+
+
+def finite(values: Tensor, name: str, model) -> Tensor:
+    """The values, which nothing could be ordered by if they were not finite.
+
+    Raises:
+        ValueError: they are not; the message names the model's weights that are not either.
+    """
+    if not is_finite(values):
+        raise ValueError(f"the {name} are not all finite: {cause_of(model)}")
     return values
 
 
-__all__ = ["TOKEN_TYPE", "Encoder", "finite", "fingerprint"]
+def cause_of(model) -> str:
+    """Why what a model gives is not finite, in words."""
+    if broken := weights_not_finite(model):
+        return f"these weights of the model are not: {broken}"
+    return "its weights are, so its precision is not enough; use fp32 or bf16"
+
+
+__all__ = ["TOKEN_TYPE", "Encoder", "cause_of", "finite", "fingerprint", "is_finite"]

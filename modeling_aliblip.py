@@ -431,8 +431,8 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
         """As in transformers, from an AliBLIP or a `blip` folder or Hub name, but nothing is left to chance: raises
-        ValueError naming every weight that the checkpoint lacks, has too many or has in another shape. The temperature
-        alone may be missing (transformers' BLIP has none)."""
+        ValueError naming every weight that the checkpoint lacks, has too many, has in another shape or holds values in
+        that are not finite. The temperature alone may be missing (transformers' BLIP has none)."""
         # Without the flag transformers raises first, and its message doesn't say which weights.
         shapes_may_differ = kwargs.pop("ignore_mismatched_sizes", False)
         model, info = super().from_pretrained(
@@ -447,6 +447,11 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
         if any(wrong.values()):
             problems = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in wrong.items() if keys)
             raise ValueError(f"the weights of {pretrained_model_name_or_path} do not fit this model ({problems})")
+        if broken := weights_not_finite(model):
+            raise ValueError(
+                f"weights of {pretrained_model_name_or_path} are not finite: {broken}; the file is damaged, or the "
+                "training that wrote it had diverged"
+            )
         # Loaded weights lie as the file has them, or not, by the way they were read; matrix products on a CPU depend on
         # it in the last digit. Equal processes shall give equal bits.
         for tensor in (*model.parameters(), *model.buffers()):
@@ -618,6 +623,23 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
         )
 
 
+def weights_not_finite(model: nn.Module, most: int = 3) -> str:
+    """The names of the weights that hold NaN or infinite values, at most so many and a count of the rest; "" if none
+    does. Those that lie on disk or are quantised are not looked at."""
+    names = [
+        name
+        for name, value in model.state_dict().items()
+        # By the extremes, through which NaN comes too: isfinite of everything would make a copy of it.
+        if type(value) is Tensor
+        and value.is_floating_point()
+        and not value.is_meta
+        and value.numel()
+        and not torch.stack(value.aminmax()).isfinite().all()
+    ]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 AliBlipForImageTextRetrieval.register_for_auto_class("AutoModel")
 
-__all__ = ["AliBlipForImageTextRetrieval", "AliBlipPreTrainedModel", "AliBlipRetrievalOutput"]
+__all__ = ["AliBlipForImageTextRetrieval", "AliBlipPreTrainedModel", "AliBlipRetrievalOutput", "weights_not_finite"]

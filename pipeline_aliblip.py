@@ -25,14 +25,14 @@ from torch.utils.data import Dataset
 from transformers import AutoModel, Pipeline
 
 try:
-    from .encoder_aliblip import TOKEN_TYPE, Encoder
+    from .encoder_aliblip import TOKEN_TYPE, Encoder, finite
     from .gallery_aliblip import MemoryGallery
     from .reading_aliblip import UnusableItem
     from .retrieval_aliblip import embed_images, embed_texts, fuse, rerank
 except ImportError:
     if __package__:  # inside a package (the Hub cache) a failure is real
         raise
-    from encoder_aliblip import TOKEN_TYPE, Encoder
+    from encoder_aliblip import TOKEN_TYPE, Encoder, finite
     from gallery_aliblip import MemoryGallery
     from reading_aliblip import UnusableItem
     from retrieval_aliblip import embed_images, embed_texts, fuse, rerank
@@ -232,7 +232,7 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
             vectors, tokens = embed_images(self.model, model_inputs["pixel_values"])
         else:
             vectors = embed_texts(self.model, model_inputs["input_ids"], model_inputs["attention_mask"])
-        hits = gallery.search(vectors, max(top_k, rerank), **filters)
+        hits = gallery.search(finite(vectors, "vectors of the queries", self.model), max(top_k, rerank), **filters)
         logits = [None] * len(hits)
         if rerank and tokens is None:
             logits = self._match_photos(gallery, hits, **model_inputs)
@@ -255,7 +255,7 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
         logits[order] = rerank(
             self.model, tokens_of, titles_of, input_ids.cpu(), attention_mask.cpu(), images_per_pass=_IMAGES_PER_PASS
         )
-        return list(logits.split([len(found) for found in hits]))
+        return list(finite(logits, "match logits", self.model).split([len(found) for found in hits]))
 
     def _match_titles(self, hits: list[list[dict]], tokens: Tensor) -> list:
         """Match logits of photos, tokens (Q, P, D), with the titles of each one's hits."""
@@ -265,7 +265,7 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
         input_ids, attention_mask = self.encoder.tokenize([hit["text"] for hit in titles])
         numbers = [torch.tensor(found, dtype=torch.int64) for found in titles_of]
         logits = rerank(self.model, self._rounded(tokens), numbers, input_ids, attention_mask)
-        return list(logits.split([len(found) for found in hits]))
+        return list(finite(logits, "match logits", self.model).split([len(found) for found in hits]))
 
     def _rounded(self, tokens: Tensor) -> Tensor:
         """Image tokens as a gallery stores them, so that a pair has the same logit wherever its photo comes from."""

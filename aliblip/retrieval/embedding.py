@@ -32,6 +32,7 @@ from aliblip.runtime.distributed import is_main
 from aliblip.runtime.mistakes import UsageError
 from aliblip.runtime.parts import Parts, stage_of
 from aliblip.runtime.units import gather_units, own_units, unit_bar
+from encoder_aliblip import cause_of, is_finite
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,7 @@ def embedded_units(
 
     Raises:
         ValueError: the model, or a module of it, is in training mode.
+        UsageError: as `embed_batch`.
     """
     if any(module.training for module in model.modules()):
         raise ValueError("the model is in training mode, where dropout changes what it sees: use undisturbed(model)")
@@ -126,7 +128,11 @@ def embedded_units(
 def embed_batch(
     model, number: int, batch: dict[str, Any], dtype: torch.dtype | None, titles: bool = True
 ) -> EmbeddedUnit:
-    """Embed a batch of the loader, as the unit of that number; without its titles if they are not wanted."""
+    """Embed a batch of the loader, as the unit of that number; without its titles if they are not wanted.
+
+    Raises:
+        UsageError: features that are not finite; the message has the row and the weights that are not.
+    """
     lists = {name: batch[key] for key, name in (_LISTS | _OF_BATCHES).items() if key in batch}
     unit = EmbeddedUnit(number, batch["row"], batch["product_id"], **lists)
     if "photo_id" in batch:
@@ -136,10 +142,21 @@ def embed_batch(
             pixel_values = batch["pixel_values"] if len(first) == len(unit) else batch["pixel_values"][first]
             embeds, unit.image_tokens = engine.embed_images(model, pixel_values, dtype)
             unit.image_embeds = embeds.cpu()
+            _require_finite(model, unit, unit.image_embeds[unit.photo], "photo")
     if len(unit) and titles and "input_ids" in batch:
         unit.input_ids, unit.attention_mask = batch["input_ids"], batch["attention_mask"]
         unit.text_embeds = engine.embed_texts(model, unit.input_ids, unit.attention_mask, dtype).cpu()
+        _require_finite(model, unit, unit.text_embeds, "title")
     return unit
+
+
+def _require_finite(model, unit: EmbeddedUnit, embeds: Tensor, what: str) -> None:
+    if is_finite(embeds):
+        return
+    place = int((~embeds.isfinite().all(dim=1)).nonzero()[0])
+    row = int(unit.rows[place])
+    named = f" ({unit.names[place]})" if unit.names and unit.names[place] != f"row {row}" else ""
+    raise UsageError(f"the features of the {what} of row {row}{named} are not finite: {cause_of(model)}")
 
 
 def first_of_each(keys: Sequence[Hashable]) -> tuple[Tensor, Tensor]:

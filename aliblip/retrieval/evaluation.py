@@ -145,7 +145,7 @@ def retrieve(
         progress: show a progress bar on the main process.
 
     Raises:
-        UsageError: no usable row, or an explicit `k_rerank` out of range.
+        UsageError: no usable row, an explicit `k_rerank` out of range, or features or match logits that are not finite.
         ValueError: "all" without `parts`.
         OSError: "all", and the disk has no room for the file.
         RuntimeError: if a unit of work was lost or done twice.

@@ -24,8 +24,10 @@ from aliblip.retrieval.embedding import TokenMemory, UnitTokens, embed_batch
 from aliblip.retrieval.plan import image_kv_flops, match_flops
 from aliblip.retrieval.rankings import MATRIX, Candidates, Retrieval, Side, candidate_pairs
 from aliblip.runtime.distributed import is_main, together
+from aliblip.runtime.mistakes import UsageError
 from aliblip.runtime.parts import Parts, stage_of
 from aliblip.runtime.units import gather_units, own_units, unit_bar
+from encoder_aliblip import cause_of, is_finite
 
 _MATRIX_STAGE = "all-pairs"
 
@@ -147,7 +149,20 @@ class Reranking:
         logits = engine.rerank(
             self.model, tokens, text_ids, titles.input_ids, titles.attention_mask, self.batch_tokens, self.dtype
         )
-        return logits[:, 1].contiguous()
+        logits = logits[:, 1].contiguous()
+        if not is_finite(logits):
+            self._refuse(logits, images, text_ids)
+        return logits
+
+    def _refuse(self, logits: Tensor, images: range, text_ids: list[Tensor]) -> None:
+        """Say which pair has no order."""
+        image_of = torch.tensor(images).repeat_interleave(torch.tensor([len(ids) for ids in text_ids]))
+        place = int((~logits.isfinite()).nonzero()[0])
+        photo, title = self.images.rows[image_of[place]], self.titles.rows[torch.cat(text_ids)[place]]
+        raise UsageError(
+            f"the match logit of the photo of row {photo} with the title of row {title} is not finite: "
+            f"{cause_of(self.model)}"
+        )
 
 
 def _make_matrix(parts: Parts, shape: tuple[int, int], stage: str) -> None:
