@@ -9,8 +9,9 @@ Two stages: ITC finds the `rerank` best of the gallery, ITM looks at each of the
 
     {"id": ..., "score": ..., "itc": ..., "itm_logit": ..., "itm_probability": ..., and what the gallery knows of it}
 
-such as its "path", its "text" or the columns of a stored gallery, with score = itm_logit + fusion_weight x itc, a
-weight of 1 by default; with `rerank=0` it is the ITC similarity alone, and the ITM fields are None.
+such as its "path", its "text" or the columns of a stored gallery, with score = itm_logit + fusion_weight x itc, by
+default with the weight that the model's configuration has; with `rerank=0` it is the ITC similarity alone, and the ITM
+fields are None.
 """
 
 import os
@@ -84,8 +85,8 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
             direction: "text-to-image", "image-to-text", or by ITC alone "text-to-text", "image-to-image".
             top_k: results of a query, 5 by default, or as many as the gallery has.
             rerank: candidates that ITM looks at, 64 by default, and at least `top_k`; 0: ITC alone.
-            fusion_weight: of the ITC similarity in the score, 1 by default; `evaluate_retrieval.py --tune_fusion` finds
-                a good one.
+            fusion_weight: of the ITC similarity in the score, by default that of the model's configuration, which
+                `evaluate_retrieval.py --tune_fusion` finds and stores.
             approximate: find the candidates with the stored gallery's index, or exactly; by default with the index,
                 where there is one.
             where, values: which items of a stored gallery are searched among: SQL text with `:name` for values, or a
@@ -272,14 +273,15 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
         return tokens.to(self.device, TOKEN_TYPE).to(self.model.dtype)
 
     def postprocess(
-        self, model_outputs: dict[str, Any], top_k: int = 5, fusion_weight: float = 1.0
+        self, model_outputs: dict[str, Any], top_k: int = 5, fusion_weight: float | None = None
     ) -> list[dict[str, Any]]:
         found = model_outputs["found"]
         hits, itm = found[0] if isinstance(found, list) else found  # the pipeline has unpacked it, if there was a batch
         scores = torch.tensor([hit["itc"] for hit in hits])
         logits = probabilities = [None] * len(hits)
         if itm is not None:
-            scores = fuse(scores, itm[:, 1], fusion_weight)
+            weight = self.model.config.fusion_weight if fusion_weight is None else fusion_weight
+            scores = fuse(scores, itm[:, 1], weight)
             logits, probabilities = itm[:, 1].tolist(), itm.softmax(dim=1)[:, 1].tolist()
         scores = scores.tolist()
         best = sorted(range(len(hits)), key=lambda i: (-scores[i], hits[i]["position"]))[:top_k]

@@ -106,7 +106,7 @@ def retrieve(
     has_truth: bool = True,
     k_rerank: Depth | Sequence[Depth] | None = None,
     score: str = "fused",
-    fusion_weight: float = 1.0,
+    fusion_weight: float | None = None,
     dtype: torch.dtype | None = None,
     rerank_batch_tokens: int = engine.RERANK_BATCH_TOKENS,
     gallery_chunk: int = engine.GALLERY_CHUNK,
@@ -132,7 +132,7 @@ def retrieve(
             source; unusable rows found later can only lower it. "all" needs `parts`, in a folder that all processes
             see: the match logits lie there in a file, see `Retrieval.matrix`.
         score: what orders the candidates: "fused", "itm" or "itc" (no second stage).
-        fusion_weight: of the ITC similarity in the fused score.
+        fusion_weight: of the ITC similarity in the fused score; None: the model's.
         dtype: type of the autocast of the model's passes; None: the type of the weights.
         rerank_batch_tokens: bound on the text tokens of one re-ranking pass.
         gallery_chunk: gallery items scored at a time in the search.
@@ -150,6 +150,7 @@ def retrieve(
         OSError: "all", and the disk has no room for the file.
         RuntimeError: if a unit of work was lost or done twice.
     """
+    fusion_weight = model.config.fusion_weight if fusion_weight is None else fusion_weight
     asked = _as_depths(k_rerank)
     check_k_rerank(asked, loader.source.num_rows)
     exhaustive = ALL in asked and score != "itc"

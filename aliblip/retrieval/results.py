@@ -39,6 +39,8 @@ DIRECTION_NAMES = {"text_to_image": "text to image", "image_to_text": "image to 
 RESULTS = "results.json"
 RANKINGS = "rankings_{}.parquet"
 COMPARISON = "comparison.json"
+# In a model's folder: results of its evaluations that lie elsewhere.
+EVALUATIONS = "evaluations"
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -162,6 +164,11 @@ def _mean_recalls(retrieval: Retrieval, stage: str) -> np.ndarray:
             return np.full(RESAMPLES, np.nan)
         each.append(bootstrap_means(hits(ranks[found].numpy()), queries.product_id[found].numpy()).mean(axis=1))
     return np.mean(each, axis=0)
+
+
+def split_told(split: str, data_files: str | None) -> str:
+    """What was measured: the split, or the file that was named in its place."""
+    return split if data_files is None else data_files.rstrip("/").rpartition("/")[2]
 
 
 # --- slices -----------------------------------------------------------------------------------------------------------
@@ -358,11 +365,13 @@ def write_results(output_dir: Path, retrieval: Retrieval, results: dict) -> list
 __all__ = [
     "COMPARISON",
     "DIRECTION_NAMES",
+    "EVALUATIONS",
     "RANKINGS",
     "RESULTS",
     "TITLE_SLICES",
     "check_results_of_others",
     "format_table",
     "measure",
+    "split_told",
     "write_results",
 ]

@@ -33,13 +33,14 @@ from aliblip.retrieval.compare import check_comparable
 from aliblip.retrieval.evaluation import ALL, DEFAULT_K_RERANK, Depth, check_k_rerank, parse_k_rerank
 from aliblip.retrieval.plan import MemoryPlan, count_photos, expected_time, make_plan, size_text
 from aliblip.retrieval.rankings import MATRIX
-from aliblip.retrieval.results import TITLE_SLICES, check_results_of_others
+from aliblip.retrieval.results import TITLE_SLICES, check_results_of_others, split_told
 from aliblip.retrieval.submission import submission_rows
 from aliblip.runtime.accelerator import launched_precision
 from aliblip.runtime.arguments import check_range
 from aliblip.runtime.distributed import all_gather_objects, is_main, launched_rank, rank, world_size
 from aliblip.runtime.mistakes import UsageError, usage_errors
 from aliblip.runtime.parts import Parts
+from aliblip.runtime.sameness import weights_of
 from encoder_aliblip import fingerprint
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
@@ -168,7 +169,7 @@ def _open_table(data: EvaluationDataArguments, *, split: str, data_files: str | 
 
 def _open_side(data: EvaluationDataArguments, given: str, sides: str, **options) -> Source:
     """--gallery or --queries: a folder, files, or a name on the Hub."""
-    is_file = os.path.isfile(given) or "://" in given or any(sign in given for sign in "*?[")
+    is_file = _file_of(given) is not None
     # A name on the Hub is "user/name"; anything with an ending was meant to be a file.
     if not is_file and not os.path.isdir(given) and (os.path.splitext(given)[1] or given.startswith((".", "/"))):
         raise UsageError(f"{given} does not exist: give a folder, a file, or a data set on the Hub")
@@ -178,6 +179,13 @@ def _open_side(data: EvaluationDataArguments, given: str, sides: str, **options)
     return _open_table(
         data, split=data.split_name, data_files=places["data_files"], sides=sides, any_split=True, **options
     )
+
+
+def _file_of(given: str | None) -> str | None:
+    """What was given as data, if it is files: not a folder, nor a name on the Hub."""
+    if given is None or os.path.isdir(given):
+        return None
+    return given if os.path.isfile(given) or "://" in given or any(sign in given for sign in "*?[") else None
 
 
 def _open_tuning_data(data: EvaluationDataArguments, options: EvaluationArguments, depths, photos: Source) -> Source:
@@ -203,6 +211,16 @@ def _load(options: EvaluationArguments) -> tuple[AliBlipForImageTextRetrieval, A
     size = model.config.vision_config.image_size
     processor.image_processor.size = {"height": size, "width": size}
     return model, processor
+
+
+def _weights(options: EvaluationArguments) -> str | None:
+    folder = Path(options.model_name_or_path)
+    if not folder.is_dir():
+        return None
+    # At another size the position embedding is another one.
+    size = "" if options.image_size is None else f" at {options.image_size} pixels"
+    found = weights_of(folder)
+    return found and found + size
 
 
 # --- outputs ----------------------------------------------------------------------------------------------------------
@@ -274,6 +292,7 @@ class Setup:
         tuned_on: the table on which the fusion weight is chosen, or None.
         has_truth: whether the data has right answers.
         names: "model_name", "dataset_name" and "split" of the results.
+        weights: what tells the model's weights from others, of a local folder; on the first process alone.
         parts, tuning_parts: where finished units are kept; those of `tuned_on`, or None.
         plan: memory and work.
     """
@@ -289,6 +308,7 @@ class Setup:
     model: AliBlipForImageTextRetrieval
     processor: AliBlipProcessor
     names: dict[str, str]
+    weights: str | None
     parts: Parts
     tuning_parts: Parts | None
     plan: MemoryPlan
@@ -359,7 +379,8 @@ def set_up(data: EvaluationDataArguments, options: EvaluationArguments) -> Setup
     _check_outputs(options, output_dir, photos, titles, has_truth)
     model, processor = _load(options)
     dataset = photos.name if titles is photos else f"{photos.name} for {titles.name}"
-    names = {"model_name": options.model_name_or_path, "dataset_name": dataset, "split": photos.split}
+    split = split_told(photos.split, _file_of(data.data_files if data.gallery is None else data.gallery))
+    names = {"model_name": options.model_name_or_path, "dataset_name": dataset, "split": split}
     if not options.overwrite_output_dir:
         check_results_of_others(output_dir, **names)
     made_from = _made_from(model, processor, data, options)
@@ -384,6 +405,7 @@ def set_up(data: EvaluationDataArguments, options: EvaluationArguments) -> Setup
         model=model,
         processor=processor,
         names=names,
+        weights=_weights(options) if launched_rank() == 0 else None,
         parts=parts,
         tuning_parts=tuning_parts,
         plan=plan,

@@ -33,6 +33,7 @@ from torch import Tensor
 from aliblip.data.arguments import DataArguments
 from aliblip.retrieval.arguments import EvaluationDataArguments
 from aliblip.retrieval.evaluation import evaluate_retrieval
+from aliblip.retrieval.results import split_told
 from aliblip.runtime.accelerator import AliBlipAccelerator, describe_machine
 from aliblip.runtime.distributed import all_gather_objects, assert_equal_on_ranks
 from aliblip.runtime.files import write_json
@@ -344,7 +345,7 @@ class Run:
             self.setup.validation_loader,
             model_name=str(self.output_dir / "last"),
             dataset_name=source.name,
-            split=source.split,
+            split=split_told(source.split, self.setup.data_args.validation_file),
             k_rerank=self.args.k_rerank,
             dtype=self.accelerator.autocast_dtype,
         )
