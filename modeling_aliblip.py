@@ -571,8 +571,9 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
             input_ids, attention_mask: (titles, L).
             product_id: (B,) int64; rows of equal id are positives of each other. None: every row is a product of its
                 own.
-            return_loss: also the in-batch loss, ITC + ITM with one hard negative per side. It has no momentum encoders
-                and no queue: for full training use `train.py`.
+            return_loss: also the in-batch loss, ITC + ITM with one hard negative per side: drawn by similarity in
+                training mode, the most similar one in evaluation mode, where nothing is drawn. It has no momentum
+                encoders and no queue: for full training use `train.py`.
 
         Raises:
             ValueError: `return_loss` with unequal numbers of images, titles and product ids.
@@ -603,8 +604,11 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
                 positive = positives(product_id, product_id)
                 targets = soft_targets(positive)
                 itc = (itc_loss(logits_per_image, targets) + itc_loss(logits_per_image.t(), targets)) / 2
+                # Drawn while training; an evaluation shall give the same loss every time, and takes the hardest.
+                options = {"hardest": not self.training}
                 image_index, text_index, is_match = itm_pairs(
-                    *hard_negatives(logits_per_image.t(), positive), *hard_negatives(logits_per_image, positive)
+                    *hard_negatives(logits_per_image.t(), positive, **options),
+                    *hard_negatives(logits_per_image, positive, **options),
                 )
             text_index = text_index.to(input_ids.device)
             mask = None if attention_mask is None else attention_mask[text_index]
