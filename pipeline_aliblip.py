@@ -147,7 +147,8 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
         if rerank is not None:
             preprocess["rerank"] = forward["rerank"] = rerank
         if fusion_weight is not None:
-            if isinstance(fusion_weight, bool) or not isinstance(fusion_weight, (int, float)) or fusion_weight < 0:
+            is_number = isinstance(fusion_weight, (int, float)) and not isinstance(fusion_weight, bool)
+            if not is_number or not 0 <= fusion_weight < float("inf"):
                 raise ValueError(f"fusion_weight is {fusion_weight!r}: give a number of at least 0")
             postprocess["fusion_weight"] = float(fusion_weight)
         for name, value in (("approximate", approximate), ("where", where), ("values", values)):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from aliblip import Gallery
 from aliblip.retrieval import evaluation
+from aliblip.runtime.arguments import check_range
 from aliblip.runtime.mistakes import UsageError
 from encoder_aliblip import Encoder
 from gallery_aliblip import MemoryGallery
@@ -79,6 +80,17 @@ def test_weights_too_large_for_their_type_are_another_matter(model, loader):
         halved.vision_proj.weight[0] = 3e38
     with pytest.raises(UsageError, match="its weights are, so its precision is not enough"):
         retrieve(halved, loader)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_settings_are_finite_too(value):
+    with pytest.raises(UsageError, match=f"--fusion_weight is {value}: it must be a finite number"):
+        check_range(fusion_weight=(value, 0, None))
+    pipe = AliBlipImageTextRetrievalPipeline(
+        model=tiny.spread_model(vocab_size=len(tiny.tokenizer()) + 2), processor=tiny.processor()
+    )
+    with pytest.raises(ValueError, match="fusion_weight is .*: give a number of at least 0"):
+        pipe("red cup", gallery=["blue cup"], fusion_weight=value)
 
 
 def test_galleries_and_the_pipeline_refuse(tmp_path):
