@@ -12,7 +12,9 @@ The functions are collectives: every rank calls them, and every rank gets the re
 
 import contextlib
 import hashlib
+import logging
 import os
+import zlib
 
 import numpy as np
 import torch
@@ -30,6 +32,8 @@ from aliblip.runtime.units import gather_units, own_units, unit_bar
 from encoder_aliblip import cause_of, is_finite
 
 _MATRIX_STAGE = "all-pairs"
+
+logger = logging.getLogger(__name__)
 
 
 class Reranking:
@@ -108,7 +112,7 @@ class Reranking:
         does.
 
         Every unit of photos is a block of rows of the file, which all processes write into; the parts of this stage
-        only say which blocks are done.
+        say which blocks are done, and their checksums.
 
         Raises:
             OSError: the disk has no room for the file.
@@ -121,15 +125,22 @@ class Reranking:
         every_title = torch.arange(num_titles)
         own = own_units(self.loader.num_units)
         with parts.stage(name, before_write=matrix.flush, needed=True) as stage:  # collective
+            for unit in [unit for unit in own if unit in stage]:
+                if stage.load(unit)[1] != zlib.crc32(self._block(matrix, unit).tobytes()):
+                    logger.warning("a block of %s is damaged (its checksum is another) and is made again", MATRIX)
+                    stage.discard(unit)
             todo = [unit for unit in own if unit not in stage]
             for unit in unit_bar(todo, len(todo), "scoring all pairs", self.progress):
-                images = slice(self.images.first[unit], self.images.first[unit + 1])
-                matrix[images] = self._unit(unit, lambda _: every_title).view(-1, num_titles).numpy()
-                stage.add(unit, {})
+                block = self._block(matrix, unit)
+                block[:] = self._unit(unit, lambda _: every_title).view(-1, num_titles).numpy()
+                stage.add(unit, {}, zlib.crc32(block.tobytes()))
         gather_units("scoring all pairs", [(unit, None) for unit in own], self.loader.num_units)  # collective
         places = [(found[0].ids.numpy(), np.arange(num_titles)[:, None])]
         places += [(np.arange(num_images)[:, None], candidates.ids.numpy()) for candidates in found[1:]]
         return [torch.from_numpy(matrix[place]) for place in places], len(own) - len(todo)
+
+    def _block(self, matrix: np.ndarray, unit: int) -> np.ndarray:
+        return matrix[self.images.first[unit] : self.images.first[unit + 1]]
 
     def _unit(self, unit: int, texts_of) -> Tensor:
         """Match logits of a unit's photos with their titles, photo by photo."""

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,15 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         SafetensorError: the system refused it; the message says why.
     """
     save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+
+
+def checksum_of(path: Path) -> str:
+    """Eight hexadecimal digits (CRC-32) that change with any flipped bit of a file, at 2 to 4 GB a second."""
+    value = 0
+    with open(path, "rb") as file:
+        while data := file.read(2**22):
+            value = zlib.crc32(data, value)
+    return f"{value:08x}"
 
 
 class NewFolder:
@@ -168,6 +178,7 @@ def repair(parent: Path) -> None:
 __all__ = [
     "NewFolder",
     "append_json_line",
+    "checksum_of",
     "read_json_lines",
     "repair",
     "write_bytes",
