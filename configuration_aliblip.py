@@ -196,6 +196,8 @@ class AliBlipConfig(PreTrainedConfig):
         temperature_init: initial ITC temperature, the value of the `temp` parameter.
         enc_token_id: id of `[ENC]`, the token that opens every cross-attention pass; None: the last id of the
             vocabulary, where `AliBlipProcessor` puts it.
+        fusion_weight: of the ITC similarity beside the match logit, where results are ordered by both; what
+            `evaluate_retrieval.py --tune_fusion` found best for these weights.
 
     Raises:
         ValueError: a value that no model can be built from, with what is accepted.
@@ -216,6 +218,7 @@ class AliBlipConfig(PreTrainedConfig):
         temperature_init: float = 0.07,
         enc_token_id: int | None = None,
         initializer_range: float = 0.02,
+        fusion_weight: float = 1.0,
         **kwargs,
     ):
         self.vision_config = _sub_config("vision_config", AliBlipVisionConfig, vision_config)
@@ -234,6 +237,10 @@ class AliBlipConfig(PreTrainedConfig):
         self.temperature_init = temperature_init
         self.enc_token_id = enc_token_id
         self.initializer_range = initializer_range
+        is_number = isinstance(fusion_weight, (int, float)) and not isinstance(fusion_weight, bool)
+        if not is_number or not 0 <= fusion_weight < float("inf"):
+            raise ValueError(f"config.fusion_weight is {fusion_weight!r}: it must be a number of at least 0")
+        self.fusion_weight = float(fusion_weight)
         # Nothing is tied here (BERT's word embedding has no output twin without a language-model head).
         kwargs["tie_word_embeddings"] = False
         pipelines = _with_our_pipelines(kwargs.get("custom_pipelines"))

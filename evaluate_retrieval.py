@@ -29,10 +29,10 @@ from aliblip.retrieval.arguments import EvaluationArguments, EvaluationDataArgum
 from aliblip.retrieval.evaluation import retrieve
 from aliblip.retrieval.rankings import tune_fusion
 from aliblip.retrieval.reranking import seconds_by_depth
-from aliblip.retrieval.results import measure
+from aliblip.retrieval.results import measure, split_told
 from aliblip.retrieval.setup import Setup, check_flags, set_up, set_up_logging, slices_of
 from aliblip.retrieval.submission import LONGEST_LIST
-from aliblip.retrieval.writing import verify, write
+from aliblip.retrieval.writing import store_fusion_weight, verify, write
 from aliblip.runtime.accelerator import build_accelerator, end
 from aliblip.runtime.arguments import parse
 from aliblip.runtime.distributed import is_main, launched_rank
@@ -67,7 +67,7 @@ def main() -> int:
         setup.loader(setup.photos),
         queries=None if setup.titles is setup.photos else setup.loader(setup.titles),
         has_truth=setup.has_truth,
-        fusion_weight=1.0 if weight is None else weight,
+        fusion_weight=weight,
         list_at_least=LONGEST_LIST if options.submission else 0,
         parts=setup.parts,
         **work,
@@ -85,6 +85,8 @@ def main() -> int:
         )
         if tuned is not None:
             results["fusion_weight_tuned_on"] = tuned
+        if setup.weights is not None:
+            results["weights"] = setup.weights
         results["run"]["seconds"] = round(time.perf_counter() - start, 3)
         code = write(retrieval, results, setup)
         if code == 0:  # otherwise the next start has only to do what failed
@@ -98,13 +100,15 @@ def tune(setup: Setup, work: dict) -> tuple[float, dict]:
     source = setup.tuned_on
     retrieval = retrieve(setup.model, setup.loader(source), parts=setup.tuning_parts, **work)
     weight, recall_by_weight = tune_fusion(retrieval)
+    split = split_told(source.split, setup.options.tune_fusion if setup.data.data_files is not None else None)
     if is_main():
         print(
-            f"fusion weight {weight:g}, chosen on {source.name}, {source.split}: mean recall "
+            f"fusion weight {weight:g}, chosen on {source.name}, {split}: mean recall "
             f"{100 * recall_by_weight[weight]:.2f} there, {100 * recall_by_weight[1.0]:.2f} with weight 1"
         )
+        store_fusion_weight(weight, setup.options)
     mean_recall = {f"{tried:g}": recall for tried, recall in recall_by_weight.items()}
-    return weight, {"dataset": source.name, "split": source.split, "mean_recall": mean_recall}
+    return weight, {"dataset": source.name, "split": split, "mean_recall": mean_recall}
 
 
 if __name__ == "__main__":

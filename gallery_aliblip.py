@@ -22,13 +22,13 @@ from torch import Tensor
 from transformers import logging
 
 try:
-    from .encoder_aliblip import Encoder
+    from .encoder_aliblip import Encoder, is_finite
     from .reading_aliblip import UnusableItem, clean_title
     from .retrieval_aliblip import GALLERY_CHUNK, QUERY_BLOCK, running_top_k
 except ImportError:
     if __package__:  # inside a package (the Hub cache) a failure is real
         raise
-    from encoder_aliblip import Encoder
+    from encoder_aliblip import Encoder, is_finite
     from reading_aliblip import UnusableItem, clean_title
     from retrieval_aliblip import GALLERY_CHUNK, QUERY_BLOCK, running_top_k
 
@@ -65,6 +65,8 @@ class MemoryGallery:
             raise ValueError(f"kind is {kind!r}: choose one of {', '.join(KINDS)}")
         if vectors.dim() != 2 or len(vectors) != len(items):
             raise ValueError(f"vectors of shape {tuple(vectors.shape)} and {len(items)} items given: (N, E) and N")
+        if not is_finite(vectors):
+            raise ValueError("the vectors are not all finite, and have no order: embed the items again")
         self.vectors = F.pad(vectors.detach().cpu().float(), (0, 0, 0, -len(items) % _MULTIPLE))
         self.items, self.kind, self.model, self.tokens = list(items), kind, model, tokens
         self.skipped = list(skipped)
@@ -154,13 +156,16 @@ class MemoryGallery:
             For each query a list of {"id", "itc", "position", and what else the item has}.
 
         Raises:
-            ValueError: another width, or a filter or an index, which only stored galleries have.
+            ValueError: another width, values that are not finite, or a filter or an index, which only stored galleries
+                have.
         """
         if where is not None or values is not None or approximate:
             raise ValueError("a list has no filters and no index: give a stored Gallery of the aliblip package")
         width = self.vectors.shape[1]
         if queries.dim() != 2 or queries.shape[1] != width or k < 1:
             raise ValueError(f"queries of shape {tuple(queries.shape)} and k {k} given: (Q, {width}) and at least 1")
+        if not is_finite(queries):
+            raise ValueError("the queries are not all finite: the model's weights or its precision are broken")
         found = []
         for block in queries.detach().cpu().float().split(QUERY_BLOCK):
             scores, positions = running_top_k(self._score_chunks(block), min(k, len(self)))

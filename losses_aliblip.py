@@ -6,6 +6,9 @@ ITC, image-text contrastive with soft targets from momentum encoders: ALBEF, htt
 3.2. ITM, image-text matching with hard negatives: the same, and BLIP, https://arxiv.org/abs/2201.12086, section 3.2.
 """
 
+from functools import reduce
+from operator import or_
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,14 +18,16 @@ def positives(product_id: Tensor, key_id: Tensor, key_valid: Tensor | None = Non
     """Which keys show the same product as which row.
 
     Args:
-        product_id: (B,) int64, the products of the rows.
-        key_id: (K,) int64, the products of the keys.
+        product_id: (B,) int64, the products of the rows; or (B, I), several ids of each, its product and its photo for
+            instance: sharing one of them, in its column, is enough.
+        key_id: (K,) or (K, I) int64, those of the keys; columns that only one side has don't count.
         key_valid: (K,) bool, False for keys that stand for no product (queue slots not yet filled).
 
     Returns:
         (B, K) bool.
     """
-    same = product_id[:, None] == key_id[None, :]  # (B, K)
+    columns = zip(product_id.reshape(len(product_id), -1).t(), key_id.reshape(len(key_id), -1).t(), strict=False)
+    same = reduce(or_, (own[:, None] == keys[None, :] for own, keys in columns))  # (B, K)
     return same if key_valid is None else same & key_valid[None, :]
 
 

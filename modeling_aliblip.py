@@ -532,8 +532,8 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
         """As in transformers, from an AliBLIP or a `blip` folder or Hub name, but nothing is left to chance: raises
-        ValueError naming every weight that the checkpoint lacks, has too many or has in another shape. The temperature
-        alone may be missing (transformers' BLIP has none)."""
+        ValueError naming every weight that the checkpoint lacks, has too many, has in another shape or holds values in
+        that are not finite. The temperature alone may be missing (transformers' BLIP has none)."""
         # Without the flag transformers raises first, and its message doesn't say which weights.
         shapes_may_differ = kwargs.pop("ignore_mismatched_sizes", False)
         model, info = super().from_pretrained(
@@ -548,6 +548,11 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
         if any(wrong.values()):
             problems = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in wrong.items() if keys)
             raise ValueError(f"the weights of {pretrained_model_name_or_path} do not fit this model ({problems})")
+        if broken := weights_not_finite(model):
+            raise ValueError(
+                f"weights of {pretrained_model_name_or_path} are not finite: {broken}; the file is damaged, or the "
+                "training that wrote it had diverged"
+            )
         # Loaded weights lie as the file has them, or not, by the way they were read; matrix products on a CPU depend on
         # it in the last digit. Equal processes shall give equal bits.
         for tensor in (*model.parameters(), *model.buffers()):
@@ -682,8 +687,9 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
             input_ids, attention_mask: (titles, L).
             product_id: (B,) int64; rows of equal id are positives of each other. None: every row is a product of its
                 own.
-            return_loss: also the in-batch loss, ITC + ITM with one hard negative per side. It has no momentum encoders
-                and no queue: for full training use `train.py`.
+            return_loss: also the in-batch loss, ITC + ITM with one hard negative per side: drawn by similarity in
+                training mode, the most similar one in evaluation mode, where nothing is drawn. It has no momentum
+                encoders and no queue: for full training use `train.py`.
 
         Raises:
             ValueError: `return_loss` with unequal numbers of images, titles and product ids.
@@ -714,8 +720,11 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
                 positive = positives(product_id, product_id)
                 targets = soft_targets(positive)
                 itc = (itc_loss(logits_per_image, targets) + itc_loss(logits_per_image.t(), targets)) / 2
+                # Drawn while training; an evaluation shall give the same loss every time, and takes the hardest.
+                options = {"hardest": not self.training}
                 image_index, text_index, is_match, weight = itm_pairs(
-                    *hard_negatives(logits_per_image.t(), positive), *hard_negatives(logits_per_image, positive)
+                    *hard_negatives(logits_per_image.t(), positive, **options),
+                    *hard_negatives(logits_per_image, positive, **options),
                 )
             text_index = text_index.to(input_ids.device)
             mask = None if attention_mask is None else attention_mask[text_index]
@@ -734,6 +743,23 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
         )
 
 
+def weights_not_finite(model: nn.Module, most: int = 3) -> str:
+    """The names of the weights that hold NaN or infinite values, at most so many and a count of the rest; "" if none
+    does. Those that lie on disk or are quantised are not looked at."""
+    names = [
+        name
+        for name, value in model.state_dict().items()
+        # By the extremes, through which NaN comes too: isfinite of everything would make a copy of it.
+        if type(value) is Tensor
+        and value.is_floating_point()
+        and not value.is_meta
+        and value.numel()
+        and not torch.stack(value.aminmax()).isfinite().all()
+    ]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 AliBlipForImageTextRetrieval.register_for_auto_class("AutoModel")
 
-__all__ = ["AliBlipForImageTextRetrieval", "AliBlipPreTrainedModel", "AliBlipRetrievalOutput"]
+__all__ = ["AliBlipForImageTextRetrieval", "AliBlipPreTrainedModel", "AliBlipRetrievalOutput", "weights_not_finite"]

@@ -9,8 +9,9 @@ Two stages: ITC finds the `rerank` best of the gallery, ITM looks at each of the
 
     {"id": ..., "score": ..., "itc": ..., "itm_logit": ..., "itm_probability": ..., and what the gallery knows of it}
 
-such as its "path", its "text" or the columns of a stored gallery, with score = itm_logit + fusion_weight x itc, a
-weight of 1 by default; with `rerank=0` it is the ITC similarity alone, and the ITM fields are None.
+such as its "path", its "text" or the columns of a stored gallery, with score = itm_logit + fusion_weight x itc, by
+default with the weight that the model's configuration has; with `rerank=0` it is the ITC similarity alone, and the ITM
+fields are None.
 """
 
 import os
@@ -25,14 +26,14 @@ from torch.utils.data import Dataset
 from transformers import AutoModel, Pipeline
 
 try:
-    from .encoder_aliblip import TOKEN_TYPE, Encoder
+    from .encoder_aliblip import TOKEN_TYPE, Encoder, finite
     from .gallery_aliblip import MemoryGallery
     from .reading_aliblip import UnusableItem
     from .retrieval_aliblip import embed_images, embed_texts, fuse, rerank
 except ImportError:
     if __package__:  # inside a package (the Hub cache) a failure is real
         raise
-    from encoder_aliblip import TOKEN_TYPE, Encoder
+    from encoder_aliblip import TOKEN_TYPE, Encoder, finite
     from gallery_aliblip import MemoryGallery
     from reading_aliblip import UnusableItem
     from retrieval_aliblip import embed_images, embed_texts, fuse, rerank
@@ -84,8 +85,8 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
             direction: "text-to-image", "image-to-text", or by ITC alone "text-to-text", "image-to-image".
             top_k: results of a query, 5 by default, or as many as the gallery has.
             rerank: candidates that ITM looks at, 64 by default, and at least `top_k`; 0: ITC alone.
-            fusion_weight: of the ITC similarity in the score, 1 by default; `evaluate_retrieval.py --tune_fusion` finds
-                a good one.
+            fusion_weight: of the ITC similarity in the score, by default that of the model's configuration, which
+                `evaluate_retrieval.py --tune_fusion` finds and stores.
             approximate: find the candidates with the stored gallery's index, or exactly; by default with the index,
                 where there is one.
             where, values: which items of a stored gallery are searched among: SQL text with `:name` for values, or a
@@ -146,7 +147,8 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
         if rerank is not None:
             preprocess["rerank"] = forward["rerank"] = rerank
         if fusion_weight is not None:
-            if isinstance(fusion_weight, bool) or not isinstance(fusion_weight, (int, float)) or fusion_weight < 0:
+            is_number = isinstance(fusion_weight, (int, float)) and not isinstance(fusion_weight, bool)
+            if not is_number or not 0 <= fusion_weight < float("inf"):
                 raise ValueError(f"fusion_weight is {fusion_weight!r}: give a number of at least 0")
             postprocess["fusion_weight"] = float(fusion_weight)
         for name, value in (("approximate", approximate), ("where", where), ("values", values)):
@@ -232,7 +234,7 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
             vectors, tokens = embed_images(self.model, model_inputs["pixel_values"])
         else:
             vectors = embed_texts(self.model, model_inputs["input_ids"], model_inputs["attention_mask"])
-        hits = gallery.search(vectors, max(top_k, rerank), **filters)
+        hits = gallery.search(finite(vectors, "vectors of the queries", self.model), max(top_k, rerank), **filters)
         logits = [None] * len(hits)
         if rerank and tokens is None:
             logits = self._match_photos(gallery, hits, **model_inputs)
@@ -255,7 +257,7 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
         logits[order] = rerank(
             self.model, tokens_of, titles_of, input_ids.cpu(), attention_mask.cpu(), images_per_pass=_IMAGES_PER_PASS
         )
-        return list(logits.split([len(found) for found in hits]))
+        return list(finite(logits, "match logits", self.model).split([len(found) for found in hits]))
 
     def _match_titles(self, hits: list[list[dict]], tokens: Tensor) -> list:
         """Match logits of photos, tokens (Q, P, D), with the titles of each one's hits."""
@@ -267,21 +269,22 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
         logits = rerank(
             self.model, self._rounded(tokens), numbers, input_ids, attention_mask, images_per_pass=_IMAGES_PER_PASS
         )
-        return list(logits.split([len(found) for found in hits]))
+        return list(finite(logits, "match logits", self.model).split([len(found) for found in hits]))
 
     def _rounded(self, tokens: Tensor) -> Tensor:
         """Image tokens as a gallery stores them, so that a pair has the same logit wherever its photo comes from."""
         return tokens.to(self.device, TOKEN_TYPE).to(self.model.dtype)
 
     def postprocess(
-        self, model_outputs: dict[str, Any], top_k: int = 5, fusion_weight: float = 1.0
+        self, model_outputs: dict[str, Any], top_k: int = 5, fusion_weight: float | None = None
     ) -> list[dict[str, Any]]:
         found = model_outputs["found"]
         hits, itm = found[0] if isinstance(found, list) else found  # the pipeline has unpacked it, if there was a batch
         scores = torch.tensor([hit["itc"] for hit in hits])
         logits = probabilities = [None] * len(hits)
         if itm is not None:
-            scores = fuse(scores, itm[:, 1], fusion_weight)
+            weight = self.model.config.fusion_weight if fusion_weight is None else fusion_weight
+            scores = fuse(scores, itm[:, 1], weight)
             logits, probabilities = itm[:, 1].tolist(), itm.softmax(dim=1)[:, 1].tolist()
         scores = scores.tolist()
         best = sorted(range(len(hits)), key=lambda i: (-scores[i], hits[i]["position"]))[:top_k]

@@ -109,6 +109,7 @@ def read_photo(
     value: Any,
     fetch: Callable[[str, int], bytes] = fetch,
     suffices: Callable[[int, int], bool] | None = None,
+    told: Callable[[bytes], None] | None = None,
 ) -> Image.Image:
     """A PIL image, bytes, a path, an address, or {"bytes", "path"} as `datasets` stores photos, to PIL RGB as a person
     sees it: EXIF orientation and colour profile applied, transparency over white, of an animation the first picture.
@@ -117,6 +118,7 @@ def read_photo(
         fetch: reads an address, at most so many bytes of it, or raises `UnusableItem`.
         suffices: whether a picture of (width, height) pixels is large enough. A JPEG is then decoded at the smallest
             of 1/2, 1/4 and 1/8 of its sides that is, which takes less time; None: as large as it is.
+        told: gets the bytes of the file before they are decoded; of a PIL image its size and the bytes of the result.
 
     Raises:
         UnusableItem: with a plain reason; no other exception leaves this function, whatever the bytes are.
@@ -130,8 +132,13 @@ def read_photo(
         raise UnusableItem("the image is null")
     try:
         if isinstance(value, Image.Image):
-            return _to_rgb(value)
+            image = _to_rgb(value)
+            if told is not None:
+                told(f"{image.size} ".encode() + image.tobytes())
+            return image
         data = _open_image(value, fetch)
+        if told is not None:
+            told(data.getvalue())
         with Image.open(data, formats=_formats()) as image:
             _refuse_hidden_bombs(image, data)
             if suffices is not None and image.format == "JPEG":

@@ -100,8 +100,8 @@ class ServeArguments:
     )
     top_k: int = option(12, "Results at first; the visitor may choose others.")
     rerank: int = option(64, "Candidates that ITM re-ranks at first; 0: ITC alone.")
-    fusion_weight: float = option(
-        1.0, "Weight of the ITC similarity beside the match logit; evaluate_retrieval.py --tune_fusion finds one."
+    fusion_weight: float | None = option(
+        None, "Weight of the ITC similarity beside the match logit (default: the model's, see --tune_fusion)."
     )
     max_upload_mb: int = option(20, "Largest photo that can be dropped, in MiB.")
     server_name: str | None = option(

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import retrieval_aliblip as engine
-from aliblip.retrieval.embedding import TokenMemory
+from aliblip.retrieval.embedding import EmbeddedUnit, TokenMemory
 from aliblip.retrieval.plan import MemoryPlan, available_memory, expected_time, free_for_tokens, memory_plan
 from aliblip.retrieval.rankings import candidate_pairs
 from benchmarks.common import finish, parser
@@ -126,7 +126,8 @@ def run(model, args, plan: MemoryPlan, unit: int, count: int) -> tuple[dict[str,
     for start in starts:
         embeds, tokens = engine.embed_images(model, photos(start))
         images.append(embeds)
-        memory.offer(start, tokens)
+        rows = torch.arange(start, start + len(tokens))  # of which each has a photo of its own
+        memory.offer(EmbeddedUnit(start, rows, rows, rows, rows - start, image_tokens=tokens))
     titles = [
         engine.embed_texts(model, input_ids[start : start + 512], attention_mask[start : start + 512])
         for start in range(0, args.num_texts, 512)
@@ -141,9 +142,8 @@ def run(model, args, plan: MemoryPlan, unit: int, count: int) -> tuple[dict[str,
     reranker = engine.Reranker(model, input_ids, attention_mask, plan.rerank_batch_tokens)
     logits = []
     for start in starts:
-        tokens = memory.take(start)
-        if tokens is None:
-            _, tokens = engine.embed_images(model, photos(start))
+        kept = memory.take(start)
+        tokens = engine.embed_images(model, photos(start))[1] if kept is None else kept.tokens
         chosen = [pairs.texts_of(image) for image in range(start, min(start + unit, count))]
         logits.append(reranker(tokens, chosen)[:, 1])
     torch.cat(logits).cpu()

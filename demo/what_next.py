@@ -33,7 +33,7 @@ def last_words(demo: Path, seconds: float, python: str) -> list[str]:
         f"to look at: {output / 'contact_sheet.png'}, {output / 'report.html'}",
         "next, a page to search these photos with:",
         f"{python} -m aliblip.serve --model_name_or_path {output / 'best'} --gallery {catalogue} "
-        f"--split_name {results['split']} --fusion_weight {results['fusion_weight']:g}",
+        f"--split_name {results['split']}",
     ]
 
 

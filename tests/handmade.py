@@ -30,7 +30,7 @@ def retrieval(itc, itm, product_id=None, depths=(2, 4), score="fused", weight=1.
         candidates = Candidates(ids[:, :keep], scores[:, :keep], second.gather(1, ids)[:, :keep])
         order = final_order(candidates, keep, score, weight)
         if truth:
-            order.ranks = ranks_of(order, keep, itc_ranks, product_id, product_id)
+            order.ranks = ranks_of(order, keep, itc_ranks, titles, images)
             order.itc_ranks = itc_ranks
         directions.append(Direction(candidates, order))
     return Retrieval(images, titles, *directions, list(depths), score, weight, {"total": 1.0})

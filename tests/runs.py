@@ -14,10 +14,14 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import tiny
+from accelerate.state import AcceleratorState
 from forks import FORK_RANKS
 from helpers import PATIENCE, ROOT, environment, environments_of_ranks, launch_command, start_forked
 from PIL import Image
+
+import train
 
 TINY = [
     *("--config_name", "base"),
@@ -74,6 +78,18 @@ def rows_of(folder: Path) -> dict[tuple[int, int, int], list[int]]:
                 place = (entry["rank"], entry["epoch"], entry["batch"])
                 assert seen.setdefault(place, entry["rows"]) == entry["rows"], place
     return seen
+
+
+def trained_in_process(flags: list[str], folder: Path) -> None:
+    """`train.py` in this process, as a tiny model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *TINY, *map(str, flags), "--output_dir", str(folder)])
+        patch.setattr(sys, "stdout", sys.stdout)
+        patch.setattr(sys, "stderr", sys.stderr)
+        try:
+            assert train.main() == 0
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class BackgroundRun:

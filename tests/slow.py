@@ -23,6 +23,7 @@ _STARTERS = (subprocess, multiprocessing, forks, prepare)  # the last starts wor
 _BROWSER = "sync_playwright"
 # They train, evaluate or draw for more than a second.
 SLOW_HERE = {
+    "test_a_changed_counter_is_refused_too_and_a_checkpoint_without_checksums_is_taken",
     "test_a_hub_that_dies_ends_no_run",
     "test_a_run_leaves_its_best_model_on_the_hub",
     "test_a_second_start_with_other_slices_is_refused",
@@ -36,16 +37,19 @@ SLOW_HERE = {
     "test_lora_trains_its_adapters_alone_and_they_load",
     "test_neither_depth_nor_drop_path_nor_the_length_of_titles_makes_graphs",
     "test_nothing_is_compiled_while_it_pauses",
+    "test_one_flipped_bit_is_refused_and_an_older_checkpoint_proposed",
     "test_the_api_is_two_named_endpoints_and_nothing_of_the_page",
+    "test_the_card_finds_the_evaluation_of_its_weights_wherever_it_lies",
     "test_the_loader_reads_it",
     "test_planted_duplicates_are_found_and_nothing_else",
     "test_the_pairs_are_the_same_however_the_photos_are_cut_into_blocks",
     "test_the_same_rows_in_the_same_order_over_a_bad_connection",
-    "test_the_weight_is_tuned_on_another_split_and_used",
+    "test_the_script_says_photos_and_titles_and_its_files_have_each_photo_once",
+    "test_the_weight_is_tuned_on_another_split_stored_and_used",
     "test_trainer_fine_tunes_and_evaluates",
-    "test_what_goes_wrong_in_a_search_is_logged_and_not_told",
     "test_what_a_server_may_do_instead_is_explained",
     "test_what_fails_after_the_work_is_made_up_for_without_doing_it_again",
+    "test_what_goes_wrong_in_a_search_is_logged_and_not_told",
     "test_workers_leave_the_connections_of_their_parent_alone",
 }
 

@@ -309,7 +309,7 @@ def test_the_last_words_name_a_command_that_exists(tmp_path, monkeypatch, capsys
     Path("demo/catalogue").mkdir()
     Path("demo/catalogue/photos").write_bytes(bytes(3_000_000))
     recalls = {"itc": {"recall@1": 0.64}, "itm": {"recall@1": 0.685}}
-    results = {"split": "test", "num_texts": 400, "fusion_weight": 32.0, "text_to_image": recalls}
+    results = {"split": "test", "num_texts": 400, "text_to_image": recalls}
     (evaluation / "results.json").write_text(json.dumps(results))
     what_next.main(["--started", str(time.time() - 545), "--python", ".venv/bin/python"])
     *told, command = capsys.readouterr().out.splitlines()
@@ -322,4 +322,4 @@ def test_the_last_words_name_a_command_that_exists(tmp_path, monkeypatch, capsys
     assert command.startswith(".venv/bin/python -m aliblip.serve ")
     (flags,) = parse([ServeArguments], command.split()[3:])
     assert (flags.model_name_or_path, flags.gallery) == ("demo/output/best", "demo/catalogue")
-    assert (flags.split_name, flags.fusion_weight) == ("test", 32.0)
+    assert (flags.split_name, flags.fusion_weight) == ("test", None), "the model has its own weight"

@@ -122,7 +122,9 @@ class OnDevice:
 
 def test_image_tokens_fill_the_device_first_and_then_the_host():
     memory, tokens = TokenMemory(host_limit=800, device_limit=900), [OnDevice() for _ in range(5)]
+    none = torch.empty(0, dtype=torch.int64)
     for unit, of_unit in enumerate(tokens):
-        memory.offer(unit, of_unit)
-    assert list(map(memory.take, range(5))) == [*tokens[:2], "in host memory", "in host memory", None]
+        memory.offer(EmbeddedUnit(unit, none, none, none, none, image_tokens=of_unit))
+    kept = [kept and kept.tokens for kept in map(memory.take, range(5))]
+    assert kept == [*tokens[:2], "in host memory", "in host memory", None]
     assert memory.take(0) is None  # no longer kept

@@ -180,3 +180,34 @@ def test_a_damaged_part_is_made_again(model, loader, tmp_path, caplog):
     assert "can't be read and is made again" in caplog.text
     assert torch.equal(found.text_to_image.rankings.scores, expected.text_to_image.rankings.scores)
     assert found.resumed_units == -(-ROWS // UNIT), "those of the second stage"
+
+
+def test_one_flipped_bit_in_a_part_is_noticed_and_it_is_made_again(model, loader, tmp_path, caplog):
+    parts = Parts(tmp_path / "parts", {"model": "m"})
+    expected = retrieve(model, loader, parts=parts)
+    for stage in ("embed", "rerank"):
+        (file,) = (tmp_path / "parts").glob(f"{stage}-*.safetensors")
+        data = bytearray(file.read_bytes())
+        data[-3] ^= 1
+        file.write_bytes(data)
+        caplog.clear()
+        found = retrieve(model, loader, parts=parts)
+        assert f"{file} is damaged (its checksum is another) and is made again" in caplog.text
+        assert found.resumed_units == -(-ROWS // UNIT), "those of the other stage"
+        assert torch.equal(found.text_to_image.rankings.scores, expected.text_to_image.rankings.scores)
+        assert retrieve(model, loader, parts=parts).resumed_units == 2 * -(-ROWS // UNIT), "it is whole again"
+
+
+def test_one_flipped_bit_among_the_logits_of_all_pairs_is_noticed(model, loader, tmp_path, caplog):
+    parts = Parts(tmp_path / "parts", {"model": "m"})
+    expected = retrieve(model, loader, k_rerank="all", parts=parts)
+    file, units = tmp_path / "parts" / "itm_logits.npy", -(-ROWS // UNIT)
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    found = retrieve(model, loader, k_rerank="all", parts=parts)
+    assert "a block of itm_logits.npy is damaged (its checksum is another) and is made again" in caplog.text
+    assert found.resumed_units == 2 * units - 1
+    assert torch.equal(found.text_to_image.rankings.scores, expected.text_to_image.rankings.scores)
+    again = retrieve(model, loader, k_rerank="all", parts=parts)
+    assert again.resumed_units == 2 * units

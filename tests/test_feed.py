@@ -15,7 +15,8 @@ def batches(count: int, read: list[int], fails_at: int | None = None):
         read.append(number)
         if number == fails_at:
             raise ValueError("broken on purpose")
-        yield {**tiny.batch(3, seed=number), "row": torch.tensor([number] * 3), "skipped": [{"row": number}]}
+        of_host = {"row": torch.tensor([number] * 3), "skipped": [{"row": number}]}
+        yield {**tiny.batch(3, seed=number), "photo_id": torch.arange(3), **of_host}
 
 
 def test_on_a_cpu_a_batch_is_read_when_it_is_taken():
@@ -41,7 +42,8 @@ def test_on_a_gpu_the_next_batch_is_there_before_it_is_taken():
             feed.fetch()
             feed.fetch()  # one ahead, and no more
             assert read == list(range(min(number + 2, 3)))
-            assert batch["pixel_values"].device == DEVICE and batch["row"].device.type == "cpu"
+            assert all(batch[name].device == DEVICE for name in ("pixel_values", "product_id", "photo_id"))
+            assert batch["row"].device.type == "cpu"
         assert device.waits.total() == 0
         assert torch.equal(batch["pixel_values"].cpu(), tiny.batch(3, seed=2)["pixel_values"])
         with pytest.raises(StopIteration):

@@ -92,6 +92,17 @@ def test_the_loss_of_forward_is_the_objectives_without_momentum_and_queue():
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+@torch.no_grad()
+def test_an_evaluation_draws_nothing():
+    model, batch = tiny.model(), tiny.batch(8) | {"product_id": torch.tensor([0, 0, 1, 2, 3, 4, 5, 6])}
+    drawn = [model.train()(**batch, return_loss=True).loss.item() for _ in range(4)]
+    assert len(set(drawn)) > 1, "the example can tell"
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    losses = {model.eval()(**batch, return_loss=True).loss.item() for _ in range(3)}
+    assert len(losses) == 1 and torch.equal(torch.get_rng_state(), state)
+
+
 def test_products_of_another_number_are_refused():
     batch = tiny.batch() | {"product_id": torch.arange(3)}
     with pytest.raises(ValueError, match=r"product_id has the shape \(3,\): the loss of 4 pairs needs \(4,\)"):
@@ -120,6 +131,12 @@ def test_trainer_fine_tunes_and_evaluates(trained):
     assert len(losses) == len(eval_losses) == 8
     assert losses[-1] < 0.8 * losses[0]
     assert eval_losses[-1] < 0.8 * eval_losses[0]
+
+
+def test_trainer_evaluates_the_same_weights_to_the_same_loss(trained):
+    done = trained[False]
+    losses = {done.predict(done.eval_dataset).metrics["test_loss"] for _ in range(3)}
+    assert losses == {history(done, "eval_loss")[-1]}
 
 
 def test_trainer_with_gradient_checkpointing_has_the_same_losses(trained):

@@ -16,13 +16,12 @@ import hub_stub
 import pytest
 import tiny
 import torch
-from accelerate.state import AcceleratorState
 from helpers import ROOT, assert_succeeded, run
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import _http, enable_progress_bars
 from PIL import Image
 from remote_code_probe import scores
-from runs import TINY, write_split
+from runs import TINY, trained_in_process, write_split
 
 import train
 from aliblip import doctor, publish
@@ -78,18 +77,6 @@ def catalogue(tmp_path_factory) -> list[str]:
     write_split(folder / "data", "validation", 8)
     tiny.tokenizer().save_pretrained(folder / "tokenizer")
     return ["--data_dir", str(folder / "data"), "--tokenizer_name", str(folder / "tokenizer")]
-
-
-def trained_in_process(flags: list[str], folder: Path) -> None:
-    """`train.py` in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *TINY, *map(str, flags), "--output_dir", str(folder)])
-        patch.setattr(sys, "stdout", sys.stdout)
-        patch.setattr(sys, "stderr", sys.stderr)
-        try:
-            assert train.main() == 0
-        finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
 
 
 PUSH = ["--push_to_hub", "--hub_model_id", "me/name", "--hub_private_repo", "--hub_license", "mit"]

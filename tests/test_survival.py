@@ -311,6 +311,7 @@ def test_checkpoints_are_those_of_version_0_1_0(checkpoint):
     assert set(state) == {
         *("format", "step", "left_out", "left_out_in_a_row", "average_is_due", "best_mean_recall", "epoch", "samples"),
         *("order", "manifest", "arguments", "momentum", "ranks", "files"),
+        *("checksums", "checksum"),  # came later
     }
     assert list(state["order"]) == [
         *("rows", "processes", "per_device_train_batch_size", "dataloader_num_workers", "gradient_accumulation_steps"),
@@ -326,12 +327,13 @@ def test_checkpoints_are_those_of_version_0_1_0(checkpoint):
         "skipped": {"rows", "seen", "met"},
     }
     assert set(state["files"]) == {f"{name}.safetensors" for name in ("model", "optimizer", "momentum", "ranks")}
+    assert set(state["checksums"]) == set(state["files"])
     model, optimizer, momentum, ranks = (
         load_file(checkpoint / f"{name}.safetensors") for name in ("model", "optimizer", "momentum", "ranks")
     )
     assert {key.partition(".")[0] for key in optimizer} == {"exp_avg", "exp_avg_sq", "step"}
     assert {key.partition(".")[2] for key in optimizer} == set(model)
-    queues = {"image_queue", "text_queue", "queue_ids", "queue_filled"}
+    queues = {"image_queue", "text_queue", "queue_ids", "queue_photos", "queue_filled"}
     assert {key.removeprefix("encoders.") for key in momentum} - queues < set(model) and queues < set(momentum)
     assert set(ranks) == {"0.numpy", "0.numpy_gauss", "0.python", "0.python_gauss", "0.torch"}
 
@@ -365,6 +367,7 @@ def test_a_checkpoint_from_untrusted_hands_runs_no_code(refused, checkpoint, tmp
         torch.save({"weights": _Payload(tmp_path / "ran")}, copy / f"{name}.safetensors")
         state = json.loads((copy / "state.json").read_text())
         state["files"][f"{name}.safetensors"] = (copy / f"{name}.safetensors").stat().st_size
+        del state["checksums"], state["checksum"]  # those of version 0.1 have none
         (copy / "state.json").write_text(json.dumps(state))
         assert f"{copy} does not fit" in refused("--resume_from_checkpoint", copy, "--overwrite_output_dir", "true")
     assert not (tmp_path / "ran").exists()

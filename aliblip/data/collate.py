@@ -86,8 +86,8 @@ class Collator:
 
         Returns:
             `pixel_values` (B, 3, H, H) float32, or uint8 where they are augmented, `input_ids` and `attention_mask`
-            (B, L) int64, `product_id` and `row` (B,) int64, and `skipped`, a list of {"row", "name", "reason"} of the
-            rows that are not in the batch.
+            (B, L) int64, `product_id` and `row` (B,) int64, `photo_id` (B,) int64, equal for equal photos, and
+            `skipped`, a list of {"row", "name", "reason"} of the rows that are not in the batch.
 
         Raises:
             NoUsableRow: `fill` is asked for, and neither a row nor a spare is usable.
@@ -162,6 +162,8 @@ class Collator:
                 "input_ids": torch.zeros(0, 1),
                 "attention_mask": torch.zeros(0, 1),
             }
+        if images:
+            batch["photo_id"] = torch.tensor([example.photo_id for example in examples], dtype=torch.int64)
         if bytes_stay:
             batch["pixel_values"] = as_bytes([example.image for example in examples])
         elif images:

@@ -41,6 +41,7 @@ __all__ = [
     "NO_ID",
     "ProductIds",
     "ProductReport",
+    "content_id",
     "counted_ids",
     "own_id",
     "photo_id_of",
@@ -153,7 +154,7 @@ def photo_id_of(image: Any, root: str | None = None) -> int | None:
             wherever the data lies. Two links to one photo are two photos, two ways through linked folders are one.
     """
     if isinstance(image, (bytes, bytearray, memoryview)):
-        return _hash64(image)
+        return content_id(image)
     if isinstance(image, os.PathLike):
         image = os.fspath(image)
     elif not isinstance(image, str):
@@ -192,6 +193,11 @@ def own_id(row: int, sides: str = "both") -> int:
     """
     of = "" if sides == "both" else f" of {sides}"
     return _hash64(f"null product id of row {row}{of}".encode())
+
+
+def content_id(data: bytes | bytearray | memoryview) -> int:
+    """An int64 by which equal files are one photo, whatever they are called."""
+    return _hash64(data)
 
 
 def _hash64(data: bytes | bytearray | memoryview) -> int:

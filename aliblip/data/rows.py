@@ -27,7 +27,7 @@ from PIL import Image
 from aliblip.data.columns import Columns, Request
 from aliblip.data.manifest import DataFile, file_names
 from aliblip.data.missing import why_missing
-from aliblip.data.products import CHUNK_ROWS, ProductIds, own_id, photo_id_of, product_id_of, shown
+from aliblip.data.products import CHUNK_ROWS, ProductIds, content_id, own_id, photo_id_of, product_id_of, shown
 from aliblip.data.remote import RemoteReadError, is_remote, read_file, resumed
 from aliblip.runtime.mistakes import UsageError
 from reading_aliblip import MissingFile, UnusableItem, clean_title, read_bytes, read_photo
@@ -83,13 +83,14 @@ class Row:
 
 @dataclass
 class Example:
-    """A decoded row: `image` PIL RGB, `text` str, `product_id` int64, `row` the number in the source. The side that was
-    not asked for is None."""
+    """A decoded row: `image` PIL RGB, `text` str, `product_id` int64, `row` the number in the source, `photo_id` int64,
+    equal for equal files and different for others (see `content_id`). The side that was not asked for is None."""
 
     image: Image.Image | None
     text: str | None
     product_id: int
     row: int
+    photo_id: int | None = None
 
 
 # ------------------------------------------------------------------------------------------------------ decoding
@@ -111,13 +112,16 @@ def decode(row: Row, sides: str = "both", suffices: Callable[[int, int], bool] |
     if row.problem is not None:
         raise UnusableItem(row.problem)
     text = clean_title(row.text) if sides != "images" else None  # first, since it costs nothing
+    if sides == "titles":
+        return Example(None, text, row.product_id, row.row)
+    ids: list[int] = []
     try:
-        image = read_photo(row.image, _fetch, suffices) if sides != "titles" else None
+        image = read_photo(row.image, _fetch, suffices, told=lambda data: ids.append(content_id(data)))
     except MissingFile:
         if not isinstance(row.image, str) or is_remote(row.image):
             raise
         raise MissingFile(why_missing(row.image)) from None
-    return Example(image, text, row.product_id, row.row)
+    return Example(image, text, row.product_id, row.row, ids[0])
 
 
 def stored_photo(row: Row, fetch: Callable[[str, int], bytes] | None = None) -> bytes:

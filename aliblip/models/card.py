@@ -2,9 +2,9 @@
 
     write_card(Path("outputs/mine/best"), "me/name", license="apache-2.0")
 
-Facts come from the folder (`config.json`, weights, processor, `results.json`, `evaluation/results.json`) and from that
-of the run around it (`arguments.json`, `manifest.json`, `machine.json`, `log.jsonl`). What is not known is said to be
-unknown. Cards are public: of folders of this machine they have the name, not the path.
+Facts come from the folder (`config.json`, weights, processor, `results.json`, `evaluation/`, `evaluations/`) and from
+that of the run around it (`arguments.json`, `manifest.json`, `machine.json`, `log.jsonl`). What is not known is said to
+be unknown. Cards are public: of folders of this machine they have the name, not the path.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from huggingface_hub import EvalResult, ModelCardData
 from safetensors import SafetensorError, safe_open
 
 from aliblip.retrieval.metrics import RECALL_AT
-from aliblip.retrieval.results import DIRECTION_NAMES
+from aliblip.retrieval.results import DIRECTION_NAMES, EVALUATIONS
 from aliblip.runtime.files import write_text
 from aliblip.runtime.mistakes import usage_errors
+from aliblip.runtime.sameness import weights_of
 
 CARD = "README.md"
 # A card with this line is replaced; somebody who edits a card removes the line.
@@ -156,15 +157,20 @@ def model_card(folder: Path, name: str, license: str | None = None) -> str:
 def all_results(folder: Path) -> list[dict[str, Any]]:
     """The evaluations of exactly these weights, one for each data set and split.
 
-    That of `evaluate_retrieval.py` (in `evaluation/`) is preferred to the training's own: it has intervals. One that is
-    older than the weights belongs to other weights and is left out.
+    Those of `evaluate_retrieval.py` (in `evaluation/`, or kept in `evaluations/` where the output lies elsewhere) are
+    preferred to the training's own: they have intervals. They say which weights they are of; one that does not, and is
+    older than the weights, is left out.
     """
-    weights = max(path.stat().st_mtime for path in folder.glob("model*.safetensors"))
+    written = max(path.stat().st_mtime for path in folder.glob("model*.safetensors"))
+    weights = weights_of(folder)
     found: dict[tuple, dict] = {}
-    for path in (folder / "evaluation" / "results.json", folder / "results.json"):
+    kept = sorted((folder / EVALUATIONS).glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in (folder / "evaluation" / "results.json", *kept, folder / "results.json"):
         results = _read(path)
-        is_older = path.parent != folder and results and path.stat().st_mtime < weights
-        if "mean_recall" in results and not is_older:
+        is_of_others = path.parent != folder and results and path.stat().st_mtime < written
+        if "weights" in results:
+            is_of_others = results["weights"] != weights
+        if "mean_recall" in results and not is_of_others:
             found.setdefault((results["dataset"], results["split"]), results)
     return list(found.values())
 
@@ -266,7 +272,7 @@ def _table(results: dict) -> str:
             lines.append(f"| {direction}, {name} | {' | '.join(cells)} | {row['median_rank']:g} |")
     mean = _cell(results["mean_recall"], results.get("mean_recall_interval"), digits=2)
     stage = "ITC" if results["score"] == "itc" else "ITM"
-    order = f" Re-ranked by match logit + {results['fusion_weight']:g} x ITC (the pipeline's `fusion_weight`)."
+    order = f" Re-ranked by match logit + {results['fusion_weight']:g} x ITC (`fusion_weight`)."
     return "\n".join(
         [*lines, "", f"Mean of all {stage} recalls: {mean}.{order if results['score'] == 'fused' else ''}"]
     )

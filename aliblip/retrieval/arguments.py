@@ -40,9 +40,13 @@ class EvaluationArguments:
         "What orders the candidates: fused (match logit + weight x ITC similarity), itm, or itc (no re-ranking).",
         choices=["fused", "itm", "itc"],
     )
-    fusion_weight: float | None = option(None, "Weight of the ITC similarity in the fused score (default: 1).")
+    fusion_weight: float | None = option(
+        None, "Weight of the ITC similarity in the fused score (default: the model's, 1 if it was never tuned)."
+    )
     tune_fusion: str | None = option(
-        None, "Choose the weight on this split (with --data_files: this file) first; not on the one that is measured."
+        None,
+        "Choose the weight on this split (with --data_files: this file) first, and store it with the model; not on the "
+        "one that is measured.",
     )
     per_device_eval_batch_size: int = option(32, "Rows encoded at a time.")
     rerank_batch_tokens: int | None = option(

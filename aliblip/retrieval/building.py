@@ -669,18 +669,19 @@ def _unit_table(
             return values
         return values[chosen] if isinstance(values, Tensor) else [values[place] for place in chosen]
 
-    embeds = unit.image_embeds if facts.kind == "image" else unit.text_embeds
+    of_photos = facts.kind == "image"  # whose rows may share one
+    embeds = unit.image_embeds[unit.photo] if of_photos else unit.text_embeds
     columns = kept.columns(schema, taken(unit.others), lost)
     columns[ID] = pa.array(ids, schema.field(ID).type)
     columns[VECTOR] = vector_column(taken(embeds), schema)
-    if PATH in schema.names and facts.kind == "image":
+    if PATH in schema.names and of_photos:
         columns[PATH] = pa.array(taken(unit.paths), pa.string())
     if facts.kind == "text":
         columns[TEXT] = pa.array(taken(unit.texts), pa.string())
     if facts.thumbnail_side is not None:
         columns[THUMBNAIL] = pa.array(taken(unit.thumbnails), pa.binary())
     if facts.token_shape is not None:
-        bits = taken(unit.image_tokens).contiguous().view(torch.int16).numpy().reshape(-1)
+        bits = taken(unit.image_tokens[unit.photo]).contiguous().view(torch.int16).numpy().reshape(-1)
         columns[TOKENS] = pa.FixedSizeListArray.from_arrays(pa.array(bits), schema.field(TOKENS).type.list_size)
     return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
 

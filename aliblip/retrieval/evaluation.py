@@ -4,8 +4,9 @@
     results = evaluate_retrieval(model, loader, model_name=..., ...)      # the same, measured: as in results.json
     retrieval = retrieve(model, photos, queries=titles)                   # two sources instead of one table
 
-In a table every row is one image and one title: both galleries have the same ids, 0 .. N - 1, the usable rows in source
-order. A title's positives are the images of equal product id, and the other way round.
+In a table every usable row gives a title, and a photo if none before it has the same one: a photo is one image however
+many rows name it, by one file name or as copies. A title's positives are the photos of its product, its own among them;
+a photo's are the titles of all products whose rows name it. Where the data has no product ids, a photo is a product.
 
 Work is cut into fixed units by global id (the loader's units of rows; blocks of queries in the search), and a unit is
 computed whole by rank `unit % world size`. What is computed together, padding included, therefore never depends on the
@@ -106,12 +107,13 @@ def retrieve(
     has_truth: bool = True,
     k_rerank: Depth | Sequence[Depth] | None = None,
     score: str = "fused",
-    fusion_weight: float = 1.0,
+    fusion_weight: float | None = None,
     dtype: torch.dtype | None = None,
     rerank_batch_tokens: int | None = None,
     gallery_chunk: int = engine.GALLERY_CHUNK,
     image_token_memory_gb: float = 4.0,
     list_at_least: int = 0,
+    photos_by_name: bool = False,
     parts: Parts | None = None,
     progress: bool = False,
 ) -> Retrieval:
@@ -131,7 +133,7 @@ def retrieve(
             source; unusable rows found later can only lower it. "all" needs `parts`, in a folder that all processes
             see: the match logits lie there in a file, see `Retrieval.matrix`.
         score: what orders the candidates: "fused", "itm" or "itc" (no second stage).
-        fusion_weight: of the ITC similarity in the fused score.
+        fusion_weight: of the ITC similarity in the fused score; None: the model's.
         dtype: type of the autocast of the model's passes; None: the type of the weights.
         rerank_batch_tokens: bound on the text tokens of one re-ranking pass; None: what suits the device and its free
             memory.
@@ -139,15 +141,18 @@ def retrieve(
         image_token_memory_gb: host memory that each process may fill with image tokens between the stages, beside what
             is free on its GPU. Images beyond are read and encoded once more. Either way gives the same results.
         list_at_least: items that the rankings hold of every query, where fewer are re-ranked.
+        photos_by_name: whether copies of a photo under several names are several photos; their rows have to be
+            described by the loader's collator.
         parts: where finished units are kept, and those of an earlier start are found; None: nowhere.
         progress: show a progress bar on the main process.
 
     Raises:
-        UsageError: no usable row, or an explicit `k_rerank` out of range.
+        UsageError: no usable row, an explicit `k_rerank` out of range, or features or match logits that are not finite.
         ValueError: "all" without `parts`.
         OSError: "all", and the disk has no room for the file.
         RuntimeError: if a unit of work was lost or done twice.
     """
+    fusion_weight = model.config.fusion_weight if fusion_weight is None else fusion_weight
     asked = _as_depths(k_rerank)
     check_k_rerank(asked, loader.source.num_rows)
     exhaustive = ALL in asked and score != "itc"
@@ -158,16 +163,25 @@ def retrieve(
         with _timed(seconds, "embed"):
             memory = TokenMemory(image_token_memory_gb * 1e9, free_for_tokens(next(model.parameters()).device))
             images, titles, resumed = embed(
-                model, loader, queries, dtype=dtype, memory=memory, parts=parts, progress=progress
+                model,
+                loader,
+                queries,
+                dtype=dtype,
+                memory=memory,
+                photos_by_name=photos_by_name,
+                parts=parts,
+                progress=progress,
             )
-        depths = _depths(asked, len(images), score)
+        sides = ((titles, images), (images, titles))[: 2 if queries is None else 1]
+        depths = _depths(asked, max(len(searched) for _, searched in sides), score)
         reranked = max(depths[:-1], default=0) if exhaustive else depths[-1]
-        listed = min(max(reranked, list_at_least, LISTED if exhaustive else 0), len(images))
+        listed = max(reranked, list_at_least, LISTED if exhaustive else 0)
         with _timed(seconds, "search"):
-            sides = ((titles, images), (images, titles))[: 2 if queries is None else 1]
             device = next(model.parameters()).device
             searches = [Search(*pair, device=device, chunk=gallery_chunk, has_truth=has_truth) for pair in sides]
-            found, itc_ranks = zip(*(search.candidates(listed) for search in searches), strict=True)
+            found, itc_ranks = zip(
+                *(search.candidates(min(listed, len(search.searched))) for search in searches), strict=True
+            )
         if has_truth and not itc_ranks[0].any():
             has_truth, itc_ranks = False, [None] * len(searches)
             if is_main():
@@ -189,7 +203,7 @@ def retrieve(
             with _timed(seconds, "order"):
                 whole = np.load(parts.folder / MATRIX, mmap_mode="r")  # (images, titles)
                 rankings = [
-                    search.order_all(of_direction, listed, score, fusion_weight)
+                    search.order_all(of_direction, min(listed, len(search.searched)), score, fusion_weight)
                     for search, of_direction in zip(searches, (whole.T, whole), strict=False)
                 ]
         else:
@@ -197,7 +211,7 @@ def retrieve(
         for order, ranks, (asking, searched) in zip(rankings, itc_ranks, sides, strict=True):
             order.itc_ranks = ranks
             if has_truth and not exhaustive:
-                order.ranks = ranks_of(order, depths[-1], ranks, asking.product_id, searched.product_id)
+                order.ranks = ranks_of(order, depths[-1], ranks, asking, searched)
     directions = [Direction(candidates, order) for candidates, order in zip(found, rankings, strict=True)]
     return Retrieval(
         images=images,

@@ -1,7 +1,8 @@
 """Retrieval metrics as pure functions of arrays, with many-to-many truth.
 
 Truth is explicit: every query and every gallery item carries a product id, and the positives of a query are the gallery
-items with its id. A query may have several positives or none.
+items with its id. A query may have several positives or none. A photo that several products share carries the ids of
+all of them (`Products`).
 
     rank        position of a query's best-placed positive, counted from 1; 0 for a query without any positive
     recall@k    share of the queries whose rank is at most k (one positive among the k best is a hit), as a fraction
@@ -13,6 +14,7 @@ Legend: Q queries, N gallery items, n items of one chunk, K length of a ranking.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,7 +25,69 @@ RECALL_AT = (1, 5, 10)
 ScoreChunks = Callable[[], Iterable[tuple[int, Tensor]]]
 
 
-def best_positive_ranks(score_chunks: ScoreChunks, query_product_id: Tensor, gallery_product_id: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Products:
+    """The products of N queries or gallery items: of each `first` (N,) int64, and `further` ones, (X, 2) int64 of item
+    and product, where a photo is that of several."""
+
+    first: Tensor
+    further: Tensor
+
+    @classmethod
+    def of(cls, products: "Products | Tensor") -> "Products":
+        """Products as they are, or (N,) int64 of one product each."""
+        if isinstance(products, cls):
+            return products
+        return cls(products, products.new_zeros(0, 2))
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def __getitem__(self, chosen: slice) -> "Products":
+        start, stop, _ = chosen.indices(len(self))
+        inside = (self.further[:, 0] >= start) & (self.further[:, 0] < stop)
+        return Products(self.first[chosen], self.further[inside] - self.further.new_tensor([start, 0]))
+
+    def to(self, device: torch.device) -> "Products":
+        return Products(self.first.to(device), self.further.to(device))
+
+
+def positives_among(queries: Products, items: Products) -> Tensor:
+    """(Q, n) bool: whether query and item show the same product."""
+    positive = queries.first[:, None] == items.first[None, :]
+    for query, item in _shared(queries, items):
+        positive[query, item] = True
+    return positive
+
+
+def _shared(queries: Products, items: Products) -> Iterable[tuple[Tensor, Tensor]]:
+    """Pairs of a query and an item that share a product which is not the first of both."""
+    if len(items.further):
+        item, product = items.further.unbind(1)
+        query, place = (queries.first[:, None] == product[None, :]).nonzero(as_tuple=True)
+        yield query, item[place]
+    if len(queries.further):
+        query, product = queries.further.unbind(1)
+        place, item = (product[:, None] == items.first[None, :]).nonzero(as_tuple=True)
+        yield query[place], item
+    if len(queries.further) and len(items.further):
+        mine, theirs = (queries.further[:, None, 1] == items.further[None, :, 1]).nonzero(as_tuple=True)
+        yield queries.further[mine, 0], items.further[theirs, 0]
+
+
+def positives_in(rankings: Tensor, queries: Products, items: Products) -> Tensor:
+    """(Q, K) bool: which of the ranked items show the query's product."""
+    hit = items.first[rankings] == queries.first[:, None]
+    keys = [query * len(items) + item for query, item in _shared(queries, items)]
+    if keys:
+        pairs = torch.arange(len(queries), device=rankings.device)[:, None] * len(items) + rankings
+        hit |= torch.isin(pairs, torch.cat(keys))
+    return hit
+
+
+def best_positive_ranks(
+    score_chunks: ScoreChunks, query_product_id: Products | Tensor, gallery_product_id: Products | Tensor
+) -> Tensor:
     """Exact rank of every query's best positive in the whole gallery, without a sort and without the whole score
     matrix.
 
@@ -33,8 +97,8 @@ def best_positive_ranks(score_chunks: ScoreChunks, query_product_id: Tensor, gal
     Args:
         score_chunks: called twice; each call yields `(start, scores)` over the gallery, `scores` (Q, n) for the items
             `start .. start + n - 1`. Both calls have to yield the same bits.
-        query_product_id: (Q,) int64.
-        gallery_product_id: (N,) int64.
+        query_product_id: of the Q queries, (Q,) int64 where each has one.
+        gallery_product_id: of the N gallery items, (N,) int64 where each has one.
 
     Returns:
         (Q,) int64 ranks from 1, 0 where the gallery holds no positive.
@@ -42,9 +106,10 @@ def best_positive_ranks(score_chunks: ScoreChunks, query_product_id: Tensor, gal
     Raises:
         ValueError: if the chunks do not cover the gallery exactly once, in order.
     """
-    device = query_product_id.device
-    best_score = torch.full(query_product_id.shape, -torch.inf, device=device)  # (Q,)
-    best_id = torch.full(query_product_id.shape, -1, dtype=torch.int64, device=device)  # (Q,)
+    queries, gallery = Products.of(query_product_id), Products.of(gallery_product_id)
+    device = queries.first.device
+    best_score = torch.full(queries.first.shape, -torch.inf, device=device)  # (Q,)
+    best_id = torch.full(queries.first.shape, -1, dtype=torch.int64, device=device)  # (Q,)
     seen = 0
     for start, scores in score_chunks():
         if start != seen:
@@ -52,14 +117,14 @@ def best_positive_ranks(score_chunks: ScoreChunks, query_product_id: Tensor, gal
                 f"score chunks must follow one another: expected a chunk from {seen}, got one from {start}"
             )
         seen = start + scores.shape[1]
-        positive = query_product_id[:, None] == gallery_product_id[None, start:seen]  # (Q, n)
+        positive = positives_among(queries, gallery[start:seen])  # (Q, n)
         # max(dim) returns the first of equal maxima, which is the lower id
         score, index = scores.masked_fill(~positive, -torch.inf).max(dim=1)
         better = positive.any(dim=1) & ((best_id < 0) | (score > best_score))
         best_score = torch.where(better, score, best_score)
         best_id = torch.where(better, index + start, best_id)
-    if seen != len(gallery_product_id):
-        raise ValueError(f"score chunks cover {seen} gallery items, the product ids {len(gallery_product_id)}")
+    if seen != len(gallery):
+        raise ValueError(f"score chunks cover {seen} gallery items, the product ids {len(gallery)}")
 
     ahead = torch.zeros_like(best_id)  # (Q,)
     for start, scores in score_chunks():
@@ -69,23 +134,27 @@ def best_positive_ranks(score_chunks: ScoreChunks, query_product_id: Tensor, gal
     return torch.where(best_id >= 0, ahead + 1, 0)
 
 
-def ranks_in_rankings(rankings: Tensor, query_product_id: Tensor, gallery_product_id: Tensor) -> Tensor:
+def ranks_in_rankings(
+    rankings: Tensor, query_product_id: Products | Tensor, gallery_product_id: Products | Tensor
+) -> Tensor:
     """Rank of the best positive inside rankings that may be shorter than the gallery.
 
     Args:
         rankings: (Q, K) int64 gallery ids, best first.
-        query_product_id: (Q,) int64.
-        gallery_product_id: (N,) int64.
+        query_product_id, gallery_product_id: as in `best_positive_ranks`.
 
     Returns:
         (Q,) int64 ranks from 1, 0 where no positive stands among the K.
     """
-    hit = gallery_product_id[rankings] == query_product_id[:, None]  # (Q, K)
+    hit = positives_in(rankings, Products.of(query_product_id), Products.of(gallery_product_id))  # (Q, K)
     return torch.where(hit.any(dim=1), hit.int().argmax(dim=1) + 1, 0)
 
 
 def ranks_after_reranking(
-    reranked: Tensor, first_ranks: Tensor, query_product_id: Tensor, gallery_product_id: Tensor
+    reranked: Tensor,
+    first_ranks: Tensor,
+    query_product_id: Products | Tensor,
+    gallery_product_id: Products | Tensor,
 ) -> Tensor:
     """Ranks when the K best of a first stage were put into a new order and everything else follows in the order of that
     stage.
@@ -96,8 +165,7 @@ def ranks_after_reranking(
     Args:
         reranked: (Q, K) int64 gallery ids, the K best of the first stage in their new order.
         first_ranks: (Q,) int64 from `best_positive_ranks`.
-        query_product_id: (Q,) int64.
-        gallery_product_id: (N,) int64.
+        query_product_id, gallery_product_id: as there.
 
     Returns:
         (Q,) int64 ranks from 1, 0 where the gallery holds no positive.

@@ -97,7 +97,7 @@ class Searcher:
         gallery: of photos.
         show_columns: shown below each photo; None: a column of captions if there is one, else the id.
         filter_columns: to filter by; None: those with few values.
-        fusion_weight: of the ITC similarity beside the match logit.
+        fusion_weight: of the ITC similarity beside the match logit; None: the model's.
 
     Raises:
         UsageError: a gallery of titles or of another model, columns that are not there.
@@ -110,12 +110,13 @@ class Searcher:
         *,
         show_columns: Sequence[str] | None = None,
         filter_columns: Sequence[str] | None = None,
-        fusion_weight: float = 1.0,
+        fusion_weight: float | None = None,
     ):
         if gallery.kind != "image":
             raise UsageError("the gallery holds titles, this page shows photos: search it with the pipeline")
         gallery.check_model(pipe.encoder.fingerprint)
-        self.pipe, self.gallery, self.fusion_weight = pipe, gallery, fusion_weight
+        self.pipe, self.gallery = pipe, gallery
+        self.fusion_weight = pipe.model.config.fusion_weight if fusion_weight is None else fusion_weight
         self.show_columns = list(_captions(gallery) if show_columns is None else show_columns)
         require_columns(gallery, "show_columns", [name for name in self.show_columns if name != "id"])
         self.filters = choose_filters(gallery, filter_columns, left_out=self.show_columns)

@@ -81,7 +81,6 @@ def write_report(path: Path, retrieval: Retrieval, photos: Source, results: dict
 
 def _sheet_row(retrieval: Retrieval, photos: Source, query: int, count: int, with_right: bool = False) -> SheetRow:
     found, images = retrieval.text_to_image.rankings, retrieval.images
-    product_id = retrieval.titles.product_id[query]
     places = list(range(min(count, found.ids.shape[1])))
     rank = 0 if found.ranks is None else int(found.ranks[query])
     if with_right and len(places) < rank <= found.ids.shape[1]:
@@ -92,7 +91,7 @@ def _sheet_row(retrieval: Retrieval, photos: Source, query: int, count: int, wit
         row = int(images.rows[photo])
         with usage_errors(UnusableItem, told=f"the photo of row {row} can't be read any more: {{}}"):
             image = decode(next(iter(photos.read_range(row, row + 1))), "images").image
-        right = found.ranks is not None and bool(images.product_id[photo] == product_id)
+        right = found.ranks is not None and retrieval.is_right(query, photo)
         name = images.names[photo] if images.names else f"row {row}"
         score = found.scores[query, place]
         # a photo beyond those that were re-ranked has its ITC similarity alone

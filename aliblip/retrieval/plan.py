@@ -24,6 +24,7 @@ from aliblip.data.sources import Source
 from aliblip.runtime.mistakes import UsageError
 
 TITLES_LOOKED_AT = 1000
+ROWS_LOOKED_AT = 200_000
 # Dense bf16 rate of one GPU by its maker's data sheet, and the share of it that the times are told at: an assumption.
 H200_FLOPS = 989e12
 ASSUMED_SHARE = 0.4
@@ -250,6 +251,17 @@ def title_tokens(tokenizer, titles: Source, max_length: int) -> tuple[float, int
     return statistics.fmean(lengths), max_length if titles.num_rows > TITLES_LOOKED_AT else max(lengths)
 
 
+def count_photos(photos: Source) -> int:
+    """How many photos a source has, as far as that can be told without reading them: rows that name the same file are
+    one, copies are not noticed, and of large or packed data every row counts."""
+    if not photos.random_access or photos.num_rows > ROWS_LOOKED_AT:
+        return photos.num_rows
+    if any(isinstance(row.image, bytes) for row in photos.read_range(0, 1)):  # which would all be read
+        return photos.num_rows
+    rows = photos.read_range(0, photos.num_rows)
+    return len({row.image if isinstance(row.image, str) else ("row", row.row) for row in rows})
+
+
 def make_plan(
     model,
     processor,
@@ -388,6 +400,7 @@ __all__ = [
     "MemoryPlan",
     "available_memory",
     "batch_tokens_now",
+    "count_photos",
     "duration_text",
     "expected_time",
     "free_for_tokens",

@@ -1,7 +1,7 @@
 """What a two-stage retrieval found, as values: candidates with both raw scores, and the orders made from them.
 
     rankings = final_order(candidates, k=32, score="fused", weight=1.0)
-    ranks = ranks_of(rankings, itc_ranks, query_product_id, gallery_product_id)
+    ranks = ranks_of(rankings, depth, itc_ranks, queries, gallery)
 
 Legend: Q queries, N gallery items, K candidates of a query, k re-ranked ones of these, E embedding, L text tokens.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import retrieval_aliblip as engine
-from aliblip.retrieval.metrics import ranks_after_reranking, summarize_ranks
+from aliblip.retrieval.metrics import Products, positives_in, ranks_after_reranking, summarize_ranks
 from aliblip.runtime.files import write_bytes
 from aliblip.runtime.mistakes import UsageError
 
@@ -32,11 +32,13 @@ MATRIX = "itm_logits.npy"
 
 @dataclass
 class Side:
-    """The usable rows of one side, photos or titles (N of them): what all processes know of them after the first stage.
+    """The photos or the titles (N of them): what all processes know of them after the first stage.
 
-    `rows` (N,) source rows; `product_id` (N,); `embeds` (N, E) fp32; `first` unit -> its first id, one entry more than
-    units; `skipped` the unusable rows as {"row", "name", "reason"}; `names`, `texts` and `others` as in the batches of
-    a collator that describes, else empty. Titles alone: `input_ids` and `attention_mask` (N, L).
+    `rows` (N,) source rows, of a photo that several rows name the first; `product_id` (N,); `embeds` (N, E) fp32;
+    `first` unit -> its first id, one entry more than units; `skipped` the unusable rows as {"row", "name", "reason"};
+    `names`, `texts` and `others` as in the batches of a collator that describes, else empty. Titles alone: `input_ids`
+    and `attention_mask` (N, L). Photos alone: `photo_id` (N,), and `further` (X, 2), products beside the first of a
+    photo that rows of several products name.
     """
 
     rows: Tensor
@@ -49,9 +51,15 @@ class Side:
     others: list[dict[str, Any]] = field(default_factory=list)
     input_ids: Tensor | None = None
     attention_mask: Tensor | None = None
+    photo_id: Tensor | None = None
+    further: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def products(self) -> Products:
+        return Products.of(self.product_id) if self.further is None else Products(self.product_id, self.further)
 
 
 @dataclass
@@ -92,7 +100,8 @@ class Direction:
 class Retrieval:
     """A finished retrieval.
 
-    `depths`: how many candidates of a query were re-ranked, rising; the last one gives `rankings`. `matrix`: where all
+    `depths`: how many candidates of a query were re-ranked, rising, or all where a gallery is smaller; the last one
+    gives `rankings`. `matrix`: where all
     pairs were scored, the .npy file of their match logits, (images, titles) fp32, rows and columns in the order of the
     usable rows. `seconds` by stage, and `resumed_units` that an earlier start had finished.
     """
@@ -120,6 +129,11 @@ class Retrieval:
         """Unusable rows of both sides, each once."""
         same = self.titles.skipped is self.images.skipped
         return self.images.skipped if same else self.images.skipped + self.titles.skipped
+
+    def is_right(self, title: int, photo: int) -> bool:
+        """Whether a photo shows the product of a title."""
+        query = self.titles.products[title : title + 1]
+        return bool(positives_in(torch.tensor([[photo]]), query, self.images.products))
 
     @property
     def has_truth(self) -> bool:
@@ -198,6 +212,7 @@ def final_order(candidates: Candidates, depth: int, score: str, weight: float) -
 
     Of equal scores the lower id comes first. The scores of those that follow are not comparable with the ones before.
     """
+    depth = min(depth, candidates.ids.shape[1])
     scores = score_of(candidates.itc, candidates.itm_logits, score, weight)
     head = scores[:, :depth]
     # by id first, then a stable sort by score: ties go to the lower id
@@ -214,9 +229,9 @@ def final_order(candidates: Candidates, depth: int, score: str, weight: float) -
     )
 
 
-def ranks_of(rankings: Rankings, depth: int, itc_ranks: Tensor, query_product_id: Tensor, product_id: Tensor) -> Tensor:
+def ranks_of(rankings: Rankings, depth: int, itc_ranks: Tensor, queries: Side, gallery: Side) -> Tensor:
     """Ranks (Q,) of the best positives in the whole gallery, when the first `depth` were put into a new order."""
-    return ranks_after_reranking(rankings.ids[:, :depth], itc_ranks, query_product_id, product_id)
+    return ranks_after_reranking(rankings.ids[:, :depth], itc_ranks, queries.products, gallery.products)
 
 
 def tune_fusion(retrieval: Retrieval) -> tuple[float, dict[float, float]]:
@@ -237,7 +252,7 @@ def tune_fusion(retrieval: Retrieval) -> tuple[float, dict[float, float]]:
         for _, direction, queries, gallery in retrieval.directions():
             order = final_order(direction.candidates, depth, "fused", weight)
             itc_ranks = direction.rankings.itc_ranks
-            ranks = ranks_of(order, depth, itc_ranks, queries.product_id, gallery.product_id)
+            ranks = ranks_of(order, depth, itc_ranks, queries, gallery)
             each.append(summarize_ranks(ranks.numpy())["mean_recall"])
         recalls[weight] = float(np.mean(each))
     best = [weight for weight, recall in recalls.items() if recall == max(recalls.values())]
@@ -247,9 +262,9 @@ def tune_fusion(retrieval: Retrieval) -> tuple[float, dict[float, float]]:
 def write_rankings(path: Path, direction: Direction, queries: Side, gallery: Side) -> None:
     """One direction as Parquet, a row a query, its K items in their final order.
 
-    Columns: `query` (source row), `query_name`, `query_text` (of a title), `product_id`, `rank` and `rank_itc` (null
-    without truth, 0 without a positive), and the lists `ids` (source rows), `names`, `itc`, `itm_logit`, `score`
-    (null for items that are listed and were not re-ranked).
+    A photo that several rows name goes by the first of them. Columns: `query` (source row), `query_name`, `query_text`
+    (of a title), `product_id`, `rank` and `rank_itc` (null without truth, 0 without a positive), and the lists `ids`
+    (source rows), `names`, `itc`, `itm_logit`, `score` (null for items that are listed and were not re-ranked).
     """
     rankings = direction.rankings
     shape = rankings.ids.shape

@@ -13,7 +13,9 @@ The functions are collectives: every rank calls them, and every rank gets the re
 
 import contextlib
 import hashlib
+import logging
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -22,14 +24,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import retrieval_aliblip as engine
-from aliblip.retrieval.embedding import TokenMemory
+from aliblip.retrieval.embedding import TokenMemory, encode_photos
 from aliblip.retrieval.plan import image_kv_flops, match_flops
 from aliblip.retrieval.rankings import MATRIX, Candidates, Retrieval, Side, candidate_pairs
 from aliblip.runtime.distributed import is_main, together
+from aliblip.runtime.mistakes import UsageError
 from aliblip.runtime.parts import Parts, stage_of
 from aliblip.runtime.units import gather_units, own_units, unit_bar
+from encoder_aliblip import cause_of, is_finite
 
 _MATRIX_STAGE = "all-pairs"
+
+logger = logging.getLogger(__name__)
 
 
 class Reranking:
@@ -98,7 +104,7 @@ class Reranking:
         if len(found) > 1:
             located.append(logits[pairs.locate(torch.arange(images)[:, None], text_ids)])
         padded = [
-            F.pad(values, (0, candidates.ids.shape[1] - depth), value=float("nan"))
+            F.pad(values, (0, candidates.ids.shape[1] - values.shape[1]), value=float("nan"))
             for values, candidates in zip(located, found, strict=True)
         ]
         return padded, len(done)
@@ -108,7 +114,7 @@ class Reranking:
         does.
 
         Every unit of photos is a block of rows of the file, which all processes write into; the parts of this stage
-        only say which blocks are done.
+        say which blocks are done, and their checksums.
 
         Raises:
             OSError: the disk has no room for the file.
@@ -121,33 +127,50 @@ class Reranking:
         every_title = torch.arange(num_titles)
         own = own_units(self.loader.num_units)
         with parts.stage(name, before_write=matrix.flush, needed=True) as stage:  # collective
+            for unit in [unit for unit in own if unit in stage]:
+                if stage.load(unit)[1] != zlib.crc32(self._block(matrix, unit).tobytes()):
+                    logger.warning("a block of %s is damaged (its checksum is another) and is made again", MATRIX)
+                    stage.discard(unit)
             todo = [unit for unit in own if unit not in stage]
             bar = unit_bar(todo, len(todo), "scoring all pairs", self.progress)
             for unit, logits in self._units(bar, lambda _: every_title):
-                images = slice(self.images.first[unit], self.images.first[unit + 1])
-                matrix[images] = logits.view(-1, num_titles).numpy()
-                stage.add(unit, {})
+                block = self._block(matrix, unit)
+                block[:] = logits.view(-1, num_titles).numpy()
+                stage.add(unit, {}, zlib.crc32(block.tobytes()))
         gather_units("scoring all pairs", [(unit, None) for unit in own], self.loader.num_units)  # collective
         places = [(found[0].ids.numpy(), np.arange(num_titles)[:, None])]
         places += [(np.arange(num_images)[:, None], candidates.ids.numpy()) for candidates in found[1:]]
         return [torch.from_numpy(matrix[place]) for place in places], len(own) - len(todo)
 
+    def _block(self, matrix: np.ndarray, unit: int) -> np.ndarray:
+        return matrix[self.images.first[unit] : self.images.first[unit + 1]]
+
     def _units(self, units: Iterable[int], texts_of: Callable[[int], Tensor]) -> Iterator[tuple[int, Tensor]]:
         """Each unit and the match logits of its photos with their titles, photo by photo, on the CPU.
 
         An accelerator gets the next unit's work before anybody waits for the logits of the last.
+
+        Raises:
+            UsageError: logits that are not finite.
         """
+
+        def arrived(unit: int, logits: Callable[[], Tensor]) -> tuple[int, Tensor]:
+            values = logits()
+            if not is_finite(values):
+                self._refuse(values, unit, texts_of)
+            return unit, values
+
         waiting = None
         for unit in units:
             logits = _on_the_way(self._unit(unit, texts_of))
             if waiting is not None:
-                yield waiting[0], waiting[1]()
+                yield arrived(*waiting)
             waiting = unit, logits
             if self._reranker.device.type == "cpu":
-                yield unit, logits()
+                yield arrived(*waiting)
                 waiting = None
         if waiting is not None:
-            yield waiting[0], waiting[1]()
+            yield arrived(*waiting)
 
     def _unit(self, unit: int, texts_of: Callable[[int], Tensor]) -> Tensor:
         """Match logits of a unit's photos with their titles, photo by photo, on the model's device."""
@@ -158,12 +181,25 @@ class Reranking:
         tokens = self.memory.take(unit)
         if tokens is None:
             batch = self.loader.read_unit(unit)
-            if not torch.equal(batch["row"], self.images.rows[images.start : images.stop]):
-                raise RuntimeError(
-                    f"unit {unit} gave other rows when it was read again: the data changed during the run"
-                )
-            _, tokens = engine.embed_images(self.model, batch["pixel_values"], self.dtype)
+            tokens = encode_photos(self.model, batch, self.dtype)[1] if len(batch["row"]) else None
+        if tokens is not None:
+            own = slice(images.start, images.stop)
+            tokens = tokens.of_photos(self.images.rows[own], self.images.photo_id[own])
+        if tokens is None:
+            raise RuntimeError(f"unit {unit} gave other rows when it was read again: the data changed during the run")
         return self._reranker(tokens, text_ids)[:, 1].contiguous()
+
+    def _refuse(self, logits: Tensor, unit: int, texts_of: Callable[[int], Tensor]) -> None:
+        """Say which pair has no order."""
+        images = range(self.images.first[unit], self.images.first[unit + 1])
+        text_ids = [texts_of(image) for image in images]
+        image_of = torch.tensor(images).repeat_interleave(torch.tensor([len(ids) for ids in text_ids]))
+        place = int((~logits.isfinite()).nonzero()[0])
+        photo, title = self.images.rows[image_of[place]], self.titles.rows[torch.cat(text_ids)[place]]
+        raise UsageError(
+            f"the match logit of the photo of row {photo} with the title of row {title} is not finite: "
+            f"{cause_of(self.model)}"
+        )
 
 
 def _on_the_way(values: Tensor) -> Callable[[], Tensor]:

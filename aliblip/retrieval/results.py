@@ -39,6 +39,8 @@ DIRECTION_NAMES = {"text_to_image": "text to image", "image_to_text": "image to 
 RESULTS = "results.json"
 RANKINGS = "rankings_{}.parquet"
 COMPARISON = "comparison.json"
+# In a model's folder: results of its evaluations that lie elsewhere.
+EVALUATIONS = "evaluations"
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -123,7 +125,7 @@ def _measure_direction(retrieval: Retrieval, direction, queries: Side, gallery: 
             at_depth = rankings.ranks
             if depth != depths[-1]:
                 order = final_order(direction.candidates, depth, retrieval.score, retrieval.fusion_weight)
-                at_depth = ranks_of(order, depth, rankings.itc_ranks, queries.product_id, gallery.product_id)
+                at_depth = ranks_of(order, depth, rankings.itc_ranks, queries, gallery)
             summary = _summary(at_depth, RECALL_AT)
             measured["by_k"].append(
                 {
@@ -164,6 +166,11 @@ def _mean_recalls(retrieval: Retrieval, stage: str) -> np.ndarray:
     return np.mean(each, axis=0)
 
 
+def split_told(split: str, data_files: str | None) -> str:
+    """What was measured: the split, or the file that was named in its place."""
+    return split if data_files is None else data_files.rstrip("/").rpartition("/")[2]
+
+
 # --- slices -----------------------------------------------------------------------------------------------------------
 
 
@@ -171,9 +178,10 @@ def _slice(retrieval: Retrieval, name: str, stage: str) -> list[dict[str, Any]]:
     """Recalls of the queries of each value, the most frequent values first."""
     values = {}
     for direction, _, queries, _ in retrieval.directions():
-        # of a table, a photo has the title of its row
-        titled = retrieval.titles if queries is retrieval.images else queries
-        values[direction] = _values(titled, name)
+        values[direction] = _values(retrieval.titles, name)
+        if queries is retrieval.images:  # of a table, a photo has the title of its row, the first one that names it
+            places = torch.searchsorted(retrieval.titles.rows, retrieval.images.rows).tolist()
+            values[direction] = [values[direction][place] for place in places]
     counts = Counter(value for of_queries in values.values() for value in of_queries)
     shown = [value for value, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MOST_SLICES]]
     if name == "title_length":
@@ -226,7 +234,7 @@ def format_table(results: dict) -> str:
     """The results as lines for a terminal; recalls in percent."""
     lines = [
         f"{results['model']} on {results['dataset']}, {results['split']}: "
-        f"{results['num_images']} images, {results['num_texts']} titles"
+        f"{results['num_images']:,} photos, {results['num_texts']:,} titles"
     ]
     run = results["run"]
     processes = "process" if run["num_processes"] == 1 else "processes"
@@ -357,11 +365,13 @@ def write_results(output_dir: Path, retrieval: Retrieval, results: dict) -> list
 __all__ = [
     "COMPARISON",
     "DIRECTION_NAMES",
+    "EVALUATIONS",
     "RANKINGS",
     "RESULTS",
     "TITLE_SLICES",
     "check_results_of_others",
     "format_table",
     "measure",
+    "split_told",
     "write_results",
 ]

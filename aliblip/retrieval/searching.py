@@ -83,10 +83,10 @@ class Search:
         return engine.score_chunks(self._queries[own], self._gallery, self.chunk)
 
     def _ranks(self, chunks: Callable[[], Iterator[tuple[int, Tensor]]], own: slice) -> Tensor:
-        asking = self.asking.product_id[own]
+        asking = self.asking.products[own]
         if not self.has_truth:
             return torch.zeros(len(asking), dtype=torch.int64)
-        return best_positive_ranks(chunks, asking.to(self.device), self.searched.product_id.to(self.device))
+        return best_positive_ranks(chunks, asking.to(self.device), self.searched.products.to(self.device))
 
     def _by_blocks(self, name: str, found: Callable[[slice], tuple[Tensor, ...]]) -> list[Tensor]:
         """`found(slice of queries)` of all blocks of queries, each by one rank, joined on the CPU of all ranks."""

@@ -22,23 +22,24 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from aliblip.data.collate import Collator
+from aliblip.data.collate import Collator, printable
 from aliblip.data.loader import EvalLoader
-from aliblip.data.products import tell_sources
+from aliblip.data.products import content_id, tell_sources
 from aliblip.data.sources import Source, open_source, require_usable_row
 from aliblip.data.titles import look_at_titles, tell_cut_titles
 from aliblip.retrieval.arguments import EvaluationArguments, EvaluationDataArguments
 from aliblip.retrieval.compare import check_comparable
 from aliblip.retrieval.evaluation import ALL, DEFAULT_K_RERANK, Depth, check_k_rerank, parse_k_rerank
-from aliblip.retrieval.plan import MemoryPlan, expected_time, make_plan, size_text
+from aliblip.retrieval.plan import MemoryPlan, count_photos, expected_time, make_plan, size_text
 from aliblip.retrieval.rankings import MATRIX
-from aliblip.retrieval.results import TITLE_SLICES, check_results_of_others
+from aliblip.retrieval.results import TITLE_SLICES, check_results_of_others, split_told
 from aliblip.retrieval.submission import submission_rows
 from aliblip.runtime.accelerator import launched_precision
 from aliblip.runtime.arguments import check_range
 from aliblip.runtime.distributed import all_gather_objects, is_main, launched_rank, rank, world_size
 from aliblip.runtime.mistakes import UsageError, usage_errors
 from aliblip.runtime.parts import Parts
+from aliblip.runtime.sameness import weights_of
 from encoder_aliblip import fingerprint
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
@@ -133,6 +134,16 @@ def open_data(data: EvaluationDataArguments, slices: tuple[str, ...] = ()) -> tu
     return photos, titles
 
 
+def names_of_photos(photos: Source) -> list[str]:
+    """The names of the photos, each once where several rows name one, in the order of the data."""
+    names: dict[Any, str] = {}
+    for row in photos.read_range(0, photos.num_rows):
+        is_file = isinstance(row.image, str)
+        photo = row.image if is_file else content_id(row.image) if isinstance(row.image, bytes) else ("row", row.row)
+        names.setdefault((photo, row.name), printable(row.name))
+    return list(names.values())
+
+
 def open_titles(data: EvaluationDataArguments) -> Source:
     """The titles alone, in the order of the data."""
     if data.queries is not None:
@@ -159,7 +170,7 @@ def _open_table(data: EvaluationDataArguments, *, split: str, data_files: str | 
 
 def _open_side(data: EvaluationDataArguments, given: str, sides: str, **options) -> Source:
     """--gallery or --queries: a folder, files, or a name on the Hub."""
-    is_file = os.path.isfile(given) or "://" in given or any(sign in given for sign in "*?[")
+    is_file = _file_of(given) is not None
     # A name on the Hub is "user/name"; anything with an ending was meant to be a file.
     if not is_file and not os.path.isdir(given) and (os.path.splitext(given)[1] or given.startswith((".", "/"))):
         raise UsageError(f"{given} does not exist: give a folder, a file, or a data set on the Hub")
@@ -169,6 +180,13 @@ def _open_side(data: EvaluationDataArguments, given: str, sides: str, **options)
     return _open_table(
         data, split=data.split_name, data_files=places["data_files"], sides=sides, any_split=True, **options
     )
+
+
+def _file_of(given: str | None) -> str | None:
+    """What was given as data, if it is files: not a folder, nor a name on the Hub."""
+    if given is None or os.path.isdir(given):
+        return None
+    return given if os.path.isfile(given) or "://" in given or any(sign in given for sign in "*?[") else None
 
 
 def _open_tuning_data(data: EvaluationDataArguments, options: EvaluationArguments, depths, photos: Source) -> Source:
@@ -194,6 +212,16 @@ def _load(options: EvaluationArguments) -> tuple[AliBlipForImageTextRetrieval, A
     size = model.config.vision_config.image_size
     processor.image_processor.size = {"height": size, "width": size}
     return model, processor
+
+
+def _weights(options: EvaluationArguments) -> str | None:
+    folder = Path(options.model_name_or_path)
+    if not folder.is_dir():
+        return None
+    # At another size the position embedding is another one.
+    size = "" if options.image_size is None else f" at {options.image_size} pixels"
+    found = weights_of(folder)
+    return found and found + size
 
 
 # --- outputs ----------------------------------------------------------------------------------------------------------
@@ -238,8 +266,7 @@ def _check_outputs(
         if path := getattr(options, flag):
             _check_place(flag, path)
     if options.submission and photos.random_access:  # the names are all that is read there
-        names = [row.name for row in photos.read_range(0, photos.num_rows)]
-        submission_rows([], names, torch.empty(0))
+        submission_rows([], names_of_photos(photos), torch.empty(0))
 
 
 def _check_place(flag: str, path: str) -> None:
@@ -266,6 +293,7 @@ class Setup:
         tuned_on: the table on which the fusion weight is chosen, or None.
         has_truth: whether the data has right answers.
         names: "model_name", "dataset_name" and "split" of the results.
+        weights: what tells the model's weights from others, of a local folder; on the first process alone.
         parts, tuning_parts: where finished units are kept; those of `tuned_on`, or None.
         plan: memory and work.
     """
@@ -281,6 +309,7 @@ class Setup:
     model: AliBlipForImageTextRetrieval
     processor: AliBlipProcessor
     names: dict[str, str]
+    weights: str | None
     parts: Parts
     tuning_parts: Parts | None
     plan: MemoryPlan
@@ -288,7 +317,7 @@ class Setup:
     def told(self) -> str:
         """The plan in words; of a dry run also the expected time."""
         lines = [str(self.plan)]
-        if size := _matrix_bytes(self.depths, self.photos, self.titles):
+        if size := _matrix_bytes(self.depths, self.plan.num_images, self.titles):
             lines.append(f"  match logits of all pairs: {size_text(size)} on disk")
         if self.options.dry_run:
             lines.append(expected_time(self.plan))
@@ -329,6 +358,7 @@ class Setup:
             "dtype": torch.bfloat16 if accelerator.mixed_precision == "bf16" else None,
             "rerank_batch_tokens": batch_tokens,
             "image_token_memory_gb": self.plan.images_kept * one_image / 1e9,
+            "photos_by_name": bool(self.options.submission),  # which is what an answer file asks for
             "progress": sys.stderr.isatty(),
         }
 
@@ -352,7 +382,8 @@ def set_up(data: EvaluationDataArguments, options: EvaluationArguments) -> Setup
     model, processor = _load(options)
     tell_cut_titles(titles, lambda: look_at_titles(titles, processor.tokenizer, processor.max_length))
     dataset = photos.name if titles is photos else f"{photos.name} for {titles.name}"
-    names = {"model_name": options.model_name_or_path, "dataset_name": dataset, "split": photos.split}
+    split = split_told(photos.split, _file_of(data.data_files if data.gallery is None else data.gallery))
+    names = {"model_name": options.model_name_or_path, "dataset_name": dataset, "split": split}
     if not options.overwrite_output_dir:
         check_results_of_others(output_dir, **names)
     made_from = _made_from(model, processor, data, options)
@@ -362,8 +393,9 @@ def set_up(data: EvaluationDataArguments, options: EvaluationArguments) -> Setup
         tuning_parts = Parts(parts.folder / "tuning", made_from | {"photos": tuned_on.described()})
     if not options.overwrite_output_dir:
         parts.check()
-    plan = _plan(model, processor, photos, titles, depths, options)
-    _check_disk(parts.folder, _matrix_bytes(depths, photos, titles))
+    num_photos = count_photos(photos)
+    plan = _plan(model, processor, num_photos, titles, depths, options, both_directions=titles is photos)
+    _check_disk(parts.folder, _matrix_bytes(depths, num_photos, titles))
     return Setup(
         data=data,
         options=options,
@@ -376,6 +408,7 @@ def set_up(data: EvaluationDataArguments, options: EvaluationArguments) -> Setup
         model=model,
         processor=processor,
         names=names,
+        weights=_weights(options) if launched_rank() == 0 else None,
         parts=parts,
         tuning_parts=tuning_parts,
         plan=plan,
@@ -395,25 +428,35 @@ def _made_from(model, processor, data: EvaluationDataArguments, options: Evaluat
     }
 
 
-def _plan(model, processor, photos: Source, titles: Source, depths, options: EvaluationArguments) -> MemoryPlan:
-    asked = depths or [min(DEFAULT_K_RERANK, photos.num_rows)]
-    depth = photos.num_rows if ALL in asked else max(asked)
+def _plan(
+    model,
+    processor,
+    num_photos: int,
+    titles: Source,
+    depths,
+    options: EvaluationArguments,
+    *,
+    both_directions: bool,
+) -> MemoryPlan:
+    most = max(num_photos, titles.num_rows) if both_directions else num_photos
+    asked = depths or [min(DEFAULT_K_RERANK, most)]
+    depth = most if ALL in asked else max(asked)
     return make_plan(
         model,
         processor,
-        photos.num_rows,
+        num_photos,
         titles,
         0 if options.score == "itc" else depth,
-        both_directions=titles is photos,
+        both_directions=both_directions,
         dtype=torch.bfloat16 if launched_precision(options.mixed_precision) == "bf16" else None,
         rerank_batch_tokens=options.rerank_batch_tokens,
         image_token_memory_gb=options.image_token_memory_gb,
     )
 
 
-def _matrix_bytes(depths: list[Depth] | None, photos: Source, titles: Source) -> int:
+def _matrix_bytes(depths: list[Depth] | None, num_photos: int, titles: Source) -> int:
     """Size of the file of all match logits; 0 if it is not asked for."""
-    return photos.num_rows * titles.num_rows * 4 if ALL in (depths or ()) else 0
+    return num_photos * titles.num_rows * 4 if ALL in (depths or ()) else 0
 
 
 def _check_disk(folder: Path, size: int) -> None:
@@ -426,4 +469,14 @@ def _check_disk(folder: Path, size: int) -> None:
         )
 
 
-__all__ = ["Setup", "check_flags", "open_data", "open_titles", "rows_of", "set_up", "set_up_logging", "slices_of"]
+__all__ = [
+    "Setup",
+    "check_flags",
+    "names_of_photos",
+    "open_data",
+    "open_titles",
+    "rows_of",
+    "set_up",
+    "set_up_logging",
+    "slices_of",
+]

@@ -9,19 +9,20 @@ a reason that the user can change; the others are written all the same.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from aliblip.data.collate import printable
 from aliblip.retrieval.arguments import EvaluationArguments, EvaluationDataArguments
 from aliblip.retrieval.compare import compare, format_comparison
 from aliblip.retrieval.pages import draw_contact_sheet, write_report
 from aliblip.retrieval.rankings import Retrieval
-from aliblip.retrieval.results import COMPARISON, format_table, write_results
-from aliblip.retrieval.setup import Setup, open_data, open_titles, rows_of
+from aliblip.retrieval.results import COMPARISON, EVALUATIONS, format_table, write_results
+from aliblip.retrieval.setup import Setup, names_of_photos, open_data, open_titles, rows_of
 from aliblip.retrieval.submission import LONGEST_LIST, submission_rows, verify_submission, write_submission
 from aliblip.runtime.distributed import launched_rank
 from aliblip.runtime.files import write_json
@@ -41,6 +42,8 @@ def write(retrieval: Retrieval, results: dict, setup: Setup) -> int:
         print(f"{len(retrieval.skipped)} unusable rows were left out: {output_dir / 'skipped.jsonl'}")
     written = write_results(output_dir, retrieval, results)
     print(f"written: {written[0]}" + "".join(f", {path.name}" for path in written[1:]))
+    if setup.weights is not None and "mean_recall" in results:
+        _keep_beside_the_model(results, output_dir, Path(options.model_name_or_path))
     heading = f"{Path(options.model_name_or_path).name} on {results['dataset']}, {results['split']}"
     rows = rows_of(options)
     # Of --compare the path is that of the other run.
@@ -60,6 +63,35 @@ def write(retrieval: Retrieval, results: dict, setup: Setup) -> int:
     for message in failed:
         print(f"evaluate_retrieval.py: error: {message}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _keep_beside_the_model(results: dict, output_dir: Path, folder: Path) -> None:
+    """The numbers go where the model goes: its card is made from them."""
+    if output_dir.resolve() in (folder.resolve(), (folder / "evaluation").resolve()):
+        return
+    digest = hashlib.blake2b(f"{results['dataset']}\n{results['split']}".encode(), digest_size=6).hexdigest()
+    copy = folder / EVALUATIONS / f"{digest}.json"
+    try:
+        copy.parent.mkdir(exist_ok=True)
+        write_json(copy, results)
+        print(f"written: {copy}, for the model's card")
+    except OSError as error:
+        print(f"the results can't be kept beside the model for its card ({error.strerror})")
+
+
+def store_fusion_weight(weight: float, options: EvaluationArguments) -> None:
+    """Make a tuned weight that of the model, for the pipeline, the page and later evaluations; what comes of it is
+    printed."""
+    config = Path(options.model_name_or_path) / "config.json"
+    if options.image_size is not None or not config.is_file():
+        why = "at another --image_size" if config.is_file() else "a model from the Hub"
+        print(f"the weight is not stored with the model ({why}): give it as fusion_weight where you search")
+        return
+    try:
+        write_json(config, {**json.loads(config.read_text(encoding="utf-8")), "fusion_weight": weight})
+        print(f"stored as the model's fusion_weight in {config}")
+    except OSError as error:
+        print(f"the weight can't be stored in {config} ({error.strerror}): give it as fusion_weight where you search")
 
 
 def _write_comparison(here: Path, other: Path) -> Path:
@@ -98,7 +130,7 @@ def verify(data: EvaluationDataArguments, options: EvaluationArguments) -> int:
         The exit code: 1 if something is wrong.
     """
     photos, _ = open_data(data)
-    names = [printable(row.name) for row in photos.read_range(0, photos.num_rows)]
+    names = names_of_photos(photos)
     captions = _captions(data)
     problems = verify_submission(options.verify_submission, captions, names)
     if launched_rank() == 0:
@@ -109,4 +141,4 @@ def verify(data: EvaluationDataArguments, options: EvaluationArguments) -> int:
     return 1 if problems else 0
 
 
-__all__ = ["verify", "write"]
+__all__ = ["store_fusion_weight", "verify", "write"]

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -90,6 +91,15 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         SafetensorError: the system refused it; the message says why.
     """
     save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+
+
+def checksum_of(path: Path) -> str:
+    """Eight hexadecimal digits (CRC-32) that change with any flipped bit of a file, at 2 to 4 GB a second."""
+    value = 0
+    with open(path, "rb") as file:
+        while data := file.read(2**22):
+            value = zlib.crc32(data, value)
+    return f"{value:08x}"
 
 
 class NewFolder:
@@ -180,6 +190,7 @@ __all__ = [
     "PARTIAL",
     "NewFolder",
     "append_json_line",
+    "checksum_of",
     "new_file",
     "read_json_lines",
     "repair",

@@ -9,7 +9,8 @@
     parts.remove()
 
 A unit is done whole by one process, so the parts of a start with other processes serve as well. Finished units are
-written together every `SECONDS` seconds, each file whole or not at all; a crash loses what came after the last one.
+written together every `SECONDS` seconds, each file whole or not at all; a crash loses what came after the last one. A
+file has its checksum in its name, which is compared before it is used: one that was damaged on the disk is made again.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import logging
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from aliblip.runtime.distributed import is_main, rank, together
-from aliblip.runtime.files import write_bytes, write_json
+from aliblip.runtime.files import checksum_of, write_bytes, write_json
 from aliblip.runtime.mistakes import UsageError
 from aliblip.runtime.sameness import changes, told
 
@@ -114,10 +116,14 @@ class Parts:
             return None
         for file in sorted(self.folder.glob(f"{name}.*.safetensors")):
             try:
+                is_whole = file.name.split(".")[-2] == checksum_of(file)
                 with safe_open(file, "pt") as opened:
                     units = json.loads(opened.metadata()["units"])
             except (OSError, SafetensorError, KeyError, TypeError, ValueError):
                 logger.warning("%s can't be read and is made again", file)
+                continue
+            if not is_whole:
+                logger.warning("%s is damaged (its checksum is another) and is made again", file)
                 continue
             files |= {int(unit): file.name for unit in units}
         return files
@@ -173,6 +179,10 @@ class Stage:
         tensors = {key[len(prefix) :]: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
         return tensors, json.loads(file.metadata()["units"])[str(unit)]
 
+    def discard(self, unit: int) -> None:
+        """Take a unit for one that is still to do."""
+        self._files.pop(unit)
+
     def add(self, unit: int, tensors: dict[str, torch.Tensor], info: Any = None) -> None:
         """Keep a finished unit. `info` is anything that JSON can hold."""
         self._units[unit] = info
@@ -189,12 +199,13 @@ class Stage:
         """
         if not self._units or self._failed:
             return
-        first = min(self._units)
-        file = self.folder / f"{self.name}.{first:08d}.{rank()}.{os.getpid()}.safetensors"
+        data = save(self._tensors, metadata={"units": json.dumps(self._units)})
+        made_by = f"{min(self._units):08d}.{rank()}.{os.getpid()}.{zlib.crc32(data):08x}"
+        file = self.folder / f"{self.name}.{made_by}.safetensors"
         try:
             if self._before_write is not None:
                 self._before_write()
-            write_bytes(file, save(self._tensors, metadata={"units": json.dumps(self._units)}))
+            write_bytes(file, data)
         except OSError as error:
             if self.needed:
                 raise

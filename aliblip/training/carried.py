@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from aliblip.models.original import ENCODER_NAMES, NOT_FILLED, Original, check_weights, original_name
 from aliblip.runtime.mistakes import UsageError, usage_errors
-from aliblip.training.momentum import QUEUES, UNUSED, MomentumState
+from aliblip.training.momentum import QUEUE_PHOTOS, QUEUES, UNUSED, MomentumState
 from modeling_aliblip import AliBlipForImageTextRetrieval
 
 # Beside the weights of a model that was converted with its training state.
@@ -117,5 +117,5 @@ def momentum_of_original(
         state.text_queue.copy_(queues["text_queue"].t()[columns])
         state.queue_ids.copy_(ids[columns])
         state.queue_filled.copy_(ids[columns] != NOT_FILLED)
-    tensors = {name: value for name, value in state.state_dict().items() if torch.is_tensor(value)}
+    tensors = {k: v for k, v in state.state_dict().items() if torch.is_tensor(v) and k != QUEUE_PHOTOS}
     return {name: value for name, value in tensors.items() if with_queues or name.startswith("encoders.")}

@@ -7,7 +7,8 @@ processor, the Hub files. A *checkpoint* (`checkpoint-120/`) is what a run resum
     optimizer.safetensors  AdamW's state by parameter name
     momentum.safetensors   momentum encoders and queues
     ranks.safetensors      random states of Python, NumPy and torch (CPU and CUDA) of every rank
-    state.json             counters, arguments, data manifest, what each rank has counted, sizes of the other files
+    state.json             counters, arguments, data manifest, what each rank has counted, sizes and checksums of the
+                           other files and of itself
 
 The tensors are whole, whatever sharded them, and written by the main process alone. Nothing in a checkpoint is pickled,
 so one from untrusted hands can be wrong, but it can't run code; DeepSpeed's own files, which can, are not used.
@@ -19,6 +20,7 @@ import json
 import random
 import re
 import shutil
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -31,7 +33,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from aliblip.runtime.distributed import all_gather_objects, barrier, broadcast_object, is_main, rank
-from aliblip.runtime.files import NewFolder, write_json, write_tensors
+from aliblip.runtime.files import NewFolder, checksum_of, write_json, write_tensors
 from aliblip.runtime.mistakes import UsageError, usage_errors
 from aliblip.runtime.sameness import changes, told, way_back
 from aliblip.training.step import fp32_state_dict, load_fp32_state_dict, load_optimizer_state, optimizer_state
@@ -197,7 +199,9 @@ def save_checkpoint(
                 "momentum": {name: value for name, value in momentum.items() if not torch.is_tensor(value)},
                 "ranks": [own for own, _ in ranks],
                 "files": {file.name: file.stat().st_size for file in sorted(beside.iterdir())},
+                "checksums": {file.name: checksum_of(file) for file in sorted(beside.iterdir())},
             }
+            state["checksum"] = _checksum(state)
             write_json(beside / STATE, state)
         others = [path for path in checkpoints(output_dir) if path != folder]
         for old in others[: max(len(others) + 1 - limit, 0)] if limit else []:
@@ -318,20 +322,49 @@ def _whole_state(folder: Path) -> dict[str, Any]:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         of_format = state["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{folder} is damaged ({STATE} can't be read): resume from another checkpoint") from error
+        raise UsageError(f"{folder} is damaged ({STATE} can't be read): {_another(folder)}") from error
     if of_format != FORMAT:
         raise UsageError(
             f"{folder} is of format {of_format}, this version reads {FORMAT}: use the version that wrote it"
         )
     damaged = [f"{STATE} has no {name!r}" for name in ENTRIES if name not in state]
-    damaged += [
-        f"{name} has {_size(folder / name):,} bytes instead of {size:,}"
+    if state.get("checksum", _checksum(state)) != _checksum(state):
+        damaged.append(f"the checksum of {STATE} is another")
+    damaged += _damage(folder, state)
+    if damaged:
+        raise UsageError(f"{folder} is damaged ({'; '.join(damaged)}): {_another(folder)}")
+    return state
+
+
+def _damage(folder: Path, state: dict[str, Any]) -> list[str]:
+    """What is wrong with the other files of a checkpoint. Those of version 0.1 have no checksums."""
+    sizes = {name: _size(folder / name) for name in state.get("files", {})}
+    damaged = [
+        f"{name} has {sizes[name]:,} bytes instead of {size:,}"
         for name, size in state.get("files", {}).items()
-        if _size(folder / name) != size
+        if sizes[name] != size
     ]
     if damaged:
-        raise UsageError(f"{folder} is damaged ({'; '.join(damaged)}): resume from another checkpoint")
-    return state
+        return damaged
+    return [
+        f"the checksum of {name} is another"
+        for name, expected in state.get("checksums", {}).items()
+        if checksum_of(folder / name) != expected
+    ]
+
+
+def _checksum(state: dict[str, Any]) -> str:
+    content = json.dumps({name: value for name, value in state.items() if name != "checksum"}, sort_keys=True)
+    return f"{zlib.crc32(content.encode()):08x}"
+
+
+def _another(folder: Path) -> str:
+    """Where to go on instead: the newest checkpoint before a damaged one."""
+    number = folder.name.rpartition("-")[2]
+    older = [path for path in checkpoints(folder.parent) if number.isdecimal() and int(path.name[11:]) < int(number)]
+    if older:
+        return f"go on from the one before it, --resume_from_checkpoint {older[-1]}"
+    return "resume from another checkpoint"
 
 
 def _size(file: Path) -> int:

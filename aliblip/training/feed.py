@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-ON_DEVICE = ("pixel_values", "input_ids", "attention_mask", "product_id")
+ON_DEVICE = ("pixel_values", "input_ids", "attention_mask", "product_id", "photo_id")
 
 
 class Feed:

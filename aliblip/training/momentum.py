@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from aliblip.runtime.distributed import all_gather
 
 QUEUES = ("image_queue", "text_queue", "queue_ids", "queue_filled")
+# Photos of the slots; not in the files that come with a model, whose queues know products alone.
+QUEUE_PHOTOS = "queue_photos"
 UNUSED = ("crossattention", "itm_head")  # the features don't need them
 
 
@@ -35,6 +37,7 @@ class Targets:
     image_queue: Tensor  # (Q, E)
     text_queue: Tensor  # (Q, E)
     queue_ids: Tensor  # (Q,) int64 products of the slots
+    queue_photos: Tensor  # (Q,) int64 photos of the slots, 0: not known
     queue_filled: Tensor  # (Q,) bool, False: the slot holds a random unit vector, a negative for everybody
     queue_pointer: int = 0  # the slot that was to be written next
 
@@ -90,7 +93,9 @@ class MomentumState(nn.Module):
             queue = F.normalize(torch.randn(queue_size, embedding_size, generator=generator), dim=1)
             self.register_buffer(name, queue)
         self.register_buffer("queue_ids", torch.zeros(queue_size, dtype=torch.int64))
+        self.register_buffer(QUEUE_PHOTOS, torch.zeros(queue_size, dtype=torch.int64))
         self.register_buffer("queue_filled", torch.zeros(queue_size, dtype=torch.bool))
+        self.register_load_state_dict_pre_hook(_photos_not_known)
         self.pointer = 0  # the slot that is written next
         self.updates = 0  # updates of the average so far
 
@@ -144,6 +149,7 @@ class MomentumState(nn.Module):
             self.image_queue.clone(),
             self.text_queue.clone(),
             self.queue_ids.clone(),
+            self.queue_photos.clone(),
             self.queue_filled.clone(),
             self.pointer,
         )
@@ -154,10 +160,11 @@ class MomentumState(nn.Module):
 
         Args:
             targets: of this rank's batch, B rows, as many on every rank.
-            product_id: (B,) int64.
+            product_id: (B,) int64; or (B, 2), products and photos.
         """
         image, text = all_gather(torch.cat([targets.image, targets.text], dim=1)).chunk(2, dim=1)  # (G, E) each
-        product_id = all_gather(product_id)  # (G,)
+        product_id = all_gather(product_id)  # (G,) or (G, 2)
+        product_id, photo_id = product_id.unbind(1) if product_id.dim() == 2 else (product_id, None)
         # Of a batch larger than the queue only the last rows would survive: writing just these keeps the slots
         # distinct.
         rows = min(product_id.shape[0], self.queue_size)
@@ -166,6 +173,7 @@ class MomentumState(nn.Module):
         self.image_queue[slots] = image[dropped:]
         self.text_queue[slots] = text[dropped:]
         self.queue_ids[slots] = product_id[dropped:]
+        self.queue_photos[slots] = torch.zeros_like(slots) if photo_id is None else photo_id[dropped:]
         self.queue_filled.index_fill_(0, slots, True)  # an assignment would copy the True to the device, and wait
         self.pointer = (self.pointer + dropped + rows) % self.queue_size
 
@@ -173,13 +181,19 @@ class MomentumState(nn.Module):
     def rewind(self, targets: Targets) -> None:
         """Put the queues back to where they were when `targets` was encoded: a step that is left out enqueues
         nothing, also of the micro-batches that came before the one that broke it."""
-        for name in QUEUES:
+        for name in (*QUEUES, QUEUE_PHOTOS):
             getattr(self, name).copy_(getattr(targets, name))
         self.pointer = targets.queue_pointer
 
     def queue_fill(self) -> Tensor:
         """Share of the slots that hold features, 0 to 1; a scalar on the device."""
         return self.queue_filled.float().mean()
+
+
+def _photos_not_known(momentum: MomentumState, state: dict, prefix: str, *_) -> None:
+    """Checkpoints of version 0.1 have no photos of their slots."""
+    if f"{prefix}queue_ids" in state:
+        state.setdefault(f"{prefix}{QUEUE_PHOTOS}", torch.zeros_like(state[f"{prefix}queue_ids"]))
 
 
 __all__ = ["MomentumState", "Targets"]

@@ -122,16 +122,17 @@ class RetrievalObjective(nn.Module):
         """One batch to its loss.
 
         Args:
-            batch: pixel_values (B, 3, H, H), input_ids and attention_mask (B, L), product_id (B,); and on a GPU
-                title_lengths, B numbers on the host (without them no padding is saved).
+            batch: pixel_values (B, 3, H, H), input_ids and attention_mask (B, L), product_id (B,); or (B, 2), products
+                and photos: rows that share one of the two are positives of each other, and never negatives. On a GPU
+                also title_lengths, B numbers on the host (without them no padding is saved).
             targets: the momentum side, see `aliblip.training.momentum.Targets`.
             alpha: weight of the momentum encoders' opinion in the ITC targets.
 
         Returns:
             report: temperature; itm_accuracy_positive and itm_accuracy_negative, shares of pairs judged right, the
-            latter NaN where there is none; positives_per_row, keys of the own product, the own one included, mean over
-            rows; rows_without_negative, ITM rows left out because no candidate shows another product (texts and images
-            both count).
+            latter NaN where there is none; positives_per_row, keys of the own product or photo, the own one included,
+            mean over rows; rows_without_negative, ITM rows left out because no candidate shows another product (texts
+            and images both count).
         """
         product_id = batch["product_id"]
         image = self.model.get_image_features(batch["pixel_values"])
@@ -158,8 +159,11 @@ class RetrievalObjective(nn.Module):
     def _itc(self, image_features, text_features, product_id, targets, temperature, alpha) -> tuple[Tensor, Tensor]:
         image_keys = torch.cat([targets.image, targets.image_queue])  # (K, E)
         text_keys = torch.cat([targets.text, targets.text_queue])
-        filled = torch.cat([torch.ones_like(product_id, dtype=torch.bool), targets.queue_filled])  # (K,)
-        positive = positives(product_id, torch.cat([product_id, targets.queue_ids]), filled)  # (B, K)
+        filled = torch.cat([targets.queue_filled.new_ones(len(product_id)), targets.queue_filled])  # (K,)
+        queue_ids = targets.queue_ids
+        if product_id.dim() == 2:
+            queue_ids = torch.stack([queue_ids, targets.queue_photos], dim=1)
+        positive = positives(product_id, torch.cat([product_id, queue_ids]), filled)  # (B, K)
         with torch.no_grad():
             to_text = soft_targets(positive, targets.image @ text_keys.t() / temperature, alpha)  # (B, K)
             to_image = soft_targets(positive, targets.text @ image_keys.t() / temperature, alpha)

@@ -34,6 +34,7 @@ from aliblip.data.arguments import DataArguments
 from aliblip.data.collate import Normalisation
 from aliblip.retrieval.arguments import EvaluationDataArguments
 from aliblip.retrieval.evaluation import evaluate_retrieval
+from aliblip.retrieval.results import split_told
 from aliblip.runtime.accelerator import AliBlipAccelerator, describe_machine
 from aliblip.runtime.distributed import all_gather_objects, assert_equal_on_ranks
 from aliblip.runtime.files import write_json
@@ -220,7 +221,9 @@ class Run:
             batch = step.feed.take()
             self.skipped.add(batch)
             alpha = alpha_schedule(self.args.alpha, step.taken * accumulation + micro_step, batches_per_epoch)
-            yield batch | {"pixel_values": self.normalise(batch["pixel_values"])}, alpha
+            # Another title of the same photo is no negative, whatever its product is called.
+            ids = torch.stack([batch.pop("product_id"), batch.pop("photo_id")], dim=1)
+            yield batch | {"pixel_values": self.normalise(batch["pixel_values"]), "product_id": ids}, alpha
 
     def after_batch(self, step: Step, batch: dict[str, Any], targets: Targets, output: ObjectiveOutput) -> None:
         """Keep of a micro-batch what the end of its step needs, and fetch the next. No collective."""
@@ -352,7 +355,7 @@ class Run:
                 self.setup.validation_loader,
                 model_name=str(self.output_dir / "last"),
                 dataset_name=source.name,
-                split=source.split,
+                split=split_told(source.split, self.setup.data_args.validation_file),
                 k_rerank=self.args.k_rerank,
                 dtype=self.accelerator.autocast_dtype,
             )
