@@ -1,12 +1,21 @@
 """The plan of a retrieval: counted operations against torch's own counter, memory against arithmetic by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import retrieval_aliblip as engine
-from aliblip.retrieval.plan import image_flops, image_kv_flops, match_flops, memory_plan, text_flops
+from aliblip.retrieval.plan import (
+    batch_tokens_now,
+    image_flops,
+    image_kv_flops,
+    match_flops,
+    memory_plan,
+    text_flops,
+)
 from aliblip.runtime.mistakes import UsageError
 from configuration_aliblip import AliBlipConfig
 
@@ -87,3 +96,30 @@ def test_memory_plan_chooses_the_size_of_a_pass_by_the_memory():
     nothing = memory_plan(config, 9, 30, 0)
     assert nothing.rerank_flops == 0 and "none re-ranked" in str(nothing)
     assert "every pair scored" in str(memory_plan(config, 9, 30, 9))
+
+
+def test_a_pass_on_a_gpu_follows_from_what_is_free_and_what_torch_keeps_unused(monkeypatch):
+    config = AliBlipConfig.from_size("base")
+    model = SimpleNamespace(
+        config=config,
+        dtype=torch.float32,
+        parameters=lambda: iter([SimpleNamespace(device=torch.device(kind))]),
+    )
+    for name, value in (("mem_get_info", (0, 0)), ("memory_reserved", 40e9), ("memory_allocated", 10e9)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    kind = "cpu"
+    assert batch_tokens_now(model, 35, None) == engine.RERANK_BATCH_TOKENS
+    kind = "cuda"
+    assert batch_tokens_now(model, 35, torch.bfloat16) == engine.RERANK_BATCH_TOKENS_OF_A_GPU
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (-28e9, 0))
+    few = batch_tokens_now(model, 35, torch.bfloat16)
+    assert (
+        few
+        == memory_plan(
+            config, 9, 9, 3, token_dtype=torch.bfloat16, device_memory=1e9, most_batch_tokens=10**6
+        ).rerank_batch_tokens
+    )
+    assert batch_tokens_now(model, 35, None) < few < engine.RERANK_BATCH_TOKENS_OF_A_GPU
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (-30e9, 0))
+    with pytest.raises(UsageError, match="re-ranking one title of 35 tokens takes"):
+        batch_tokens_now(model, 35, None)
