@@ -1,12 +1,21 @@
 """The plan of a retrieval: counted operations against torch's own counter, memory against arithmetic by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import retrieval_aliblip as engine
-from aliblip.retrieval.plan import image_flops, image_kv_flops, match_flops, memory_plan, text_flops
+from aliblip.retrieval.plan import (
+    batch_tokens_now,
+    image_flops,
+    image_kv_flops,
+    match_flops,
+    memory_plan,
+    text_flops,
+)
 from aliblip.runtime.mistakes import UsageError
 from configuration_aliblip import AliBlipConfig
 
@@ -104,3 +113,30 @@ def test_image_tokens_are_kept_on_the_device_first():
     assert kept(50, 30, 60) == "30 images' are kept on the device, 20 images' are kept in host memory"
     assert kept(50, 30, 5).endswith("5 images' are kept in host memory, the others are encoded again to re-rank")
     assert kept(50, 0, 0) == "all are encoded again to re-rank"
+
+
+def test_a_pass_on_a_gpu_follows_from_what_is_free_and_what_torch_keeps_unused(monkeypatch):
+    config = AliBlipConfig.from_size("base")
+    model = SimpleNamespace(
+        config=config,
+        dtype=torch.float32,
+        parameters=lambda: iter([SimpleNamespace(device=torch.device(kind))]),
+    )
+    for name, value in (("mem_get_info", (0, 0)), ("memory_reserved", 40e9), ("memory_allocated", 10e9)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    kind = "cpu"
+    assert batch_tokens_now(model, 35, None) == engine.RERANK_BATCH_TOKENS
+    kind = "cuda"
+    assert batch_tokens_now(model, 35, torch.bfloat16) == engine.RERANK_BATCH_TOKENS_OF_A_GPU
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (-28e9, 0))
+    few = batch_tokens_now(model, 35, torch.bfloat16)
+    assert (
+        few
+        == memory_plan(
+            config, 9, 9, 3, token_dtype=torch.bfloat16, device_memory=1e9, most_batch_tokens=10**6
+        ).rerank_batch_tokens
+    )
+    assert batch_tokens_now(model, 35, None) < few < engine.RERANK_BATCH_TOKENS_OF_A_GPU
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (-30e9, 0))
+    with pytest.raises(UsageError, match="re-ranking one title of 35 tokens takes"):
+        batch_tokens_now(model, 35, None)
