@@ -39,6 +39,7 @@ from aliblip.runtime.sameness import changes, told, way_back
 from aliblip.training.step import fp32_state_dict, load_fp32_state_dict, load_optimizer_state, optimizer_state
 
 STATE = "state.json"
+RESULTS = "results.json"
 FORMAT = 1
 
 
@@ -67,9 +68,14 @@ def save_model(model, processor, folder: Path, results: dict | None = None) -> s
             write_json(beside / "config.json", {**config, "dtype": "float32"})
             processor.save_pretrained(beside)
             if results is not None:
-                write_json(beside / "results.json", results)
+                write_json(beside / RESULTS, results)
 
     return _on_main(write)
+
+
+def save_results(results: dict, folder: Path) -> str | None:
+    """Put an evaluation of its weights into a saved model. A collective; returns as `save_model`."""
+    return _on_main(lambda: write_json(folder / RESULTS, results))
 
 
 def _on_main(write) -> str | None:
@@ -266,18 +272,14 @@ def remove_later_checkpoints(output_dir: Path, step: int) -> list[str]:
 
 
 def find_checkpoint(output_dir: Path, wanted: str) -> Path:
-    """The checkpoint that `--resume_from_checkpoint` names: a folder, or `last`: the newest in the output folder.
+    """The checkpoint that `--resume_from_checkpoint` names: a folder, or `last`: the newest in the output folder, where
+    there is one.
 
     Raises:
-        UsageError: there is none, or it is damaged.
+        UsageError: it is none, or it is damaged.
     """
-    if wanted == "last":
-        found = checkpoints(output_dir)
-        if not found:
-            raise UsageError(f"no checkpoint in {output_dir}: start without --resume_from_checkpoint")
-        folder = found[-1]
-    else:
-        folder = Path(wanted)
+    # `last` without a checkpoint is no resumption: the run starts anew.
+    folder = checkpoints(output_dir)[-1] if wanted == "last" else Path(wanted)
     if not (folder / STATE).is_file():
         raise UsageError(f"{folder} is no checkpoint (it has no {STATE}): give a checkpoint-N folder, or last")
     return folder
@@ -382,5 +384,6 @@ __all__ = [
     "remove_later_checkpoints",
     "save_checkpoint",
     "save_model",
+    "save_results",
     "set_random_states",
 ]

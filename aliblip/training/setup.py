@@ -38,8 +38,11 @@ from aliblip.training.optim import learning_rate_schedule, total_optimizer_steps
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
 
-OUTPUT_FOLDERS = ("best", "last", "logs")
-OUTPUT_FILES = ("log.jsonl", "skipped.jsonl", "arguments.json", "manifest.json", "machine.json", "status.json")
+MODELS = ("best", "last")
+OUTPUT_FOLDERS = (*MODELS, "logs")
+# By the arguments a folder is known for that of a run: they are written over, and never missing.
+ARGUMENTS = "arguments.json"
+OUTPUT_FILES = ("log.jsonl", "skipped.jsonl", "manifest.json", "machine.json", "status.json")
 # What the order of the rows depends on, and what sets it; the number of rows is the data's.
 ORDER_FLAGS = {
     "processes": "accelerate launch --num_processes",
@@ -98,6 +101,7 @@ def set_up(
         UsageError: what is wrong with any of these, and what to do.
     """
     check_arguments(model_args, data_args, args, hub_args)
+    args = anew_without_checkpoint(args)
     beginning = begin(model_args)
     momentum_start = None
     if beginning.model is not None and args.resume_from_checkpoint is None:
@@ -148,13 +152,13 @@ def set_up(
 
 
 def meet(setup: Setup) -> AliBlipAccelerator:
-    """Let the processes meet. Nothing can be refused afterwards, so what an earlier run left is removed now.
+    """Let the processes meet.
 
     Raises:
         UsageError: the launcher and the arguments contradict each other.
     """
     args = setup.args
-    accelerator = build_accelerator(
+    return build_accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=None if args.report_to == "none" else args.report_to,
@@ -162,9 +166,6 @@ def meet(setup: Setup) -> AliBlipAccelerator:
         max_grad_norm=args.max_grad_norm,
         per_device_train_batch_size=args.per_device_train_batch_size,
     )
-    if accelerator.is_main_process and setup.checkpoint is None:
-        clear_output_dir(setup.output_dir)
-    return accelerator
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
@@ -325,14 +326,38 @@ def order_of(source: Source, data_args: TrainDataArguments, args: TrainingArgume
 # --- an earlier run ---------------------------------------------------------------------------------------------------
 
 
+def anew_without_checkpoint(args: TrainingArguments) -> TrainingArguments:
+    """The arguments of a new run, if `last` is asked for and the run died before its first checkpoint: the command that
+    restarts it is then the same at any moment of its death.
+
+    Raises:
+        UsageError: there is no checkpoint, but there are models, which a new run would replace.
+    """
+    output_dir = Path(args.output_dir)
+    if args.resume_from_checkpoint != "last":
+        return args
+    if launched_rank() == 0:
+        repair(output_dir)
+    if checkpoints(output_dir) or any(output_dir.glob(".checkpoint-*.old")):  # which the first process repairs
+        return args
+    models = [name for name in MODELS if (output_dir / name).exists()]
+    if models and not args.overwrite_output_dir:
+        raise UsageError(
+            f"{output_dir} has no checkpoint to go on from, but the model {models[-1]!r} that starting anew would "
+            f"replace: train from it (--model_name_or_path {output_dir / models[-1]}) into another --output_dir, or "
+            "give --overwrite_output_dir, and --checkpointing_steps from now on"
+        )
+    if launched_rank() == 0:
+        print(f"{output_dir} has no checkpoint yet: the run starts anew")
+    return dataclasses.replace(args, resume_from_checkpoint=None, overwrite_output_dir=True)
+
+
 def find_progress(
     args: TrainingArguments, order: dict, manifest: dict, total_steps: int
 ) -> tuple[Path | None, Progress, dict]:
     """The checkpoint to go on from, how far it is, and the arguments of its run; None, nothing and none without one."""
     if args.resume_from_checkpoint is None:
         return None, Progress(), {}
-    if launched_rank() == 0:
-        repair(Path(args.output_dir))
     checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
     state = read_state(checkpoint, order, ORDER_FLAGS, lambda before: manifest_changes(before, manifest))
     progress = Progress.of(state)
@@ -347,7 +372,7 @@ def find_progress(
 def check_output_dir(args: TrainingArguments) -> None:
     """Refuse to mix two runs in one folder, or to find out after an epoch that it can't be written to."""
     output_dir = Path(args.output_dir)
-    holds_a_run = (output_dir / "arguments.json").exists()
+    holds_a_run = (output_dir / ARGUMENTS).exists()
     strange = [name for name in OUTPUT_FOLDERS if (output_dir / name).exists() and not holds_a_run]
     if strange:
         raise UsageError(
@@ -366,13 +391,22 @@ def check_output_dir(args: TrainingArguments) -> None:
         probe.unlink()
 
 
-def clear_output_dir(output_dir: Path) -> None:
-    """Remove what an earlier run left, as `check_output_dir` allowed."""
+def earlier_outputs(output_dir: Path) -> list[Path]:
+    """What an earlier run left, which `check_output_dir` allows to replace: models and checkpoints, and all files but
+    the arguments. Of the trackers' folder single files, since the new run's begin beside them."""
     repair(output_dir)
-    for old in (*OUTPUT_FOLDERS, *(path.name for path in checkpoints(output_dir))):
-        shutil.rmtree(output_dir / old, ignore_errors=True)
-    for old in OUTPUT_FILES:
-        (output_dir / old).unlink(missing_ok=True)
+    folders = [output_dir / name for name in MODELS] + checkpoints(output_dir)
+    logs = [path for path in (output_dir / "logs").rglob("*") if path.is_file()]
+    return [path for path in (*folders, *logs, *(output_dir / name for name in OUTPUT_FILES)) if path.exists()]
 
 
-__all__ = ["Setup", "check_arguments", "meet", "set_up"]
+def remove(outputs: list[Path]) -> None:
+    """Remove them, now that nothing can be refused any more."""
+    for path in outputs:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+__all__ = ["ARGUMENTS", "Setup", "check_arguments", "earlier_outputs", "meet", "remove", "set_up"]
