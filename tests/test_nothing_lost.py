@@ -12,11 +12,14 @@ import tiny
 import torch
 from accelerate.state import AcceleratorState
 from runs import TINY, log_of, trained_in_process, write_split
+from transformers import AutoModel
 
 import train
 from aliblip.runtime.mistakes import UsageError
 from aliblip.training import run as course
+from aliblip.training.carried import read_momentum
 from modeling_aliblip import AliBlipForImageTextRetrieval
+from processing_aliblip import AliBlipProcessor
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +99,22 @@ def test_a_changed_counter_is_refused_too_and_a_checkpoint_without_checksums_is_
     state.write_text(json.dumps({key: value for key, value in content.items() if not key.startswith("checksum")}))
     trained_in_process([*flags, "--num_train_epochs", 3, "--resume_from_checkpoint", "last"], copied)
     assert [entry["step"] for entry in log_of(copied) if "loss_itc" in entry] == [1, 2, 3, 4, 5, 6]
+
+
+# --- a checkpoint is a model ------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_a_model(finished):
+    model = AliBlipForImageTextRetrieval.from_pretrained(finished / "checkpoint-4")
+    last = AliBlipForImageTextRetrieval.from_pretrained(finished / "last")
+    assert all(torch.equal(value, last.state_dict()[name]) for name, value in model.state_dict().items())
+    processor = AliBlipProcessor.from_pretrained(finished / "checkpoint-4")
+    assert len(processor.tokenizer) == model.config.text_config.vocab_size
+    assert isinstance(AutoModel.from_pretrained(finished / "checkpoint-4"), AliBlipForImageTextRetrieval)
+    beside = {path.name for path in (finished / "last").iterdir() if path.suffix != ".py"} - {"results.json"}
+    assert beside <= {path.name for path in (finished / "checkpoint-4").iterdir()}
+    # the run's own average and queues are for the run that goes on
+    assert read_momentum(finished / "checkpoint-4") is None
 
 
 # --- the epoch before its evaluation ----------------------------------------------------------------------------------

@@ -205,6 +205,7 @@ class Source:
             first_row += num_rows
         self._firsts = np.array([shard.first_row for shard in self.shards], dtype=np.int64)
         self.files = list(files)
+        self._stamps = {file.file: _stamp(file.file) for file in self.files}
         self.num_rows = first_row
         if not first_row:
             raise UsageError(f"{self.name} has no rows in split '{self.split}': give data with at least one row")
@@ -235,8 +236,16 @@ class Source:
 
         Raises:
             OSError: the file can't be read; if it is remote, after retries (`RemoteReadError`).
+            UsageError: the file is not the one that was opened any more.
         """
         shard = self.shards[shard_index]
+        file = self._file_of(shard)
+        if (opened := self._stamps.get(file)) is not None and _stamp(file) != opened:
+            # Its rows lie elsewhere now: they would be other ones, or half of one.
+            raise UsageError(
+                f"{file} was replaced or changed after it was opened: bring the old file back and go on with "
+                "--resume_from_checkpoint last, or start anew"
+            )
         stop = shard.num_rows if stop is None else min(stop, shard.num_rows)
         start = max(start, 0)
         if start < stop:
@@ -272,6 +281,15 @@ class Source:
         if self.selected.takes_all:
             others |= {key: value for key, value in fields.items() if key not in self.selected.photos}
         return Row(number, image, text, product_id, name or f"row {number}", problem, others)
+
+
+def _stamp(file: str) -> tuple[int, ...] | None:
+    """What changes when a local file is replaced or written to; None of a remote one."""
+    try:
+        status = os.stat(file)
+    except (OSError, ValueError):
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def path_inside(folder: str, file: Any) -> tuple[str | None, str | None]:

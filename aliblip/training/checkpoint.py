@@ -1,9 +1,9 @@
 """Models and checkpoints: what is in them, and how a run comes back from one.
 
 Two kinds of folders. A *model* (`best/`, `last/`) is what `from_pretrained` loads: fp32 weights, configuration,
-processor, the Hub files. A *checkpoint* (`checkpoint-120/`) is what a run resumes from:
+processor, the Hub files. A *checkpoint* (`checkpoint-120/`) is a model too, and what a run resumes from:
 
-    model.safetensors      fp32 weights
+    model.safetensors      fp32 weights; configuration and processor beside them, in JSON
     optimizer.safetensors  AdamW's state by parameter name
     momentum.safetensors   momentum encoders and queues
     ranks.safetensors      random states of Python, NumPy and torch (CPU and CUDA) of every rank
@@ -11,7 +11,8 @@ processor, the Hub files. A *checkpoint* (`checkpoint-120/`) is what a run resum
                            other files and of itself
 
 The tensors are whole, whatever sharded them, and written by the main process alone. Nothing in a checkpoint is pickled,
-so one from untrusted hands can be wrong, but it can't run code; DeepSpeed's own files, which can, are not used.
+and a model's code is not in it, so one from untrusted hands can be wrong, but it can't run code; DeepSpeed's own files,
+which can, are not used.
 """
 
 from __future__ import annotations
@@ -62,15 +63,21 @@ def save_model(model, processor, folder: Path, results: dict | None = None) -> s
 
     def write() -> None:
         with NewFolder(folder, size=_bytes(state)) as beside:
-            model.save_pretrained(beside, state_dict=state)
-            # An engine in bf16 holds bf16 working copies; what is written here are the fp32 weights.
-            config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
-            write_json(beside / "config.json", {**config, "dtype": "float32"})
-            processor.save_pretrained(beside)
+            model.save_pretrained(beside, state_dict=state)  # with the code
+            _complete(model, processor, beside)
             if results is not None:
                 write_json(beside / RESULTS, results)
 
     return _on_main(write)
+
+
+def _complete(model, processor, folder: Path) -> None:
+    """Make a model of fp32 weights and a configuration in a folder."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    # An engine in bf16 holds bf16 working copies; what is written here are the fp32 weights.
+    config |= {"architectures": [type(model).__name__], "dtype": "float32"}
+    write_json(folder / "config.json", config)
+    processor.save_pretrained(folder)
 
 
 def save_results(results: dict, folder: Path) -> str | None:
@@ -161,6 +168,7 @@ class Training:
 
 def save_checkpoint(
     training: Training,
+    processor,
     output_dir: Path,
     progress: dict[str, Any],
     *,
@@ -172,6 +180,7 @@ def save_checkpoint(
 
     Args:
         training: whose state is saved.
+        processor: saved beside the weights: a checkpoint is a model too.
         output_dir: the folder of the run.
         progress: the run's own counters, with "step", "order" (see `read_state`) and "manifest"; JSON values only.
         of_rank: JSON values that differ from rank to rank.
@@ -197,6 +206,10 @@ def save_checkpoint(
             },
         }
         with NewFolder(folder, size=sum(map(_bytes, files.values()))) as beside:
+            training.model.config.save_pretrained(beside)
+            _complete(training.model, processor, beside)
+            for code in beside.glob("*.py"):  # a checkpoint is data alone
+                code.unlink()
             for name, tensors in files.items():
                 write_tensors(beside / f"{name}.safetensors", tensors)
             state = {

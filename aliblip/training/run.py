@@ -338,7 +338,13 @@ class Run:
             of_rank = {"log": self.log.state(), "skipped": self.skipped.state()}
             limit = self.args.save_total_limit
             problem = save_checkpoint(
-                self.training, self.output_dir, counters, of_rank=of_rank, random=random, limit=limit
+                self.training,
+                self.setup.processor,
+                self.output_dir,
+                counters,
+                of_rank=of_rank,
+                random=random,
+                limit=limit,
             )
             if problem is None:
                 self.status.write("running", step=at.step, checkpoint=str(self.output_dir / f"checkpoint-{at.step}"))
