@@ -57,7 +57,7 @@ def main() -> int:
     sys.stdout, sys.stderr = Unfailing(sys.stdout), Unfailing(sys.stderr)
     seconds_to_publish = SECONDS_AFTER_A_STOP
     try:
-        with RunStatus(setup.output_dir / "status.json") as status, StopSignals() as signals:
+        with RunStatus(setup.output_dir / "status.json", setup.checkpoint is None) as status, StopSignals() as signals:
             stopped_by = train(setup, accelerator, signals, status)
         end(accelerator)
         if not stopped_by:

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import yaml
 from accelerate.utils import set_seed
+from transformers import BertTokenizer
 
 from aliblip.runtime.accelerator import build_accelerator, end
 from aliblip.runtime.interrupts import StopSignals
@@ -35,6 +36,7 @@ from aliblip.training.step import Outcome, backward_and_step, clamp_parameter
 from benchmarks.common import finish, parser
 from configuration_aliblip import AliBlipConfig
 from modeling_aliblip import AliBlipForImageTextRetrieval
+from processing_aliblip import AliBlipProcessor
 from train import TEMPERATURE_RANGE
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "demo.yaml"
@@ -80,6 +82,8 @@ def measure(accelerator, recipe: dict, steps: int) -> dict[str, float]:
     ).train()
     objective, optimizer = accelerator.prepare(objective, optimizer)
     training = Training(model, optimizer, momentum, accelerator.device)
+    words = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])}
+    processor = AliBlipProcessor(None, BertTokenizer(vocab=words))
     rows, size, norm = recipe["per_device_train_batch_size"], recipe["image_size"], recipe["max_grad_norm"]
     generator = torch.Generator().manual_seed(accelerator.process_index)
     batch = {
@@ -138,6 +142,7 @@ def measure(accelerator, recipe: dict, steps: int) -> dict[str, float]:
             start = time.perf_counter()
             problem = save_checkpoint(
                 training,
+                processor,
                 Path(folder),
                 {**dataclasses.asdict(Progress(step=number)), "order": {}, "manifest": {}},
                 of_rank={},

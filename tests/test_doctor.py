@@ -104,18 +104,23 @@ def test_every_problem_is_told_at_once(examined, tmp_path):
     code, groups = examined(
         *("--alpha", "2", "--queue_size", "0", "--report_to", "paper", "--hub_model_id", "me/name"),
         *("--mixed_precision", "no", "--vision_config", '{"hidden_size": 33}', "--tokenizer_name", "nowhere"),
-        *("--caption_column", "nope", "--resume_from_checkpoint", "last", "--device_memory_gb", "0.001"),
+        *("--caption_column", "nope", "--resume_from_checkpoint", "nowhere", "--device_memory_gb", "0.001"),
     )
     assert code == 2
     problems = texts(groups, "problem")
     for said in (
         *("--alpha is 2.0: it must be", "--queue_size is 0: it must be", "--report_to is 'paper': give one of"),
         *("would upload nothing: give both", "hidden_size 33 is not divisible", "no tokenizer at 'nowhere'"),
-        *("has no column 'nope'", "no checkpoint in"),
+        *("has no column 'nope'", "nowhere is no checkpoint"),
     ):
         assert sum(said in problem for problem in problems) == 1, (said, problems)
     assert len(problems) == 8 and all(": " in problem for problem in problems)
     assert [kind for kind, _ in groups["memory"]] == ["skipped"]  # there is no model, and that is no second problem
+
+
+def test_last_without_a_checkpoint_is_a_beginning(examined, tmp_path):
+    code, groups = examined("--resume_from_checkpoint", "last")
+    assert code == 0 and any("no checkpoint yet: the run starts anew" in text for _, text in groups["flags"])
 
 
 MISTAKES = {

@@ -129,10 +129,22 @@ def test_a_line_is_added_whole_or_not_at_all(tmp_path):
     assert file.read_bytes() == whole
 
 
-def test_a_line_that_a_kill_cut_off_costs_no_other(tmp_path):
+@pytest.mark.parametrize("cut", ['{"a": "ä'.encode()[:-1], b"{", b'{"a": "' + b"x" * 200_000])
+def test_a_line_that_was_cut_off_is_repaired_before_the_next(cut, tmp_path):
     file = tmp_path / "log.jsonl"
     append_json_line(file, {"a": 1})
     with file.open("ab") as stream:
-        stream.write('{"a": "ä'.encode()[:-1])
+        stream.write(cut)
+    assert read_json_lines(file) == [{"a": 1}]
     append_json_line(file, {"a": 3})
-    assert read_json_lines(file) == [{"a": 1}, {"a": 3}]
+    assert file.read_bytes() == b'{"a": 1}\n{"a": 3}\n'
+    file.write_bytes(cut)  # the very first
+    append_json_line(file, {"a": 3})
+    assert file.read_bytes() == b'{"a": 3}\n'
+
+
+def test_a_line_that_lacks_its_end_alone_stays(tmp_path):
+    file = tmp_path / "log.jsonl"
+    file.write_bytes(b'{"a": 1}\n{"a": 2}')
+    append_json_line(file, {"a": 3})
+    assert file.read_bytes() == b'{"a": 1}\n{"a": 2}\n{"a": 3}\n'

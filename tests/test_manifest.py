@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch.distributed as dist
 from data_stub import (
+    StubProcessor,
     add_member,
     encoded,
     photo,
@@ -26,8 +27,11 @@ from helpers import spawn
 from http_stub import FileServer
 
 from aliblip.data import parquet, remote, tar_index, tar_members
+from aliblip.data.collate import Collator
+from aliblip.data.loader import TrainLoader
 from aliblip.data.manifest import file_names, manifest_changes
 from aliblip.data.sources import open_source
+from aliblip.runtime.mistakes import UsageError
 
 COUNT = 11
 
@@ -360,3 +364,24 @@ def test_an_index_folder_that_cant_be_written_is_one_line(tmp_path):
     (tmp_path / "index").write_text("a file")
     with pytest.raises(ValueError, match="index"):
         open_tars(tmp_path)
+
+
+# --- files that change meanwhile --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["parquet", "tars", "folder", "csv", "list"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_is_replaced_after_it_was_opened_is_noticed(name, workers, layouts, tmp_path):
+    arguments, files, _ = layouts[name]
+    source = open_source(split="train", **arguments(tmp_path))
+    loader = TrainLoader(
+        source, Collator(StubProcessor()), batch_size=2, seed=0, rank=0, world_size=1, num_workers=workers
+    )
+    assert len(list(loader.epoch(0))) == 5
+    (file,) = (path for path in (tmp_path / name).rglob(Path(files[-1]).name))
+    changed = file.with_name("beside")
+    changed.write_bytes(file.read_bytes())  # even of the same bytes: nobody has looked at them
+    os.replace(changed, file)
+    with pytest.raises(UsageError, match=f"{file.name} was replaced or changed after it was opened"):
+        list(loader.epoch(1))
+    assert len(list(open_source(split="train", **arguments(tmp_path)).read_range(0, COUNT))) == COUNT

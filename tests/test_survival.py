@@ -11,7 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import test_evaluation_resume
 import test_files
+import test_manifest
+import test_nothing_lost
 import tiny
 import torch
 from forks import FORK_RANKS
@@ -326,7 +329,8 @@ def test_checkpoints_are_those_of_version_0_1_0(checkpoint):
         "log": {"sums", "batches", "left_out", "near_prior"},
         "skipped": {"rows", "seen", "met"},
     }
-    assert set(state["files"]) == {f"{name}.safetensors" for name in ("model", "optimizer", "momentum", "ranks")}
+    tensors = {f"{name}.safetensors" for name in ("model", "optimizer", "momentum", "ranks")}
+    assert {name for name in state["files"] if name.endswith(".safetensors")} == tensors
     assert set(state["checksums"]) == set(state["files"])
     model, optimizer, momentum, ranks = (
         load_file(checkpoint / f"{name}.safetensors") for name in ("model", "optimizer", "momentum", "ranks")
@@ -404,6 +408,16 @@ PROMISES = {
         test_changed_data_is_refused_with_what_changed,
     ],
     "Checkpoints are data": [test_a_checkpoint_from_untrusted_hands_runs_no_code],
+    "A flipped bit is noticed.": [
+        test_nothing_lost.test_one_flipped_bit_is_refused_and_an_older_checkpoint_proposed,
+        test_evaluation_resume.test_one_flipped_bit_in_a_part_is_noticed_and_it_is_made_again,
+    ],
+    "An epoch is saved before it is measured": [test_nothing_lost.test_an_evaluation_that_fails_costs_no_epoch],
+    "Nothing is deleted too early.": [test_nothing_lost.test_nothing_is_deleted_before_the_trackers_have_begun],
+    "Data files that change during a run": [
+        test_manifest.test_a_file_that_is_replaced_after_it_was_opened_is_noticed,
+    ],
+    "The log stays readable.": [test_files.test_a_line_that_was_cut_off_is_repaired_before_the_next],
 }
 
 

@@ -238,7 +238,7 @@ def test_mistakes_are_told_before_anything_starts(mistakes, tmp_path):
     assert "give either --config_name" in mistakes(without=("--config_name",))
     assert "no configuration 'nano'" in mistakes("--config_name", "nano")
     assert "no lr_scheduler_type 'cosin'" in mistakes("--lr_scheduler_type", "cosin")
-    assert "no checkpoint in" in mistakes("--resume_from_checkpoint", "last")
+    assert "no checkpoint (it has no state.json)" in mistakes("--resume_from_checkpoint", tmp_path / "nowhere")
     assert "fewer than --gradient_accumulation_steps 9" in mistakes("--gradient_accumulation_steps", "9")
     assert "--alpha is 2.0" in mistakes("--alpha", "2")
     assert "--max_length is 600: the model takes at most 512" in mistakes("--max_length", "600")

@@ -197,6 +197,7 @@ class Source:
             first_row += num_rows
         self._firsts = np.array([shard.first_row for shard in self.shards], dtype=np.int64)
         self.files = list(files)
+        self._stamps = {file.file: _stamp(file.file) for file in self.files}
         self.num_rows = first_row
         self.photo_keys = frozenset({selected.image} if selected.image else ())
         # What the names of photos are relative to, so that a catalogue that moves keeps the ids of its photos.
@@ -243,8 +244,16 @@ class Source:
 
         Raises:
             OSError: the file can't be read; if it is remote, after retries (`RemoteReadError`).
+            UsageError: the file is not the one that was opened any more.
         """
         shard = self.shards[shard_index]
+        file = self._file_of(shard)
+        if (opened := self._stamps.get(file)) is not None and _stamp(file) != opened:
+            # Its rows lie elsewhere now: they would be other ones, or half of one.
+            raise UsageError(
+                f"{file} was replaced or changed after it was opened: bring the old file back and go on with "
+                "--resume_from_checkpoint last, or start anew"
+            )
         stop = shard.num_rows if stop is None else min(stop, shard.num_rows)
         start = max(start, 0)
         if start < stop:
@@ -331,6 +340,15 @@ def _folder_of_all(files: Sequence[str]) -> str | None:
         return os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
     folders = {file.rpartition("/")[0] for file in files}
     return folders.pop() if len(folders) == 1 else None
+
+
+def _stamp(file: str) -> tuple[int, ...] | None:
+    """What changes when a local file is replaced or written to; None of a remote one."""
+    try:
+        status = os.stat(file)
+    except (OSError, ValueError):
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def path_inside(folder: str, file: Any) -> tuple[str | None, str | None]:

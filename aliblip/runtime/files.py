@@ -55,24 +55,41 @@ def write_json_lines(path: Path, rows: list[dict]) -> None:
 
 
 def append_json_line(path: Path, row: dict) -> None:
-    """Add one JSON object to a file of lines. What a kill or a full disk cut off stays a line of its own, which
-    `read_json_lines` passes over.
+    """Add one JSON object to a file of lines. What a kill or a full disk left of a line before is taken out first, so
+    that every program reads the file.
 
     Raises:
         OSError: writing failed; the file ends as it did before.
     """
     line = json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"
     with open(path, "ab+", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        if end:
-            file.seek(end - 1)
-            line = line if file.read(1) == b"\n" else b"\n" + line
+        end = _end_of_lines(file)
+        file.truncate(end)
         try:
             while line:  # a nearly full disk takes a part, and refuses the rest
                 line = line[file.write(line) :]
         except OSError:
             file.truncate(end)
             raise
+
+
+def _end_of_lines(file: BinaryIO) -> int:
+    """Where the last whole line of a file ends; a last line that lacks nothing but its end gets it."""
+    size = file.seek(0, os.SEEK_END)
+    start, rest = size, b""
+    while start and b"\n" not in rest:
+        step = min(start, 65536)
+        start -= step
+        file.seek(start)
+        rest = file.read(step) + rest
+    cut = rest.rpartition(b"\n")[2]
+    if not cut:
+        return size
+    with suppress(ValueError):
+        json.loads(cut)
+        file.write(b"\n")
+        return size + 1
+    return size - len(cut)
 
 
 def read_json_lines(path: Path) -> list[dict]:
@@ -90,7 +107,8 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     Raises:
         SafetensorError: the system refused it; the message says why.
     """
-    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    # transformers asks for the format of a model's weights.
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata={"format": "pt"})
 
 
 def checksum_of(path: Path) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from aliblip.models.original import ENCODER_NAMES, NOT_FILLED, Original, check_weights, original_name
 from aliblip.runtime.mistakes import UsageError, usage_errors
+from aliblip.training.checkpoint import STATE
 from aliblip.training.momentum import QUEUE_PHOTOS, QUEUES, UNUSED, MomentumState
 from modeling_aliblip import AliBlipForImageTextRetrieval
 
@@ -24,13 +25,14 @@ MOMENTUM_FILE = "momentum.safetensors"
 
 
 def read_momentum(model_name_or_path: str | os.PathLike) -> dict[str, Tensor] | None:
-    """The tensors of the `momentum.safetensors` in a local model folder; None where there is none.
+    """The tensors of the `momentum.safetensors` in a local model folder; None where there is none. That of a checkpoint
+    belongs to its run, which goes on with all of it: a new run from its weights begins with their own encoders.
 
     Raises:
         UsageError: a file that is not what its name says.
     """
     file = os.path.join(model_name_or_path, MOMENTUM_FILE)
-    if not os.path.isfile(file):
+    if not os.path.isfile(file) or os.path.isfile(os.path.join(model_name_or_path, STATE)):
         return None
     with usage_errors(SafetensorError, told=f"{file} is no safetensors file ({{}})"):
         return load_file(file)

@@ -1,9 +1,9 @@
 """Models and checkpoints: what is in them, and how a run comes back from one.
 
 Two kinds of folders. A *model* (`best/`, `last/`) is what `from_pretrained` loads: fp32 weights, configuration,
-processor, the Hub files. A *checkpoint* (`checkpoint-120/`) is what a run resumes from:
+processor, the Hub files. A *checkpoint* (`checkpoint-120/`) is a model too, and what a run resumes from:
 
-    model.safetensors      fp32 weights
+    model.safetensors      fp32 weights; configuration and processor beside them, in JSON
     optimizer.safetensors  AdamW's state by parameter name
     momentum.safetensors   momentum encoders and queues
     ranks.safetensors      random states of Python, NumPy and torch (CPU and CUDA) of every rank
@@ -11,7 +11,8 @@ processor, the Hub files. A *checkpoint* (`checkpoint-120/`) is what a run resum
                            other files and of itself
 
 The tensors are whole, whatever sharded them, and written by the main process alone. Nothing in a checkpoint is pickled,
-so one from untrusted hands can be wrong, but it can't run code; DeepSpeed's own files, which can, are not used.
+and a model's code is not in it, so one from untrusted hands can be wrong, but it can't run code; DeepSpeed's own files,
+which can, are not used.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from aliblip.runtime.sameness import changes, told, way_back
 from aliblip.training.step import fp32_state_dict, load_fp32_state_dict, load_optimizer_state, optimizer_state
 
 STATE = "state.json"
+RESULTS = "results.json"
 FORMAT = 1
 
 
@@ -61,15 +63,26 @@ def save_model(model, processor, folder: Path, results: dict | None = None) -> s
 
     def write() -> None:
         with NewFolder(folder, size=_bytes(state)) as beside:
-            model.save_pretrained(beside, state_dict=state)
-            # An engine in bf16 holds bf16 working copies; what is written here are the fp32 weights.
-            config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
-            write_json(beside / "config.json", {**config, "dtype": "float32"})
-            processor.save_pretrained(beside)
+            model.save_pretrained(beside, state_dict=state)  # with the code
+            _complete(model, processor, beside)
             if results is not None:
-                write_json(beside / "results.json", results)
+                write_json(beside / RESULTS, results)
 
     return _on_main(write)
+
+
+def _complete(model, processor, folder: Path) -> None:
+    """Make a model of fp32 weights and a configuration in a folder."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    # An engine in bf16 holds bf16 working copies; what is written here are the fp32 weights.
+    config |= {"architectures": [type(model).__name__], "dtype": "float32"}
+    write_json(folder / "config.json", config)
+    processor.save_pretrained(folder)
+
+
+def save_results(results: dict, folder: Path) -> str | None:
+    """Put an evaluation of its weights into a saved model. A collective; returns as `save_model`."""
+    return _on_main(lambda: write_json(folder / RESULTS, results))
 
 
 def _on_main(write) -> str | None:
@@ -155,6 +168,7 @@ class Training:
 
 def save_checkpoint(
     training: Training,
+    processor,
     output_dir: Path,
     progress: dict[str, Any],
     *,
@@ -166,6 +180,7 @@ def save_checkpoint(
 
     Args:
         training: whose state is saved.
+        processor: saved beside the weights: a checkpoint is a model too.
         output_dir: the folder of the run.
         progress: the run's own counters, with "step", "order" (see `read_state`) and "manifest"; JSON values only.
         of_rank: JSON values that differ from rank to rank.
@@ -191,6 +206,10 @@ def save_checkpoint(
             },
         }
         with NewFolder(folder, size=sum(map(_bytes, files.values()))) as beside:
+            training.model.config.save_pretrained(beside)
+            _complete(training.model, processor, beside)
+            for code in beside.glob("*.py"):  # a checkpoint is data alone
+                code.unlink()
             for name, tensors in files.items():
                 write_tensors(beside / f"{name}.safetensors", tensors)
             state = {
@@ -266,18 +285,21 @@ def remove_later_checkpoints(output_dir: Path, step: int) -> list[str]:
 
 
 def find_checkpoint(output_dir: Path, wanted: str) -> Path:
-    """The checkpoint that `--resume_from_checkpoint` names: a folder, or `last`: the newest in the output folder.
+    """The checkpoint that `--resume_from_checkpoint` names: a folder, or `last`: the newest in the output folder, where
+    there is one.
 
     Raises:
-        UsageError: there is none, or it is damaged.
+        UsageError: it is none, or it is damaged.
     """
+    folder = Path(wanted)
     if wanted == "last":
         found = checkpoints(output_dir)
-        if not found:
-            raise UsageError(f"no checkpoint in {output_dir}: start without --resume_from_checkpoint")
+        if not found:  # a run that has none at all starts anew
+            raise UsageError(
+                f"{output_dir} has no checkpoint but one that a killed run was about to replace, and the first process "
+                "of a run puts back: start again"
+            )
         folder = found[-1]
-    else:
-        folder = Path(wanted)
     if not (folder / STATE).is_file():
         raise UsageError(f"{folder} is no checkpoint (it has no {STATE}): give a checkpoint-N folder, or last")
     return folder
@@ -382,5 +404,6 @@ __all__ = [
     "remove_later_checkpoints",
     "save_checkpoint",
     "save_model",
+    "save_results",
     "set_random_states",
 ]

@@ -297,10 +297,14 @@ class RunStatus:
 
     `status` is "running" (also of a run that was killed: `pid` and `host` tell which process to look for),
     "completed", "stopped" (a signal; `checkpoint` is where it goes on) or "failed" (`reason`).
+
+    Args:
+        file: the place.
+        is_new: whether the run is to replace an earlier one, whose file stays what it is until this one has begun.
     """
 
-    def __init__(self, file: Path):
-        self.file = file
+    def __init__(self, file: Path, is_new: bool = False):
+        self.file, self.is_new = file, is_new
         self.entry: dict = {}
         self.began = time.perf_counter()
 
@@ -329,6 +333,9 @@ class RunStatus:
 
     def failed(self, error: BaseException) -> None:
         """Write, in any process, why the run failed; the first reason stays: the others follow from it."""
+
+        if self.is_new and not self.entry and self.file.exists():
+            return
 
         def write() -> None:
             before = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else self.entry

@@ -36,11 +36,11 @@ from aliblip.retrieval.arguments import EvaluationDataArguments
 from aliblip.retrieval.evaluation import evaluate_retrieval
 from aliblip.retrieval.results import split_told
 from aliblip.runtime.accelerator import AliBlipAccelerator, describe_machine
-from aliblip.runtime.distributed import all_gather_objects, assert_equal_on_ranks
+from aliblip.runtime.distributed import all_gather_objects, assert_equal_on_ranks, together
 from aliblip.runtime.files import write_json
 from aliblip.runtime.installation import script_command
 from aliblip.runtime.interrupts import StopSignals
-from aliblip.runtime.mistakes import UsageError
+from aliblip.runtime.mistakes import UsageError, usage_errors
 from aliblip.runtime.sameness import changes, told
 from aliblip.training.arguments import TrainDataArguments
 from aliblip.training.checkpoint import (
@@ -52,6 +52,7 @@ from aliblip.training.checkpoint import (
     remove_later_checkpoints,
     save_checkpoint,
     save_model,
+    save_results,
 )
 from aliblip.training.compiling import CompiledTowers
 from aliblip.training.feed import Feed
@@ -59,9 +60,9 @@ from aliblip.training.momentum import Targets
 from aliblip.training.objective import ObjectiveOutput
 from aliblip.training.optim import alpha_schedule
 from aliblip.training.progress import Log, RunStatus, SkippedRows
-from aliblip.training.setup import Setup
+from aliblip.training.setup import ARGUMENTS, Setup, earlier_outputs, remove
 from aliblip.training.step import Outcome
-from aliblip.training.tokenizer import tokenizer_bytes
+from aliblip.training.tokenizer import TRAINED_TOKENIZER, save_trained_tokenizer, tokenizer_bytes
 
 ROWS_TO_JUDGE = 1000  # before the end of an epoch, a few rows more or less say little about the data
 # These differ in every resumed run, and say nothing about its training.
@@ -92,7 +93,7 @@ class Run:
         compiled: the towers, if they are.
 
     Raises:
-        UsageError: the checkpoint to go on from does not fit the model.
+        UsageError: the checkpoint to go on from does not fit the model, or a tracker can't begin.
         RuntimeError: the ranks do not begin with the same state.
     """
 
@@ -111,6 +112,12 @@ class Run:
         self.progress = setup.progress
         self.normalise = Normalisation(setup.processor.image_processor)
         self.stopped_by: Signals | None = None
+        of_rank = None
+        if setup.checkpoint is None:
+            self._begin_anew()
+        else:
+            of_rank = load_checkpoint(setup.checkpoint, training)
+            self._can_begin()
         self.log = Log(
             accelerator,
             self.output_dir,
@@ -123,11 +130,8 @@ class Run:
         self._results: dict | None = None  # of the last evaluation
         self._problem: str | None = None  # why the last model could not be written
         self._last_norm = 0.0
-        if setup.checkpoint is not None:
-            self._resume(setup.checkpoint)
-        # On several machines this finds a folder that is not the same for all of them, too.
-        more = {"step": torch.tensor(self.progress.step), "tokenizer": tokenizer_bytes(setup.processor.tokenizer)}
-        self._assert_equal("step, tokenizer, momentum encoders and queues", **more)
+        if of_rank is not None:
+            self._resume(setup.checkpoint, of_rank)
         self._write_what_it_is()
         self._announce()
         self._before = self._position()
@@ -140,8 +144,39 @@ class Run:
 
     # --- the begin ----------------------------------------------------------------------------------------------------
 
-    def _resume(self, checkpoint: Path) -> None:
-        of_rank = load_checkpoint(checkpoint, self.training)
+    def _begin_anew(self) -> None:
+        """Replace what an earlier run left in the folder, once a new one can begin."""
+        is_main, arguments = self.accelerator.is_main_process, self.output_dir / ARGUMENTS
+        earlier = earlier_outputs(self.output_dir) if is_main else []
+        is_first = is_main and not arguments.exists()
+        if is_first:  # a run that dies now can be started again: the folder is known for its own
+            write_json(arguments, self.setup.arguments)
+        try:
+            self._can_begin()
+        except BaseException:
+            if is_first:
+                arguments.unlink(missing_ok=True)
+            raise
+        remove(earlier)
+
+    def _can_begin(self) -> None:
+        """Try the last things that can be refused: until here nothing of an earlier run has been changed."""
+        # On several machines this finds a folder that is not the same for all of them, too.
+        tokenizer = tokenizer_bytes(self.setup.processor.tokenizer)
+        more = {"step": torch.tensor(self.progress.step), "tokenizer": tokenizer}
+        self._assert_equal("step, tokenizer, momentum encoders and queues", **more)
+        if not self.accelerator.log_with:
+            return
+        settings = {key: value for key, value in vars(self.args).items() if isinstance(value, bool | int | float | str)}
+        told = f"--report_to {self.args.report_to} can't begin ({{}}): see to it, or give --report_to none"
+
+        def begin() -> None:
+            with usage_errors(Exception, told=told):  # each tracker has errors of its own
+                self.accelerator.init_trackers("aliblip", config=settings)
+
+        together(True, begin, "begin the trackers")
+
+    def _resume(self, checkpoint: Path, of_rank: dict[str, Any]) -> None:
         self.log.load_state(of_rank["log"])
         self.skipped.load_state(of_rank["skipped"])
         step, arguments = self.progress.step, self.setup.arguments
@@ -157,14 +192,11 @@ class Run:
 
     def _write_what_it_is(self) -> None:
         if self.accelerator.is_main_process:
-            write_json(self.output_dir / "arguments.json", self.setup.arguments)
+            write_json(self.output_dir / ARGUMENTS, self.setup.arguments)
             write_json(self.output_dir / "manifest.json", self.setup.manifest)
             write_json(self.output_dir / "machine.json", describe_machine(self.accelerator))
-        if self.accelerator.log_with:
-            settings = {
-                key: value for key, value in vars(self.args).items() if isinstance(value, bool | int | float | str)
-            }
-            self.accelerator.init_trackers("aliblip", config=settings)
+            if self.setup.model_args.train_tokenizer:
+                save_trained_tokenizer(self.setup.processor.tokenizer, self.output_dir / TRAINED_TOKENIZER)
 
     def _announce(self) -> None:
         processes, accumulation = self.accelerator.num_processes, self.args.gradient_accumulation_steps
@@ -317,7 +349,13 @@ class Run:
             of_rank = {"log": self.log.state(), "skipped": self.skipped.state()}
             limit = self.args.save_total_limit
             problem = save_checkpoint(
-                self.training, self.output_dir, counters, of_rank=of_rank, random=random, limit=limit
+                self.training,
+                self.setup.processor,
+                self.output_dir,
+                counters,
+                of_rank=of_rank,
+                random=random,
+                limit=limit,
             )
             if problem is None:
                 self.status.write("running", step=at.step, checkpoint=str(self.output_dir / f"checkpoint-{at.step}"))
@@ -332,13 +370,16 @@ class Run:
     # --- the end of an epoch ------------------------------------------------------------------------------------------
 
     def after_epoch(self, epoch: int) -> None:
-        """Judge the data, evaluate, keep the models, publish."""
+        """Judge the data, keep the model, evaluate, keep the best, publish."""
         self.skipped.check()
         with self.log.paused():
             self.skipped.write()
+            # The epoch first: whatever goes wrong in its evaluation, its weights are there.
+            self._problem = self._save("last", None)
             results = self._evaluate(epoch) if self._evaluation_is_due(epoch) else None
-            self._problem = self._save_best(results)
-            self._problem = self._save("last", results) or self._problem
+            if results is not None and self._problem is None:
+                self._problem = save_results(results, self.output_dir / "last")
+            self._problem = self._save_best(results) or self._problem
             if self._problem is not None:
                 self.log.tell(f"warning: the model of epoch {epoch + 1} could not be written ({self._problem})")
             self._publish(epoch)

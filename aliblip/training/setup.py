@@ -58,7 +58,6 @@ from aliblip.training.tokenizer import (
     check_trained_tokenizer,
     learn_tokenizer,
     load_trained_tokenizer,
-    save_trained_tokenizer,
 )
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
@@ -68,8 +67,11 @@ OF_ALL_SPLITS = (
     *("dataset_name", "dataset_config_name", "data_dir", "image_dir", "fetch_photos"),
     *("image_column", "caption_column", "product_id_column", "reading"),
 )
-OUTPUT_FOLDERS = ("best", "last", "logs", TRAINED_TOKENIZER)
-OUTPUT_FILES = ("log.jsonl", "skipped.jsonl", "arguments.json", "manifest.json", "machine.json", "status.json")
+MODELS = ("best", "last")
+OUTPUT_FOLDERS = (*MODELS, "logs", TRAINED_TOKENIZER)
+# By the arguments a folder is known for that of a run: they are written over, and never missing.
+ARGUMENTS = "arguments.json"
+OUTPUT_FILES = ("log.jsonl", "skipped.jsonl", "manifest.json", "machine.json", "status.json")
 # What the order of the rows depends on, and what sets it; the number of rows is the data's.
 ORDER_FLAGS = {
     "processes": "accelerate launch --num_processes",
@@ -180,6 +182,15 @@ class Start:
     def publishing(self) -> None:
         check_publishing(self.args, self.hub_args)
 
+    @part
+    def settled_args(self) -> TrainingArguments:
+        """The arguments of the run: of a new one, if there is no checkpoint yet that `last` could mean."""
+        if self.args.resume_from_checkpoint is None:
+            return self.args
+        if launched_rank() == 0 and not self.is_a_try:
+            repair(self.folder)
+        return anew_without_checkpoint(self.folder, self.args, self.tell)
+
     # --- the model ---
 
     @part
@@ -212,7 +223,7 @@ class Start:
     @part
     def momentum_start(self) -> dict[str, torch.Tensor] | None:
         """Momentum encoders and queues that came with the model."""
-        if self.beginning.model is None or self.args.resume_from_checkpoint is not None:
+        if self.beginning.model is None or self.settled_args.resume_from_checkpoint is not None:
             return None
         name = self.model_args.model_name_or_path
         return carried_momentum(name, self.beginning, self.beginning.model, self.args.queue_size)
@@ -345,11 +356,10 @@ class Start:
     def resumed(self) -> tuple[Path | None, Progress, dict]:
         """The checkpoint to go on from, how far it is, and the arguments of its run; None, nothing and none without
         one."""
-        if self.args.resume_from_checkpoint is None:
+        wanted = self.settled_args.resume_from_checkpoint
+        if wanted is None:
             return None, Progress(), {}
-        if launched_rank() == 0 and not self.is_a_try:
-            repair(self.folder)
-        checkpoint = find_checkpoint(self.folder, self.args.resume_from_checkpoint)
+        checkpoint = find_checkpoint(self.folder, wanted)
         manifest = self.manifest
         state = read_state(checkpoint, self.order, ORDER_FLAGS, lambda before: manifest_changes(before, manifest))
         progress = Progress.of(state)
@@ -363,7 +373,7 @@ class Start:
     @part
     def output_dir(self) -> Path:
         """The folder of the run, of the main process: nothing stands in its way."""
-        check_output_dir(self.folder, self.args)
+        check_output_dir(self.folder, self.settled_args)
         if not self.is_a_try:
             make_output_dir(self.folder)
         return self.folder
@@ -412,6 +422,7 @@ CHECKS = (
     Check("flags", "trackers", "trackers"),
     Check("flags", "validation", "what to evaluate on"),
     Check("flags", "publishing", "what to publish"),
+    Check("flags", "settled_args", "whether it goes on or begins"),
     Check("model", "backbones", "trained towers"),
     Check("model", "shape", "configuration"),
     Check("model", "tokenizer", "a tokenizer of the titles"),
@@ -452,7 +463,7 @@ def set_up(
     return Setup(
         model_args=model_args,
         data_args=data_args,
-        args=args,
+        args=start.settled_args,
         processor=start.beginning.processor,
         model=start.model,
         momentum_start=start.momentum_start,
@@ -471,7 +482,7 @@ def set_up(
 
 
 def meet(setup: Setup) -> AliBlipAccelerator:
-    """Let the processes meet. Nothing can be refused afterwards, so what an earlier run left is removed now.
+    """Let the processes meet.
 
     Raises:
         UsageError: the launcher and the arguments contradict each other.
@@ -479,7 +490,7 @@ def meet(setup: Setup) -> AliBlipAccelerator:
     args = setup.args
     if args.deterministic:
         sum_in_order()
-    accelerator = build_accelerator(
+    return build_accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=None if args.report_to == "none" else args.report_to,
@@ -487,12 +498,6 @@ def meet(setup: Setup) -> AliBlipAccelerator:
         max_grad_norm=args.max_grad_norm,
         per_device_train_batch_size=args.per_device_train_batch_size,
     )
-    if accelerator.is_main_process:
-        if setup.checkpoint is None:
-            clear_output_dir(setup.output_dir)
-        if setup.model_args.train_tokenizer:
-            save_trained_tokenizer(setup.processor.tokenizer, setup.output_dir / TRAINED_TOKENIZER)
-    return accelerator
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
@@ -586,9 +591,34 @@ def check_model(model: AliBlipForImageTextRetrieval, processor: AliBlipProcessor
 # --- the output folder ------------------------------------------------------------------------------------------------
 
 
+def anew_without_checkpoint(
+    output_dir: Path, args: TrainingArguments, tell: Callable[[str], object]
+) -> TrainingArguments:
+    """The arguments of a new run, if `last` is asked for and the run died before its first checkpoint: the command that
+    restarts it is then the same at any moment of its death.
+
+    Raises:
+        UsageError: there is no checkpoint, but there are models, which a new run would replace.
+    """
+    if args.resume_from_checkpoint != "last":
+        return args
+    if checkpoints(output_dir) or any(output_dir.glob(".checkpoint-*.old")):  # which the first process repairs
+        return args
+    models = [name for name in MODELS if (output_dir / name).exists()]
+    if models and not args.overwrite_output_dir:
+        raise UsageError(
+            f"{output_dir} has no checkpoint to go on from, but the model {models[-1]!r} that starting anew would "
+            f"replace: train from it (--model_name_or_path {output_dir / models[-1]}) into another --output_dir, or "
+            "give --overwrite_output_dir, and --checkpointing_steps from now on"
+        )
+    if launched_rank() == 0:
+        tell(f"{output_dir} has no checkpoint yet: the run starts anew")
+    return dataclasses.replace(args, resume_from_checkpoint=None, overwrite_output_dir=True)
+
+
 def check_output_dir(output_dir: Path, args: TrainingArguments) -> None:
     """Refuse to mix two runs in one folder, and a place where nothing can be written. Nothing is changed."""
-    holds_a_run = (output_dir / "arguments.json").exists()
+    holds_a_run = (output_dir / ARGUMENTS).exists()
     strange = [name for name in OUTPUT_FOLDERS if (output_dir / name).exists() and not holds_a_run]
     if strange:
         raise UsageError(
@@ -622,13 +652,33 @@ def make_output_dir(output_dir: Path) -> None:
         probe.unlink()
 
 
-def clear_output_dir(output_dir: Path) -> None:
-    """Remove what an earlier run left, as `check_output_dir` allowed."""
+def earlier_outputs(output_dir: Path) -> list[Path]:
+    """What an earlier run left, which `check_output_dir` allows to replace: models and checkpoints, and all files but
+    the arguments. Of the trackers' folder single files, since the new run's begin beside them."""
     repair(output_dir)
-    for old in (*OUTPUT_FOLDERS, *(path.name for path in checkpoints(output_dir))):
-        shutil.rmtree(output_dir / old, ignore_errors=True)
-    for old in OUTPUT_FILES:
-        (output_dir / old).unlink(missing_ok=True)
+    folders = [output_dir / name for name in (*MODELS, TRAINED_TOKENIZER)] + checkpoints(output_dir)
+    logs = [path for path in (output_dir / "logs").rglob("*") if path.is_file()]
+    return [path for path in (*folders, *logs, *(output_dir / name for name in OUTPUT_FILES)) if path.exists()]
 
 
-__all__ = ["CHECKS", "Check", "Setup", "Start", "existing_parent", "meet", "set_up"]
+def remove(outputs: list[Path]) -> None:
+    """Remove them, now that nothing can be refused any more."""
+    for path in outputs:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+__all__ = [
+    "ARGUMENTS",
+    "CHECKS",
+    "Check",
+    "Setup",
+    "Start",
+    "earlier_outputs",
+    "existing_parent",
+    "meet",
+    "remove",
+    "set_up",
+]
