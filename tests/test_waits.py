@@ -53,7 +53,8 @@ def group_of_one(monkeypatch) -> Iterator[None]:
 def walk(flags: list, output_dir: Path, monkeypatch) -> list[tuple[Counter, int]]:
     """The waits by place and the operators of each step."""
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags), "--output_dir", str(output_dir)])
-    setup = set_up(*parse(train.GROUPS, description=""))
+    *groups, _ = parse(train.GROUPS, description="")
+    setup = set_up(*groups)
     accelerator = meet(setup)
     seen: list[tuple[Counter, int]] = [(Counter(), 0)]
     plain = Run.after_step
