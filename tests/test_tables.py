@@ -369,7 +369,7 @@ def test_flags_say_how_tables_are_written():
         ("metadata.csv", b"\xd0\xcf\x11\xe0\xa1\xb1", "is a spreadsheet, whatever it is called"),
         ("metadata.csv", b"PAR1", "call it .parquet"),
         ("metadata.jsonl", b"\n<!DOCTYPE html>\n<html>", "is a web page"),
-        ("metadata.csv", gzip.compress(b"<HTML><body>404"), "is a web page"),
+        ("metadata.csv", gzip.compress(b"<HTML><body>404", mtime=0), "is a web page"),
         (
             "metadata.json",
             b"file_name,caption\n00.png,a\n",
