@@ -254,18 +254,19 @@ class TokenMemory:
 
     def tell(self) -> None:
         """Say how many units' tokens are kept, and where."""
-        whole = len(self._kept) == self.units
+        places = [("in host memory", self.host_bytes, self.host_limit)]
+        if self.device_limit:
+            places.insert(0, ("on the device", self.device_bytes, self.device_limit))
+        kept = ", ".join(f"{held / 1e9:.2f} GB {place} (at most {limit / 1e9:.3g})" for place, held, limit in places)
         logger.info(
-            "image tokens of %d of %d units of this process stay (%.2f GB of %.2f on the device, %.2f in host memory, "
-            "at most %g and %g GB); %s",
+            "image tokens of %d of %d units of this process stay, %.2f GB: %s; %s",
             len(self._kept),
             self.units,
-            self.device_bytes / 1e9,
             self.all_bytes / 1e9,
-            self.host_bytes / 1e9,
-            self.device_limit / 1e9,
-            self.host_limit / 1e9,
-            "nothing is encoded twice" if whole else "the others are read and encoded again to re-rank",
+            kept,
+            "nothing is encoded twice"
+            if len(self._kept) == self.units
+            else "the others are read and encoded again to re-rank",
         )
 
 
