@@ -57,6 +57,8 @@ class Inputs:
         self.splits = {split: dict(arguments) for split, arguments in splits.items()}
         arguments = json.dumps([os.getcwd(), self.splits], sort_keys=True, default=repr)
         self.key = hashlib.blake2b(arguments.encode(), digest_size=16).hexdigest()
+        if content is None:  # a start, which looks at what is there now
+            _opened.pop(self.key, None)
         self.content = content or self._content()
 
     def sources(self) -> list[Source]:
