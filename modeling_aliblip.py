@@ -96,10 +96,17 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: 
 
 def _any_shape(device: torch.device) -> AbstractContextManager:
     """For attention over titles, whose numbers and lengths change from call to call: cuDNN's kernels, which torch takes
-    first on some GPUs, are prepared for each shape anew, and that takes longer than the attention itself."""
+    first on some GPUs, are prepared for each shape anew, and that takes longer than the attention itself. The other
+    kernels stay as they are switched; where none of them is on, cuDNN's is what was asked for."""
     if device.type != "cuda":
         return nullcontext()
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    switches = (
+        (SDPBackend.FLASH_ATTENTION, torch.backends.cuda.flash_sdp_enabled()),
+        (SDPBackend.EFFICIENT_ATTENTION, torch.backends.cuda.mem_efficient_sdp_enabled()),
+        (SDPBackend.MATH, torch.backends.cuda.math_sdp_enabled()),
+    )
+    others = [backend for backend, is_on in switches if is_on]
+    return sdpa_kernel(others) if others else nullcontext()
 
 
 def _split_heads(states: Tensor, heads: int) -> Tensor:
@@ -405,13 +412,14 @@ class AliBlipTextLayer(GradientCheckpointingLayer):
         first_only: bool = False,
         packed: PackedPairs | None = None,
     ) -> Tensor:
-        if packed is not None:
-            hidden = self.attention.attend_packed_text(hidden, packed, first_only)
-            hidden = self.crossattention.attend_packed_images(hidden, image_kv, packed, first_only)
-        else:
-            hidden = self.attention.attend_text(hidden, mask, first_only)
-            if image_kv is not None:
-                hidden = self.crossattention.attend_images(hidden, image_kv, image_index)
+        with _any_shape(hidden.device):  # in the layer, so that a pass that recomputes it takes the same kernels
+            if packed is not None:
+                hidden = self.attention.attend_packed_text(hidden, packed, first_only)
+                hidden = self.crossattention.attend_packed_images(hidden, image_kv, packed, first_only)
+            else:
+                hidden = self.attention.attend_text(hidden, mask, first_only)
+                if image_kv is not None:
+                    hidden = self.crossattention.attend_images(hidden, image_kv, image_index)
         return self.output(self.intermediate(hidden), hidden)
 
 
@@ -472,16 +480,12 @@ class AliBlipTextModel(AliBlipPreTrainedModel):
         if given > longest:
             raise ValueError(f"titles of {given} tokens given, the model takes at most {longest}")
         if packed is not None:
-            hidden = self.embeddings(input_ids, packed.positions)
-            with _any_shape(hidden.device):
-                return self.encoder(hidden, None, image_kv, None, first_only, packed)
+            return self.encoder(self.embeddings(input_ids, packed.positions), None, image_kv, None, first_only, packed)
         hidden = self.embeddings(input_ids)
         # Under autocast the attention runs in the autocast type, whatever the weights are.
         autocast = torch.is_autocast_enabled(hidden.device.type)
         dtype = torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype
-        mask = self._attention_mask(attention_mask, dtype)
-        with _any_shape(hidden.device):
-            return self.encoder(hidden, mask, image_kv, image_index, first_only)
+        return self.encoder(hidden, self._attention_mask(attention_mask, dtype), image_kv, image_index, first_only)
 
 
 # --- retrieval --------------------------------------------------------------------------------------------------------

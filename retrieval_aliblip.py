@@ -220,6 +220,7 @@ class Reranker:
         self._lengths, self._longest = lengths, input_ids.shape[1]
         self._ids = input_ids.to(self.device).flatten()
 
+    @torch.no_grad()  # a graph would keep every pass
     def __call__(self, image_tokens: Tensor | Callable[[list[int]], Tensor], text_ids: Sequence[Tensor]) -> Tensor:
         """Score some images, each projected to keys and values once.
 

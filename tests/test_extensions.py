@@ -32,10 +32,12 @@ def builder(tmp_path):
 
 
 def test_a_lock_that_is_held_is_left(builder, tmp_path, capsys):
-    _, lock = builder
+    process, lock = builder
     os.utime(lock, (0, 0))
     assert extensions.release_left_locks(tmp_path, seconds_of_rest=1) == []
-    assert lock.exists() and capsys.readouterr().err == ""
+    assert lock.exists()
+    told = f"process {process.pid} builds in {lock.parent}: DeepSpeed waits until it has ended\n"
+    assert capsys.readouterr().err == told
 
 
 def test_a_lock_of_a_killed_build_is_removed_and_told(builder, tmp_path, monkeypatch, capsys):
@@ -61,8 +63,16 @@ def test_a_fresh_lock_without_a_holder_is_waited_for(tmp_path, capsys):
     assert extensions.release_left_locks(tmp_path, seconds_of_rest=0.5, seconds_between_looks=0.05) == [lock]
     assert time.time() - started >= 0.5
     waiting, removed = capsys.readouterr().err.splitlines()
-    assert waiting.startswith(f"waiting for 0 s without a change in {lock.parent}: no process here holds its lock")
+    assert waiting.startswith(f"waiting for 0.5 s without a change in {lock.parent}: no process here holds its lock")
     assert removed.startswith(f"removed {lock}")
+
+
+def test_a_clock_that_is_ahead_does_not_make_it_wait_longer(tmp_path):
+    lock = tmp_path / "an_operator" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    os.utime(lock, (time.time() + 10**6, time.time() + 10**6))
+    assert extensions.release_left_locks(tmp_path, seconds_of_rest=0.2, seconds_between_looks=0.05) == [lock]
 
 
 def test_a_lock_that_goes_ends_the_waiting(tmp_path, monkeypatch, capsys):

@@ -180,8 +180,22 @@ def test_changes_that_are_refused_change_nothing(paths, built, tmp_path):
         built.upsert_vectors(vector_table(torch.full((2, 16), torch.nan)))
     with pytest.raises(UsageError, match="the column 'vector' does not fit"):
         built.upsert_vectors(vector_table(unit_vectors(2, 8)))
+    with pytest.raises(UsageError, match="some ids come twice among these rows: .*new.*Give each of them once"):
+        built.upsert_vectors(vector_table(unit_vectors(2), ["new", "new"]))
     assert built.version == version
-    assert upsert(built, [rows[3], rows[3]], duplicates="first").updated == 1
+    report = upsert(built, [rows[3], rows[3], rows[3]], duplicates="first")
+    assert report.updated == 1 and [entry["reason"] for entry in report.skipped] == ["the id comes twice"] * 2
+
+
+def test_waiting_for_another_writer_is_told_and_ends(tmp_path, monkeypatch, caplog):
+    gallery = stored(tmp_path)
+    monkeypatch.setattr(tables, "TELL_AFTER_SECONDS", 0.05)
+    monkeypatch.setattr(tables, "LONGEST_CHANGE_SECONDS", 0.1)
+    with tables.one_writer(gallery.uri), ThreadPoolExecutor(1) as pool:
+        with pytest.raises(UsageError, match="has been changed by another process for"):
+            pool.submit(gallery.upsert_vectors, vector_table(unit_vectors(1), ["new"])).result()
+        assert f"another process or thread changes {gallery.uri}: waiting for it" in caplog.text
+    assert gallery.upsert_vectors(vector_table(unit_vectors(1), ["new"])).inserted == 1
 
 
 def test_remove_counts_by_id_and_by_filter(tmp_path):

@@ -286,7 +286,10 @@ def test_a_filter_that_leaves_few_rows_is_searched_exactly_and_one_that_leaves_m
     gallery.create_index(settings=IndexSettings("IVF_FLAT", 40, nprobes=1), measure_recall=0, quiet=True)
     queries = unit_vectors(20, seed=6)
     wanted = found_ids(gallery, queries, 10, approximate=False, where="price < 5")
+    read = []
+    monkeypatch.setattr(views.VectorCache, "of", lambda *args: read.append(args))
     assert found_ids(gallery, queries, 10, where="price < 5") == wanted
+    assert not read  # of the rows that the filter leaves out nothing is read
 
     monkeypatch.setattr(views, "FEW_MATCHES", 0)
     asked = []

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import BlipConfig, BlipForImageTextRetrieval
 
+import modeling_aliblip as modeling
 from configuration_aliblip import AliBlipConfig
 from modeling_aliblip import AliBlipForImageTextRetrieval
 
@@ -199,6 +201,33 @@ def test_gradient_checkpointing_changes_no_gradient(layers):
         torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
     with pytest.raises(ValueError, match="5 vision layers to checkpoint: the model has 2"):
         model.set_checkpointed_layers(5, 0)
+
+
+@pytest.mark.parametrize("enable", ["set_checkpointed_layers", "gradient_checkpointing_enable"])
+def test_attention_over_titles_takes_the_same_kernels_when_it_is_computed_again(enable, monkeypatch):
+    """As on a GPU: without cuDNN's kernels, and without those that are switched off."""
+    attend, seen = modeling._attend, []
+
+    def watched(module, *args):
+        kernels = torch.backends.cuda
+        if isinstance(module, modeling.AliBlipTextSelfAttention):
+            seen.append((kernels.cudnn_sdp_enabled(), kernels.flash_sdp_enabled(), kernels.math_sdp_enabled()))
+        return attend(module, *args)
+
+    any_shape = modeling._any_shape
+    monkeypatch.setattr(modeling, "_any_shape", lambda _: any_shape(torch.device("cuda")))
+    monkeypatch.setattr(modeling, "_attend", watched)
+    model, kernels = tiny.model(), torch.backends.cuda
+    getattr(model, enable)()
+    before = kernels.cudnn_sdp_enabled(), kernels.flash_sdp_enabled(), kernels.math_sdp_enabled()
+    with sdpa_kernel([SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION]):
+        gradients(model, tiny.batch())
+    assert seen and set(seen) == {(False, False, True)}
+    count, plain = len(seen), tiny.model()
+    with sdpa_kernel(SDPBackend.MATH):
+        gradients(plain, tiny.batch())
+    assert count > len(seen) - count > 0  # some of the first were computed again
+    assert before == (kernels.cudnn_sdp_enabled(), kernels.flash_sdp_enabled(), kernels.math_sdp_enabled())
 
 
 def test_every_parameter_gets_a_gradient():

@@ -145,6 +145,18 @@ def test_rankings_are_kept_with_both_raw_scores_and_the_names(tmp_path):
     assert "query_text" not in other.column_names and other.num_rows == 12
 
 
+def test_rankings_that_could_not_be_written_leave_no_older_results_beside_them(tmp_path, monkeypatch):
+    written(tmp_path, random_retrieval())
+
+    def full(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(numbers, "write_rankings", full)
+    with pytest.raises(OSError, match="no space"):
+        written(tmp_path, random_retrieval())
+    assert not (tmp_path / "results.json").exists()
+
+
 def test_without_truth_there_are_rankings_and_no_recall(tmp_path):
     found = random_retrieval(truth=False)
     results = numbers.measure(found, **NAMES, intervals=True, slices=("script",))

@@ -342,7 +342,7 @@ def write_results(output_dir: Path, retrieval: Retrieval, results: dict) -> list
     written = []
     skipped = output_dir / "skipped.jsonl"
     # What an earlier run left in this folder would be read as this one's.
-    for name in (skipped.name, MATRIX, COMPARISON, *map(RANKINGS.format, DIRECTION_NAMES)):
+    for name in (RESULTS, skipped.name, MATRIX, COMPARISON, *map(RANKINGS.format, DIRECTION_NAMES)):
         (output_dir / name).unlink(missing_ok=True)
     if retrieval.skipped:
         write_json_lines(skipped, retrieval.skipped)

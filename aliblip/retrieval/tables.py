@@ -16,6 +16,7 @@ Lance's threads do not survive a fork: a process that was forked from one that h
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import re
@@ -28,10 +29,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from aliblip.runtime.installation import install_hint
 from aliblip.runtime.mistakes import UsageError, first_line
+
+logger = logging.getLogger(__name__)
 
 # Read when the library is imported. It logs what it decides for itself; what goes wrong comes as an exception.
 os.environ.setdefault("LANCE_LOG", "error")
@@ -322,20 +325,36 @@ def is_conflict(error: BaseException) -> bool:
     return any(words in str(error).lower() for words in _CONFLICTS)
 
 
+TELL_AFTER_SECONDS = 5  # of waiting for another writer
+LONGEST_CHANGE_SECONDS = 3600
+
+
 @contextmanager
 def one_writer(uri: str) -> Iterator[bool]:
     """Wait until no other process or thread puts rows into this gallery; whether that could be made sure of.
 
     Two writers of the same new id would both insert it: an index on the ids says nothing of rows that are not committed
     yet. A system that takes no locks, or an address, gives False; then rows have to be put in without the index, which
-    Lance checks against those of other writers.
+    Lance checks against those of other writers. A wait is told after a few seconds.
+
+    Raises:
+        UsageError: another one has been changing the gallery for an hour.
     """
     if is_address(uri):
         yield False
         return
     lock = FileLock(os.path.join(uri, WRITER_LOCK))
     try:
-        lock.acquire()
+        try:
+            lock.acquire(timeout=TELL_AFTER_SECONDS)
+        except Timeout:
+            logger.warning("another process or thread changes %s: waiting for it", uri)
+            lock.acquire(timeout=LONGEST_CHANGE_SECONDS)
+    except Timeout:
+        raise UsageError(
+            f"{uri} has been changed by another process for {LONGEST_CHANGE_SECONDS / 60:.0f} minutes: see which one "
+            f"holds {lock.lock_file}, or try again later"
+        ) from None
     except (OSError, NotImplementedError):
         yield False
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -168,20 +169,29 @@ def _each_id_once(table: pa.Table, duplicates: str, flag: FromTool) -> tuple[pa.
     keep = [not (value in seen or seen.add(value)) for value in ids]
     if all(keep):
         return table, []
-    twice = list(dict.fromkeys(value for value, is_first in zip(ids, keep, strict=True) if not is_first))
+    left = [value for value, is_first in zip(ids, keep, strict=True) if not is_first]
     if duplicates == "error":
+        twice = list(dict.fromkeys(left))
         raise UsageError(
             f"some ids come twice among these rows: {some_of(twice)}. Make them unique, or keep the first of each with "
             f"{flag('duplicates', 'first')}"
         )
-    dropped = [{"row": None, "name": str(value), "reason": "the id comes twice"} for value in twice]
+    dropped = [{"row": None, "name": str(value), "reason": "the id comes twice"} for value in left]
     return table.filter(pa.array(keep)), dropped
 
 
 def merged(table: pa.Table, uri: str, storage_options: Mapping[str, Any] | None) -> tuple[int, int]:
-    """Put rows of the gallery's own schema in, by id, in one commit; how many were inserted and how many replaced."""
+    """Put rows of the gallery's own schema in, by id, in one commit; how many were inserted and how many replaced.
+
+    Raises:
+        UsageError: an id comes twice, of which Lance would put in both.
+    """
     if not len(table):
         return 0, 0
+    counts = Counter(table.column(ID).to_pylist())
+    if len(counts) < len(table):
+        twice = [value for value, count in counts.items() if count > 1]
+        raise UsageError(f"some ids come twice among these rows: {some_of(twice)}. Give each of them once")
 
     def merge() -> dict[str, int]:
         with one_writer(uri) as alone:

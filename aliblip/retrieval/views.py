@@ -187,14 +187,14 @@ class View:
         k = min(k, max(self.rows, 1))
         if approximate and self.index is None:
             raise UsageError("the gallery has no index: call create_index(), or leave approximate out")
-        if self.index is None or approximate is False:
-            return self._exactly(queries, k, where)
         share = 1.0
         if where is not None:
             matches = self.dataset.count_rows(where)
-            if matches <= FEW_MATCHES:
-                return self._exactly(queries, k, where)
+            if matches <= FEW_MATCHES:  # read in less time than what is kept of all rows is looked through
+                return search_exactly(self.dataset, queries, k, rows=self.rows, where=where)
             share = matches / self.rows
+        if self.index is None or approximate is False:
+            return self._exactly(queries, k, where)
         found = nearest(self.dataset, queries, k, self.index, where, share)
         lacking = [query for query, (positions, _) in enumerate(found) if len(positions) < min(k, self.rows)]
         if lacking:  # the filter leaves no more, or the index has not found them

@@ -7,6 +7,7 @@ it, without a word and without an end. `release_left_locks` finds such files bef
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -23,7 +24,7 @@ def release_left_locks(
     seconds_of_rest: float = SECONDS_OF_REST,
     seconds_between_looks: float = 1.0,
 ) -> list[Path]:
-    """Remove the locks of builds that have ended. A lock that a process of this machine holds is left.
+    """Remove the locks of builds that have ended. A lock that a process of this machine holds is left, and told.
 
     Where no process that can be seen holds it, the holder was killed, or runs on another machine or in another
     container that shares the folder. So it is removed once nothing in its folder has changed for `seconds_of_rest`,
@@ -39,23 +40,35 @@ def release_left_locks(
     """
     removed = []
     for lock in _locks(folder):
-        told = False
-        while (left := _unheld(lock)) is not None:
-            if left >= seconds_of_rest:
+        seen, since = None, time.monotonic()
+        while lock.exists():
+            holder = next((process.pid for process in psutil.process_iter() if _holds(process, lock)), None)
+            if holder is not None:
+                _tell(f"process {holder} builds in {lock.parent}: DeepSpeed waits until it has ended")
+                break
+            changed = _last_change(lock)
+            if changed != seen:
+                if seen is None:
+                    since -= max(time.time() - changed, 0.0)  # at rest for so long, if the clocks agree
+                else:
+                    since = time.monotonic()
+            if time.monotonic() - since >= seconds_of_rest:
                 lock.unlink(missing_ok=True)
-                print(f"removed {lock}: the build that it guarded was killed", file=sys.stderr, flush=True)
+                _tell(f"removed {lock}: the build that it guarded was killed")
                 removed.append(lock)
                 break
-            if not told:
-                print(
-                    f"waiting for {seconds_of_rest:.0f} s without a change in {lock.parent}: no process here holds its "
-                    "lock; where no other machine builds in it either, delete the file `lock` to go on at once",
-                    file=sys.stderr,
-                    flush=True,
+            if seen is None:
+                _tell(
+                    f"waiting for {seconds_of_rest:g} s without a change in {lock.parent}: no process here holds its "
+                    "lock; where no other machine builds in it either, delete the file `lock` to go on at once"
                 )
-                told = True
+            seen = changed
             time.sleep(seconds_between_looks)
     return removed
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _locks(folder: str | os.PathLike | None) -> list[Path]:
@@ -68,15 +81,13 @@ def _locks(folder: str | os.PathLike | None) -> list[Path]:
     return sorted(Path(get_default_build_root()).glob("*/*/lock"))
 
 
-def _unheld(lock: Path) -> float | None:
-    """For how many seconds nothing has changed beside a lock that no process here holds; None: held, or gone."""
-    try:
-        latest = max(entry.stat().st_mtime for entry in [lock, *lock.parent.iterdir()])
-    except FileNotFoundError:  # the build has ended, or a file of the compiler has: looked at again
-        return 0.0 if lock.exists() else None
-    if any(_holds(process, lock) for process in psutil.process_iter()):
-        return None
-    return time.time() - latest if lock.exists() else None
+def _last_change(lock: Path) -> float:
+    """When something beside a lock has changed last, by the clock of its file system."""
+    times = [0.0]
+    for entry in [lock, *lock.parent.iterdir()]:
+        with contextlib.suppress(FileNotFoundError):  # the compiler's own files come and go
+            times.append(entry.stat().st_mtime)
+    return max(times)
 
 
 def _holds(process: psutil.Process, lock: Path) -> bool:
