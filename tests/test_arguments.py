@@ -7,7 +7,7 @@ import sys
 import pytest
 from helpers import run_forked
 
-from aliblip.runtime.arguments import check_range, json_mapping, parse
+from aliblip.runtime.arguments import OutOfRange, check_range, json_mapping, parse
 from aliblip.runtime.mistakes import UsageError
 from aliblip.training.arguments import ModelArguments, TrainDataArguments, TrainingArguments
 
@@ -69,6 +69,9 @@ def test_ranges_and_mappings():
         check_range(alpha=(1.5, 0, 1))
     with pytest.raises(UsageError, match="--batch is 0: it must be at least 1"):
         check_range(batch=(0, 1, None))
+    with pytest.raises(OutOfRange) as told:
+        check_range(alpha=(float("nan"), 0, 1), batch=(0, 1, None))
+    assert set(told.value.names) == {"alpha", "batch"}
     with pytest.raises(UsageError, match="not valid JSON"):
         json_mapping("vision_config", "{hidden")
     with pytest.raises(UsageError, match="is a list"):

@@ -206,6 +206,11 @@ def test_headers(folder):
     assert opened(folder, 'file_name,"caption\n(English)",caption\n00.png,a,b\n').columns[1] == "caption\n(English)"
 
 
+def test_names_that_are_given_must_differ(folder):
+    without = "".join(f"{name},{title},x\n" for name, title in pairs())
+    assert "two columns 'caption'" in refused(folder, without, names=("file_name", "caption", "caption"))
+
+
 def test_very_many_lines_are_looked_at_once_each(folder):
     """A quote that is never closed must not make a file of n lines cost n squared."""
     rows = 3 * delimited.MOST_LINES

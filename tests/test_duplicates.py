@@ -97,6 +97,24 @@ def test_planted_duplicates_are_found_and_nothing_else(planted, capsys):
         assert recalls[name] >= promised, (name, recalls[name])
 
 
+def test_a_group_larger_than_the_places_of_a_photo_is_one_group():
+    """A photo and its crop, each with more copies than a photo is compared with."""
+    from aliblip.data.duplicates import Index, groups_of, joined_groups
+    from aliblip.data.prepare_photos import prepare_photo
+
+    rng = np.random.default_rng(1)
+    one, thumbs = product(3), []
+    for photo in (one, cropped(one, 0.05, rng)):
+        for _ in range(16):
+            noisy = np.asarray(photo).astype(np.int16) + rng.integers(-6, 7, np.asarray(photo).shape)
+            noisy = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+            thumbs.append(prepare_photo(encoded(noisy, 95)).thumb)
+    thumbs = np.frombuffer(b"".join(thumbs), np.uint8).reshape(-1, 48, 48, 3)
+    pairs = Index.of(thumbs).pairs(0, 32)
+    assert len(set(groups_of(32, pairs))) == 2  # each photo's places are taken by its own copies
+    assert len(set(groups_of(32, joined_groups(thumbs, pairs, 0.9)))) == 1
+
+
 def test_the_pairs_are_the_same_however_the_photos_are_cut_into_blocks(planted, monkeypatch):
     from aliblip.data import duplicates
 

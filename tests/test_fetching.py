@@ -196,6 +196,12 @@ def test_no_way_leads_into_the_private_network(server, monkeypatch):
     assert server.asked == ["/private"]
 
 
+@pytest.mark.parametrize("address", ["simplecache::file:///etc/hostname", "ftp://127.0.0.1/a", "file:///etc/hostname"])
+def test_only_web_servers_buckets_and_the_hub_are_asked(address):
+    with pytest.raises(UnusableItem, match="is none of hf, s3,"):
+        fetch_of(private=False)(address, 2**30)
+
+
 def test_addresses_are_asked_for_at_the_rate(server, monkeypatch):
     waits = []
     monkeypatch.setattr(fetching.time, "sleep", waits.append)

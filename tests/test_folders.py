@@ -292,6 +292,24 @@ def test_photos_with_texts_and_some_without(tmp_path):
     assert "no metadata.jsonl" in refused(tmp_path / "plain")
 
 
+def test_captions_and_texts_beside_a_photo_are_two_columns(tmp_path):
+    draw(tmp_path)
+    for name, title in pairs():
+        (tmp_path / name.replace("png", "caption")).write_text(title)
+        (tmp_path / name.replace("png", "txt")).write_text(f"tags of {title}")
+    source = open_at(tmp_path)
+    whole(source)
+    assert "the title is caption; txt as well" in told(source)
+    assert next(open_at(tmp_path, caption_column="txt").read(0)).text == "tags of mug no 0"
+
+
+def test_a_folder_that_is_named_as_a_file_gives_the_split_that_is_asked_for(tmp_path):
+    parquet(tmp_path / "train.parquet", range(4))
+    parquet(tmp_path / "validation.parquet", range(4, 7))
+    source = open_at(data_files=str(tmp_path), split="validation")
+    assert [number for number, _ in read(source)[0]] == [4, 5, 6]
+
+
 # -------------------------------------------------------------------------------------------- photos, links, leftovers
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -75,6 +76,14 @@ def test_files_are_read_only_where_sizes_are_equal(tmp_path, monkeypatch):
     monkeypatch.setattr(inspection, "_digest", lambda image: read.append(str(image)) or digest(image))
     leakage(train, validation)
     assert not any(name.endswith("train-1.png") for name in read) and len(read) == 4
+
+
+def test_a_named_pipe_is_not_waited_for(tmp_path):
+    train, validation = sides(tmp_path, [0, 1, 2], [4, 5], "folder")
+    (tmp_path / "train" / "train-1.png").unlink()
+    os.mkfifo(tmp_path / "train" / "train-1.png")
+    (tmp_path / "validation" / "validation-4.png").write_bytes(b"")  # of the size that a pipe has
+    assert leakage(train, validation).photos == 0
 
 
 def test_data_on_other_machines_is_not_fetched(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """python -m aliblip.prepare: every row arrives or is accounted for, whatever form it came in, however it is stopped."""
 
 import io
+import json
 import os
 import signal
 import sys
@@ -275,6 +276,63 @@ def test_a_folder_of_other_files_is_left_alone(catalogue, tmp_path):
     with pytest.raises(UsageError, match="holds other files"):
         prepare(tmp_path, *catalogue, *ALONE)
     assert os.listdir(tmp_path) == ["mine.txt"]
+
+
+@pytest.mark.parametrize("overwrite", ["false", "true"])
+def test_a_folder_with_a_folder_called_work_is_left_alone(catalogue, tmp_path, overwrite):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.txt").write_text("mine")
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(UsageError, match="holds other files"):
+        prepare(tmp_path, *catalogue, *ALONE, "--overwrite_output_dir", overwrite)
+    assert (tmp_path / "work" / "thesis.txt").read_text() == (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_the_data_is_not_replaced_by_what_is_made_of_it(tmp_path):
+    (tmp_path / "data").mkdir()
+    flags = draw(tmp_path / "data", 6, broken=0)
+    with pytest.raises(UsageError, match="holds other files"):
+        prepare(tmp_path, *flags, *ALONE, "--overwrite_output_dir", "true")
+    prepare(tmp_path / "first", *flags, *ALONE)
+    (tmp_path / "first" / "mine").mkdir()
+    within = draw(tmp_path / "first" / "mine", 6, broken=0)
+    with pytest.raises(UsageError, match=r"the data, .*mine.*, lies in --output_dir"):
+        prepare(tmp_path / "first", *within, *ALONE, "--overwrite_output_dir", "true")
+    prepare(tmp_path / "out", *flags, *ALONE)
+    (tmp_path / "out" / "card.html").unlink()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    prepare(tmp_path / "out", *flags, *ALONE, "--max_side", 50, "--overwrite_output_dir", "true")
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine" and (tmp_path / "out" / "card.html").exists()
+
+
+def test_other_ways_of_reading_make_another_catalogue(tmp_path):
+    draw(tmp_path, 4, broken=0)
+    lines = ["image;caption", *(f"{number}.jpg;caf\u00e9 {number}" for number in range(4))]
+    for number in range(4):
+        picture(number).save(tmp_path / f"{number}.jpg")
+    (tmp_path / "t.csv").write_text("\n".join(lines), encoding="cp1252")
+    flags = ["--train_file", tmp_path / "t.csv", *ALONE]
+    prepare(tmp_path / "out", *flags, "--encoding", "cp1252", "--csv_delimiter", ";")
+    with pytest.raises(UsageError, match="holds another prepared catalogue"):
+        prepare(tmp_path / "out", *flags, "--encoding", "cp1251", "--csv_delimiter", ";")
+
+
+@pytest.mark.parametrize("rows_per_task", [2, 6, 100])
+def test_values_stay_what_they_are_in_tasks_of_any_size(tmp_path, rows_per_task, capsys):
+    rows = []
+    for number in range(12):
+        picture(number).save(tmp_path / f"{number}.jpg")
+        long = 2**53 + 1 + number if number < 6 else 1.5
+        price = number if number % 2 else "n/a"
+        rows.append({"image": f"{number}.jpg", "caption": f"title {number}", "long": long, "price": price})
+    (tmp_path / "t.json").write_text(json.dumps(rows))
+    flags = ["--train_file", tmp_path / "t.json", "--rows_per_task", rows_per_task]
+    prepare(tmp_path / "out", *flags, *ALONE)
+    made = rows_of(tmp_path / "out")
+    assert [row["long"] for row in made] == [str(row["long"]) for row in rows]
+    assert [row["price"] for row in made] == [str(row["price"]) for row in rows]
+    told = capsys.readouterr().out
+    assert "'long'" in told and "'price'" in told and told.count("kept as text") == 2
 
 
 def test_a_folder_within_the_data_is_refused(layouts):

@@ -316,6 +316,34 @@ def test_a_bad_line_of_json_is_a_bad_row_with_its_number(folder):
     ]
 
 
+def test_a_key_that_stands_twice_is_told_and_no_value_is_lost(folder):
+    text = json_lines(records("file_name")).split("\n")
+    text[3] = '{"file_name": "03.png", "caption": "x", "caption": "y"}'
+    found, reasons = read(opened(folder, "\n".join(text), "metadata.jsonl"))
+    assert [number for number, _ in found] == [0, 1, 2, *range(4, 12)]
+    assert reasons == ["line 4: the key 'caption' stands twice in one object"]
+    (folder / "metadata.jsonl").unlink()
+    twice = '{"00.png": "a", "01.png": "b", "00.png": "c"}'
+    assert "the key '00.png' stands twice in one object" in refused(folder, twice, "list.json")
+
+
+def test_rows_beside_their_names_are_as_long_as_these(folder):
+    text = json.dumps({"columns": ["image", "caption"], "data": [["00.png", "a"], ["01.png"], ["02.png", "c"]]})
+    assert "'columns' has 2 names, and row 1 of 'data' not as many values" in refused(folder, text, "list.json")
+
+
+def test_rows_of_a_product_need_not_stand_together(folder):
+    """Shopify's export, sorted by the user: a title serves all rows of its handle, and a line that is none is told."""
+    header = ("Handle", "Title", "Image Src")
+    rows = [("mug", "red mug", "00.png"), ("pan", "iron pan", "01.png"), ("mug", "", "02.png"), ("pan", "", "03.png")]
+    text = lines(rows, header).split("\n")
+    found, reasons = read(opened(folder, "\n".join(text), "products.csv"))
+    assert (found, reasons) == ([(0, "red mug"), (1, "iron pan"), (2, "red mug"), (3, "iron pan")], [])
+    text[2] += ",one,two"
+    found, reasons = read(opened(folder, "\n".join(text), "products.csv", bad_lines="skip"))
+    assert [number for number, _ in found] == [0, 2] and any("line 3" in reason for reason in reasons)
+
+
 # --------------------------------------------------------------------------------------------------------------- text
 
 

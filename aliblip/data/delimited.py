@@ -273,10 +273,14 @@ def _swallowed(fields: Sequence[str], form: Form) -> bool:
         if len(inner) >= (2 if len(fields) > 2 else 4) and all(len(cell) == len(fields) for cell in inner):
             return True
         # Rows that are numbered from line to line.
-        if fields[0].isdecimal() and any(
-            len(cell) > 1 and cell[0].isdecimal() and int(cell[0]) == int(fields[0]) + step
+        if _is_number(fields[0]) and any(
+            len(cell) > 1 and _is_number(cell[0]) and int(cell[0]) == int(fields[0]) + step
             for step, cell in enumerate(cells)
             if step
         ):
             return True
     return False
+
+
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and len(text) < 19  # Python refuses to read very long ones

@@ -74,10 +74,36 @@ def json_records(stream: Any, name: str) -> Iterator[JsonRecord]:
     yield from _lines(stream, skipped)
 
 
+REPEATED = "stands twice in one object"
+
+
+def json_value(data: str | bytes) -> Any:
+    """The value of a JSON text, in which no object has a key twice: of two values one would be lost without a word.
+
+    Raises:
+        ValueError: as `json.loads`, or with the key that is repeated.
+    """
+    return json.loads(data, strict=False, object_pairs_hook=_each_key_once)
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise RepeatedKey(f"the key '{counts.most_common(1)[0][0]}' {REPEATED}")
+    return value
+
+
+class RepeatedKey(ValueError):
+    """An object of a JSON text has a key twice."""
+
+
 def _record(data: bytes, begin: int, place: str, is_whole: bool = True) -> JsonRecord:
     value, problem, not_utf8 = None, None, None
     try:
-        value = json.loads(data, strict=False)
+        value = json_value(data)
+    except RepeatedKey as error:
+        problem = f"{place}: {error}"
     except UnicodeDecodeError:
         problem = f"{place} is not a JSON object in UTF-8 (--encoding tells another encoding)"
         not_utf8 = data
@@ -229,7 +255,7 @@ def table_in(document: dict[str, Any], split: str, name: str) -> Document | None
         )
     if not document or any(not isinstance(value, (list, dict, str)) for value in document.values()):
         return None
-    return _columns_or_map(document)
+    return _columns_or_map(document, name)
 
 
 def _is_table(value: Any) -> bool:
@@ -275,7 +301,7 @@ def _split_of(record: dict) -> str:
     return _SPLITS_OF_KARPATHY.get(split, split)
 
 
-def _columns_or_map(document: dict[str, Any]) -> Document | None:
+def _columns_or_map(document: dict[str, Any], name: str) -> Document | None:
     """Columns, each a list or a map from row to value, as pandas writes them; or a map from photos to titles."""
     values, are_photos = list(document.values()), all(map(looks_like_photo_name, document))
     if all(isinstance(value, dict) for value in values):
@@ -284,7 +310,13 @@ def _columns_or_map(document: dict[str, Any]) -> Document | None:
         told = ["its keys are photos, and their values titles"]
         return Document([{"image": key, "caption": value} for key, value in document.items()], told)
     if set(document) >= {"columns", "data"} and all(isinstance(value, list) for value in values):
-        return Document([dict(zip(document["columns"], row, strict=False)) for row in document["data"]])
+        columns, rows = document["columns"], document["data"]
+        uneven = next((n for n, row in enumerate(rows) if not isinstance(row, list) or len(row) != len(columns)), None)
+        if uneven is not None:
+            raise UsageError(
+                f"{name}: 'columns' has {len(columns)} names, and row {uneven} of 'data' not as many values"
+            )
+        return Document([dict(zip(columns, row, strict=True)) for row in rows])
     are_columns = len(document) > 1 and all(isinstance(value, list) for value in values)
     if are_columns and values[0] and len(set(map(len, values))) == 1:
         return Document([dict(zip(document, row, strict=True)) for row in zip(*values, strict=True)])

@@ -25,7 +25,7 @@ from threadpoolctl import threadpool_limits
 
 from aliblip.data.prepare_photos import THUMB_SIDE
 
-__all__ = ["SIMILARITY", "Index", "Pairs", "exact_pairs", "groups_of"]
+__all__ = ["SIMILARITY", "Index", "Pairs", "exact_pairs", "groups_of", "joined_groups"]
 
 # From which two photos are duplicates. 1 is the same picture; products of one outline have about 0.5.
 SIMILARITY = 0.9
@@ -115,6 +115,31 @@ def groups_of(count: int, *pairs: Pairs) -> np.ndarray:
             if a != b:
                 parent[max(a, b)] = min(a, b)
     return np.array([root(item) for item in range(count)], dtype=np.int64)
+
+
+def joined_groups(thumbs: np.ndarray, pairs: Pairs, similarity: float) -> Pairs:
+    """The pairs, and those between groups that are one: a photo is compared with the few that are nearest to it, which
+    in a large group are some of its own. So one photo of each such group is compared again, until nothing new comes.
+
+    Args:
+        thumbs: (n, side, side, 3) uint8 of all photos.
+        similarity: from which two photos are a pair.
+    """
+    rounds = [pairs]
+    while True:
+        both = np.concatenate([np.concatenate([one.first, one.second]) for one in rounds])
+        crowded = np.bincount(both, minlength=len(thumbs)) >= _NEIGHBOURS
+        photos = np.unique(groups_of(len(thumbs), *rounds)[crowded])
+        if len(photos) < 2:
+            break
+        more = Index.of(np.asarray(thumbs[photos])).pairs(0, len(photos), similarity)
+        if not len(more):
+            break
+        rounds.append(Pairs.of(photos[more.first], photos[more.second], more.similarity))
+    first, second, values = (
+        np.concatenate([getattr(one, name) for one in rounds]) for name in ("first", "second", "similarity")
+    )
+    return Pairs.of(first, second, values)
 
 
 # --- candidates -------------------------------------------------------------------------------------------------------

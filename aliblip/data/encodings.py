@@ -199,7 +199,7 @@ def _likeness(text: str, encoding: str) -> float:
         return 0.0
     # Titles in capitals throughout, and Japanese without a syllable of its own, are rather something else.
     unusual = capitals > letters * 0.6 or (encoding in ("cp932", "euc_jp") and kana < letters * 0.05)
-    return likely / total * (0.7 if unusual else 1.0)
+    return likely / total * (0.95 if unusual else 1.0)
 
 
 def _fits(before: str, character: str, after: str, encoding: str) -> float:

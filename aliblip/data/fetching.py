@@ -41,6 +41,10 @@ class _Refused(Exception):
     """What is not fetched, whoever asks; the message is the reason."""
 
 
+# Where photos may lie beside web servers: the Hub and buckets, as fsspec calls them.
+STORES = ("hf", "s3", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "r2")
+
+
 class PoliteFetch:
     """Fetches photos by address. Sent to another process, it begins there anew.
 
@@ -101,6 +105,9 @@ class PoliteFetch:
     @staticmethod
     def _from_store(address: str, most_bytes: int) -> bytes:
         """Of a bucket or of the Hub, which the user has the keys of."""
+        scheme = address.partition("://")[0]
+        if scheme not in STORES:  # fsspec has others, chained ones too, that lead to this machine
+            raise UnusableItem(f"the photo can't be fetched ({scheme}:// is none of {', '.join(STORES)}, http, https)")
         try:
             data = read_file(address, most_bytes + 1)
         except (RemoteReadError, FileNotFoundError) as error:

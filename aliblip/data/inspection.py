@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -153,7 +154,7 @@ def leakage(train: Source, validation: Source, rows: int = COMPARED_ROWS) -> Lea
     for row in sample_rows(train, rows, PLACES_COMPARED):
         size = _size(row.image)
         compared_with += size is not None
-        if size in places and (found := places[size].get(_digest(row.image))) is not None:
+        if size is not None and size in places and (found := places[size].get(_digest(row.image))) is not None:
             shared.update(dict.fromkeys(found))
     return Leakage(
         products=products,
@@ -206,7 +207,8 @@ def _size(image: Any) -> int | None:
     if not isinstance(image, str) or is_remote(image) or image.startswith("data:"):
         return None
     try:
-        return os.path.getsize(image)
+        status = os.stat(image)
+        return status.st_size if stat.S_ISREG(status.st_mode) else None  # a named pipe would be read for ever
     except (OSError, ValueError):
         return None
 

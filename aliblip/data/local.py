@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from aliblip.data.columns import Asked, Reading, Roles, listed
 from aliblip.data.folders import REASONS, Survey, count_of
 from aliblip.data.kinds import PACKED_TARS, kind_by_content, kind_by_name
-from aliblip.data.splits import TRAIN, Splits, splits_of
+from aliblip.data.splits import Splits, splits_of
 from aliblip.data.tables import base_name, is_table_of_text, may_hold_rows
 from aliblip.runtime.mistakes import UsageError
 
@@ -281,7 +281,7 @@ def find_files(
         if os.path.isdir(path):
             if len(given) > 1:
                 raise UsageError(f"{path} is a folder: give it alone, or name files")
-            return find_in_folder(path, path, TRAIN, asked, reading, any_split=True)
+            return find_in_folder(path, path, split, asked, reading, any_split=True)
         matches = list(_matches(path))
         if not matches:
             raise UsageError(f"{name} matches no files for split '{split}': check the path or the glob ({path})")

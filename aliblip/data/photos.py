@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from aliblip.data.columns import Request, choose_columns
+from aliblip.data.documents import RepeatedKey, json_value
 from aliblip.data.folders import count_of
 from aliblip.data.places import Place
 from aliblip.data.records import RecordSource, Rows
@@ -73,6 +74,11 @@ def open_sided(request: Request) -> RecordSource:
     selected = choose_columns(request, list(columns), ("image",), ("caption", "text", "txt"), ("file_name",))
     without = sum(1 for _ in request.survey.photo_names(request.below)) - len(wanted)
     request.told.append(f"{count_of(len(wanted), 'photo')} with a text or JSON file of the same name")
+    titles = [name for name in ("caption", "text", "txt") if name in columns]
+    if len(titles) > 1:
+        request.told.append(
+            f"the title is {selected.caption}; {', '.join(t for t in titles if t != selected.caption)} as well"
+        )
     if without:
         request.told.append(f"{count_of(without, 'photo')} without one are no rows")
     return RecordSource(request, list(columns), selected, [Rows(table, Place(root))], "file_name")
@@ -97,14 +103,16 @@ def _record(root: str, photo: str, sides: list[str], encoding: str) -> dict[str,
             with open(os.path.join(root, side), encoding=encoding) as stream:
                 text = stream.read()
             if side.lower().endswith(".json"):
-                value = json.loads(text, strict=False)
+                value = json_value(text)
                 record |= value if isinstance(value, dict) else {}
             else:
-                record["txt"] = text.strip()
+                record["caption" if side.lower().endswith(".caption") else "txt"] = text.strip()
         except FileNotFoundError:
             return Unreadable(f"{side} is gone")
         except UnicodeDecodeError:
             return Unreadable(f"{side} is not in {encoding.removesuffix('-sig')} (--encoding tells another encoding)")
+        except RepeatedKey as error:
+            return Unreadable(f"{side}: {error}")
         except ValueError:
             return Unreadable(f"{side} is not valid JSON")
     return {**record, "file_name": photo}

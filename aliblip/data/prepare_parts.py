@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aliblip.data.cell_types import NOT_OF_THE_TYPE, fitting_value, joined_type, storable
@@ -38,6 +39,8 @@ __all__ = [
 
 # Begins the names of the data's own columns among the facts.
 OTHER = "other:"
+# Of such a column, in the metadata of its field: what is to be told of it.
+NOTE = b"told"
 # Photos that are written at once, and are one row group then.
 GROUP_BYTES, GROUP_ROWS = 8 * 2**20, 256
 
@@ -152,16 +155,17 @@ class PartWriter:
         names = dict.fromkeys(name for row in self._others for name in row)
         names |= dict.fromkeys(self._types.names if self._types is not None else ())
         for name in names:
-            facts = facts.append_column(f"{OTHER}{name}", self._column(name))
+            column, note = self._column(name)
+            field = pa.field(f"{OTHER}{name}", column.type, metadata={NOTE: note} if note else None)
+            facts = facts.append_column(field, column)
         return facts
 
-    def _column(self, name: str) -> pa.Array:
+    def _column(self, name: str) -> tuple[pa.Array, str]:
         values = [row.get(name) for row in self._others]
         if self._types is not None and name in self._types.names:
-            kind = storable(self._types.field(name).type)
-        else:
-            kind = joined_type(name, pa.null(), values)[0]
-        return column_of(values, kind)
+            return column_of(values, storable(self._types.field(name).type)), ""
+        kind, note = joined_type(name, pa.null(), values)
+        return column_of(values, kind), note
 
 
 def column_of(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
@@ -183,8 +187,25 @@ def unified_others(folder: Path, count: int) -> tuple[dict[str, pa.DataType], li
             name = field.name.removeprefix(OTHER)
             kind, note = joined_type(name, found.get(name, pa.null()), pa.nulls(0, field.type))
             found[name] = kind
+            note = note or (field.metadata or {}).get(NOTE, b"").decode()
             notes |= {name: note} if note else {}
+    for name, kind in found.items():
+        if pa.types.is_floating(kind) and _has_long_numbers(folder, count, f"{OTHER}{name}"):
+            found[name] = pa.string()
+            notes[name] = f"the column {name!r} holds fractions, and whole numbers too long beside them: kept as text"
     return {name: storable(kind) for name, kind in found.items()}, list(notes.values())
+
+
+def _has_long_numbers(folder: Path, count: int, column: str) -> bool:
+    """Whether some part has whole numbers in a column that a floating-point number would change."""
+    for task in range(count):
+        file = facts_file(folder, task)
+        schema = pq.read_schema(file)
+        if column in schema.names and pa.types.is_integer(schema.field(column).type):
+            least, most = pc.min_max(pq.read_table(file, columns=[column])[column]).as_py().values()
+            if least is not None and max(-least, most) > 2**53:
+                return True
+    return False
 
 
 def read_facts(folder: Path, count: int, columns: Sequence[str]) -> Iterator[pa.Table]:

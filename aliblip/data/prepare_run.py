@@ -18,6 +18,7 @@ noted by datatrove when it is done.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import fcntl
 import json
 import os
@@ -35,7 +36,7 @@ from datatrove.executor import LocalPipelineExecutor
 from loguru import logger
 from tqdm.auto import tqdm
 
-from aliblip.data.duplicates import Index, Pairs
+from aliblip.data.duplicates import Index, Pairs, joined_groups
 from aliblip.data.fetching import PoliteFetch
 from aliblip.data.prepare_arguments import PrepareArguments
 from aliblip.data.prepare_executors import remote_executor
@@ -61,14 +62,17 @@ from aliblip.data.prepare_steps import (
     pairs_file,
 )
 from aliblip.data.prepare_tasks import Inputs
+from aliblip.data.remote import is_remote
 from aliblip.runtime.files import PARTIAL, write_json
 from aliblip.runtime.mistakes import UsageError
-from aliblip.runtime.parts import Parts
+from aliblip.runtime.parts import FINGERPRINT, Parts
 from aliblip.runtime.sameness import changes, told
 
 __all__ = ["PREPARED", "Preparation"]
 
 WORK, PREPARED = "work", "prepared.json"
+# Of the process that prepares in the folder of the work.
+LOCK = "lock"
 # In the folder of the work: what will be put in place, the index of near duplicates, the names that are put in place.
 OUT, INDEX, PLACING = "out", "index", "placing.json"
 # What the work is called while it is removed.
@@ -117,6 +121,7 @@ class Preparation:
         self.made_from = {
             "data": [source.described() for source in inputs.sources()],
             **{name: inputs.given(name) for name in ("image_dir", "fetch_photos")},
+            "reading": dataclasses.asdict(inputs.given("reading")),
             **{flag: getattr(args, flag) for flag in _FLAGS},
         }
         self.parts = Parts(self.work, self.made_from)
@@ -134,11 +139,11 @@ class Preparation:
             UsageError: there is another one, or files that are not ours.
         """
         marker = self.output_dir / PREPARED
+        if not marker.is_file() and not (self.work / FINGERPRINT).is_file() and self._holds_files():
+            raise UsageError(f"{self.output_dir} holds other files: give a new folder as --output_dir")
         if self.args.overwrite_output_dir:
             return False
         if not marker.is_file():
-            if self.output_dir.is_dir() and not self.work.is_dir() and any(self.output_dir.iterdir()):
-                raise UsageError(f"{self.output_dir} holds other files: give a new folder as --output_dir")
             self.parts.check()
             return False
         try:
@@ -153,12 +158,33 @@ class Preparation:
         shutil.rmtree(self.output_dir / REMOVED, ignore_errors=True)
         return not self.work.is_dir()
 
+    def _holds_files(self) -> bool:
+        """Whether there is anything but a folder of work in which nothing has begun."""
+        if not self.output_dir.is_dir():
+            return False
+        if any(path != self.work or not path.is_dir() for path in self.output_dir.iterdir()):
+            return True
+        return self.work.is_dir() and any(
+            path.name != LOCK and not path.name.endswith(PARTIAL) for path in self.work.iterdir()
+        )
+
     def check(self) -> None:
         """Look at what can go wrong before the work.
 
         Raises:
-            UsageError: the folder lies in the data.
+            UsageError: the folder lies in the data, or the data in the folder, where it would be replaced.
         """
+        output_dir = self.output_dir.resolve()
+        places = [file.file for source in self.inputs.sources() for file in source.files]
+        places += [
+            place for source in self.inputs.sources() for place in (source.folder, self.inputs.given("image_dir"))
+        ]
+        for place in places:
+            if place is not None and not is_remote(place) and Path(place).resolve().is_relative_to(output_dir):
+                raise UsageError(
+                    f"the data, {place}, lies in --output_dir {self.output_dir}, whose files are written by this "
+                    "command: give a folder outside of it"
+                )
         for source in self.inputs.sources():
             if source.folder is not None and self.output_dir.resolve().is_relative_to(Path(source.folder).resolve()):
                 raise UsageError(
@@ -239,9 +265,9 @@ class Preparation:
         _, places = np.unique(self.facts.digest, return_index=True)  # of equal files one
         places = np.sort(places)
         folder = self.work / INDEX
+        thumbs = folder / "thumbs.npy"
         if not (folder / "index.json").is_file():
             folder.mkdir(exist_ok=True)
-            thumbs = folder / "thumbs.npy"
             write_thumbs(self.work, len(self.tasks), self.facts.row[places], thumbs)
             Index.of(np.load(thumbs, mmap_mode="r")).save(folder)
             write_json(folder / "index.json", {"photos": len(places)})
@@ -251,7 +277,10 @@ class Preparation:
             return None
         pairs = [np.load(pairs_file(folder, number)) for number in range(len(sizes))]
         first, second, similarity = (np.concatenate([pair[name] for pair in pairs]) for name in pairs[0].dtype.names)
-        return Pairs.of(places[first], places[second], similarity)
+        found = joined_groups(
+            np.load(thumbs, mmap_mode="r"), Pairs.of(first, second, similarity), self.args.duplicate_similarity
+        )
+        return Pairs.of(places[found.first], places[found.second], found.similarity)
 
     def _write(self) -> bool:
         plan = self.decided.plan
@@ -277,8 +306,17 @@ class Preparation:
             new = sorted(path.name for path in self.out.iterdir())
             before = self.output_dir / PREPARED
             old = json.loads(before.read_text(encoding="utf-8"))["files"] if before.is_file() else []
+            self._refuse_to_replace({*new} - {*old, PREPARED})
             write_json(self.out / PREPARED, {"made_from": self.made_from, "files": new, "counts": self.counts()})
             write_json(self.work / PLACING, {"old": old, "new": new})
+
+    def _refuse_to_replace(self, names: set[str]) -> None:
+        foreign = sorted(name for name in names if (self.output_dir / name).exists())
+        if foreign:
+            raise UsageError(
+                f"{self.output_dir} holds {', '.join(foreign)}, which this command did not write and would replace: "
+                "move that away, and the same command goes on"
+            )
 
     def _put_in_place(self) -> None:
         """Exchange an earlier catalogue for the new one; a second start goes on with it."""
@@ -378,7 +416,7 @@ def _nothing() -> Iterator[list[Any]]:
 def _alone(folder: Path) -> Iterator[None]:
     """Only one process prepares in a folder. The system frees the lock of one that was killed; unlike that of
     `filelock`, its workers do not hold it on."""
-    with open(folder / "lock", "w") as file:
+    with open(folder / LOCK, "w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

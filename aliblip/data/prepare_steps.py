@@ -1,7 +1,7 @@
 """The steps of preparing as a pipeline of datatrove, which runs on this machine, on Slurm or on Ray alike.
 
     pipeline = [ReadRows(inputs, rows_per_task), DecodePhotos(max_side=512), WriteParts(folder, ...)]
-    run_pipeline(pipeline, tasks=40, workers=2, logging_dir=...)
+    LocalPipelineExecutor(pipeline, tasks=40, workers=2, logging_dir=...).run()
 
 A document is a row: its text the title, its one medium the photo, and in its metadata what else is known of it. A row
 that can't be used goes on with the reason, to be counted at the end.

@@ -1,6 +1,6 @@
 """What is prepared, cut into tasks: runs of rows that are read, checked and written by one process.
 
-    inputs = Inputs.of({"train": {"data_dir": "catalogue", ...}})
+    inputs = Inputs({"train": {"data_dir": "catalogue", ...}})
     for task in inputs.tasks(rows_per_task=1000): ...
     for split, row in inputs.read(task): ...
 

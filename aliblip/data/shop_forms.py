@@ -22,24 +22,27 @@ def merchant_product(columns: Sequence[str]) -> str | None:
     return plain.get("itemgroupid") if {"id", "title", "imagelink"} <= set(plain) else None
 
 
-def shopify_rows(records: Iterable[Any]) -> tuple[list[dict[str, Any]], str]:
+def shopify_rows(records: Iterable[Any]) -> tuple[list[Any], str]:
     """The rows with a photo, each with its product's title, and a sentence on what was done.
 
-    The title of a product stands in its first row. The rows below it, of the same handle, are further photos and
-    variants; a variant without a photo of its own is no row for us.
+    The title of a product stands in its first row. The others of the same handle are further photos and variants; a
+    variant without a photo of its own is no row for us. What is no record stays where it is, for the report.
     """
-    rows: list[dict[str, Any]] = []
-    handle, title, inherited, without = None, None, 0, 0
+    rows: list[Any] = []
+    titles: dict[str, str] = {}
+    inherited, without = 0, 0
     for record in records:
         if not isinstance(record, dict):
+            rows.append(record)
             continue
-        if record.get("Handle") != handle:
-            handle, title = record.get("Handle"), None
-        title = record.get("Title") or title
+        handle = record.get("Handle")
+        title = record.get("Title") or titles.get(handle)
+        if title is not None:
+            titles.setdefault(handle, title)
         if not record.get("Image Src"):
             without += 1
             continue
-        if not record.get("Title"):
+        if not record.get("Title") and title is not None:
             inherited += 1
             record = {**record, "Title": title}
         rows.append(record)

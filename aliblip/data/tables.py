@@ -39,7 +39,7 @@ from aliblip.data.delimited import (
     parse,
     scan,
 )
-from aliblip.data.documents import json_records, table_in
+from aliblip.data.documents import REPEATED, json_records, table_in
 from aliblip.data.encodings import check_encoding, guess_encoding, is_packed, unicode_of, unpacked
 from aliblip.data.remote import is_remote, open_file, resumed
 from aliblip.data.shop_forms import is_shopify, merchant_product, shopify_rows
@@ -382,7 +382,7 @@ def _form_of(opened: _Opened) -> tuple[Form, list[str]]:
             raise UsageError(
                 f"--csv_columns names {len(reading.names)} columns, {opened.name} has {len(names)} on its first line"
             )
-        return form, list(reading.names)
+        return form, _distinct(reading.names, opened)
     if any(looks_like_photo_name(name) or "://" in name for name in names):
         raise UsageError(
             f"{opened.name} has no header: its first line is '{first.text.strip()[:100]}'; add a line with the names "
@@ -518,7 +518,8 @@ def _as_shopify(table: Table, roles: Roles) -> None:
     """Rows of Shopify's export: photos of a product, whose title stands in the product's first row alone."""
     rows, told = shopify_rows(record for record in table.read(0, len(table)))
     table._stored, table._parse = Blocks.of_values(rows), json.loads
-    table.problems, table.product_column = {}, "Handle"
+    table.problems = {place: str(row) for place, row in enumerate(rows) if isinstance(row, Unreadable)}
+    table.product_column = "Handle"
     _gather(table, roles)
     table.told.append(told)
 
@@ -546,6 +547,11 @@ def _of_json(opened: _Opened) -> Table:
         ends.append(record.end)
         if kept is not None:
             kept.append(json.dumps(record.value).encode())
+    if count == 1 and REPEATED in table.problems.get(0, ""):
+        raise UsageError(
+            f"{opened.file}: {table.problems[0]}, of which only one could be read: write each once (several titles of "
+            "a photo as a list)"
+        )
     if count and len(table.problems) == count and not bad_lines:
         first = opened.head.decode("utf-8", "replace").split("\n")[0].strip()[:100]
         raise UsageError(f"{opened.file} holds no JSON: its first line is '{first}'; write it again, or call it .csv")

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -25,10 +26,13 @@ from aliblip.data.remote import read_patiently, storage_options
 from aliblip.data.tar_members import Wanted, compression_of, read_members
 from aliblip.data.tar_samples import Members
 from aliblip.runtime.files import write_bytes
+from aliblip.runtime.mistakes import UsageError
 
 __all__ = ["TarIndex", "indexed_tar"]
 
 FORMAT = "2"
+TELL_AFTER_SECONDS = 10  # of waiting for another process that looks through the same tar
+LONGEST_LOOK_SECONDS = 6 * 3600
 # What a file system tells about a file, and what changes with its content: the size; for local files the time of
 # modification; over HTTP, S3, Google Cloud and the Hub one of the others.
 STAMP_KEYS = ("size", "mtime", "ETag", "etag", "Last-Modified", "LastModified", "updated", "blob_id")
@@ -113,13 +117,33 @@ def indexed_tar(file: str, index_dir: str | None, wanted: Wanted) -> TarIndex:
     what = {"format": FORMAT, "file": json.dumps(file), "stamp": json.dumps(stamp), "wanted": asked}
     index = _load(path, what, stamp["size"])
     if index is None:
-        with FileLock(f"{path}.lock"):
+        with _alone(f"{path}.lock", file):
             index = _load(path, what, stamp["size"])  # written by another process while this one waited
             if index is None:
                 index = _scan(file, stamp["size"], wanted)
                 found = {"fields": json.dumps(index.fields), "about": json.dumps(index.about), "check": index.check}
                 write_bytes(path, save(index.arrays, what | found))
     return index
+
+
+@contextmanager
+def _alone(lock_file: str, file: str) -> Iterator[None]:
+    lock = FileLock(lock_file)
+    try:
+        lock.acquire(timeout=TELL_AFTER_SECONDS)
+    except Timeout:
+        print(f"waiting for another process that looks through {file} (its lock: {lock_file})", flush=True)
+        try:
+            lock.acquire(timeout=LONGEST_LOOK_SECONDS)
+        except Timeout:
+            raise UsageError(
+                f"another process has held {lock_file} for {LONGEST_LOOK_SECONDS / 3600:.0f} hours: end it, and start "
+                "again"
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _stamp(file: str) -> dict[str, str | int]:

@@ -132,8 +132,8 @@ def check_range(**ranges) -> None:
     mistakes = {}
     for name, (value, low, high) in ranges.items():
         if isinstance(value, float) and not math.isfinite(value):  # NaN would pass every comparison
-            raise UsageError(f"--{name} is {value}: it must be a finite number")
-        if value is not None and ((low is not None and value < low) or (high is not None and value > high)):
+            mistakes[name] = f"--{name} is {value}: it must be a finite number"
+        elif value is not None and ((low is not None and value < low) or (high is not None and value > high)):
             accepted = f"at least {low}" if high is None else f"from {low} to {high}"
             mistakes[name] = f"--{name} is {value}: it must be {accepted}"
     if mistakes:

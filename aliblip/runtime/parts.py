@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 SECONDS = 20.0
 BYTES = 2**28
 
-_FINGERPRINT = "made_from.json"
+FINGERPRINT = "made_from.json"
 
 
 class Parts:
@@ -62,7 +62,7 @@ class Parts:
             UsageError: the parts that lie in the folder were made from something else, or can't be read; the message
                 says from what and what to do.
         """
-        file = self.folder / _FINGERPRINT
+        file = self.folder / FINGERPRINT
         if not file.is_file():
             return
         try:
@@ -81,8 +81,8 @@ class Parts:
             OSError: it can't be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / _FINGERPRINT).exists():
-            write_json(self.folder / _FINGERPRINT, self.made_from)
+        if not (self.folder / FINGERPRINT).exists():
+            write_json(self.folder / FINGERPRINT, self.made_from)
 
     def drop_others(self) -> None:
         """Remove the folder if `check` refuses it. Main process only."""
