@@ -8,7 +8,7 @@ import torch
 from gallery_case import unit_vectors, vector_table
 
 from aliblip import Gallery
-from aliblip.retrieval import exact
+from aliblip.retrieval import exact, views
 
 WIDTH = 24
 
@@ -73,6 +73,25 @@ def test_the_best_are_found_whatever_the_vectors(kind, k, tmp_path):
         for one, other in zip(positions[:-1], positions[1:], strict=True):
             if torch.equal(vectors[one], vectors[other]):
                 assert one < other
+
+
+@pytest.mark.parametrize("share", [1, 20, 60])  # of a hundred: below and above what is copied
+@pytest.mark.parametrize("kind", ["plain", "alike", "few that differ"])
+def test_what_a_filter_leaves_is_searched_as_if_it_were_all(kind, share, tmp_path, monkeypatch):
+    monkeypatch.setattr(views, "FEW_MATCHES", 0)
+    vectors = kinds_of_vectors()[kind]
+    prices = np.random.default_rng(0).permutation(3000) % 100
+    gallery = Gallery.from_vectors(vector_table(vectors, price=prices.tolist()), tmp_path / "g")
+    gallery.remove(ids=[hit["id"] for hit in gallery.search(vectors[7], 40)[0][::2]])
+    kept = [hit["position"] for hit in gallery.search(vectors[7], 3000, where={"price": ("<", share)})[0]]
+    assert 0 < len(kept) <= (prices < share).sum() and (prices[kept] < share).all()
+    queries = torch.cat([vectors[:3], unit_vectors(5, WIDTH, seed=3)])
+    true = torch.full((8, 3000), -torch.inf, dtype=torch.double)
+    true[:, kept] = queries.double() @ vectors[kept].double().t()
+    for hits, of_query in zip(gallery.search(queries, 10, where={"price": ("<", share)}), true, strict=True):
+        best = of_query.topk(min(10, len(kept))).values
+        np.testing.assert_allclose([hit["itc"] for hit in hits], best, atol=1e-6)
+        assert {hit["position"] for hit in hits} <= set(kept)
 
 
 @pytest.mark.parametrize("kind", list(kinds_of_vectors(1)))

@@ -287,13 +287,17 @@ def test_a_filter_that_leaves_few_rows_is_searched_exactly_and_one_that_leaves_m
     queries = unit_vectors(20, seed=6)
     wanted = found_ids(gallery, queries, 10, approximate=False, where="price < 5")
     read = []
-    monkeypatch.setattr(views.VectorCache, "of", lambda *args: read.append(args))
-    assert found_ids(gallery, queries, 10, where="price < 5") == wanted
+    with monkeypatch.context() as patch:
+        patch.setattr(views.VectorCache, "of", lambda *args: read.append(args))
+        assert found_ids(gallery, queries, 10, where="price < 5") == wanted
     assert not read  # of the rows that the filter leaves out nothing is read
 
     monkeypatch.setattr(views, "FEW_MATCHES", 0)
     asked = []
     monkeypatch.setattr(views, "nearest", lambda *args: asked.append(args[5]) or nearest(*args))
+    assert found_ids(gallery, queries, 10, where="price < 5") == wanted and not asked  # the vectors fit the memory
+    monkeypatch.setattr(exact, "QUICKLY_READ_BYTES", 0)
+    gallery = Gallery.open(gallery.uri)
     in_more = found_ids(gallery, queries, 10, where="price < 5")
     assert asked == [0.05]
     shared = [len(set(one) & set(other)) for one, other in zip(in_more, wanted, strict=True)]

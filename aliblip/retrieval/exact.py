@@ -32,15 +32,19 @@ from aliblip.retrieval.plan import available_memory
 from aliblip.retrieval.tables import VECTOR, is_address
 from retrieval_aliblip import GALLERY_CHUNK, QUERY_BLOCK, order_by_score, running_top_k
 
-__all__ = ["MEMORY_SHARE", "SMALL_BYTES", "VectorCache", "search_exactly"]
+__all__ = ["FEW_CHOSEN", "MEMORY_SHARE", "SMALL_BYTES", "VectorCache", "search_exactly"]
 
 # Vectors of a table that is not larger are kept as they are, and compared in less time than reading a row takes.
 SMALL_BYTES = 2**25
+# Vectors of a table that is not larger are read in a second or two.
+QUICKLY_READ_BYTES = 2**31
 # Of the free memory, for the vectors or codes of one gallery.
 MEMORY_SHARE = 0.25
 _MULTIPLE = 64
 # A piece with fewer of its rows left is copied without the others.
 _FEWEST_KEPT = 0.75
+# A smaller share of all rows is copied in less time than the others are compared.
+FEW_CHOSEN = 0.25
 _CODES_CHUNK = 65536
 _LARGEST_CODE = 127
 # Rows whose true scores are computed at first, as a multiple of k, and how many times as many at the next try.
@@ -85,10 +89,14 @@ class Piece:
             return replace(self, kept=None)
         if self.codes is not None and kept.mean() > _FEWEST_KEPT:
             return replace(self, kept=kept)
-        rows = torch.from_numpy(np.flatnonzero(kept))
+        return self.only(kept)
+
+    def only(self, rows: np.ndarray) -> Piece:
+        """A copy of some rows, which are (n,) bool."""
+        numbers = torch.from_numpy(np.flatnonzero(rows))
         parts = {name: getattr(self, name) for name in ("vectors", "codes", "scales")}
-        some = {name: None if part is None else part[rows] for name, part in parts.items()}
-        return replace(self, positions=self.positions[kept], kept=None, **some)
+        some = {name: None if part is None else part[numbers] for name, part in parts.items()}
+        return replace(self, positions=self.positions[rows], kept=None, **some)
 
     def chosen(self, allowed: np.ndarray | None) -> np.ndarray | None:
         """(n,) bool, the kept rows at allowed positions; None: all."""
@@ -126,6 +134,13 @@ class VectorCache:
             if self._version < dataset.version:  # not that of an older snapshot
                 self._version, self._pieces = dataset.version, pieces
             return pieces
+
+    def is_quick(self, dataset, rows: int, width: int) -> bool:
+        """Whether `of` takes little time: a version's pieces are kept, or are few enough, and near enough, to read."""
+        if self._version == dataset.version:
+            return True
+        is_small = rows * width * 4 <= QUICKLY_READ_BYTES and not is_address(dataset.uri)
+        return is_small and self._form(dataset, rows, width) is not None
 
     def _form(self, dataset, rows: int, width: int) -> tuple[bool, bool] | None:
         """Whether to keep vectors, and whether to keep codes; None: neither fits."""
@@ -220,6 +235,8 @@ def search_exactly(
         return _by_vectors(queries, k, lambda: _chunks(dataset, where, queries.shape[1]))
     allowed = None if where is None else _positions(dataset, where)
     chosen = [piece.chosen(allowed) for piece in pieces]
+    if allowed is not None and pieces[0].codes is not None and len(allowed) < FEW_CHOSEN * rows:
+        pieces, chosen = [piece.only(some) for piece, some in zip(pieces, chosen, strict=True)], [None] * len(pieces)
     if pieces[0].codes is None:
         return _by_vectors(queries, k, lambda: _kept_chunks(pieces, chosen))
     found: Found = []
@@ -245,9 +262,12 @@ def _by_vectors(queries: Tensor, k: int, chunks: Callable[[], Iterable[tuple[np.
 
 
 def _best_of_chunk(queries: Tensor, positions: np.ndarray, vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    padding = -len(vectors) % _MULTIPLE
-    padded = F.pad(vectors, (0, 0, 0, padding)) if padding else vectors
-    scores = (queries @ padded.t())[:, : len(vectors)]
+    whole = len(vectors) - len(vectors) % _MULTIPLE
+    parts = [queries @ vectors[:whole].t()] if whole else []
+    if whole < len(vectors):
+        rest = F.pad(vectors[whole:], (0, 0, 0, whole + _MULTIPLE - len(vectors)))
+        parts.append((queries @ rest.t())[:, : len(vectors) - whole])
+    scores = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
     scores, columns = running_top_k([(0, scores)], min(k, len(vectors)))
     return scores, torch.from_numpy(positions)[columns]
 

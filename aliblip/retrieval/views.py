@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from aliblip.data.rows import Row, decode
-from aliblip.retrieval.exact import VectorCache, search_exactly
+from aliblip.retrieval.exact import FEW_CHOSEN, VectorCache, search_exactly
 from aliblip.retrieval.indexing import FEW_MATCHES, IndexSettings, nearest, recall
 from aliblip.retrieval.tables import ID, PHOTO_ROOT, THUMBNAIL, TOKENS, VECTOR, Facts, indexed_columns, reason_of
 from aliblip.retrieval.where import Where, columns_told, filter_of
@@ -193,6 +193,8 @@ class View:
             if matches <= FEW_MATCHES:  # read in less time than what is kept of all rows is looked through
                 return search_exactly(self.dataset, queries, k, rows=self.rows, where=where)
             share = matches / self.rows
+            if share <= FEW_CHOSEN and approximate is None:  # the best of what a filter leaves lie in many lists
+                approximate = False if self.cache.is_quick(self.dataset, self.rows, queries.shape[1]) else None
         if self.index is None or approximate is False:
             return self._exactly(queries, k, where)
         found = nearest(self.dataset, queries, k, self.index, where, share)
