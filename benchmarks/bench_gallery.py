@@ -151,7 +151,8 @@ def measure(rows: int, folder: Path, args) -> dict:
     wanted, taken = one_by_one(lambda q: gallery.search(q, K, approximate=False, columns=[]), some)
     row["exact"] = {"milliseconds": 1000 * statistics.median(taken), "queries": len(some)}
     print(
-        f"{rows:,} rows: written in {row['write_seconds']:.0f} s; exact {row['exact']['milliseconds']:.1f} ms a query"
+        f"{rows:,} rows: written in {row['write_seconds']:.0f} s; exact {row['exact']['milliseconds']:.1f} ms a query",
+        flush=True,
     )
     row["exact_ways"] = exact_ways(folder, data, queries[: args.exact_rounds])
     row["settings"] = []
@@ -368,6 +369,8 @@ def main(command_line: list[str] | None = None) -> None:
     args = arguments.parse_args(command_line)
     torch.set_num_threads(args.threads)
     table: dict = {"sizes": []}
+    if args.folder is not None:
+        args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as place:
         if args.before is not None:
             table["before"] = measure_before(args.before, args.rows[0], Path(place) / "before", args)
