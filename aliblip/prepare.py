@@ -1,8 +1,8 @@
 """Prepare a catalogue once: from what people have to Parquet shards with photos, checked, without leaks, described.
 
     python -m aliblip.prepare --data_dir my_catalogue --output_dir prepared --max_side 512 \\
-        --split_by product --merge_duplicates exact,near
-    python train.py --config_name base --data_dir prepared --output_dir outputs/mine
+        --split_by product --merge_duplicates exact,near --train_tokenizer
+    python train.py --config_name base --data_dir prepared --tokenizer_name prepared/tokenizer --output_dir outputs/mine
 
 Every form of data that training reads will do: CSV and JSON with paths or addresses, image folders, tars, Parquet, and
 exports of shops. Each photo is decoded once; a row that can't be used goes to rejected.parquet with its reason. Work
@@ -14,20 +14,28 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aliblip.data.prepare_arguments import PrepareArguments, PrepareDataArguments, names_of
 from aliblip.data.products import tell_sources
 from aliblip.data.sources import require_usable_row
+from aliblip.data.splits import TRAIN
 from aliblip.models.loading import build_processor
 from aliblip.runtime.arguments import parse
 from aliblip.runtime.installation import install_hint
 from aliblip.runtime.mistakes import UsageError, main_with_usage_errors
+from aliblip.training.tokenizer import check_trained_tokenizer, learn_tokenizer, save_trained_tokenizer
+
+if TYPE_CHECKING:
+    from aliblip.data.prepare_run import Preparation
 
 # Of the extra, what the command can't do without.
 NEEDED = ("datatrove", "ftfy", "threadpoolctl")
+TOKENIZER = "tokenizer"  # folder in the catalogue
 
 
 def check_installed() -> None:
@@ -84,9 +92,15 @@ def prepare(data: PrepareDataArguments, args: PrepareArguments) -> int:
     from aliblip.retrieval.data_card import write_data_card
 
     check_executor(args)
+    check_trained_tokenizer(args, "tokenizer_name")
     inputs = Inputs(inputs_of(data))
-    count_tokens = tokens_of(args.tokenizer_name)
-    work = Preparation(inputs, args, lambda work, folder: write_data_card(work, folder, count_tokens))
+    named = None if args.tokenizer_name is None else build_processor(args.tokenizer_name).tokenizer
+
+    def add(work: Preparation, folder: Path) -> None:
+        tokenizer = learned(work, folder / TOKENIZER) if args.train_tokenizer else named
+        write_data_card(work, folder, None if tokenizer is None else partial(tokens_of, tokenizer))
+
+    work = Preparation(inputs, args, add)
     if not work.is_done():
         work.check()
         tell_sources(*inputs.sources())
@@ -102,20 +116,39 @@ def prepare(data: PrepareDataArguments, args: PrepareArguments) -> int:
         print(f"{work.output_dir} is prepared already, from this data and with these flags")
     known = json.loads((Path(work.output_dir) / PREPARED).read_text(encoding="utf-8"))
     print("\n".join(summary(known["counts"])))
-    print(f"written: {work.output_dir}; read it with --data_dir {work.output_dir}")
+    print(f"written: {work.output_dir}")
+    tokenizer = work.output_dir / TOKENIZER if args.train_tokenizer else args.tokenizer_name
+    print(f"next: {next_command(work.output_dir, tokenizer)}")
     return 0
 
 
-def tokens_of(name: str | None) -> Callable[[list[str]], list[list[int]]] | None:
-    """What gives the token ids of titles.
+def learned(work: Preparation, folder: Path) -> Any:
+    """Learn a tokenizer from the titles that are prepared to train on, and keep it in a folder.
 
     Raises:
-        UsageError: there is no such tokenizer.
+        UsageError: there are none, or it can't be written.
     """
-    if name is None:
-        return None
-    tokenizer = build_processor(name).tokenizer
-    return lambda titles: tokenizer(titles, truncation=False, verbose=False)["input_ids"]
+    from aliblip.data.prepare_card import captions
+
+    sides, args = work.decided.sides, work.args
+    # Without a split of that name all are.
+    chosen = sides.side == sides.names.index(TRAIN) if TRAIN in sides.names else sides.side >= 0
+    titles = (title for texts, _ in captions(work, chosen) for title in texts)
+    tokenizer = learn_tokenizer(args, titles, str(work.output_dir), int(chosen.sum()), args.max_length, print)
+    save_trained_tokenizer(tokenizer, folder)
+    return tokenizer
+
+
+def tokens_of(tokenizer: Any, titles: list[str]) -> list[list[int]]:
+    """The token ids of titles, uncut."""
+    return tokenizer(titles, truncation=False, verbose=False)["input_ids"]
+
+
+def next_command(prepared: Path, tokenizer: Path | str | None) -> str:
+    """What trains on the catalogue."""
+    named = "" if tokenizer is None else f" --tokenizer_name {shlex.quote(str(tokenizer))}"
+    data = shlex.quote(str(prepared))
+    return f"python train.py --config_name base --data_dir {data}{named} --output_dir outputs/mine"
 
 
 def summary(counts: dict[str, Any]) -> list[str]:

@@ -18,13 +18,14 @@ from runs import TINY, photo, write_split
 
 import train
 from aliblip import doctor
+from aliblip.data import products
 from aliblip.data import rows as rows_module
 from aliblip.runtime.mistakes import UsageError
 from aliblip.training import examination
 from aliblip.training.compiling import check_compiler
 from aliblip.training.setup import CHECKS, Start
 
-GROUPS = ["flags", "launcher", "model", "training data", "validation data", "splits", "titles", "course", "output"]
+GROUPS = ["flags", "launcher", "output", "model", "training data", "validation data", "splits", "titles", "course"]
 GROUPS += ["Hub", "memory", "disk", "plan"]
 
 
@@ -174,6 +175,14 @@ def test_only_the_first_process_of_a_launch_speaks(examined, monkeypatch, capsys
     monkeypatch.setenv("RANK", "0")
     _, groups = examined()
     assert "2 processes on CPU, DDP, fp32" in groups["launcher"][0][1]
+
+
+def test_products_are_counted_once(examined, monkeypatch):
+    counted, count = [], products.counted_ids
+    monkeypatch.setattr(products, "counted_ids", lambda source: counted.append(source.split) or count(source))
+    code, groups = examined()
+    assert code == 0 and sorted(counted) == ["train", "validation"]
+    assert ("ok", "none of 12 products of the validation data is in the training data") in groups["splits"]
 
 
 def test_memory_is_looked_at_without_data_too(examined):

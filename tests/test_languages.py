@@ -80,6 +80,23 @@ def test_the_tokenizer_goes_with_the_model_and_with_the_run(trained, monkeypatch
     (folder / "elsewhere").rename(folder / "trained_tokenizer")
 
 
+def test_what_is_quickly_seen_is_refused_before_a_tokenizer_is_learned(tmp_path, monkeypatch):
+    write_catalogue(tmp_path / "data", photos=1)
+    opened, open_source = [], setup.open_source
+    monkeypatch.setattr(setup, "open_source", lambda **named: opened.append(named["split"]) or open_source(**named))
+    flags = ["--train_tokenizer", "--data_dir", str(tmp_path / "data"), "--output_dir", str(tmp_path / "run")]
+    groups = parse(train.GROUPS, [*SMALL, *flags])[:4]
+    start = setup.Start(*groups)
+    told = []
+    start.tell = told.append
+    assert start.tokenizer is not None and start.told is not None and opened == ["train"], "it is opened once"
+    assert sum("cut" in line for line in told) <= 1
+    (tmp_path / "run" / "last").mkdir(parents=True)
+    monkeypatch.setattr(setup, "learn_tokenizer", None)
+    with pytest.raises(UsageError, match="has a folder 'last' that no run wrote"):
+        setup.set_up(*groups)
+
+
 @pytest.mark.parametrize("other", ["tokenizer_name", "text_model_name_or_path"])
 def test_two_tokenizers_are_one_too_many(tmp_path, other):
     groups = parse(

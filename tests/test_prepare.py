@@ -138,6 +138,7 @@ def test_items_of_one_group_of_a_merchant_feed_are_one_product(tmp_path):
 # --- stopping and going on --------------------------------------------------------------------------------------------
 
 FLAGS = ("--rows_per_task", "7", "--max_side", "64", "--split_by", "product", "--split_shares", "validation=0.2")
+FLAGS += ("--train_tokenizer", "--tokenizer_vocab_size", "120")
 # A command whose tasks take their time, so that it can be killed in each of its phases.
 SLOW = """
 import sys, time
@@ -219,9 +220,16 @@ def test_killed_in_every_phase_the_same_command_goes_on(catalogue, script, undis
     assert files_of(out) == undisturbed
 
 
-def test_an_unfinished_task_leaves_nothing_that_counts(catalogue, undisturbed, tmp_path):
+def test_an_unfinished_task_leaves_nothing_that_counts(catalogue, undisturbed, tmp_path, monkeypatch):
     """A note without its output, as a disk that lost power leaves it, and half a file."""
     out = tmp_path / "prepared"
+
+    def killed(work):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("aliblip.data.prepare_run.Preparation._prepare", killed)
+        prepare(out, *catalogue, *FLAGS, "--workers", "1")
     (out / "work/logs/read/completions").mkdir(parents=True)
     (out / "work/logs/read/completions/00001").touch()
     (out / "work/parts").mkdir()
@@ -350,6 +358,8 @@ def test_a_folder_within_the_data_is_refused(layouts):
         (["--split_by", "time"], "--split_by time needs a column"),
         (["--split_by", "product", "--split_shares", "test"], "--split_shares is 'test'"),
         (["--executor_options", "{}"], "--executor_options are for --executor slurm or ray"),
+        (["--train_tokenizer", "--tokenizer_name", "x"], "--train_tokenizer learns a tokenizer, and --tokenizer_name"),
+        (["--tokenizer_vocab_size", "99"], "--tokenizer_vocab_size is 99"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, flags, told):

@@ -4,9 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from prepare_case import draw, needs_prepare, rows_of
+from transformers import AutoTokenizer
 
+from aliblip.data.sources import open_source
+from aliblip.data.wordpiece import train_wordpiece
 from aliblip.prepare import main
+from aliblip.training.tokenizer import tokenizer_bytes
 
 pytestmark = needs_prepare
 
@@ -84,6 +89,21 @@ def test_the_card_tells_what_is_there(catalogue, tmp_path):
         assert f"## {heading}" in card
     page = (tmp_path / "out" / "card.html").read_text()
     assert "Some rows" in page and "кружка" in page and "<script" not in page
+
+
+def test_a_tokenizer_is_learned_from_what_is_trained_on(catalogue, tmp_path, capsys):
+    flags = ["--split_by", "product", "--split_shares", "test=0.3", "--train_tokenizer", "--clean_titles", "true"]
+    main([*catalogue, "--output_dir", str(tmp_path / "out"), *flags, "--max_length", "20"])
+    titles = [row["caption"] for row in rows_of(tmp_path / "out")]
+    printed = capsys.readouterr().out
+    assert f"learned from {len(titles)} titles of {len(titles)} rows" in printed and "0.00% of the tokens" in printed
+    assert f"--tokenizer_name {tmp_path}/out/tokenizer" in printed.splitlines()[-1]
+    kept = AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")
+    assert torch.equal(tokenizer_bytes(kept), tokenizer_bytes(train_wordpiece(titles)))
+    assert "25.0% of the titles are cut off at 20 tokens" in (tmp_path / "out" / "README.md").read_text()
+    # Training reads the shards, and takes the tokenizer for no table.
+    source = open_source(data_dir=str(tmp_path / "out"), split="train")
+    assert [row.text for row in source.read_range(0, source.num_rows)] == titles
 
 
 def test_alike_after_the_cut_is_that_of_the_obvious_way():

@@ -72,6 +72,16 @@ def test_every_layout_gives_the_same_rows(layouts, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_titles_are_read_without_photos(layouts, name):
+    source = open_source(split="train", **layouts[name])
+    titles = source.titles_only()
+    rows = list(titles.read_range(0, COUNT))
+    assert [row.text for row in rows] == [record["caption"] for record in records(COUNT)]
+    assert not any(isinstance(row.image, bytes) for row in rows) and titles.sides == "titles"
+    assert [decode(row).row for row in rows_of(source)] == list(range(COUNT)), "the source is what it was"
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_reading_a_part_is_a_slice_of_reading_all(layouts, name):
     source = open_source(split="train", **layouts[name])
     for shard in source.shards:

@@ -12,6 +12,15 @@ DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "\\t": "\t", "bar": "
 
 
 @dataclass
+class TokenizerArguments:
+    """A tokenizer that is learned from titles."""
+
+    train_tokenizer: bool = option(False, "Learn the tokenizer, a WordPiece of any language, from the training titles.")
+    tokenizer_vocab_size: int = option(30_000, "Tokens of a tokenizer that is learned, at most.")
+    tokenizer_titles: int = option(1_000_000, "Titles that a tokenizer is learned from, at most, the first ones.")
+
+
+@dataclass
 class DataArguments:
     """The table of photos and titles."""
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from aliblip.data.products import counted_ids
+from aliblip.data.products import ProductReport, report
 from aliblip.data.remote import is_remote
 from aliblip.data.rows import Example, Row, Source, decode
 from reading_aliblip import UnusableItem
@@ -136,16 +136,24 @@ class Leakage:
     is_all: bool
 
 
-def leakage(train: Source, validation: Source, rows: int = COMPARED_ROWS) -> Leakage:
+def leakage(
+    train: Source,
+    validation: Source,
+    rows: int = COMPARED_ROWS,
+    reports: tuple[ProductReport | None, ProductReport | None] = (None, None),
+) -> Leakage:
     """Look for products and photos that are on both sides.
 
     Products are compared wherever ids can be read without the photos. Photos are compared by their bytes, of at most
     `rows` rows of each side, from places all over it; nothing is fetched from other machines.
 
+    Args:
+        reports: on the products of both sides, if they were made already.
+
     Raises:
         OSError: a source can't be read.
     """
-    products, all_products, names = _shared_products(train, validation)
+    products, all_products, names = _shared_products(train, validation, *reports)
     if _is_remote(train) or _is_remote(validation):
         rows = 0
     places, compared = _validation_photos(validation, rows)
@@ -181,19 +189,15 @@ def _validation_photos(source: Source, rows: int) -> tuple[dict[int, dict[bytes,
     return places, compared
 
 
-def _shared_products(train: Source, validation: Source) -> tuple[int | None, int, tuple[str, ...]]:
-    sides = [counted_ids(source) for source in (train, validation)]
-    if any(side is None for side in sides):
+def _shared_products(
+    train: Source, validation: Source, of_train: ProductReport | None, of_validation: ProductReport | None
+) -> tuple[int | None, int, tuple[str, ...]]:
+    of_train, of_validation = of_train or report(train), of_validation or report(validation)
+    if of_train.ids is None or of_validation.ids is None:
         return None, 0, ()
-    ids, there = [], []
-    for side in sides:
-        chunks = list(side)
-        ids.append(np.concatenate([chunk.ids for chunk in chunks]))
-        there.append(np.concatenate([chunk.known | chunk.photos for chunk in chunks]))
-    own = ids[1][there[1]]
-    shared = np.intersect1d(ids[0][there[0]], own)
-    rows = [int(np.flatnonzero(there[1] & (ids[1] == value))[0]) for value in shared[:REASONS]]
-    return len(shared), len(np.unique(own)), tuple(validation.product_name(row) for row in rows)
+    shared = np.intersect1d(of_train.ids, of_validation.ids, assume_unique=True)
+    rows = of_validation.first[np.searchsorted(of_validation.ids, shared[:REASONS])]
+    return len(shared), len(of_validation.ids), tuple(validation.product_name(int(row)) for row in rows)
 
 
 def _is_remote(source: Source) -> bool:

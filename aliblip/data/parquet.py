@@ -98,6 +98,14 @@ class ParquetSource(Source):
         # By process: a forked one must neither use the open stream of its parent nor close it.
         self._cursors: dict[int, tuple[int, int, Iterator[tuple[Any, int]]]] = {}
 
+    def titles_only(self) -> ParquetSource:
+        alone = super().titles_only()
+        alone._cursors = {}
+        alone._pieces = [
+            replace(piece, schema=pa.schema([piece.schema.field(self.selected.caption)])) for piece in self._pieces
+        ]
+        return alone
+
     def schema_of_others(self) -> pa.Schema | None:
         try:
             schema = pa.unify_schemas([s.remove_metadata() for s in self._schemas], promote_options="permissive")

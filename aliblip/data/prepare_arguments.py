@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from aliblip.data.arguments import DataArguments
+from aliblip.data.arguments import DataArguments, TokenizerArguments
+from aliblip.data.wordpiece import SMALLEST_VOCABULARY
 from aliblip.runtime.arguments import check_range, option
 from aliblip.runtime.mistakes import UsageError
 
@@ -25,7 +26,7 @@ class PrepareDataArguments(DataArguments):
 
 
 @dataclass
-class PrepareArguments:
+class PrepareArguments(TokenizerArguments):
     """What is made of the data."""
 
     output_dir: str | None = option(None, "Folder of the prepared catalogue (required).")
@@ -71,7 +72,7 @@ class PrepareArguments:
     tokenizer_name: str | None = option(
         None, "Tokenizer of the data card's title lengths: folder, vocab.txt or Hub name (default: words are counted)."
     )
-    max_length: int = option(35, "Tokens after which titles are cut off, for the data card.")
+    max_length: int = option(35, "Tokens after which titles are cut off, for what is told of them.")
     workers: int | None = option(None, "Processes that prepare (default: one for each core).")
     rows_per_task: int = option(1000, "Rows of a task, which begins anew where the work was killed.")
     executor: str = option(
@@ -98,6 +99,8 @@ class PrepareArguments:
             fetch_seconds=(self.fetch_seconds, 0.001, None),
             fetch_mb=(self.fetch_mb, 0.001, None),
             max_length=(self.max_length, 3, None),
+            tokenizer_vocab_size=(self.tokenizer_vocab_size, SMALLEST_VOCABULARY, None),
+            tokenizer_titles=(self.tokenizer_titles, 1, None),
             workers=(self.workers, 1, None),
             rows_per_task=(self.rows_per_task, 1, None),
         )

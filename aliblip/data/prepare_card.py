@@ -28,7 +28,7 @@ from aliblip.data.prepare_run import Preparation
 from aliblip.data.prepare_shards import PARTS, SHARDS
 from reading_aliblip import read_photo
 
-__all__ = ["Card", "Section", "describe", "doubtful", "markdown", "photo_of"]
+__all__ = ["Card", "Section", "captions", "describe", "doubtful", "markdown", "photo_of"]
 
 # Titles whose scripts, and whose languages, are looked at, from all over the catalogue.
 SCRIPTS_OF, LANGUAGES_OF = 50_000, 2_000
@@ -73,21 +73,21 @@ def describe(work: Preparation, count_tokens: Callable[[list[str]], list[list[in
     """
     kept = work.decided.sides.side >= 0
     titles = _Titles(work.args.max_length, count_tokens, int(kept.sum()))
-    for texts, given in _captions(work, kept):
+    for texts, given in captions(work, kept):
         titles.add(texts, given)
     sections = [_splits(work), _photos(work, kept), titles.lengths(), titles.scripts(), *titles.languages()]
     sections += [_duplicates(work), *_rejected(work)]
     return Card(work.output_dir.resolve().name, sections, list(work.decided.rows), titles.cleaned)
 
 
-def _captions(work: Preparation, kept: np.ndarray) -> Iterator[tuple[list[str], list[str | None]]]:
-    """The titles of the rows that are kept, and what they were before."""
+def captions(work: Preparation, chosen: np.ndarray) -> Iterator[tuple[list[str], list[str | None]]]:
+    """The titles of some rows in order, and what they were before they were cleaned; (k,) bool says which."""
     start = 0
     for table in read_facts(work.work / PARTS, len(work.tasks), ["reason", "caption", "caption_given"]):
         table = table.filter(pc.is_null(table["reason"]))
-        chosen = pa.array(np.flatnonzero(kept[start : start + len(table)]))
+        places = pa.array(np.flatnonzero(chosen[start : start + len(table)]))
         start += len(table)
-        yield table["caption"].take(chosen).to_pylist(), table["caption_given"].take(chosen).to_pylist()
+        yield table["caption"].take(places).to_pylist(), table["caption_given"].take(places).to_pylist()
 
 
 def photo_of(work: Preparation, place: int) -> tuple[Image.Image, str]:

@@ -82,6 +82,7 @@ _FLAGS = (
     *("max_side", "quality", "clean_titles", "near_duplicates", "duplicate_similarity", "merge_duplicates"),
     *("split_by", "split_column", "split_shares", "leaks", "seed", "for_ranks", "for_workers", "shard_mb"),
     *("fetch_mb", "fetch_private", "rows_per_task", "tokenizer_name", "max_length"),
+    *("train_tokenizer", "tokenizer_vocab_size", "tokenizer_titles"),
 )
 _PR_SET_PDEATHSIG = 1  # of Linux' prctl
 _in_a_pipeline = False
@@ -104,7 +105,7 @@ class Preparation:
     Args:
         inputs: the data.
         args: the flags, checked.
-        card: writes the data card into a folder when everything else is done.
+        add: writes what stands beside the shards, such as the data card, into a folder when these are done.
 
     Attributes:
         output_dir: where it comes.
@@ -112,8 +113,8 @@ class Preparation:
         facts, found, decided: what is known, as far as the work has come.
     """
 
-    def __init__(self, inputs: Inputs, args: PrepareArguments, card: Callable[[Preparation, Path], None] | None = None):
-        self.inputs, self.args, self.card = inputs, args, card
+    def __init__(self, inputs: Inputs, args: PrepareArguments, add: Callable[[Preparation, Path], None] | None = None):
+        self.inputs, self.args, self.add = inputs, args, add
         self.output_dir = Path(args.output_dir)
         self.work = self.output_dir / WORK
         self.out = self.work / OUT
@@ -297,8 +298,8 @@ class Preparation:
             rejected = self.out / "rejected.parquet"
             self.num_rejected = write_rejected(rejected, self.work, len(self.tasks), self.facts, self.decided.sides)
             write_duplicates(self.out / "duplicates.parquet", self.facts, self.found)
-        if self.card is not None:
-            self.card(self, self.out)
+        if self.add is not None:
+            self.add(self, self.out)
         with written_to(self.output_dir):
             if (self.work / SHARDS).is_dir():
                 (self.work / SHARDS).rename(self.out / SHARDS)

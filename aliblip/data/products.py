@@ -266,6 +266,8 @@ class ProductReport:
         photos: different photos of the rows without an id, or None if only reading them would tell.
         columns: that may hold ids, for a hint.
         why_not: why nothing was counted, if so.
+        ids: (products,) int64, ascending, of all rows that have one, photos of rows without an id included.
+        first: (products,) int64, the first row of each.
     """
 
     source: str
@@ -278,6 +280,8 @@ class ProductReport:
     photos: int | None = None
     columns: tuple[str, ...] = ()
     why_not: str | None = None
+    ids: np.ndarray | None = field(default=None, repr=False, compare=False)
+    first: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     def lines(self) -> list[str]:
         """For people: what was understood."""
@@ -359,6 +363,8 @@ def report(source: Any) -> ProductReport:
         photos.append(chunk.photos)
         absent += chunk.absent
     ids, known, photos = np.concatenate(ids), np.concatenate(known), np.concatenate(photos)
+    there = np.flatnonzero(known | photos)
+    own, place = np.unique(ids[there], return_index=True)
     rows = np.flatnonzero(known)
     _, first, count = np.unique(ids[rows], return_index=True, return_counts=True)
     order = np.lexsort((first, -count))[:LARGEST]
@@ -370,6 +376,8 @@ def report(source: Any) -> ProductReport:
         without=without,
         absent=(("no photo", without),) if by_photo else tuple(absent.most_common()),
         photos=len(np.unique(ids[photos])) if not by_photo and photos.sum() == without else None,
+        ids=own,
+        first=there[place],
     )
 
 
@@ -389,16 +397,23 @@ def _is_here(source: Any) -> bool:
     return bool(source.files) and not any(is_remote(file.file) for file in source.files)
 
 
-def tell_sources(*sources: Any, tell: Callable[[str], object] = print, products: bool = True) -> None:
+def tell_sources(
+    *sources: Any, tell: Callable[[str], object] = print, products: bool = True
+) -> list[ProductReport | None]:
     """Tell, by the first process of a launch, what was understood of each `Source`: what was read and left, products.
 
     What can't be counted ends no run. Products are left out where it does not matter what they are.
+
+    Returns:
+        what was found out about the products of each; of other processes nothing.
     """
+    reports: list[ProductReport | None] = []
     if launched_rank() != 0:
-        return
+        return reports
     for source in dict.fromkeys(source for source in sources if source is not None):
         for line in source.report():
             tell(line)
+        reports.append(None)
         if not products or (source.sides == "titles" and source.selected.product_id is None):
             continue  # titles without photos are no products
         try:
@@ -407,10 +422,12 @@ def tell_sources(*sources: Any, tell: Callable[[str], object] = print, products:
             reason = " ".join(str(error).split())[:300]
             tell(f"warning: {source.name} ({source.split}): the products were not counted ({reason})")
             continue
+        reports[-1] = found
         for line in found.lines():
             tell(f"  {line}")
         for warning in found.warnings():
             tell(f"warning: {warning}")
+    return reports
 
 
 def _count(number: int, what: str) -> str:

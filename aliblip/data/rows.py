@@ -10,6 +10,7 @@ of them into an RGB photo and a title, or raises `UnusableItem` with a plain rea
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -266,6 +267,12 @@ class Source:
             first = self.shards[index].first_row
             yield from self.read(index, start - first, stop - first)
             index += 1
+
+    def titles_only(self) -> Source:
+        """The titles of the same rows, without photos and products; nothing is opened anew."""
+        alone = copy.copy(self)
+        alone.sides, alone.selected = "titles", Columns(None, self.selected.caption, None)
+        return alone
 
     def schema_of_others(self) -> pa.Schema | None:
         """Arrow types of `selected.others`, where the data has types (Parquet); else None."""

@@ -88,11 +88,14 @@ class TitleReport:
     def quantile(self, share: float) -> int:
         return int(np.quantile(np.minimum(self.lengths, self.max_length), share)) if self.titles else 0
 
-    def __str__(self) -> str:
+    def fit(self) -> str:
+        """How well the tokenizer fits the titles."""
         return (
-            f"{self.mean:.1f} tokens a title (longest {self.longest}), {self.unknown_share:.2%} of the tokens unknown, "
-            f"{self.cut_share:.1%} of the titles cut at {self.max_length} tokens"
+            f"{self.mean:.1f} tokens a title (longest {self.longest}), {self.unknown_share:.2%} of the tokens unknown"
         )
+
+    def __str__(self) -> str:
+        return f"{self.fit()}, {self.cut_share:.1%} of the titles cut at {self.max_length} tokens"
 
     def cut_lines(self) -> Iterator[str]:
         """For people, under the lines of the source: how many titles are cut, and a warning of those that then are
@@ -180,7 +183,7 @@ def titles_of(source: Source, most: int | None = None) -> Iterator[str]:
     """The usable titles of a source in its order; at most so many.
 
     Args:
-        source: opened with its titles alone, it reads no photo.
+        source: read with its titles alone, see `Source.titles_only`.
 
     Raises:
         OSError: it can't be read.

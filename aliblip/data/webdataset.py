@@ -81,6 +81,11 @@ class TarSource(Source):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_streams": {}}  # an open stream can't travel to another process
 
+    def titles_only(self) -> TarSource:
+        alone = super().titles_only()
+        alone._streams = {}
+        return alone
+
     def product_ids(self) -> Iterator[ProductIds] | None:
         key = self.selected.product_id
         return None if key is None or key in self.photo_keys else map(self._ids_of, self._indexes)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from aliblip.data.arguments import DataArguments
+from aliblip.data.arguments import DataArguments, TokenizerArguments
 from aliblip.runtime.arguments import option
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(TokenizerArguments):
     """Where the model comes from: either a trained one, or a configuration and a tokenizer to train from scratch, with
     trained towers or without."""
 
@@ -36,11 +36,6 @@ class ModelArguments:
         "Tokenizer: folder, vocab.txt or Hub name (default: that of the model or of --text_model_name_or_path, else "
         "bert-base-uncased).",
     )
-    train_tokenizer: bool = option(
-        False, "Learn the tokenizer, a WordPiece of any language, from the titles to train on (from scratch only)."
-    )
-    tokenizer_vocab_size: int = option(30_000, "Tokens of a tokenizer that is learned, at most.")
-    tokenizer_titles: int = option(1_000_000, "Titles that a tokenizer is learned from, at most, the first ones.")
     image_size: int | None = option(
         None, "Side of the photos in pixels; a trained model's position embedding is interpolated to it."
     )

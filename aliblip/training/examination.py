@@ -131,13 +131,13 @@ class _Examination:
         groups = (
             ("flags", self._flags),
             ("launcher", self._launcher),
+            ("output", self._output),
             ("model", self._model),
             ("training data", lambda: self._data("train_source")),
             ("validation data", lambda: self._data("validation_source")),
             ("splits", self._splits),
             ("titles", self._titles),
             ("course", self._course),
-            ("output", self._output),
             ("Hub", self._hub),
             ("memory", self._memory),
             ("disk", self._disk),
@@ -330,10 +330,12 @@ class _Examination:
 
     def _splits(self) -> None:
         def tell() -> None:
-            if self.start.validation_source is None:
+            start = self.start
+            if start.validation_source is None:
                 self.findings.ok("there is no validation data")
                 return
-            found = leakage(self.start.train_source, self.start.validation_source, self.plan_args.compared_rows)
+            reports = start.told, start.told_validation
+            found = leakage(start.train_source, start.validation_source, self.plan_args.compared_rows, reports)
             self._tell_products(found)
             self._tell_photos(found)
 

@@ -25,12 +25,13 @@ from transformers import PreTrainedTokenizerFast
 from aliblip.data.collate import Collator
 from aliblip.data.loader import EvalLoader, TrainLoader
 from aliblip.data.manifest import manifest_changes
-from aliblip.data.products import tell_sources
+from aliblip.data.products import ProductReport, tell_sources
 from aliblip.data.rows import Source
 from aliblip.data.sources import open_source, require_usable_row
-from aliblip.data.titles import look_at_titles, tell_cut_titles
+from aliblip.data.titles import look_at_titles, tell_cut_titles, titles_of
 from aliblip.data.wordpiece import SMALLEST_VOCABULARY
 from aliblip.models.backbones import Backbone
+from aliblip.models.loading import DEFAULT_MAX_LENGTH
 from aliblip.models.original import is_original
 from aliblip.models.upload import HubArguments, Publisher, check_hub_arguments, connect
 from aliblip.retrieval.evaluation import check_k_rerank
@@ -164,7 +165,7 @@ class Start:
 
     @part
     def named_tokenizer(self) -> None:
-        check_trained_tokenizer(self.model_args)
+        check_trained_tokenizer(self.model_args, "tokenizer_name", "model_name_or_path", "text_model_name_or_path")
 
     @part
     def numbers(self) -> None:
@@ -213,8 +214,15 @@ class Start:
         checkpoint = self.resumed[0]
         if checkpoint is not None:
             return load_trained_tokenizer(checkpoint.parent / TRAINED_TOKENIZER)
-        source = self._open(self.data_args.train_split_name, self.data_args.train_file, sides="titles")
-        return learn_tokenizer(self.model_args, source, self.tell if launched_rank() == 0 else lambda line: None)
+        source = self.train_source
+        return learn_tokenizer(
+            self.model_args,
+            titles_of(source.titles_only()),
+            f"{source.name} ({source.split})",
+            source.num_rows,
+            self.model_args.max_length or DEFAULT_MAX_LENGTH,
+            self.tell if launched_rank() == 0 else lambda line: None,
+        )
 
     @part
     def beginning(self) -> Beginning:
@@ -252,10 +260,10 @@ class Start:
             return None
         return self._open(self.data_args.validation_split_name, self.data_args.validation_file)
 
-    def _open(self, split: str, data_files: str | None, **more: str) -> Source:
+    def _open(self, split: str, data_files: str | None) -> Source:
         options = {name: getattr(self.data_args, name) for name in OF_ALL_SPLITS}
         index_dir = None if self.is_a_try else str(self.folder / "tar_index")
-        return open_source(split=split, data_files=data_files, index_dir=index_dir, **options, **more)
+        return open_source(split=split, data_files=data_files, index_dir=index_dir, **options)
 
     @property
     def _of_loaders(self) -> dict[str, int]:
@@ -264,22 +272,22 @@ class Start:
         return {"rank": launched_rank(), "world_size": self.processes, "num_workers": workers}
 
     @part
-    def told(self) -> None:
-        """What the training data is, is told."""
-        self._tell_data(self.train_source)
+    def told(self) -> ProductReport | None:
+        """What the training data is, is told; what was found out about its products."""
+        return self._tell_data(self.train_source)
 
     @part
-    def told_validation(self) -> None:
-        if self.validation_source is not None:
-            self._tell_data(self.validation_source)
+    def told_validation(self) -> ProductReport | None:
+        return None if self.validation_source is None else self._tell_data(self.validation_source)
 
-    def _tell_data(self, source: Source) -> None:
-        tell_sources(source, tell=self.tell)
+    def _tell_data(self, source: Source) -> ProductReport | None:
+        (found,) = tell_sources(source, tell=self.tell) or (None,)
         if self.is_a_try:  # a doctor looks at more of the titles than how many are cut
-            return
+            return found
         processor = self.beginning.processor
         look = partial(look_at_titles, source, processor.tokenizer, processor.max_length)
         tell_cut_titles(source, look, self.tell)
+        return found
 
     @part
     def usable(self) -> None:
@@ -371,12 +379,18 @@ class Start:
         return checkpoint, progress, state["arguments"]
 
     @part
-    def output_dir(self) -> Path:
-        """The folder of the run, of the main process: nothing stands in its way."""
+    def free_folder(self) -> Path:
+        """The folder of the run, of the main process: nothing stands in its way. Nothing is changed."""
         check_output_dir(self.folder, self.settled_args)
-        if not self.is_a_try:
-            make_output_dir(self.folder)
         return self.folder
+
+    @part
+    def output_dir(self) -> Path:
+        """The same, and it is there, unless it is a try."""
+        folder = self.free_folder
+        if not self.is_a_try:
+            make_output_dir(folder)
+        return folder
 
     @part
     def publisher(self) -> Publisher | None:
@@ -423,6 +437,7 @@ CHECKS = (
     Check("flags", "validation", "what to evaluate on"),
     Check("flags", "publishing", "what to publish"),
     Check("flags", "settled_args", "whether it goes on or begins"),
+    Check("output", "free_folder", "the folder", by="main"),
     Check("model", "backbones", "trained towers"),
     Check("model", "shape", "configuration"),
     Check("model", "tokenizer", "a tokenizer of the titles"),

@@ -1,27 +1,27 @@
 """A tokenizer that is learned from the titles of a run, `--train_tokenizer`.
 
-    tokenizer = learn_tokenizer(model_args, titles_source, tell=print)
+    tokenizer = learn_tokenizer(args, titles, f"{source.name} (train)", max_length=35, tell=print)
 
 A run keeps it in its folder, and one that goes on takes it from there: it is not learned again, from
-data that may have changed.
+data that may have changed. A prepared catalogue has it beside its shards.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from aliblip.data.rows import Source
-from aliblip.data.titles import title_report, titles_of
+from aliblip.data.arguments import TokenizerArguments
+from aliblip.data.titles import title_report
 from aliblip.data.wordpiece import train_wordpiece
-from aliblip.models.loading import DEFAULT_MAX_LENGTH, DEFAULT_TOKENIZER, LOADING_ERRORS
+from aliblip.models.loading import DEFAULT_TOKENIZER, LOADING_ERRORS
 from aliblip.runtime.files import NewFolder
 from aliblip.runtime.mistakes import UsageError, usage_errors
-from aliblip.training.arguments import ModelArguments
 
 __all__ = [
     "TRAINED_TOKENIZER",
@@ -36,25 +36,39 @@ TRAINED_TOKENIZER = "trained_tokenizer"  # folder in the output folder
 REPORTED_TITLES = 10_000
 
 
-def check_trained_tokenizer(args: ModelArguments) -> None:
+def check_trained_tokenizer(args: TokenizerArguments, *others: str) -> None:
     """Refuse flags that name a tokenizer beside the one that is to be learned.
+
+    Args:
+        args: with the flags that are called `others` too.
+        others: flags that bring a tokenizer.
 
     Raises:
         UsageError: they do.
     """
     if not args.train_tokenizer:
         return
-    for name in ("tokenizer_name", "model_name_or_path", "text_model_name_or_path"):
+    for name in others:
         if getattr(args, name) is not None:
             raise UsageError(f"--train_tokenizer learns a tokenizer, and --{name} brings one: leave out one of the two")
 
 
-def learn_tokenizer(args: ModelArguments, source: Source, tell: Callable[[str], object]) -> PreTrainedTokenizerFast:
-    """Learn a WordPiece from the first titles of a source, and tell how well it fits them.
+def learn_tokenizer(
+    args: TokenizerArguments,
+    titles: Iterable[str],
+    name: str,
+    rows: int,
+    max_length: int,
+    tell: Callable[[str], object],
+) -> PreTrainedTokenizerFast:
+    """Learn a WordPiece from the first titles, and tell how well it fits them.
 
     Args:
         args: its size, and how many titles.
-        source: opened with its titles alone.
+        titles: clean ones; they are read once.
+        name: of what the titles come from.
+        rows: that these are.
+        max_length: tokens that are read of a title.
         tell: takes a line.
 
     Raises:
@@ -63,25 +77,23 @@ def learn_tokenizer(args: ModelArguments, source: Source, tell: Callable[[str], 
     first: list[str] = []
     count = 0
 
-    def titles() -> Iterator[str]:
+    def counted() -> Iterator[str]:
         nonlocal count
-        for title in titles_of(source, args.tokenizer_titles):
+        for title in islice(titles, args.tokenizer_titles):
             count += 1
             if len(first) < REPORTED_TITLES:
                 first.append(title)
             yield title
 
-    with usage_errors(OSError, told=f"the titles of {source.name} can't be read ({{}})"):
-        tokenizer = train_wordpiece(titles(), args.tokenizer_vocab_size)
+    with usage_errors(OSError, told=f"the titles of {name} can't be read ({{}})"):
+        tokenizer = train_wordpiece(counted(), args.tokenizer_vocab_size)
     if not count:
-        raise UsageError(f"{source.name} (split '{source.split}') has no usable title to learn a tokenizer from")
-    max_length = args.max_length or DEFAULT_MAX_LENGTH
-    rest = source.num_rows - count
+        raise UsageError(f"{name} has no usable title to learn a tokenizer from")
     tell(
-        f"tokenizer of {len(tokenizer):,} tokens, learned from {count:,} titles of {source.num_rows:,} rows"
-        + (" (--tokenizer_titles)" if rest and count == args.tokenizer_titles else "")
+        f"tokenizer of {len(tokenizer):,} tokens, learned from {count:,} titles of {rows:,} rows"
+        + (" (--tokenizer_titles)" if count == args.tokenizer_titles < rows else "")
     )
-    tell(f"  its own: {title_report(tokenizer, first, max_length)}")
+    tell(f"  its own: {title_report(tokenizer, first, max_length).fit()}")
     tell(f"  {DEFAULT_TOKENIZER}: {_usual(first, max_length)}")
     return tokenizer
 
@@ -92,7 +104,7 @@ def _usual(titles: list[str], max_length: int) -> str:
         tokenizer = AutoTokenizer.from_pretrained(DEFAULT_TOKENIZER, local_files_only=True)
     except LOADING_ERRORS:
         return "not compared, it is not on this machine"
-    return str(title_report(tokenizer, titles, max_length))
+    return title_report(tokenizer, titles, max_length).fit()
 
 
 def tokenizer_bytes(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
