@@ -17,7 +17,8 @@ from aliblip.models.backbones import (
     start_from_backbone,
     starting_report,
 )
-from aliblip.models.loading import DEFAULT_MAX_LENGTH, DEFAULT_TOKENIZER, build_processor, load_pretrained
+from aliblip.models.loading import DEFAULT_TOKENIZER, build_processor, load_pretrained
+from aliblip.retrieval.model_folder import DEFAULT_MAX_LENGTH
 from aliblip.runtime.accelerator import AliBlipAccelerator
 from aliblip.runtime.arguments import json_mapping
 from aliblip.runtime.distributed import launched_rank
@@ -144,7 +145,7 @@ def build_config(args: ModelArguments, processor: AliBlipProcessor, backbones: l
             "a config.json"
         )
         with usage_errors(OSError, ValueError, told=missing):
-            base = AliBlipConfig.from_pretrained(args.config_name).to_dict()
+            base = AliBlipConfig.from_pretrained(args.config_name, trust_remote_code=False).to_dict()
         vision, text = base["vision_config"] | vision, base["text_config"] | text
         fields = base | fields
     with usage_errors(ValueError, TypeError):  # of the fields that --vision_config and --text_config set

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from aliblip.data.rows import Source
 from aliblip.data.titles import title_report, titles_of
 from aliblip.data.wordpiece import train_wordpiece
-from aliblip.models.loading import DEFAULT_MAX_LENGTH, DEFAULT_TOKENIZER, LOADING_ERRORS
+from aliblip.models.loading import DEFAULT_TOKENIZER
+from aliblip.retrieval.model_folder import DEFAULT_MAX_LENGTH, LOADING_ERRORS, load_tokenizer
 from aliblip.runtime.files import NewFolder
 from aliblip.runtime.mistakes import UsageError, usage_errors
 from aliblip.training.arguments import ModelArguments
@@ -89,7 +90,7 @@ def learn_tokenizer(args: ModelArguments, source: Source, tell: Callable[[str], 
 def _usual(titles: list[str], max_length: int) -> str:
     """How the usual tokenizer writes the same titles, if it is on this machine."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(DEFAULT_TOKENIZER, local_files_only=True)
+        tokenizer = load_tokenizer(DEFAULT_TOKENIZER, local_files_only=True)
     except LOADING_ERRORS:
         return "not compared, it is not on this machine"
     return str(title_report(tokenizer, titles, max_length))
@@ -126,4 +127,4 @@ def load_trained_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             "--train_tokenizer and name the model's own, --tokenizer_name"
         )
     with usage_errors(*LOADING_ERRORS, told=f"{folder} can't be read ({{}}): bring the tokenizer of the run back"):
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        return load_tokenizer(str(folder))
