@@ -9,7 +9,7 @@ from aliblip.models.original import Original, is_original, model_of_original, or
 from aliblip.retrieval.model_folder import (
     DEFAULT_MAX_LENGTH,
     LOADING_ERRORS,
-    check_template,
+    check_tokenizer,
     check_vocabulary,
     load_folder,
     load_tokenizer,
@@ -27,16 +27,14 @@ def build_processor(tokenizer_name: str, max_length: int | None = None) -> AliBl
     """A new processor around a tokenizer: a folder, a `vocab.txt` or a Hub name.
 
     Raises:
-        UsageError: there is none, or it is not a fast WordPiece tokenizer.
+        UsageError: there is none, or it is none that the model can read (`check_tokenizer`).
     """
     name = tokenizer_name
     told = f"no tokenizer at {name!r} ({{}}): --tokenizer_name takes a folder, a vocab.txt or a Hub name"
     with usage_errors(*LOADING_ERRORS, told=told):
         tokenizer = load_tokenizer(name)
-    if not tokenizer.is_fast or getattr(tokenizer, "cls_token_id", None) is None:
-        raise UsageError(f"the tokenizer {name!r} is not a fast WordPiece tokenizer with [CLS]: take a BERT tokenizer")
     processor = AliBlipProcessor(tokenizer=tokenizer, max_length=max_length or DEFAULT_MAX_LENGTH)
-    check_template(name, processor)
+    check_tokenizer(name, processor)
     return processor
 
 

@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ __all__ = [
     "DEFAULT_MAX_LENGTH",
     "LOADING_ERRORS",
     "check_no_code",
-    "check_template",
+    "check_tokenizer",
     "check_vocabulary",
     "load_folder",
     "load_image_processor",
@@ -45,6 +46,8 @@ _SETTINGS = ("config.json", "tokenizer_config.json", "processor_config.json", "p
 # Classes that ours stand for: what a folder says of them is never looked at.
 _OURS = ("AutoConfig", "AutoModel", "AutoProcessor")
 _MOST_BYTES = 32 * 2**20  # of a file of settings; the largest, of tokenizers with very many added tokens, have a few
+# Of several scripts, with capitals and signs; and one that is cut.
+_PROBES = ("red cup", "Café T-Shirt 2x, 红色 кружка XXL", "a " * 600)
 _DAMAGED = "it is damaged, bring it back"
 
 
@@ -79,7 +82,7 @@ def load_folder(
         max_length = settings.get("max_length", DEFAULT_MAX_LENGTH)
         processor = AliBlipProcessor(load_image_processor(name), tokenizer, max_length=max_length)
     check_vocabulary(name, processor, model.config.text_config.vocab_size, model.config.enc_token_id)
-    check_template(name, processor)
+    check_tokenizer(name, processor)
     return model, processor
 
 
@@ -196,17 +199,42 @@ def check_vocabulary(
         )
 
 
-def check_template(source: str, processor: AliBlipProcessor) -> None:
-    """Refuse a tokenizer that does not put [CLS] before a title and [SEP] behind it.
+def check_tokenizer(source: str, processor: AliBlipProcessor) -> None:
+    """Try a tokenizer on titles: what it makes of them, and whether it makes the same once it is saved and loaded.
 
     Raises:
-        UsageError: the model makes [ENC] of the first token, and would lose a word.
+        UsageError: it is not a fast one, has no padding, does not put [CLS] before a title and [SEP] behind it (the
+            model makes [ENC] of the first token, and would lose a word), or comes back as another.
     """
     tokenizer = processor.tokenizer
-    ids = tokenizer("a")["input_ids"]
-    if len(ids) < 2 or (ids[0], ids[-1]) != (tokenizer.cls_token_id, tokenizer.sep_token_id):
-        shown = " ".join(tokenizer.convert_ids_to_tokens(ids))
+    if not tokenizer.is_fast or tokenizer.cls_token_id is None or tokenizer.pad_token_id is None:
         raise UsageError(
-            f"the tokenizer of {source} writes 'a' as {shown!r}, without [CLS] before and [SEP] behind it: take a BERT "
-            "tokenizer, or add this template to the post_processor of its tokenizer.json"
+            f"the tokenizer of {source} is not a fast one with tokens for [CLS] and [PAD]: take a BERT tokenizer"
         )
+    written = _written(processor)
+    for ids, mask in written:
+        title = ids[: sum(mask)]
+        if len(title) < 2 or (title[0], title[-1]) != (tokenizer.cls_token_id, tokenizer.sep_token_id):
+            shown = " ".join(tokenizer.convert_ids_to_tokens(title[:8]))
+            raise UsageError(
+                f"the tokenizer of {source} writes a title as {shown!r}, without [CLS] before and [SEP] behind it: "
+                "take a BERT tokenizer, or add this template to the post_processor of its tokenizer.json"
+            )
+    with TemporaryDirectory() as folder:
+        told = f"the tokenizer of {source} can't be loaded again once it is saved ({{}}): take a BERT tokenizer"
+        with usage_errors(*LOADING_ERRORS, told=told):
+            tokenizer.save_pretrained(folder)
+            again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            again = AliBlipProcessor(tokenizer=again, max_length=processor.max_length)
+    if (_written(again), again.enc_token_id) != (written, processor.enc_token_id):
+        first, second = (one.tokenizer.tokenize(_PROBES[0], add_special_tokens=True) for one in (processor, again))
+        raise UsageError(
+            f"the tokenizer of {source} is another one after it is saved and loaded (it writes {_PROBES[0]!r} as "
+            f"{' '.join(first)!r}, then as {' '.join(second)!r}): take a BERT tokenizer"
+        )
+
+
+def _written(processor: AliBlipProcessor) -> list[tuple[list[int], list[int]]]:
+    """Ids and mask of some titles, each as long as the longest: padded, or cut."""
+    batch = processor(text=list(_PROBES), padding="max_length")
+    return list(zip(batch["input_ids"], batch["attention_mask"], strict=True))

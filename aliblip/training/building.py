@@ -18,7 +18,7 @@ from aliblip.models.backbones import (
     starting_report,
 )
 from aliblip.models.loading import DEFAULT_TOKENIZER, build_processor, load_pretrained
-from aliblip.retrieval.model_folder import DEFAULT_MAX_LENGTH
+from aliblip.retrieval.model_folder import DEFAULT_MAX_LENGTH, check_tokenizer
 from aliblip.runtime.accelerator import AliBlipAccelerator
 from aliblip.runtime.arguments import json_mapping
 from aliblip.runtime.distributed import launched_rank
@@ -111,6 +111,7 @@ def new_processor(
     """The processor of a new model: around the tokenizer asked for, with what its towers were trained with."""
     if tokenizer is not None:
         processor = AliBlipProcessor(tokenizer=tokenizer, max_length=args.max_length or DEFAULT_MAX_LENGTH)
+        check_tokenizer("--train_tokenizer", processor)
     else:
         tokenizer_name = args.tokenizer_name or args.text_model_name_or_path or DEFAULT_TOKENIZER
         processor = build_processor(tokenizer_name, args.max_length)
