@@ -28,6 +28,8 @@ CUSTOM_PIPELINES: dict[str, dict[str, Any]] = {
         "type": "multimodal",
     }
 }
+# For the pipeline of transformers of this task, which takes no AutoModel; the code is the same.
+ZERO_SHOT = "AutoModelForZeroShotImageClassification"
 
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     # ViT-B/16 and ViT-L/16 as BLIP trains them; the text side is BERT-base in both.
@@ -251,7 +253,11 @@ class AliBlipConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         # `transformers.pipeline` puts classes into the entry that it reads here, and those can't be saved.
-        return {**super().to_dict(), "custom_pipelines": _with_our_pipelines(self.custom_pipelines)}
+        written = {**super().to_dict(), "custom_pipelines": _with_our_pipelines(self.custom_pipelines)}
+        classes = written.get("auto_map") or {}
+        if code := classes.get("AutoModel") or classes.get(ZERO_SHOT):
+            written["auto_map"] = {**classes, "AutoModel": code, ZERO_SHOT: code}
+        return written
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):

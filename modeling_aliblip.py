@@ -479,6 +479,10 @@ class AliBlipTextModel(AliBlipPreTrainedModel):
         given = input_ids.shape[1] if packed is None else max(length for _, length in packed.sizes)
         if given > longest:
             raise ValueError(f"titles of {given} tokens given, the model takes at most {longest}")
+        # Only where a look at the mask costs nothing: on a GPU the host would wait for it.
+        may_look = attention_mask is not None and attention_mask.device.type == "cpu"
+        if may_look and not torch.compiler.is_compiling() and not attention_mask[:, 0].all():
+            raise ValueError("titles are padded on the left, where the model reads their first token: pad on the right")
         if packed is not None:
             return self.encoder(self.embeddings(input_ids, packed.positions), None, image_kv, None, first_only, packed)
         hidden = self.embeddings(input_ids)

@@ -16,7 +16,8 @@ class AliBlipProcessor(ProcessorMixin):
     Args:
         image_processor: a BLIP image processor of any backend (it is replaced by the Pillow one of equal settings), or
             None for 384 px.
-        tokenizer: a fast WordPiece tokenizer; `[DEC]` and `[ENC]` are added where it lacks them.
+        tokenizer: a fast one that puts `[CLS]`, or what it calls so, first; `[DEC]` and `[ENC]` are added where it has
+            none.
         max_length: longest title in tokens, `[CLS]` and `[SEP]` included; longer ones are cut.
 
     Raises:
@@ -44,10 +45,14 @@ class AliBlipProcessor(ProcessorMixin):
             )
         # BLIP's order and roles: [DEC] is the first added id, [ENC] the second (30522 and 30523 with BERT's
         # vocabulary).
-        tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+        own_bos = tokenizer.bos_token not in (None, "[DEC]")  # as XLM-R's <s>, which begins its titles
+        tokenizer.add_special_tokens({"additional_special_tokens": ["[DEC]"]} if own_bos else {"bos_token": "[DEC]"})
         if "[ENC]" not in tokenizer.get_added_vocab():
             tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
         tokenizer.padding_side = "right"  # the first token is [CLS], or [ENC] when the model looks at an image
+        # The model knows no token types, whoever calls the tokenizer, also one that is saved and loaded without this.
+        names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
         self.max_length = max_length
         super().__init__(image_processor, tokenizer, **kwargs)
 
@@ -66,6 +71,9 @@ class AliBlipProcessor(ProcessorMixin):
         L).
 
         Titles are padded to the longest of the call and cut at `max_length` unless the call says otherwise.
+
+        Raises:
+            ValueError: titles are to be padded on the left, where the model reads their first token.
         """
         if text is not None:
             text_kwargs = kwargs.setdefault("text_kwargs", {}) if "text_kwargs" in kwargs else kwargs
@@ -73,9 +81,12 @@ class AliBlipProcessor(ProcessorMixin):
                 ("padding", True),
                 ("truncation", True),
                 ("max_length", self.max_length),
+                ("padding_side", "right"),
                 ("return_token_type_ids", False),
             ):
                 text_kwargs.setdefault(key, value)
+            if text_kwargs["padding_side"] != "right":
+                raise ValueError("padding_side is 'left', but the model reads the first token of a title: leave it out")
         return super().__call__(images=images, text=text, **kwargs)
 
 

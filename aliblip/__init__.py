@@ -8,7 +8,7 @@ and `pipeline("image-text-retrieval", ...)` take this code for AliBLIP folders, 
 
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from configuration_aliblip import AliBlipConfig
@@ -19,6 +19,7 @@ from processing_aliblip import AliBlipProcessor
 
 AutoConfig.register(AliBlipConfig.model_type, AliBlipConfig, exist_ok=True)
 AutoModel.register(AliBlipConfig, AliBlipForImageTextRetrieval, exist_ok=True)
+AutoModelForZeroShotImageClassification.register(AliBlipConfig, AliBlipForImageTextRetrieval, exist_ok=True)
 AutoProcessor.register(AliBlipConfig, AliBlipProcessor, exist_ok=True)
 PIPELINE_REGISTRY.register_pipeline(
     TASK, pipeline_class=AliBlipImageTextRetrievalPipeline, pt_model=(AutoModel,), type="multimodal"

@@ -42,6 +42,15 @@ def searched(pipe) -> dict:
     return {name: torch.tensor([result[name] for result in found]) for name in ("id", "score", "itc", "itm_logit")}
 
 
+def classified(folder) -> list[float]:
+    """What the pipeline of the card's tag, of transformers itself, says of a photo, for each title."""
+    from transformers import pipeline
+
+    pipe = pipeline("zero-shot-image-classification", model=str(folder), trust_remote_code=True, device="cpu")
+    found = pipe(photos()[0], candidate_labels=TITLES, hypothesis_template="{}")
+    return [next(one["score"] for one in found if one["label"] == title) for title in TITLES]
+
+
 class NotInstalled:
     """First in `sys.meta_path`: hides our package, however it is installed. Modules in the cache of the Hub are called
     `transformers_modules....modeling_aliblip` and stay visible."""
@@ -109,6 +118,7 @@ def main(plan: dict) -> dict:
     for name, folder in plan["search"].items():
         pipe = pipeline("image-text-retrieval", model=folder, trust_remote_code=True, device="cpu")
         found["searched"][name] = {"module": type(pipe).__module__, **searched(pipe)}
+    found["classified"] = classified(plan["classify"])
     for name, folder in plan["refuse"].items():
         found["refused"][name] = error_of(AutoModel.from_pretrained, folder, trust_remote_code=name != "not trusted")
 

@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 from helpers import ROOT, assert_succeeded, run
-from remote_code_probe import scores, searched
+from remote_code_probe import classified, scores, searched
 from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
 from transformers.pipelines import clean_custom_task
 
@@ -120,6 +120,7 @@ def child(folders, tmp_path_factory):
             ("aliblip/tiny", str(work / "hub again"), {"local_files_only": True}),
         ],
         "import_from": str(folders["no auto_map"]),
+        "classify": fp32,
     }
     (work / "plan.json").write_text(json.dumps(plan))
     result = run(
@@ -148,6 +149,7 @@ def assert_complete(folder):
     assert settings["auto_map"] == {
         "AutoConfig": "configuration_aliblip.AliBlipConfig",
         "AutoModel": "modeling_aliblip.AliBlipForImageTextRetrieval",
+        "AutoModelForZeroShotImageClassification": "modeling_aliblip.AliBlipForImageTextRetrieval",
     }
     assert settings["custom_pipelines"] == CUSTOM_PIPELINES
     settings = json.loads((folder / "processor_config.json").read_text())
@@ -218,6 +220,13 @@ def test_weights_cast_while_loading(child, expected):
     assert child["loaded"]["cast"]["dtype"] == "bfloat16"
     assert child["loaded"]["cast"]["temperature_dtype"] == "float32"
     assert_equal_scores(child["loaded"]["cast"]["scores"], expected["bf16"])
+
+
+def test_the_task_of_the_cards_tag_works_with_and_without_the_package(child, folders, expected):
+    """transformers' own pipeline, which calls the tokenizer itself: no token types, which the model refuses."""
+    wanted = expected["fp32"]["itc"][0].softmax(dim=-1).tolist()
+    assert child["classified"] == pytest.approx(wanted, abs=1e-6)
+    assert classified(folders["pipeline fp32"]) == pytest.approx(wanted, abs=1e-6)
 
 
 def test_the_config_classes_differ_and_nothing_minds(child):

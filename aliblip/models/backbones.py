@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, BertModel, BlipImageProcessorPil, ViTModel
 
-from aliblip.models.loading import LOADING_ERRORS
 from aliblip.models.original import check_weights
+from aliblip.retrieval.model_folder import LOADING_ERRORS, check_no_code
 from aliblip.runtime.mistakes import UsageError, usage_errors
 from configuration_aliblip import training_defaults
 from modeling_aliblip import AliBlipForImageTextRetrieval
@@ -185,6 +185,7 @@ def starting_report(model: AliBlipForImageTextRetrieval, backbones: list[Backbon
 
 
 def _config(name: str, model_type: str, hint: str):
+    check_no_code(name)
     with usage_errors(*LOADING_ERRORS, told=f"no model at {name!r} ({{}}): {hint}"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if config.model_type != model_type:
@@ -196,7 +197,12 @@ def _load(model_class, name: str, dropped_pattern: str) -> tuple[dict[str, Tenso
     """Weights in fp32, and the names of those that are left out on purpose."""
     with usage_errors(*LOADING_ERRORS, told=f"can't load the weights of {name}: {{}}"):
         model, info = model_class.from_pretrained(
-            name, add_pooling_layer=False, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            name,
+            add_pooling_layer=False,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
         )
     dropped = sorted(key for key in info["unexpected_keys"] if re.search(dropped_pattern, key))
     wrong = [f"missing: {', '.join(sorted(info['missing_keys']))}"] if info["missing_keys"] else []

@@ -30,6 +30,7 @@ from aliblip.data.titles import look_at_titles, tell_cut_titles
 from aliblip.retrieval.arguments import EvaluationArguments, EvaluationDataArguments
 from aliblip.retrieval.compare import check_comparable
 from aliblip.retrieval.evaluation import ALL, DEFAULT_K_RERANK, Depth, check_k_rerank, parse_k_rerank
+from aliblip.retrieval.model_folder import load_folder
 from aliblip.retrieval.plan import MemoryPlan, count_photos, expected_time, make_plan, size_text
 from aliblip.retrieval.rankings import MATRIX
 from aliblip.retrieval.results import TITLE_SLICES, check_results_of_others, split_told
@@ -202,10 +203,7 @@ def _open_tuning_data(data: EvaluationDataArguments, options: EvaluationArgument
 
 
 def _load(options: EvaluationArguments) -> tuple[AliBlipForImageTextRetrieval, AliBlipProcessor]:
-    # OSError: no such file or Hub name; ValueError: files that don't fit together
-    with usage_errors(OSError, ValueError, told=f"can't load the model {options.model_name_or_path}: {{}}"):
-        model = AliBlipForImageTextRetrieval.from_pretrained(options.model_name_or_path)
-        processor = AliBlipProcessor.from_pretrained(options.model_name_or_path)
+    model, processor = load_folder(options.model_name_or_path, dtype="auto")
     if options.image_size is not None:
         with usage_errors(ValueError, told=f"--image_size {options.image_size}: {{}}"):
             model.resize_image(options.image_size)

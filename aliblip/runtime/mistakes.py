@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from aliblip.runtime.distributed import launched_rank
 from aliblip.runtime.quiet import quiet_libraries
@@ -60,21 +60,39 @@ def usage_errors(*kinds: type[Exception], told: str = "{}") -> Iterator[None]:
 
 def main_with_usage_errors(name: str, main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit with its code; a UsageError ends it with exit code 2 and one line, printed by the
-    first process. Libraries are kept from printing what is not the user's concern.
+    first process. Libraries are kept from printing what is not the user's concern, and from asking on standard input:
+    nobody may be there, and a stranger's folder shall not put questions. (With ALIBLIP_TRACEBACK=1 it stays open, for a
+    debugger.)
 
     The other processes of a launch meet the same mistake. They wait: a launcher ends all processes as soon as one has
     failed, so one that left first would cut the line off. Whoever is still there after that met a mistake of its own.
     """
     quiet_libraries()
     try:
-        sys.exit(main())
+        with nullcontext() if _shows_tracebacks() else _no_questions():
+            sys.exit(main())
     except UsageError as error:
         if launched_rank() != 0:
             time.sleep(SECONDS_FOR_THE_FIRST_PROCESS)
-        if os.environ.get(TRACEBACK_VARIABLE, "") not in ("", "0"):
+        if _shows_tracebacks():
             traceback.print_exc()
         print(f"{name}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+@contextmanager
+def _no_questions() -> Iterator[None]:
+    """Standard input is at its end for whatever library reads it."""
+    before = sys.stdin
+    with open(os.devnull) as sys.stdin:
+        try:
+            yield
+        finally:
+            sys.stdin = before
+
+
+def _shows_tracebacks() -> bool:
+    return os.environ.get(TRACEBACK_VARIABLE, "") not in ("", "0")
 
 
 __all__ = ["Mistakes", "UsageError", "first_line", "main_with_usage_errors", "usage_errors"]

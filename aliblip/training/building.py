@@ -17,7 +17,8 @@ from aliblip.models.backbones import (
     start_from_backbone,
     starting_report,
 )
-from aliblip.models.loading import DEFAULT_MAX_LENGTH, DEFAULT_TOKENIZER, build_processor, load_pretrained
+from aliblip.models.loading import DEFAULT_TOKENIZER, build_processor, load_pretrained
+from aliblip.retrieval.model_folder import DEFAULT_MAX_LENGTH, check_tokenizer
 from aliblip.runtime.accelerator import AliBlipAccelerator
 from aliblip.runtime.arguments import json_mapping
 from aliblip.runtime.distributed import launched_rank
@@ -110,6 +111,7 @@ def new_processor(
     """The processor of a new model: around the tokenizer asked for, with what its towers were trained with."""
     if tokenizer is not None:
         processor = AliBlipProcessor(tokenizer=tokenizer, max_length=args.max_length or DEFAULT_MAX_LENGTH)
+        check_tokenizer("--train_tokenizer", processor)
     else:
         tokenizer_name = args.tokenizer_name or args.text_model_name_or_path or DEFAULT_TOKENIZER
         processor = build_processor(tokenizer_name, args.max_length)
@@ -144,7 +146,7 @@ def build_config(args: ModelArguments, processor: AliBlipProcessor, backbones: l
             "a config.json"
         )
         with usage_errors(OSError, ValueError, told=missing):
-            base = AliBlipConfig.from_pretrained(args.config_name).to_dict()
+            base = AliBlipConfig.from_pretrained(args.config_name, trust_remote_code=False).to_dict()
         vision, text = base["vision_config"] | vision, base["text_config"] | text
         fields = base | fields
     with usage_errors(ValueError, TypeError):  # of the fields that --vision_config and --text_config set

@@ -31,7 +31,7 @@ from aliblip.data.sources import open_source, require_usable_row
 from aliblip.data.titles import look_at_titles, tell_cut_titles, titles_of
 from aliblip.data.wordpiece import SMALLEST_VOCABULARY
 from aliblip.models.backbones import Backbone
-from aliblip.models.loading import DEFAULT_MAX_LENGTH
+from aliblip.retrieval.model_folder import DEFAULT_MAX_LENGTH
 from aliblip.models.original import is_original
 from aliblip.models.upload import HubArguments, Publisher, check_hub_arguments, connect
 from aliblip.retrieval.evaluation import check_k_rerank

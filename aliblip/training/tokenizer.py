@@ -14,12 +14,13 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from aliblip.data.arguments import TokenizerArguments
 from aliblip.data.titles import title_report
 from aliblip.data.wordpiece import train_wordpiece
-from aliblip.models.loading import DEFAULT_TOKENIZER, LOADING_ERRORS
+from aliblip.models.loading import DEFAULT_TOKENIZER
+from aliblip.retrieval.model_folder import LOADING_ERRORS, load_tokenizer
 from aliblip.runtime.files import NewFolder
 from aliblip.runtime.mistakes import UsageError, usage_errors
 
@@ -101,7 +102,7 @@ def learn_tokenizer(
 def _usual(titles: list[str], max_length: int) -> str:
     """How the usual tokenizer writes the same titles, if it is on this machine."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(DEFAULT_TOKENIZER, local_files_only=True)
+        tokenizer = load_tokenizer(DEFAULT_TOKENIZER, local_files_only=True)
     except LOADING_ERRORS:
         return "not compared, it is not on this machine"
     return title_report(tokenizer, titles, max_length).fit()
@@ -138,4 +139,4 @@ def load_trained_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             "--train_tokenizer and name the model's own, --tokenizer_name"
         )
     with usage_errors(*LOADING_ERRORS, told=f"{folder} can't be read ({{}}): bring the tokenizer of the run back"):
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        return load_tokenizer(str(folder))

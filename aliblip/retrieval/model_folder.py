@@ -1,0 +1,240 @@
+"""A model, its processor or a tokenizer, from a folder or the Hub: no code of it is run.
+
+    model, processor = load_folder("my_model")
+    tokenizer = load_tokenizer("bert-base-uncased")
+
+transformers runs the code that a folder names (`auto_map`) once somebody has said yes, and reads the settings of other
+models on the way. Here nobody is asked, and everything is loaded by the classes of this package.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, BertTokenizer, BlipImageProcessorPil, PreTrainedTokenizerFast
+from transformers.utils import cached_file
+
+from aliblip.runtime.mistakes import UsageError, usage_errors
+from modeling_aliblip import AliBlipForImageTextRetrieval
+from processing_aliblip import AliBlipProcessor
+
+__all__ = [
+    "DEFAULT_MAX_LENGTH",
+    "LOADING_ERRORS",
+    "check_no_code",
+    "check_tokenizer",
+    "check_vocabulary",
+    "load_folder",
+    "load_image_processor",
+    "load_tokenizer",
+    "read_settings",
+]
+
+DEFAULT_MAX_LENGTH = 35
+# What transformers raises where a folder or Hub name does not hold what it should, and for damaged files of it; and our
+# Hub files, for a configuration that no model can be built from and for weights that do not fit.
+LOADING_ERRORS = (OSError, ValueError, ImportError, SafetensorError)
+
+_SETTINGS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+# Classes that ours stand for: what a folder says of them is never looked at.
+_OURS = ("AutoConfig", "AutoModel", "AutoProcessor")
+_MOST_BYTES = 32 * 2**20  # of a file of settings; the largest, of tokenizers with very many added tokens, have a few
+# Of several scripts, with capitals and signs; and one that is cut.
+_PROBES = ("red cup", "Café T-Shirt 2x, 红色 кружка XXL", "a " * 600)
+_DAMAGED = "it is damaged, bring it back"
+
+
+def load_folder(
+    name: str,
+    *,
+    dtype: torch.dtype | str = torch.float32,
+    attn_implementation: str | None = None,
+    with_tokenizer: PreTrainedTokenizerFast | None = None,
+) -> tuple[AliBlipForImageTextRetrieval, AliBlipProcessor]:
+    """A model and its processor, from an AliBLIP or `blip` folder or Hub name.
+
+    Args:
+        name: the folder or Hub name.
+        dtype: of the weights; "auto": as they are stored.
+        attn_implementation: as in transformers.
+        with_tokenizer: instead of the folder's own.
+
+    Raises:
+        UsageError: what can't be read, brings code of its own or does not fit, by name.
+    """
+    if _is_a_path(name) and not os.path.exists(name):  # for transformers it would be a wrong name on the Hub
+        raise UsageError(f"there is no folder {name}: give the folder of a model, its name on the Hub, or a .pth file")
+    check_no_code(name)
+    with usage_errors(*LOADING_ERRORS, told=f"can't load the model {name}: {{}}"):
+        model = AliBlipForImageTextRetrieval.from_pretrained(
+            name, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
+        )
+    with usage_errors(*LOADING_ERRORS, told=f"can't load the processor of {name}: {{}}"):
+        tokenizer = with_tokenizer or AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        settings = read_settings(name, "processor_config.json")
+        max_length = settings.get("max_length", DEFAULT_MAX_LENGTH)
+        processor = AliBlipProcessor(load_image_processor(name), tokenizer, max_length=max_length)
+    check_vocabulary(name, processor, model.config.text_config.vocab_size, model.config.enc_token_id)
+    check_tokenizer(name, processor)
+    return model, processor
+
+
+def load_image_processor(name: str) -> BlipImageProcessorPil:
+    """The image processor of a folder or Hub name, by its settings and never by its class. Raises what transformers
+    does."""
+    return BlipImageProcessorPil.from_pretrained(name, trust_remote_code=False)
+
+
+def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer: a folder, a `vocab.txt` or a Hub name.
+
+    Args:
+        options: of `from_pretrained`.
+
+    Raises:
+        UsageError: it brings code of its own.
+        OSError, ValueError, ImportError: there is none, or it can't be read (`LOADING_ERRORS`).
+    """
+    if os.path.isfile(name):
+        return BertTokenizer(vocab=name)
+    check_no_code(name)
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def check_no_code(name: str) -> None:
+    """Refuse a folder or Hub name whose settings name code that loading it would run.
+
+    Raises:
+        UsageError: with the file and what it names.
+    """
+    for file in _SETTINGS:
+        for key, value in _entries(read_settings(name, file)):
+            named = None
+            if key == "auto_map":
+                classes = value if isinstance(value, dict) else {"AutoTokenizer": value}  # as older files have it
+                named = ", ".join(sorted(kind for kind in classes if not kind.startswith(_OURS)))
+            elif key == "audio_tokenizer":
+                named = "audio_tokenizer"
+            elif key == "attn_implementation" and "/" in str(value):
+                named = f"attn_implementation {value}"
+            if named:
+                raise UsageError(
+                    f"{name} asks for code that does not belong to AliBLIP ({file}: {named}), and no command runs it: "
+                    "take one without, such as a BERT tokenizer or a model that AliBLIP has saved"
+                )
+
+
+def read_settings(name: str, file: str) -> dict[str, Any]:
+    """A JSON file of a folder or Hub name; empty if there is none.
+
+    Raises:
+        UsageError: it is very large, nested very deeply, or not a JSON object.
+    """
+    try:
+        path = Path(name, file) if os.path.isdir(name) else Path(cached_file(name, file))
+        if path.stat().st_size > _MOST_BYTES:
+            raise UsageError(f"{file} of {name} has {path.stat().st_size:,} bytes, too many for settings: {_DAMAGED}")
+        settings = json.loads(path.read_text("utf-8"))
+    except OSError:  # not there; what can't be reached at all is told when the model is loaded
+        return {}
+    except UsageError:
+        raise
+    except RecursionError:
+        raise UsageError(f"{file} of {name} is nested too deeply for settings: {_DAMAGED}") from None
+    except ValueError as error:
+        raise UsageError(f"{file} of {name} is not JSON ({error}): {_DAMAGED}") from None
+    if not isinstance(settings, dict):
+        raise UsageError(f"{file} of {name} holds a {type(settings).__name__}, not settings by name: {_DAMAGED}")
+    return settings
+
+
+def _entries(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """All keys and values of nested settings."""
+    waiting: list[Any] = [settings]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            yield from value.items()
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+
+
+def _is_a_path(name: str) -> bool:
+    """Whether a name can't be one of the Hub, which is `name` or `owner/name`."""
+    return os.path.isabs(name) or name.count("/") > 1 or name.startswith((".", "~"))
+
+
+# --- tokenizers -------------------------------------------------------------------------------------------------------
+
+
+def check_vocabulary(
+    source: str, processor: AliBlipProcessor, vocab_size: int, enc_token_id: int | None = None
+) -> None:
+    """Refuse a tokenizer whose ids are not those of the model's word embeddings.
+
+    Raises:
+        UsageError: another number of tokens, or another id of [ENC] than a configuration says.
+    """
+    tokens = len(processor.tokenizer)
+    if tokens != vocab_size:
+        raise UsageError(
+            f"{source} has word embeddings for {vocab_size} tokens, the tokenizer has {tokens} ([DEC] and [ENC] "
+            "included): name the tokenizer that it was trained with, --tokenizer_name"
+        )
+    if enc_token_id not in (None, processor.enc_token_id):
+        raise UsageError(
+            f"[ENC] is token {processor.enc_token_id} of the tokenizer, but enc_token_id in the config.json of "
+            f"{source} is {enc_token_id} (without one: the last token): correct it, or name another --tokenizer_name"
+        )
+
+
+def check_tokenizer(source: str, processor: AliBlipProcessor) -> None:
+    """Try a tokenizer on titles: what it makes of them, and whether it makes the same once it is saved and loaded.
+
+    Raises:
+        UsageError: it is not a fast one, has no padding, does not put [CLS] before a title and [SEP] behind it (the
+            model makes [ENC] of the first token, and would lose a word), or comes back as another.
+    """
+    tokenizer = processor.tokenizer
+    if not tokenizer.is_fast or tokenizer.cls_token_id is None or tokenizer.pad_token_id is None:
+        raise UsageError(
+            f"the tokenizer of {source} is not a fast one with tokens for [CLS] and [PAD]: take a BERT tokenizer"
+        )
+    written = _written(processor)
+    for ids, mask in written:
+        title = ids[: sum(mask)]
+        if len(title) < 2 or (title[0], title[-1]) != (tokenizer.cls_token_id, tokenizer.sep_token_id):
+            shown = " ".join(tokenizer.convert_ids_to_tokens(title[:8]))
+            raise UsageError(
+                f"the tokenizer of {source} writes a title as {shown!r}, without [CLS] before and [SEP] behind it: "
+                "take a BERT tokenizer, or add this template to the post_processor of its tokenizer.json"
+            )
+    with TemporaryDirectory() as folder:
+        told = f"the tokenizer of {source} can't be loaded again once it is saved ({{}}): take a BERT tokenizer"
+        with usage_errors(*LOADING_ERRORS, told=told):
+            tokenizer.save_pretrained(folder)
+            again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            again = AliBlipProcessor(tokenizer=again, max_length=processor.max_length)
+    if (_written(again), again.enc_token_id) != (written, processor.enc_token_id):
+        first, second = (one.tokenizer.tokenize(_PROBES[0], add_special_tokens=True) for one in (processor, again))
+        raise UsageError(
+            f"the tokenizer of {source} is another one after it is saved and loaded (it writes {_PROBES[0]!r} as "
+            f"{' '.join(first)!r}, then as {' '.join(second)!r}): take a BERT tokenizer"
+        )
+
+
+def _written(processor: AliBlipProcessor) -> list[tuple[list[int], list[int]]]:
+    """Ids and mask of some titles, each as long as the longest: padded, or cut."""
+    batch = processor(text=list(_PROBES), padding="max_length")
+    return list(zip(batch["input_ids"], batch["attention_mask"], strict=True))
