@@ -67,7 +67,39 @@ class TrainDataArguments(DataArguments):
 
 
 @dataclass
-class TrainingArguments:
+class MeterArguments:
+    """What is measured of a run."""
+
+    peak_tflops: float | None = option(
+        None,
+        "Rate of one device in the precision of the run, by its maker, in TFLOP/s: the log tells the share of it that "
+        "is reached (MFU), and the plan the time at 40 %% of it (default: that of a GPU that is known by its name).",
+    )
+    profile: int = option(
+        0, "Profile so many steps: a trace, and a page that says where the time goes, in profile/ of the output folder."
+    )
+
+
+@dataclass
+class TowerArguments:
+    """What of the model is trained, and how fast."""
+
+    freeze: str | None = option(
+        None,
+        "Parts that keep their weights, with commas: vision, text (what makes the features of a title), "
+        "cross_attention (what ITM sees photos with), projections, itm_head, temperature.",
+    )
+    vision_learning_rate: float | None = option(None, "Peak learning rate of the ViT (default: as the rest).")
+    text_learning_rate: float | None = option(
+        None, "Peak learning rate of the BERT, cross-attention included (default: as the rest)."
+    )
+    layer_decay: float = option(
+        1.0, "Learning rate of a layer of both towers as a share of that of the layer above it; 1: all have the same."
+    )
+
+
+@dataclass
+class TrainingArguments(TowerArguments, MeterArguments):
     """How to train."""
 
     output_dir: str | None = option(None, "Folder for models, checkpoints and logs (required).")
@@ -127,9 +159,6 @@ class TrainingArguments:
 class PlanArguments:
     """What a run would take, and where; for `python -m aliblip.doctor` and `train.py --dry_run`."""
 
-    peak_tflops: float | None = option(
-        None, "Rate of one device in the precision of the run, by its maker, in TFLOP/s: tells the time at 40 % of it."
-    )
     samples_per_second: float | None = option(
         None, "Rate of the whole run, measured (samples/s of a log line): tells the time."
     )

@@ -56,17 +56,21 @@ from aliblip.training.checkpoint import (
 )
 from aliblip.training.compiling import CompiledTowers
 from aliblip.training.feed import Feed
+from aliblip.training.flops import training_flops
+from aliblip.training.freezing import frozen_parts
+from aliblip.training.meters import Meters, peak_tflops_of
 from aliblip.training.momentum import Targets
 from aliblip.training.objective import ObjectiveOutput
 from aliblip.training.optim import alpha_schedule
+from aliblip.training.profiling import Profiler
 from aliblip.training.progress import Log, RunStatus, SkippedRows
-from aliblip.training.setup import ARGUMENTS, Setup, earlier_outputs, remove
+from aliblip.training.setup import ARGUMENTS, PROFILE, Setup, earlier_outputs, remove
 from aliblip.training.step import Outcome
 from aliblip.training.tokenizer import TRAINED_TOKENIZER, save_trained_tokenizer, tokenizer_bytes
 
 ROWS_TO_JUDGE = 1000  # before the end of an epoch, a few rows more or less say little about the data
 # These differ in every resumed run, and say nothing about its training.
-NOT_OF_THE_TRAINING = ("resume_from_checkpoint", "output_dir", "overwrite_output_dir")
+NOT_OF_THE_TRAINING = ("resume_from_checkpoint", "output_dir", "overwrite_output_dir", "peak_tflops", "profile")
 
 
 @dataclasses.dataclass
@@ -124,9 +128,12 @@ class Run:
             total_steps=setup.total_steps,
             warmup_steps=self.args.warmup_steps,
             first_step=self.progress.step,
+            meters=self._meters(),
         )
         fraction, device = setup.data_args.max_skipped_fraction, accelerator.device
         self.skipped = SkippedRows(fraction, device, self.output_dir / "skipped.jsonl")
+        of_main = self.args.profile if accelerator.is_main_process else 0
+        self.profiler = Profiler(of_main, self.output_dir / PROFILE, device)
         self._results: dict | None = None  # of the last evaluation
         self._problem: str | None = None  # why the last model could not be written
         self._last_norm = 0.0
@@ -140,7 +147,16 @@ class Run:
         return self
 
     def __exit__(self, *error) -> None:
+        self._tell_profile(self.profiler.finish())
         self.log.close()
+
+    def _meters(self) -> Meters:
+        """Of this process."""
+        device, precision = self.accelerator.device, self.accelerator.mixed_precision
+        peak = peak_tflops_of(device, precision, self.args.peak_tflops)
+        config, slots = self.training.model.config, self.args.queue_size
+        frozen = frozen_parts(self.args.freeze)
+        return Meters(device, lambda tokens: training_flops(config, tokens, slots, frozen), peak)
 
     # --- the begin ----------------------------------------------------------------------------------------------------
 
@@ -200,15 +216,20 @@ class Run:
 
     def _announce(self) -> None:
         processes, accumulation = self.accelerator.num_processes, self.args.gradient_accumulation_steps
-        parameters = sum(parameter.numel() for parameter in self.training.model.parameters())
+        parameters = list(self.training.model.parameters())
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        frozen = sum(parameter.numel() for parameter in parameters) - trained
         self.log.tell(
-            f"training {parameters / 1e6:.1f} M parameters for {self.setup.total_steps} steps "
+            f"training {trained / 1e6:.1f} M parameters{f' ({frozen / 1e6:.1f} M frozen)' if frozen else ''} for "
+            f"{self.setup.total_steps} steps "
             f"({self.setup.total_steps / self.setup.steps_per_epoch:.4g} epochs) of "
             f"{self.args.per_device_train_batch_size} rows x {processes} process{'es' if processes > 1 else ''}"
             f"{f' x {accumulation} batches' if accumulation > 1 else ''}, "
             f"{self.accelerator.distributed_type.value}, {self.accelerator.mixed_precision} mixed precision\n"
             f"{self.setup.loader.describe()}"
         )
+        if self.log.meters.peak_tflops is not None:
+            self.log.tell(f"mfu: of {self.log.meters.peak_tflops:g} TFLOP/s a device")
         checkpoint = None if self.setup.checkpoint is None else str(self.setup.checkpoint)
         total_steps = self.setup.total_steps
         self.status.write("running", step=self.progress.step, total_steps=total_steps, checkpoint=checkpoint)
@@ -229,7 +250,11 @@ class Run:
         with closing(self.setup.loader.epoch(epoch, start_step=first_batch)) as batches:
             feed = Feed(batches, self.accelerator.device)
             while self.progress.step < last and not self.stopped_by:
+                with self.log.paused():
+                    self.profiler.begin_step(last - self.progress.step, per_epoch)
                 yield self._begin_step(feed)
+            with self.log.paused():
+                self._tell_profile(self.profiler.finish())
 
     def _begin_step(self, feed: Feed) -> Step:
         progress = self.progress
@@ -261,12 +286,15 @@ class Run:
         """Keep of a micro-batch what the end of its step needs, and fetch the next. No collective."""
         step.targets = step.targets or targets
         step.rows.append(batch["row"])
-        self.log.add_batch(output, batch["row"].shape[0], step.feed.waited)
+        self.log.add_batch(output)
+        self.log.meters.add(batch["row"].shape[0], sum(batch["title_lengths"]), step.feed.waited)
         step.feed.fetch()
 
     def after_step(self, step: Step, output: ObjectiveOutput, outcome: Outcome) -> None:
         """All that is due once the weights have moved, or were kept from it."""
         grad_norm, number = outcome.read()
+        with self.log.paused():
+            self._tell_profile(self.profiler.end_step(sum(map(len, step.rows))))
         self.progress.step += 1
         is_finite = math.isfinite(grad_norm)
         self.log.end_step(left_out=not is_finite)
@@ -279,6 +307,10 @@ class Run:
         self.stopped_by = self.signals.known_to_all(number)
         if self.stopped_by or self._checkpoint_is_due():
             self._save_checkpoint(*self._position())
+
+    def _tell_profile(self, line: str | None) -> None:
+        if line is not None:
+            self.log.tell(line)
 
     # --- steps that are not finite ------------------------------------------------------------------------------------
 

@@ -52,7 +52,9 @@ from aliblip.training.building import (
     read_backbones,
 )
 from aliblip.training.checkpoint import Progress, checkpoints, find_checkpoint, read_state
-from aliblip.training.optim import learning_rate_schedule, total_optimizer_steps
+from aliblip.training.freezing import freeze, frozen_parts
+from aliblip.training.optim import learning_rate_schedule, rate_scales, total_optimizer_steps
+from aliblip.training.profiling import check_profile
 from aliblip.training.tokenizer import (
     TRAINED_TOKENIZER,
     check_trained_tokenizer,
@@ -68,7 +70,8 @@ OF_ALL_SPLITS = (
     *("image_column", "caption_column", "product_id_column", "reading"),
 )
 MODELS = ("best", "last")
-OUTPUT_FOLDERS = (*MODELS, "logs", TRAINED_TOKENIZER)
+PROFILE = "profile"
+OUTPUT_FOLDERS = (*MODELS, "logs", TRAINED_TOKENIZER, PROFILE)
 # By the arguments a folder is known for that of a run: they are written over, and never missing.
 ARGUMENTS = "arguments.json"
 OUTPUT_FILES = ("log.jsonl", "skipped.jsonl", "manifest.json", "machine.json", "status.json")
@@ -171,6 +174,12 @@ class Start:
         check_ranges(self.model_args, self.data_args, self.args)
 
     @part
+    def rates(self) -> tuple[str, ...]:
+        """The parts that are frozen; the others have rates that make sense."""
+        rate_scales(self.args, 0, 0)
+        return frozen_parts(self.args.freeze)
+
+    @part
     def trackers(self) -> None:
         check_trackers(self.args.report_to)
 
@@ -236,6 +245,7 @@ class Start:
         with torch.device("meta") if is_empty else nullcontext():
             model = build_model(self.model_args, self.beginning)
         check_model(model, self.beginning.processor, self.args)
+        freeze(model, self.rates)
         return model
 
     # --- the data ---
@@ -336,6 +346,10 @@ class Start:
         )
 
     @part
+    def profiled(self) -> None:
+        check_profile(self.args.profile, self.total_steps, self.steps_per_epoch)
+
+    @part
     def order(self) -> dict:
         """What the order of the rows depends on: a run resumes only where all of this is the same."""
         return {
@@ -419,6 +433,7 @@ CHECKS = (
     Check("flags", "folder", "the output folder"),
     Check("flags", "named_tokenizer", "which tokenizer"),
     Check("flags", "numbers", "numbers"),
+    Check("flags", "rates", "what is trained"),
     Check("flags", "trackers", "trackers"),
     Check("flags", "validation", "what to evaluate on"),
     Check("flags", "publishing", "what to publish"),
@@ -440,6 +455,7 @@ CHECKS = (
     Check("course", "total_steps", "steps"),
     Check("model", "model", "weights"),
     Check("course", "learning_rate", "schedule"),
+    Check("course", "profiled", "the steps to profile"),
     Check("course", "resumed", "the checkpoint to go on from"),
     Check("output", "output_dir", "the folder", by="main"),
     Check("Hub", "publisher", "access", by="main"),
@@ -545,6 +561,12 @@ def check_ranges(model_args: ModelArguments, data_args: TrainDataArguments, args
         checkpointing_steps=(args.checkpointing_steps, 1, None),
         save_total_limit=(args.save_total_limit, 1, None),
         max_non_finite_steps=(args.max_non_finite_steps, 1, None),
+        vision_learning_rate=(args.vision_learning_rate, 0, None),
+        text_learning_rate=(args.text_learning_rate, 0, None),
+        temperature_learning_rate=(args.temperature_learning_rate, 0, None),
+        layer_decay=(args.layer_decay, 0.01, 1),
+        peak_tflops=(args.peak_tflops, 0.001, None),
+        profile=(args.profile, 0, None),
         seed=(args.seed, 0, 2**31 - 1),  # NumPy takes a little more, and each process adds its number
         dataloader_num_workers=(data_args.dataloader_num_workers, 0, None),
         shuffle_window=(data_args.shuffle_window, 1, None),
@@ -656,7 +678,7 @@ def earlier_outputs(output_dir: Path) -> list[Path]:
     """What an earlier run left, which `check_output_dir` allows to replace: models and checkpoints, and all files but
     the arguments. Of the trackers' folder single files, since the new run's begin beside them."""
     repair(output_dir)
-    folders = [output_dir / name for name in (*MODELS, TRAINED_TOKENIZER)] + checkpoints(output_dir)
+    folders = [output_dir / name for name in (*MODELS, TRAINED_TOKENIZER, PROFILE)] + checkpoints(output_dir)
     logs = [path for path in (output_dir / "logs").rglob("*") if path.is_file()]
     return [path for path in (*folders, *logs, *(output_dir / name for name in OUTPUT_FILES)) if path.exists()]
 
@@ -673,6 +695,7 @@ def remove(outputs: list[Path]) -> None:
 __all__ = [
     "ARGUMENTS",
     "CHECKS",
+    "PROFILE",
     "Check",
     "Setup",
     "Start",
