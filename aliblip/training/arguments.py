@@ -99,7 +99,24 @@ class TowerArguments:
 
 
 @dataclass
-class TrainingArguments(TowerArguments, MeterArguments):
+class EvaluationTimes:
+    """When a run is evaluated, and when that ends it."""
+
+    evaluate_every: int = option(
+        1, "Evaluate every so many epochs, and after the last; 0: never, or only as --eval_steps says."
+    )
+    eval_steps: int | None = option(None, "Evaluate every so many optimizer steps too, and keep the best of them.")
+    early_stopping_patience: int | None = option(
+        None, "End the run after so many evaluations in a row without a better mean recall."
+    )
+
+    @property
+    def evaluates(self) -> bool:
+        return self.evaluate_every > 0 or self.eval_steps is not None
+
+
+@dataclass
+class TrainingArguments(TowerArguments, EvaluationTimes, MeterArguments):
     """How to train."""
 
     output_dir: str | None = option(None, "Folder for models, checkpoints and logs (required).")
@@ -141,7 +158,6 @@ class TrainingArguments(TowerArguments, MeterArguments):
     deterministic: bool = option(False, "On a GPU: equal runs give equal bits, and resumed ones too; slower.")
     seed: int = option(42, "Seed of weights, order, augmentation, dropout and negatives.")
     k_rerank: int | None = option(None, "Candidates that ITM re-ranks in the evaluation (default: 128 or the gallery).")
-    evaluate_every: int = option(1, "Evaluate every so many epochs, and after the last; 0: never.")
     logging_steps: int = option(50, "Optimizer steps between log lines.")
     report_to: str = option("none", "Trackers of accelerate: tensorboard, wandb, ..., all or none.")
     checkpointing_steps: int | None = option(

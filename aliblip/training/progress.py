@@ -284,10 +284,11 @@ class Log:
     def write(self, entry: dict) -> None:
         tell_if_not_written("a line of log.jsonl", lambda: append_json_line(self.file, entry))
 
-    def evaluation(self, step: int, epoch: int, results: dict) -> None:
+    def evaluation(self, step: int, epoch: float, after: str, results: dict) -> None:
+        """The results of an evaluation; `after` says of when it is."""
         if self.accelerator.is_main_process:
             self.write({"step": step, "epoch": epoch, "evaluation": results})
-            self.tell(f"evaluation after epoch {epoch} (step {step})\n{format_table(results)}")
+            self.tell(f"evaluation {after}\n{format_table(results)}")
         flat = {"eval/mean_recall": results["mean_recall"]}
         for direction in ("text_to_image", "image_to_text"):
             for stage in ("itc", "itm"):

@@ -55,6 +55,7 @@ from aliblip.training.checkpoint import (
     save_results,
 )
 from aliblip.training.compiling import CompiledTowers
+from aliblip.training.evaluations import evaluations_of
 from aliblip.training.feed import Feed
 from aliblip.training.flops import training_flops
 from aliblip.training.freezing import frozen_parts
@@ -116,6 +117,10 @@ class Run:
         self.progress = setup.progress
         self.normalise = Normalisation(setup.processor.image_processor)
         self.stopped_by: Signals | None = None
+        self.ended_early = False  # by --early_stopping_patience
+        self.evaluations = evaluations_of(self.args, setup.steps_per_epoch, setup.total_steps)
+        # A checkpoint is older than the evaluation of its step.
+        self._owes_evaluation = setup.checkpoint is not None and self.evaluations.are_due(self.progress.step)
         of_rank = None
         if setup.checkpoint is None:
             self._begin_anew()
@@ -236,20 +241,27 @@ class Run:
 
     # --- the position -------------------------------------------------------------------------------------------------
 
-    def epochs(self) -> range:
-        """Epochs that are still to do. A run that comes back to the end of one does again what is due there; the
-        training is not changed by it. No collective."""
+    def epochs(self) -> Iterator[int]:
+        """Epochs that are still to do, until the run ends early. A run that comes back to the end of one does again
+        what is due there; the training is not changed by it. No collective."""
         per_epoch = self.setup.steps_per_epoch
-        return range(max(self.progress.step - 1, 0) // per_epoch, math.ceil(self.setup.total_steps / per_epoch))
+        for epoch in range(max(self.progress.step - 1, 0) // per_epoch, math.ceil(self.setup.total_steps / per_epoch)):
+            if not self.ended_early:
+                yield epoch
 
     def steps(self, epoch: int) -> Iterator[Step]:
-        """Steps of an epoch that are still to do, until a signal stops the run."""
+        """Steps of an epoch that are still to do, until a signal stops the run or it ends early."""
         per_epoch = self.setup.steps_per_epoch
+        if self._owes_evaluation and not self.evaluations.end_an_epoch(self.progress.step):
+            self._after_steps()
+        self._owes_evaluation = False
+        if self.ended_early:
+            return
         last = min(self.setup.total_steps, (epoch + 1) * per_epoch)
         first_batch = (self.progress.step - epoch * per_epoch) * self.args.gradient_accumulation_steps
         with closing(self.setup.loader.epoch(epoch, start_step=first_batch)) as batches:
             feed = Feed(batches, self.accelerator.device)
-            while self.progress.step < last and not self.stopped_by:
+            while self.progress.step < last and not self.stopped_by and not self.ended_early:
                 with self.log.paused():
                     self.profiler.begin_step(last - self.progress.step, per_epoch)
                 yield self._begin_step(feed)
@@ -307,6 +319,9 @@ class Run:
         self.stopped_by = self.signals.known_to_all(number)
         if self.stopped_by or self._checkpoint_is_due():
             self._save_checkpoint(*self._position())
+        step = self.progress.step
+        if not self.stopped_by and self.evaluations.are_due(step) and not self.evaluations.end_an_epoch(step):
+            self._after_steps()
 
     def _tell_profile(self, line: str | None) -> None:
         if line is not None:
@@ -399,28 +414,37 @@ class Run:
                 )
             return problem is None
 
-    # --- the end of an epoch ------------------------------------------------------------------------------------------
+    # --- evaluation, at the end of an epoch and between ---------------------------------------------------------------
 
     def after_epoch(self, epoch: int) -> None:
-        """Judge the data, keep the model, evaluate, keep the best, publish."""
+        """Judge the data, keep the model, evaluate, keep the best, publish. Nothing of a run that has ended early, in
+        the middle of the epoch: it has done that."""
+        if self.ended_early:
+            return
         self.skipped.check()
+        self._keep_and_evaluate(epoch + 1, f"epoch {epoch + 1}", f"after epoch {epoch + 1} (step {self.progress.step})")
+
+    def _after_steps(self) -> None:
+        """The same in the middle of an epoch, when --eval_steps says so."""
+        self.skipped.check(at_least=ROWS_TO_JUDGE)
+        step = self.progress.step
+        epoch = round(step / self.setup.steps_per_epoch, 4)
+        self._keep_and_evaluate(epoch, f"step {step}", f"after step {step} (epoch {epoch:.2f})")
+
+    def _keep_and_evaluate(self, epoch: float, of: str, after: str) -> None:
         with self.log.paused():
             self.skipped.write()
-            # The epoch first: whatever goes wrong in its evaluation, its weights are there.
+            # The model first: whatever goes wrong in its evaluation, its weights are there.
             self._problem = self._save("last", None)
-            results = self._evaluate(epoch) if self._evaluation_is_due(epoch) else None
+            results = self._evaluate(epoch, after) if self.evaluations.are_due(self.progress.step) else None
             if results is not None and self._problem is None:
                 self._problem = save_results(results, self.output_dir / "last")
-            self._problem = self._save_best(results) or self._problem
+            self._problem = self._judge(results) or self._problem
             if self._problem is not None:
-                self.log.tell(f"warning: the model of epoch {epoch + 1} could not be written ({self._problem})")
-            self._publish(epoch)
+                self.log.tell(f"warning: the model of {of} could not be written ({self._problem})")
+            self._publish(of)
 
-    def _evaluation_is_due(self, epoch: int) -> bool:
-        every, is_last = self.args.evaluate_every, self.progress.step == self.setup.total_steps
-        return every > 0 and (is_last or (epoch + 1) % every == 0)
-
-    def _evaluate(self, epoch: int) -> dict:
+    def _evaluate(self, epoch: float, after: str) -> dict:
         source = self.setup.validation_loader.source
         with nullcontext() if self.compiled is None else self.compiled.paused():
             self._results = evaluate_retrieval(
@@ -432,28 +456,45 @@ class Run:
                 k_rerank=self.args.k_rerank,
                 dtype=self.accelerator.autocast_dtype,
             )
-        self.log.evaluation(self.progress.step, epoch + 1, self._results)
+        self.log.evaluation(self.progress.step, epoch, after, self._results)
         return self._results
 
-    def _save_best(self, results: dict | None) -> str | None:
-        """Keep the model if it is the best so far; why it could not be written."""
-        if results is None or not results["mean_recall"] > self.progress.best_mean_recall:
+    def _judge(self, results: dict | None) -> str | None:
+        """Keep the model if it is the best so far, or end the run if none was for long; why the model could not be
+        written."""
+        if results is None:
             return None
-        problem = self._save("best", {**results, "model": str(self.output_dir / "best")})
-        if problem is None:
-            self.progress.best_mean_recall = results["mean_recall"]
-        return problem
+        if results["mean_recall"] > self.progress.best_mean_recall:
+            problem = self._save("best", {**results, "model": str(self.output_dir / "best")})
+            if problem is None:
+                self.progress.best_mean_recall = results["mean_recall"]
+            self.progress.evaluations_without_gain = 0
+            return problem
+        self.progress.evaluations_without_gain += 1
+        patience, step = self.args.early_stopping_patience, self.progress.step
+        if (
+            patience is not None
+            and self.progress.evaluations_without_gain >= patience
+            and step < self.setup.total_steps
+        ):
+            self.ended_early = True
+            times = f"{patience} evaluations" if patience > 1 else "one evaluation"
+            self.log.tell(
+                f"ended early, after step {step}: {times} without a better mean recall than "
+                f"{self.progress.best_mean_recall:.4f}"
+            )
+        return None
 
     def _save(self, name: str, results: dict | None) -> str | None:
         return save_model(self.training.model, self.setup.processor, self.output_dir / name, results)
 
-    def _publish(self, epoch: int) -> None:
+    def _publish(self, of: str) -> None:
         if self.setup.publisher is None:  # of the main process
             return
         # A resumed run comes by here with the best model of before, which may not be on the Hub yet.
         kept = self.output_dir / ("best" if (self.output_dir / "best").exists() else "last")
         if kept.exists():
-            self.setup.publisher.push(kept, f"Model of epoch {epoch + 1}")
+            self.setup.publisher.push(kept, f"Model of {of}")
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
@@ -488,7 +529,7 @@ class Run:
                 f"room, and {way_out}"
             )
         unusable = self.skipped.collect()
-        self.status.write("completed", step=self.progress.step)
+        self.status.write("completed", step=self.progress.step, ended_early=self.ended_early)
         if self.accelerator.is_main_process:
             self._tell_what_came_of_it(unusable)
 

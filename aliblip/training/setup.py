@@ -52,6 +52,7 @@ from aliblip.training.building import (
     read_backbones,
 )
 from aliblip.training.checkpoint import Progress, checkpoints, find_checkpoint, read_state
+from aliblip.training.evaluations import check_early_stopping
 from aliblip.training.freezing import freeze, frozen_parts
 from aliblip.training.optim import learning_rate_schedule, rate_scales, total_optimizer_steps
 from aliblip.training.profiling import check_profile
@@ -258,7 +259,7 @@ class Start:
     def validation_source(self) -> Source | None:
         """None without evaluation."""
         _ = self.validation
-        if not self.args.evaluate_every:
+        if not self.args.evaluates:
             return None
         return self._open(self.data_args.validation_split_name, self.data_args.validation_file)
 
@@ -558,6 +559,8 @@ def check_ranges(model_args: ModelArguments, data_args: TrainDataArguments, args
         in_batch_itc=(args.in_batch_itc, 0, 1),
         logging_steps=(args.logging_steps, 1, None),
         evaluate_every=(args.evaluate_every, 0, None),
+        eval_steps=(args.eval_steps, 1, None),
+        early_stopping_patience=(args.early_stopping_patience, 1, None),
         checkpointing_steps=(args.checkpointing_steps, 1, None),
         save_total_limit=(args.save_total_limit, 1, None),
         max_non_finite_steps=(args.max_non_finite_steps, 1, None),
@@ -576,7 +579,8 @@ def check_ranges(model_args: ModelArguments, data_args: TrainDataArguments, args
 
 
 def check_validation_is_named(data_args: TrainDataArguments, args: TrainingArguments) -> None:
-    if args.evaluate_every and data_args.train_file is not None and data_args.validation_file is None:
+    check_early_stopping(args)
+    if args.evaluates and data_args.train_file is not None and data_args.validation_file is None:
         raise UsageError("--train_file without --validation_file: name the rows to evaluate on, or --evaluate_every 0")
 
 
