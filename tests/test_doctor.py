@@ -109,7 +109,7 @@ def test_every_problem_is_told_at_once(examined, tmp_path):
     assert code == 2
     problems = texts(groups, "problem")
     for said in (
-        *("--alpha is 2.0: it must be", "--queue_size is 0: it must be", "--report_to is 'paper': give one of"),
+        *("--alpha is 2.0: it must be", "--queue_size is 0: it must be", "--report_to is 'paper': give one or several"),
         *("would upload nothing: give both", "hidden_size 33 is not divisible", "no tokenizer at 'nowhere'"),
         *("has no column 'nope'", "nowhere is no checkpoint"),
     ):

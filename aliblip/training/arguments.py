@@ -116,7 +116,20 @@ class EvaluationTimes:
 
 
 @dataclass
-class TrainingArguments(TowerArguments, EvaluationTimes, MeterArguments):
+class TrackerArguments:
+    """Where a run is watched."""
+
+    report_to: str = option(
+        "none", "Trackers of accelerate, with commas: tensorboard,wandb; or all that are installed."
+    )
+    project_name: str = option("aliblip", "Project of the trackers; of TensorBoard the folder in logs/.")
+    run_name: str | None = option(
+        None, "What the trackers call the run (default: the name of the output folder); TensorBoard shows its folder."
+    )
+
+
+@dataclass
+class TrainingArguments(TowerArguments, EvaluationTimes, TrackerArguments, MeterArguments):
     """How to train."""
 
     output_dir: str | None = option(None, "Folder for models, checkpoints and logs (required).")
@@ -159,7 +172,6 @@ class TrainingArguments(TowerArguments, EvaluationTimes, MeterArguments):
     seed: int = option(42, "Seed of weights, order, augmentation, dropout and negatives.")
     k_rerank: int | None = option(None, "Candidates that ITM re-ranks in the evaluation (default: 128 or the gallery).")
     logging_steps: int = option(50, "Optimizer steps between log lines.")
-    report_to: str = option("none", "Trackers of accelerate: tensorboard, wandb, ..., all or none.")
     checkpointing_steps: int | None = option(
         None, "Optimizer steps between checkpoints to resume from; one is written at each epoch's end too."
     )

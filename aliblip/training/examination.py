@@ -43,6 +43,7 @@ from aliblip.training.arguments import (
 from aliblip.training.compiling import check_compiler
 from aliblip.training.memory import GROUPS, State, TrainingMemory, Work, largest_batch, state_of, training_memory
 from aliblip.training.meters import peak_tflops_of
+from aliblip.training.optim import long_warmup
 from aliblip.training.plan import Disk, TrainingPlan, disk_of, training_plan
 from aliblip.training.setup import CHECKS, Start, existing_parent
 
@@ -421,11 +422,8 @@ class _Examination:
             batches = start.batches
             self.findings.ok(batches.describe())
             self.findings.ok(f"{start.total_steps:,} steps, {start.total_steps / start.steps_per_epoch:.4g} epochs")
-            if args.warmup_steps >= start.total_steps:
-                self.findings.warning(
-                    f"--warmup_steps {args.warmup_steps} is not below the {start.total_steps} steps of the run: the "
-                    "learning rate never reaches its peak; lower it"
-                )
+            if warning := long_warmup(args.warmup_steps, start.total_steps):
+                self.findings.warning(warning)
             rows = start.train_source.num_rows
             if args.queue_size > EPOCHS_TO_FILL_A_QUEUE * rows:
                 self.findings.warning(

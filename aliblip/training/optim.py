@@ -157,6 +157,16 @@ def learning_rate_schedule(
     return lambda step: learning_rate * factor(step)
 
 
+def long_warmup(warmup_steps: int, total_steps: int) -> str | None:
+    """What is wrong with a warm-up that is not over before its run; None: it is."""
+    if warmup_steps < total_steps:
+        return None
+    return (
+        f"--warmup_steps {warmup_steps} is not below the {total_steps} steps of the run: the learning rate never "
+        "reaches its peak; lower it"
+    )
+
+
 def set_learning_rate(optimizer, learning_rate: float) -> None:
     """Set the learning rate of every group; also of an optimizer that accelerate or DeepSpeed wrapped."""
     for group in optimizer.param_groups:
@@ -189,6 +199,7 @@ __all__ = [
     "RateScales",
     "alpha_schedule",
     "learning_rate_schedule",
+    "long_warmup",
     "parameter_groups",
     "rate_scales",
     "set_learning_rate",

@@ -62,12 +62,13 @@ from aliblip.training.freezing import frozen_parts
 from aliblip.training.meters import Meters, peak_tflops_of
 from aliblip.training.momentum import Targets
 from aliblip.training.objective import ObjectiveOutput
-from aliblip.training.optim import alpha_schedule
+from aliblip.training.optim import alpha_schedule, long_warmup
 from aliblip.training.profiling import Profiler
 from aliblip.training.progress import Log, RunStatus, SkippedRows
 from aliblip.training.setup import ARGUMENTS, PROFILE, Setup, earlier_outputs, remove
 from aliblip.training.step import Outcome
 from aliblip.training.tokenizer import TRAINED_TOKENIZER, save_trained_tokenizer, tokenizer_bytes
+from aliblip.training.trackers import continued, named_trackers, new_ones, remember, settings
 
 ROWS_TO_JUDGE = 1000  # before the end of an epoch, a few rows more or less say little about the data
 # These differ in every resumed run, and say nothing about its training.
@@ -118,6 +119,7 @@ class Run:
         self.normalise = Normalisation(setup.processor.image_processor)
         self.stopped_by: Signals | None = None
         self.ended_early = False  # by --early_stopping_patience
+        self._tracked: dict[str, dict[str, Any]] = {}  # what each tracker is told of its run
         self.evaluations = evaluations_of(self.args, setup.steps_per_epoch, setup.total_steps)
         # A checkpoint is older than the evaluation of its step.
         self._owes_evaluation = setup.checkpoint is not None and self.evaluations.are_due(self.progress.step)
@@ -188,12 +190,16 @@ class Run:
         self._assert_equal("step, tokenizer, momentum encoders and queues", **more)
         if not self.accelerator.log_with:
             return
-        settings = {key: value for key, value in vars(self.args).items() if isinstance(value, bool | int | float | str)}
         told = f"--report_to {self.args.report_to} can't begin ({{}}): see to it, or give --report_to none"
+
+        step = self.progress.step if self._goes_back else None
+        trackers = named_trackers(self.args.report_to)
+        self._tracked = continued(trackers, self.output_dir, self.args.run_name, step)
 
         def begin() -> None:
             with usage_errors(Exception, told=told):  # each tracker has errors of its own
-                self.accelerator.init_trackers("aliblip", config=settings)
+                config = settings(self.setup.arguments)
+                self.accelerator.init_trackers(self.args.project_name, config=config, init_kwargs=self._tracked)
 
         together(True, begin, "begin the trackers")
 
@@ -205,14 +211,22 @@ class Run:
         changed = changes(self.setup.arguments_before, arguments, names)
         differently = f"; other than before: {told(changed, len(changed))}" if changed else ""
         self.log.tell(f"resumed from {checkpoint} at step {step}{differently}")
-        goes_back = checkpoint.resolve().parent == self.output_dir.resolve()  # else they are of another run
-        if goes_back and self.accelerator.is_main_process:
+        if self._goes_back and new_ones(list(self._tracked)):
+            self.log.tell(f"trackers that begin a new run: {', '.join(new_ones(list(self._tracked)))}")
+        if self._goes_back and self.accelerator.is_main_process:
             later = remove_later_checkpoints(self.output_dir, step)
             if later:
                 self.log.tell(f"removed, since they were written after that step: {', '.join(later)}")
 
+    @property
+    def _goes_back(self) -> bool:
+        """Whether it goes on from a checkpoint of its own folder, and not of another run."""
+        checkpoint = self.setup.checkpoint
+        return checkpoint is not None and checkpoint.resolve().parent == self.output_dir.resolve()
+
     def _write_what_it_is(self) -> None:
         if self.accelerator.is_main_process:
+            remember(self.accelerator, self._tracked, self.output_dir)
             write_json(self.output_dir / ARGUMENTS, self.setup.arguments)
             write_json(self.output_dir / "manifest.json", self.setup.manifest)
             write_json(self.output_dir / "machine.json", describe_machine(self.accelerator))
@@ -237,6 +251,8 @@ class Run:
             self.log.tell(f"mfu: of {self.log.meters.peak_tflops:g} TFLOP/s a device")
         checkpoint = None if self.setup.checkpoint is None else str(self.setup.checkpoint)
         total_steps = self.setup.total_steps
+        if warning := long_warmup(self.args.warmup_steps, total_steps):
+            self.log.tell(f"warning: {warning}")
         self.status.write("running", step=self.progress.step, total_steps=total_steps, checkpoint=checkpoint)
 
     # --- the position -------------------------------------------------------------------------------------------------

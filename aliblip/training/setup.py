@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, set_seed
+from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerFast
 
 from aliblip.data.collate import Collator
@@ -39,7 +38,6 @@ from aliblip.runtime.arguments import check_range
 from aliblip.runtime.checks import part
 from aliblip.runtime.distributed import launched_rank, launched_world_size
 from aliblip.runtime.files import repair
-from aliblip.runtime.installation import install_hint
 from aliblip.runtime.mistakes import UsageError, usage_errors
 from aliblip.training.arguments import ModelArguments, TrainDataArguments, TrainingArguments
 from aliblip.training.building import (
@@ -62,6 +60,8 @@ from aliblip.training.tokenizer import (
     learn_tokenizer,
     load_trained_tokenizer,
 )
+from aliblip.training.trackers import IDS as TRACKER_IDS
+from aliblip.training.trackers import check_trackers, named_trackers
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
 
@@ -75,7 +75,7 @@ PROFILE = "profile"
 OUTPUT_FOLDERS = (*MODELS, "logs", TRAINED_TOKENIZER, PROFILE)
 # By the arguments a folder is known for that of a run: they are written over, and never missing.
 ARGUMENTS = "arguments.json"
-OUTPUT_FILES = ("log.jsonl", "skipped.jsonl", "manifest.json", "machine.json", "status.json")
+OUTPUT_FILES = (TRACKER_IDS, "log.jsonl", "skipped.jsonl", "manifest.json", "machine.json", "status.json")
 # What the order of the rows depends on, and what sets it; the number of rows is the data's.
 ORDER_FLAGS = {
     "processes": "accelerate launch --num_processes",
@@ -182,7 +182,7 @@ class Start:
 
     @part
     def trackers(self) -> None:
-        check_trackers(self.args.report_to)
+        check_trackers(self.args.report_to, self.args.project_name)
 
     @part
     def validation(self) -> None:
@@ -510,7 +510,7 @@ def meet(setup: Setup) -> AliBlipAccelerator:
     return build_accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=None if args.report_to == "none" else args.report_to,
+        log_with=named_trackers(args.report_to) or None,
         project_dir=setup.output_dir / "logs",
         max_grad_norm=args.max_grad_norm,
         per_device_train_batch_size=args.per_device_train_batch_size,
@@ -589,17 +589,6 @@ def check_publishing(args: TrainingArguments, hub_args: HubArguments) -> None:
         check_hub_arguments(hub_args)
     elif hub_args.hub_model_id is not None:
         raise UsageError("--hub_model_id without --push_to_hub would upload nothing: give both, or neither")
-
-
-def check_trackers(report_to: str) -> None:
-    if report_to in ("none", "all"):
-        return
-    known = [str(kind) for kind in LoggerType if kind != LoggerType.ALL]
-    if report_to not in known:
-        raise UsageError(f"--report_to is {report_to!r}: give one of {', '.join(known)}, all or none")
-    if report_to not in [str(kind) for kind in get_available_trackers()]:
-        install = install_hint("tensorboard") if report_to == "tensorboard" else f"pip install {report_to}"
-        raise UsageError(f"--report_to {report_to} is not installed: {install}, or --report_to none")
 
 
 def check_model(model: AliBlipForImageTextRetrieval, processor: AliBlipProcessor, args: TrainingArguments) -> None:
