@@ -41,7 +41,7 @@ from aliblip.training.optim import set_learning_rate
 from aliblip.training.progress import RunStatus, Unfailing
 from aliblip.training.run import Run
 from aliblip.training.setup import Setup, meet, set_up
-from aliblip.training.step import backward_and_step, clamp_parameter
+from aliblip.training.step import backward_and_step, clamp_parameter, keep_frozen
 
 TEMPERATURE_RANGE = (0.001, 0.5)  # of the published code
 GROUPS = (ModelArguments, TrainDataArguments, TrainingArguments, HubArguments, DryRunArguments)
@@ -76,6 +76,7 @@ def train(setup: Setup, accelerator: AliBlipAccelerator, signals: StopSignals, s
     """
     args = setup.args
     model = setup.model.to(accelerator.device)
+    keep_frozen(model)
     # The momentum state and the loaders are not prepared: DDP would broadcast the queues at every forward.
     momentum = build_momentum(model, args, accelerator, setup.momentum_start)
     compiled = CompiledTowers(model, momentum.encoders) if args.compile else None

@@ -36,6 +36,13 @@ def test_flags_override_the_recipe_and_the_recipe_the_defaults(tmp_path):
     ("argv", "message"),
     [
         (["--learning_rat", "1"], "unknown argument --learning_rat: did you mean 'learning_rate'"),
+        (["--learning-rat", "1"], "did you mean 'learning_rate'"),
+        (["--save_steps", "9"], "unknown argument --save_steps: that is 'checkpointing_steps' here"),
+        (["--fp16"], "that is 'mixed_precision fp16' here"),
+        (["--eval-strategy", "steps"], "that is 'evaluate_every' here"),
+        (["--freeze_steps", "9"], "unknown argument --freeze_steps: accepted are "),  # and no other steps
+        (["--eval_step", "9"], "did you mean 'eval_steps'"),
+        (["--weight_decays", "9"], "did you mean 'weight_decay'"),
         (["--queue_size", "many"], "invalid int value: 'many'"),
         (["--augmentation", "strong"], "choose from"),
         (["--config", "no/such.yaml"], "can't read the recipe no/such.yaml"),

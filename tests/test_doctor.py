@@ -110,7 +110,7 @@ def test_every_problem_is_told_at_once(examined, tmp_path):
     assert code == 2
     problems = texts(groups, "problem")
     for said in (
-        *("--alpha is 2.0: it must be", "--queue_size is 0: it must be", "--report_to is 'paper': give one of"),
+        *("--alpha is 2.0: it must be", "--queue_size is 0: it must be", "--report_to is 'paper': give one or several"),
         *("would upload nothing: give both", "hidden_size 33 is not divisible", "no tokenizer at 'nowhere'"),
         *("has no column 'nope'", "nowhere is no checkpoint"),
     ):
@@ -136,6 +136,7 @@ MISTAKES = {
     "photo": ["--image_size", "30"],
     "title": ["--max_length", "600"],
     "layers": ["--gradient_checkpointing", "--gradient_checkpointing_text_layers", "9"],
+    "profile": ["--profile", "9", "--num_train_epochs", "1"],
     "schedule": ["--lr_scheduler_type", "cosin"],
     "delimiter": ["--csv_delimiter", "ab"],
     "resume": ["--resume_from_checkpoint", "elsewhere"],
@@ -337,8 +338,8 @@ def test_a_dry_run_is_the_doctor(examined, catalogue, tmp_path, monkeypatch):
     assert (
         code == 2 and texts(by_train, "problem") == texts(by_doctor, "problem") and len(texts(by_train, "problem")) == 2
     )
-    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *catalogue, "--peak_tflops", "9"])
-    with pytest.raises(UsageError, match="--peak_tflops is for a plan: give --dry_run too"):
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *catalogue, "--compared_rows", "9"])
+    with pytest.raises(UsageError, match="--compared_rows is for a plan: give --dry_run too"):
         train.main()
 
 

@@ -11,6 +11,7 @@ import tiny
 import torch
 from helpers import ROOT
 
+from aliblip.training.freezing import freeze
 from aliblip.training.memory import Work, activations, largest_batch, state_of, training_memory
 from aliblip.training.momentum import MomentumState
 from aliblip.training.objective import RetrievalObjective
@@ -52,6 +53,21 @@ def test_activations_are_those_that_autograd_keeps(attention, dropout, dtype, ch
     work = Work(LENGTH, LENGTH, bf16=dtype is not None, attention=attention, checkpointed=checkpointed)
     told = activations(model.config, state_of(model.config, QUEUE), work, ROWS)
     assert 0.97 < told / kept_by_autograd(model, attention, dtype) < 1.13
+
+
+@pytest.mark.parametrize("frozen", [("vision",), ("text",), ("vision", "text"), ("vision", "text", "cross_attention")])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_what_is_frozen_keeps_little(dropout, dtype, frozen):
+    text = {"num_hidden_layers": 3, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    model = tiny.model(image_size=64, vision_config={"num_hidden_layers": 3}, text_config=text)
+    freeze(model, frozen)
+    work = Work(LENGTH, LENGTH, bf16=dtype is not None, frozen=frozen)
+    state = state_of(model.config, QUEUE, model)
+    told = activations(model.config, state, work, ROWS)
+    # Where the heads alone are trained, kilobytes are left, and a view that autocast copies is none.
+    assert 0.97 < told / kept_by_autograd(model, "sdpa", dtype) < (1.3 if len(frozen) == 3 else 1.18)
+    assert told < activations(model.config, state, replace(work, frozen=()), ROWS)
 
 
 def test_the_state_is_that_of_the_modules():

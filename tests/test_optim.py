@@ -11,6 +11,7 @@ from transformers import get_scheduler
 
 from aliblip.runtime.mistakes import UsageError
 from aliblip.training.optim import (
+    RateScales,
     alpha_schedule,
     learning_rate_schedule,
     parameter_groups,
@@ -23,7 +24,7 @@ def test_every_trainable_parameter_is_in_one_group():
     model = tiny.model()
     model.vision_proj.weight.requires_grad_(False)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = parameter_groups(model, 0.05, temperature_scale=0.1)
+    groups = parameter_groups(model, 0.05, scales=RateScales(temperature=0.1))
     grouped = [names[id(parameter)] for group in groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(set(names.values()) - {"vision_proj.weight"})
     for group in groups:
@@ -40,7 +41,7 @@ def test_every_trainable_parameter_is_in_one_group():
 
 
 def test_learning_rate_reaches_every_group_by_its_scale():
-    optimizer = torch.optim.AdamW(parameter_groups(tiny.model(), 0.05, temperature_scale=0.1))
+    optimizer = torch.optim.AdamW(parameter_groups(tiny.model(), 0.05, scales=RateScales(temperature=0.1)))
     set_learning_rate(optimizer, 2.0)
     assert sorted(group["lr"] for group in optimizer.param_groups) == pytest.approx([0.2, 2.0, 2.0])
 

@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 from helpers import ROOT, assert_succeeded, launch, run, run_forked, run_ranks
-from runs import TINY, log_of, photo, steps_of, write_split
+from runs import TINY, log_of, photo, steps_of, trained_in_process, write_split
 from safetensors.torch import load_file
 
 import train
@@ -406,8 +406,17 @@ def test_mistakes_of_the_loop_are_one_line_too(catalogue, tmp_path):
     assert line.startswith("train.py: error: ") and "more than --max_skipped_fraction 0.01" in line
 
 
+def test_a_warm_up_that_is_longer_than_the_run_is_told(catalogue, tmp_path, capsys):
+    flags = [*catalogue, "--max_skipped_fraction", "0.2", "--evaluate_every", 0, "--max_train_steps", 1]
+    told = "warning: --warmup_steps 2 is not below the 1 steps of the run: the learning rate never reaches its peak"
+    trained_in_process([*flags, "--warmup_steps", 2], tmp_path / "long")
+    assert told in capsys.readouterr().out
+    trained_in_process(flags, tmp_path / "none")
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_trackers_are_looked_for_at_once(mistakes):
-    assert mistakes("--report_to", "paper").startswith("--report_to is 'paper': give one of ")
+    assert mistakes("--report_to", "paper").startswith("--report_to is 'paper': give one or several of ")
     assert mistakes("--report_to", "aim") == "--report_to aim is not installed: pip install aim, or --report_to none"
 
 

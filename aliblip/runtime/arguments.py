@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import field
@@ -24,6 +25,28 @@ from transformers import HfArgumentParser
 from aliblip.runtime.mistakes import Mistakes, UsageError
 
 SECONDS_FOR_THE_FIRST_PROCESS = 30
+# Flags of transformers' Trainer and of open_clip that have another name here; each counts where that is a flag.
+ELSEWHERE = {
+    "batch_size": "per_device_train_batch_size",
+    "bf16": "mixed_precision bf16",
+    "dataloader_workers": "dataloader_num_workers",
+    "epochs": "num_train_epochs",
+    "eval_every": "evaluate_every",
+    "eval_strategy": "evaluate_every",
+    "evaluation_strategy": "evaluate_every",
+    "fp16": "mixed_precision fp16",
+    "lock_image": "freeze vision",
+    "lock_text": "freeze text",
+    "lr": "learning_rate",
+    "lr_scheduler": "lr_scheduler_type",
+    "max_steps": "max_train_steps",
+    "precision": "mixed_precision",
+    "resume": "resume_from_checkpoint",
+    "save_steps": "checkpointing_steps",
+    "torch_compile": "compile",
+    "warmup": "warmup_steps",
+    "workers": "dataloader_num_workers",
+}
 
 
 class OutOfRange(Mistakes):
@@ -100,8 +123,20 @@ def _recipe_flags(path: str, names: dict) -> list[str]:
 
 
 def _suggest(name: str, names) -> str:
-    close = difflib.get_close_matches(name, names, n=1)
+    """What was meant, if that is clear: a hint that misleads is worse than none."""
+    known = ELSEWHERE.get(name.replace("-", "_"))
+    if known is not None and known.partition(" ")[0] in names:
+        return f"that is {known!r} here"
+    close = [other for other in difflib.get_close_matches(name, names, cutoff=0.8) if _is_a_slip(name, other)]
     return f"did you mean {close[0]!r}?" if close else f"accepted are {', '.join(sorted(names))}"
+
+
+def _is_a_slip(name: str, other: str) -> bool:
+    """Whether two names differ by letters alone, word by word: save_steps is no slip of warmup_steps."""
+    words, others = re.split("[_-]", name), re.split("[_-]", other)
+    if len(words) != len(others):  # a word too many or too few, or one that was split
+        return True
+    return all(difflib.SequenceMatcher(None, *pair).ratio() > 0.6 for pair in zip(words, others, strict=True))
 
 
 def json_mapping(name: str, text: str | None) -> dict:

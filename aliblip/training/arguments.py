@@ -62,7 +62,69 @@ class TrainDataArguments(DataArguments):
 
 
 @dataclass
-class TrainingArguments:
+class MeterArguments:
+    """What is measured of a run."""
+
+    peak_tflops: float | None = option(
+        None,
+        "Rate of one device in the precision of the run, by its maker, in TFLOP/s: the log tells the share of it that "
+        "is reached (MFU), and the plan the time at 40 %% of it (default: that of a GPU that is known by its name).",
+    )
+    profile: int = option(
+        0, "Profile so many steps: a trace, and a page that says where the time goes, in profile/ of the output folder."
+    )
+
+
+@dataclass
+class TowerArguments:
+    """What of the model is trained, and how fast."""
+
+    freeze: str | None = option(
+        None,
+        "Parts that keep their weights, with commas: vision, text (what makes the features of a title), "
+        "cross_attention (what ITM sees photos with), projections, itm_head, temperature.",
+    )
+    vision_learning_rate: float | None = option(None, "Peak learning rate of the ViT (default: as the rest).")
+    text_learning_rate: float | None = option(
+        None, "Peak learning rate of the BERT, cross-attention included (default: as the rest)."
+    )
+    layer_decay: float = option(
+        1.0, "Learning rate of a layer of both towers as a share of that of the layer above it; 1: all have the same."
+    )
+
+
+@dataclass
+class EvaluationTimes:
+    """When a run is evaluated, and when that ends it."""
+
+    evaluate_every: int = option(
+        1, "Evaluate every so many epochs, and after the last; 0: never, or only as --eval_steps says."
+    )
+    eval_steps: int | None = option(None, "Evaluate every so many optimizer steps too, and keep the best of them.")
+    early_stopping_patience: int | None = option(
+        None, "End the run after so many evaluations in a row without a better mean recall."
+    )
+
+    @property
+    def evaluates(self) -> bool:
+        return self.evaluate_every > 0 or self.eval_steps is not None
+
+
+@dataclass
+class TrackerArguments:
+    """Where a run is watched."""
+
+    report_to: str = option(
+        "none", "Trackers of accelerate, with commas: tensorboard,wandb; or all that are installed."
+    )
+    project_name: str = option("aliblip", "Project of the trackers; of TensorBoard the folder in logs/.")
+    run_name: str | None = option(
+        None, "What the trackers call the run (default: the name of the output folder); TensorBoard shows its folder."
+    )
+
+
+@dataclass
+class TrainingArguments(TowerArguments, EvaluationTimes, TrackerArguments, MeterArguments):
     """How to train."""
 
     output_dir: str | None = option(None, "Folder for models, checkpoints and logs (required).")
@@ -104,9 +166,7 @@ class TrainingArguments:
     deterministic: bool = option(False, "On a GPU: equal runs give equal bits, and resumed ones too; slower.")
     seed: int = option(42, "Seed of weights, order, augmentation, dropout and negatives.")
     k_rerank: int | None = option(None, "Candidates that ITM re-ranks in the evaluation (default: 128 or the gallery).")
-    evaluate_every: int = option(1, "Evaluate every so many epochs, and after the last; 0: never.")
     logging_steps: int = option(50, "Optimizer steps between log lines.")
-    report_to: str = option("none", "Trackers of accelerate: tensorboard, wandb, ..., all or none.")
     checkpointing_steps: int | None = option(
         None, "Optimizer steps between checkpoints to resume from; one is written at each epoch's end too."
     )
@@ -122,9 +182,6 @@ class TrainingArguments:
 class PlanArguments:
     """What a run would take, and where; for `python -m aliblip.doctor` and `train.py --dry_run`."""
 
-    peak_tflops: float | None = option(
-        None, "Rate of one device in the precision of the run, by its maker, in TFLOP/s: tells the time at 40 % of it."
-    )
     samples_per_second: float | None = option(
         None, "Rate of the whole run, measured (samples/s of a log line): tells the time."
     )

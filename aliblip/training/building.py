@@ -27,7 +27,7 @@ from aliblip.training.arguments import ModelArguments, TrainDataArguments, Train
 from aliblip.training.carried import MOMENTUM_FILE, check_momentum, read_momentum
 from aliblip.training.momentum import MomentumState
 from aliblip.training.objective import RetrievalObjective
-from aliblip.training.optim import parameter_groups
+from aliblip.training.optim import parameter_groups, rate_scales
 from configuration_aliblip import SIZES, AliBlipConfig
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
@@ -64,7 +64,7 @@ def begin(
         config = build_config(args, processor, backbones)
         beginning = Beginning(processor, config, args.image_size or config.vision_config.image_size, None, backbones)
     else:
-        # from_pretrained makes every parameter trainable; nothing is frozen here.
+        # from_pretrained makes every parameter trainable; --freeze comes later.
         model, processor, original = load_pretrained(
             args.model_name_or_path,
             tokenizer_name=args.tokenizer_name,
@@ -236,10 +236,10 @@ def build_momentum(
 
 
 def build_optimizer(model: AliBlipForImageTextRetrieval, args: TrainingArguments) -> torch.optim.Optimizer:
-    temperature_rate = args.learning_rate if args.temperature_learning_rate is None else args.temperature_learning_rate
-    temperature_scale = temperature_rate / args.learning_rate if args.learning_rate else 1.0
+    towers = (model.vision_model.encoder.layers, model.text_encoder.encoder.layer)
+    scales = rate_scales(args, *map(len, towers))
     return torch.optim.AdamW(
-        parameter_groups(model, args.weight_decay, args.decay_everything, temperature_scale),
+        parameter_groups(model, args.weight_decay, args.decay_everything, scales),
         lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_epsilon,

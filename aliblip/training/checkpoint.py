@@ -146,14 +146,18 @@ class Progress:
     left_out_in_a_row: int = 0
     average_is_due: bool = True  # the momentum encoders have not followed the last step yet
     best_mean_recall: float = -1.0
+    evaluations_without_gain: int = 0  # in a row; not in checkpoints of version 0.1
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Progress:
-        return cls(**{field.name: state[field.name] for field in fields(cls)})
+        return cls(**{field.name: state[field.name] for field in fields(cls) if field.name in state})
 
 
 # What stands in every state.json beside its format.
-ENTRIES = ("files", "ranks", "momentum", "order", "manifest", "arguments", *(field.name for field in fields(Progress)))
+ENTRIES = (
+    *("files", "ranks", "momentum", "order", "manifest", "arguments"),
+    *("step", "left_out", "left_out_in_a_row", "average_is_due", "best_mean_recall"),
+)
 
 
 @dataclass

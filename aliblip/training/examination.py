@@ -42,6 +42,8 @@ from aliblip.training.arguments import (
 )
 from aliblip.training.compiling import check_compiler
 from aliblip.training.memory import GROUPS, State, TrainingMemory, Work, largest_batch, state_of, training_memory
+from aliblip.training.meters import peak_tflops_of
+from aliblip.training.optim import long_warmup
 from aliblip.training.plan import Disk, TrainingPlan, disk_of, training_plan
 from aliblip.training.setup import CHECKS, Start, existing_parent
 
@@ -73,7 +75,6 @@ def examine(
         UsageError: a flag of the plan itself.
     """
     check_range(
-        peak_tflops=(plan_args.peak_tflops, 0.001, None),
         samples_per_second=(plan_args.samples_per_second, 0.001, None),
         device_memory_gb=(plan_args.device_memory_gb, 0.001, None),
         processes=(plan_args.processes, 1, None),
@@ -232,6 +233,7 @@ class _Examination:
             offloads=launch.offloads,
             checkpointed=tuple(sum(layer.gradient_checkpointing for layer in layers) for layers in towers),
             negatives_from_all_ranks=self.args.negatives_from_all_ranks and launch.processes > 1,
+            frozen=self.start.rates,
         )
 
     def _lengths(self) -> tuple[int, float]:
@@ -290,6 +292,10 @@ class _Examination:
                 f"{text.num_hidden_layers} x {text.hidden_size}; "
                 + ("new weights" if beginning.model is None else "trained weights")
             )
+            if self.start.rates:
+                self.findings.ok(
+                    f"{self.state.trainable / 1e6:.1f} M of them are trained; --freeze: {', '.join(self.start.rates)}"
+                )
             tokenizer = beginning.processor.tokenizer
             self.findings.ok(
                 f"tokenizer of {len(tokenizer):,} tokens, {_origin(tokenizer)}; titles are cut "
@@ -418,11 +424,8 @@ class _Examination:
             batches = start.batches
             self.findings.ok(batches.describe())
             self.findings.ok(f"{start.total_steps:,} steps, {start.total_steps / start.steps_per_epoch:.4g} epochs")
-            if args.warmup_steps >= start.total_steps:
-                self.findings.warning(
-                    f"--warmup_steps {args.warmup_steps} is not below the {start.total_steps} steps of the run: the "
-                    "learning rate never reaches its peak; lower it"
-                )
+            if warning := long_warmup(args.warmup_steps, start.total_steps):
+                self.findings.warning(warning)
             rows = start.train_source.num_rows
             if args.queue_size > EPOCHS_TO_FILL_A_QUEUE * rows:
                 self.findings.warning(
@@ -522,7 +525,9 @@ class _Examination:
         self.findings.check(self._tell_written, name="what is written")
 
     def _tell_time(self, plan: TrainingPlan) -> None:
-        given, peak = self.plan_args.samples_per_second, self.plan_args.peak_tflops
+        given, peak = self.plan_args.samples_per_second, self.args.peak_tflops
+        if peak is None and self.plan_args.device_memory_gb is None:
+            peak = peak_tflops_of(launched_device(), self.launch.precision, None)
         rate = None
         if given is not None:
             rate, why = given, f"at {given:,.4g} samples/s, as measured"

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from aliblip.training.profiling import READ, record_function
+
 ON_DEVICE = ("pixel_values", "input_ids", "attention_mask", "product_id", "photo_id")
 
 
@@ -70,6 +72,7 @@ class Feed:
             batch[name].record_stream(computing)  # its memory is not given away while the device computes with it
         return batch
 
+    @record_function(READ)
     def _read(self) -> dict[str, Any]:
         batch = next(self.batches)
         title_lengths = batch["attention_mask"].sum(dim=1).tolist()

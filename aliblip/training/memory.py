@@ -41,6 +41,8 @@ class State:
     largest: int  # elements of the largest parameter
     momentum: int  # bytes of the momentum encoders
     queues: int  # bytes of both queues
+    frozen_cast: int = 0  # of those that a pass in bf16 casts, elements that are frozen
+    frozen_text_cast: int = 0  # of these, elements of the BERT
 
     @property
     def model_bytes(self) -> int:
@@ -66,15 +68,22 @@ def state_of(config, queue_size: int, model: nn.Module | None = None) -> State:
     momentum = MomentumState(empty, queue_size=1, embedding_size=config.image_text_hidden_size)
     slot = sum(buffer.numel() * buffer.element_size() for buffer in momentum.buffers(recurse=False))
     shapes = [parameter.numel() for parameter in empty.parameters()]
-    matrices = [module.weight for module in empty.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
-    trained = (empty if model is None else model).parameters()
+    kinds = (nn.Linear, nn.Conv2d)
+    matrices = {
+        f"{name}.weight": module.weight.numel() for name, module in empty.named_modules() if isinstance(module, kinds)
+    }
+    trained = {name: value.requires_grad for name, value in (empty if model is None else model).named_parameters()}
+    frozen = {name: size for name, size in matrices.items() if not trained[name]}
+    sizes = dict(zip(trained, shapes, strict=True))
     return State(
         parameters=sum(shapes),
-        trainable=sum(parameter.numel() for parameter in trained if parameter.requires_grad),
-        cast=sum(weight.numel() for weight in matrices),
+        trainable=sum(size for name, size in sizes.items() if trained[name]),
+        cast=sum(matrices.values()),
         largest=max(shapes),
         momentum=sum(parameter.numel() for parameter in momentum.encoders.parameters()) * FP32,
         queues=queue_size * slot,
+        frozen_cast=sum(frozen.values()),
+        frozen_text_cast=sum(size for name, size in frozen.items() if name.startswith("text_encoder.")),
     )
 
 
@@ -93,6 +102,7 @@ class Work:
         offloads: whether DeepSpeed keeps AdamW's state in the host's memory.
         checkpointed: the last so many layers of the ViT and of the BERT that are computed again.
         negatives_from_all_ranks: of the objective, with several processes.
+        frozen: parts that are not trained, see `aliblip.training.freezing`.
     """
 
     longest: int
@@ -105,6 +115,10 @@ class Work:
     offloads: bool = False
     checkpointed: tuple[int, int] = (0, 0)
     negatives_from_all_ranks: bool = False
+    frozen: tuple[str, ...] = ()
+
+    def trains(self, part: str) -> bool:
+        return part not in self.frozen
 
     @property
     def element(self) -> int:
@@ -199,7 +213,12 @@ def activations(config, state: State, work: Work, batch_size: int) -> int:
         B * (_vision(config, work) + _titles(config, work)) + _matching(config, work, B) + _contrast(config, B, state)
     )
     if work.casts:
-        kept += state.cast * work.element  # the weights' copies, once for all passes
+        # The weights' copies: of those that are trained once for all passes, of others in each pass of ITM that has a
+        # gradient through them.
+        copies = state.cast - state.frozen_cast
+        if any(work.trains(part) for part in ("vision", "text", "cross_attention")):
+            copies += GROUPS * state.frozen_text_cast
+        kept += copies * work.element
     return int(kept)
 
 
@@ -207,6 +226,10 @@ def _vision(config, work: Work) -> float:
     """Of one photo."""
     vision = config.vision_config
     P, D, e = tokens_per_image(config), vision.hidden_size, work.element
+    if not work.trains("vision"):  # only the tokens, for the weights that are applied to them
+        # (The projection's input is the first of them, and a view.)
+        applied = work.trains("cross_attention") or work.trains("projections")
+        return P * D * e * applied + 2 * config.image_text_hidden_size * FP32
     norm = FP32 if work.casts and work.on_gpu else e  # autocast does LayerNorm in fp32 on a GPU
     pixels = 3 * vision.image_size**2 * e
     depth, again = vision.num_hidden_layers, work.checkpointed[0]
@@ -228,6 +251,8 @@ def _titles(config, work: Work) -> float:
     """Of one title that sees no photo."""
     text = config.text_config
     L, depth, again = work.longest, text.num_hidden_layers, work.checkpointed[1]
+    if not work.trains("text"):  # its last layer, of which the feature is a view
+        return L * text.hidden_size * work.element * work.trains("projections")
     layer = _text_layer(config, work, L, L, with_image=False)
     kept = (depth - again) * layer + again * L * text.hidden_size * FP32
     return _embedding(config, work, L) + kept
@@ -238,11 +263,17 @@ def _matching(config, work: Work, B: int) -> float:
     text, vision = config.text_config, config.vision_config
     P, D, e = tokens_per_image(config), text.hidden_size, work.element
     L, depth, again = work.matched, text.num_hidden_layers, work.checkpointed[1]
+    if not any(work.trains(part) for part in ("vision", "text", "cross_attention")):
+        return 3 * B * D * e  # what the matching head is applied to
     layer = _text_layer(config, work, L, L, with_image=True)
     last = _text_layer(config, work, L, 1, with_image=True)
     layers = [layer] * (depth - 1) + [last]
     kept = sum(layers[: depth - again]) + again * L * D * FP32
-    pairs = 3 * B * (_embedding(config, work, L) + kept)
+    if work.trains("text"):
+        kept += _embedding(config, work, L)
+    elif again < depth:  # nothing below the first cross-attention has a gradient
+        kept -= _titles_in_layer(config, work, L, L)
+    pairs = 3 * B * kept
     images = (2 if work.negatives_from_all_ranks else 1) * B
     # Its input is the same for all layers; autocast on a GPU makes a copy for each of its keys and values.
     copies = 2 * depth if work.casts and work.on_gpu else (2 if work.negatives_from_all_ranks else 0)
@@ -273,12 +304,24 @@ def _text_layer(config, work: Work, L: float, queries: float, *, with_image: boo
     norm = e if work.zero_stage else FP32  # the embedding is not cast, and a LayerNorm follows it in fp32
     # The end of a block: what goes into its LayerNorm, and the dropout before it.
     end = queries * (norm * D + 8) + _dropped(work, dropout, queries * D, e)
-    sources = 3 if work.casts else 1  # autocast copies the input for query, key and value
-    attention = e * D * (sources * L + 2 * L + 2 * queries) + _scores(work, H, queries, L, of_scores, D) + end
+    inputs = work.trains("text")  # a frozen matrix keeps nothing of what it is applied to
+    layer = _titles_in_layer(config, work, L, queries) + e * queries * (D * inputs + F * (1 + inputs)) + end
     if with_image:
         P = tokens_per_image(config)
-        attention += e * D * (3 * queries + 2 * P) + _scores(work, H, queries, P, of_scores, D) + end
-    return attention + e * queries * (D + 2 * F) + end
+        inputs = work.trains("cross_attention")
+        layer += e * D * (queries * (1 + 2 * inputs) + 2 * P) + _scores(work, H, queries, P, of_scores, D) + end
+    return layer
+
+
+def _titles_in_layer(config, work: Work, L: float, queries: float) -> float:
+    """Of a layer's attention between the tokens of a title."""
+    text = config.text_config
+    D, H, e = text.hidden_size, text.num_attention_heads, work.element
+    dropout, of_scores = text.hidden_dropout_prob, text.attention_probs_dropout_prob
+    norm = e if work.zero_stage else FP32  # the embedding is not cast, and a LayerNorm follows it in fp32
+    end = queries * (norm * D + 8) + _dropped(work, dropout, queries * D, e)
+    sources = (3 if work.casts else 1) * work.trains("text")  # autocast copies the input for query, key and value
+    return e * D * (sources * L + 2 * L + 2 * queries) + _scores(work, H, queries, L, of_scores, D) + end
 
 
 def _scores(work: Work, heads: int, queries: float, keys: float, dropout: float, width: int) -> float:

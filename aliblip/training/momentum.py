@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aliblip.runtime.distributed import all_gather
+from aliblip.training.profiling import MOMENTUM, record_function
+from aliblip.training.step import weights_to_follow
 
 QUEUES = ("image_queue", "text_queue", "queue_ids", "queue_filled")
 # Photos of the slots; not in the files that come with a model, whose queues know products alone.
@@ -118,13 +120,14 @@ class MomentumState(nn.Module):
         return self.queue_ids.shape[0]
 
     @torch.no_grad()
+    @record_function(MOMENTUM)
     def update(self, model: nn.Module) -> None:
         """Move the average towards the (unwrapped) model's present weights: once per optimizer step, before
         `encode`."""
         keep = min(self.momentum, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.momentum
-        trained = dict(model.named_parameters())
+        trained = weights_to_follow(model)
         averages = dict(self.encoders.named_parameters())
-        weights = [trained[name].detach() for name in averages]
+        weights = [trained[name] for name in averages]
         averages = list(averages.values())
         if any(weight.dtype != torch.float32 for weight in weights):  # of an engine in bf16
             copies = [torch.empty_like(average) for average in averages]
@@ -135,6 +138,7 @@ class MomentumState(nn.Module):
         self.updates += 1
 
     @torch.no_grad()
+    @record_function(MOMENTUM)
     def encode(self, batch: dict[str, Tensor]) -> Targets:
         """The momentum features of this rank's batch, with both queues as they are now."""
         device_type = batch["pixel_values"].device.type
@@ -155,6 +159,7 @@ class MomentumState(nn.Module):
         )
 
     @torch.no_grad()
+    @record_function(MOMENTUM)
     def enqueue(self, targets: Targets, product_id: Tensor) -> None:
         """Put the momentum features of all ranks' batches into the queues, over the oldest ones. A collective.
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aliblip.runtime.distributed import all_gather, all_gather_with_grad
+from aliblip.training.profiling import FORWARD, record_function
 from losses_aliblip import hard_negatives, itc_loss, itm_loss, itm_pairs, positives, soft_targets
 
 # What a pass over a group of titles costs beside its tokens, in tokens: on a GPU the launches of its kernels.
@@ -118,6 +119,7 @@ class RetrievalObjective(nn.Module):
         self.in_batch_itc = in_batch_itc
         self.longest_title = longest_title
 
+    @record_function(FORWARD)
     def forward(self, batch: dict[str, Tensor], targets, alpha: float) -> ObjectiveOutput:
         """One batch to its loss.
 

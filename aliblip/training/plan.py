@@ -7,13 +7,13 @@ print(disk_of(start, state).needed)
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from aliblip.retrieval.evaluation import DEFAULT_K_RERANK
 from aliblip.retrieval.plan import memory_plan
 from aliblip.training.checkpoint import checkpoints
+from aliblip.training.evaluations import evaluations_of
 from aliblip.training.flops import training_flops
 from aliblip.training.memory import State
 from aliblip.training.setup import Start
@@ -73,10 +73,7 @@ def training_plan(start: Start, title_tokens: float) -> TrainingPlan:
     step = start.resumed[1].step
     evaluations = evaluation_flops = 0
     if validation is not None:
-        epochs = math.ceil(start.total_steps / per_epoch)
-        ends = [min(epoch * per_epoch, start.total_steps) for epoch in range(1, epochs + 1)]
-        due = [end for n, end in enumerate(ends, 1) if n % args.evaluate_every == 0 or end == start.total_steps]
-        evaluations = sum(end > step for end in due)
+        evaluations = evaluations_of(args, per_epoch, start.total_steps).count(after=step)
         rows = validation.num_rows
         depth = args.k_rerank or min(DEFAULT_K_RERANK, rows)
         work = memory_plan(config, rows, rows, depth, title_tokens=title_tokens, rerank_batch_tokens=1)
@@ -86,7 +83,7 @@ def training_plan(start: Start, title_tokens: float) -> TrainingPlan:
         total_steps=start.total_steps,
         epochs=start.total_steps / per_epoch,
         rows_per_step=args.gradient_accumulation_steps * start.processes * args.per_device_train_batch_size,
-        sample_flops=training_flops(config, title_tokens, args.queue_size),
+        sample_flops=training_flops(config, title_tokens, args.queue_size, start.rates),
         evaluations=evaluations,
         evaluation_flops=evaluation_flops,
     )

@@ -11,8 +11,8 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -21,9 +21,10 @@ from tqdm.auto import tqdm
 
 from aliblip.retrieval.results import format_table
 from aliblip.runtime.arrival import Arrival
-from aliblip.runtime.distributed import all_gather_objects, is_main, rank, reduce_sum, sum_numbers
+from aliblip.runtime.distributed import all_gather_objects, is_main, rank, reduce_max, reduce_sum, sum_numbers
 from aliblip.runtime.files import append_json_line, read_json_lines, write_json, write_json_lines
 from aliblip.runtime.mistakes import UsageError
+from aliblip.training.meters import Meters, peak_memory_gb
 
 # What a head scores that always answers the prior, one match in three pairs.
 ITM_PRIOR_LOSS = -(math.log(1 / 3) + 2 * math.log(2 / 3)) / 3
@@ -41,7 +42,7 @@ LINE = (
     "step {step} epoch {epoch:.2f} loss_itc {loss_itc:.4f} loss_itm {loss_itm:.4f} lr {learning_rate:.2e} "
     "temperature {temperature:.4f} itm_accuracy positive {itm_accuracy_positive:.2f} negative "
     "{negative} queue {queue_fill:.0%} grad_norm {grad_norm:.2f} "
-    "samples/s {samples_per_second:.1f} data_wait {data_wait:.0%}"
+    "samples/s {samples_per_second:.1f} data_wait {data_wait:.0%} memory {peak_memory_gb:.2f} GB"
 )
 
 
@@ -153,17 +154,28 @@ class Log:
         output_dir: where `log.jsonl` stands.
         total_steps, warmup_steps: of the run.
         first_step: the position of a resumed run; later lines of its log are taken out.
+        meters: of this process; None: only its speed is measured.
     """
 
-    def __init__(self, accelerator, output_dir: Path, *, total_steps: int, warmup_steps: int, first_step: int):
+    def __init__(
+        self,
+        accelerator,
+        output_dir: Path,
+        *,
+        total_steps: int,
+        warmup_steps: int,
+        first_step: int,
+        meters: Meters | None = None,
+    ):
         self.accelerator = accelerator
+        self.meters = meters or Meters(torch.device("cpu"))
         self.file = output_dir / "log.jsonl"
         on_terminal = accelerator.is_main_process and sys.stderr.isatty()
         self.bar = tqdm(
             total=total_steps, initial=first_step, desc="train", unit="step", leave=False, disable=not on_terminal
         )
         self.matching_head = MatchingHead(total_steps, warmup_steps)
-        self.batches_of_step: list[tuple[torch.Tensor, int]] = []
+        self.batches_of_step: list[torch.Tensor] = []
         if accelerator.is_main_process and self.file.exists():
             # A resumed run repeats the steps after its checkpoint, and an evaluation at it: their lines would stand
             # there twice.
@@ -174,9 +186,8 @@ class Log:
 
     def _restart(self) -> None:
         self.sums: torch.Tensor | None = None  # (2, PARTS): the sums, and of how many batches each is
-        self.batches = self.samples = self.left_out = 0
-        self.waited = 0.0
-        self.since = time.perf_counter()
+        self.batches = self.left_out = 0
+        self.meters.restart()
 
     def state(self) -> dict:
         """What the next line has gathered so far, for a run that stops before it is written."""
@@ -202,24 +213,19 @@ class Log:
         """End the bar, so that what is printed afterwards begins on a line of its own."""
         self.bar.close()
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager:
         """What takes place inside is no training, and does not count in its speed."""
-        start = time.perf_counter()
-        yield
-        self.since += time.perf_counter() - start
+        return self.meters.paused()
 
-    def add_batch(self, output, rows: int, waited: float) -> None:
+    def add_batch(self, output) -> None:
         values = {"loss_itc": output.parts["itc"], "loss_itm": output.parts["itm"], **output.report}
         parts = torch.stack([values[name].float() for name in PARTS])
         # NaN is no value: a batch of one product has no negatives. (In a step that is not finite none of it counts.)
-        self.batches_of_step.append((torch.stack([parts.nan_to_num(nan=0.0), (~parts.isnan()).float()]), rows))
-        self.waited += waited
+        self.batches_of_step.append(torch.stack([parts.nan_to_num(nan=0.0), (~parts.isnan()).float()]))
 
     def end_step(self, left_out: bool) -> None:
         """The batches since the last call were a step. One that was left out doesn't count in the means."""
-        for values, rows in self.batches_of_step:
-            self.samples += rows
+        for values in self.batches_of_step:
             if not left_out:
                 self.sums = values if self.sums is None else self.sums + values
                 self.batches += 1
@@ -234,27 +240,25 @@ class Log:
             on_device: further scalars of this moment, read together with the means.
             values: those that the host knows.
         """
-        processes = self.accelerator.num_processes
-        seconds = time.perf_counter() - self.since
+        speed = self.meters.read(self.accelerator.num_processes)
         entry = {"step": step, "epoch": round(epoch, 4)}
         if self.batches:  # equal on all ranks
             sums, counts = reduce_sum(self.sums)
             values_of_now = torch.stack([value.float() for value in on_device.values()])
-            read = Arrival(torch.cat([sums / counts, values_of_now])).read()
+            # Of the process that takes the most.
+            memory = reduce_max(torch.full((1,), peak_memory_gb(self.meters.device), device=sums.device))
+            read = Arrival(torch.cat([sums / counts, values_of_now, memory])).read()
             read = [None if math.isnan(value) else value for value in read]
-            entry |= {
-                **dict(zip([*PARTS, *on_device], read, strict=True)),
-                **values,
-                "samples_per_second": self.samples * processes / seconds,
-                "data_wait": self.waited / seconds,
-            }
+            names = [*PARTS, *on_device, "peak_memory_gb"]
+            entry |= {**dict(zip(names, read, strict=True)), **values, **speed}
         if self.left_out:
             entry["steps_left_out"] = self.left_out
         if self.accelerator.is_main_process:
             self.write(entry)
         if self.batches:
             negative = entry["itm_accuracy_negative"]
-            self.tell(LINE.format(**entry, negative="none" if negative is None else f"{negative:.2f}"))
+            mfu = "" if entry["mfu"] is None else f" mfu {entry['mfu']:.1%}"
+            self.tell(LINE.format(**entry, negative="none" if negative is None else f"{negative:.2f}") + mfu)
             if self.matching_head.looks_dead(step, entry["loss_itm"], entry["itm_accuracy_positive"]):
                 self.tell(
                     f"warning: loss_itm sits at {ITM_PRIOR_LOSS:.4f} since {LINES_TO_BE_DEAD} log lines: the matching "
@@ -280,10 +284,11 @@ class Log:
     def write(self, entry: dict) -> None:
         tell_if_not_written("a line of log.jsonl", lambda: append_json_line(self.file, entry))
 
-    def evaluation(self, step: int, epoch: int, results: dict) -> None:
+    def evaluation(self, step: int, epoch: float, after: str, results: dict) -> None:
+        """The results of an evaluation; `after` says of when it is."""
         if self.accelerator.is_main_process:
             self.write({"step": step, "epoch": epoch, "evaluation": results})
-            self.tell(f"evaluation after epoch {epoch} (step {step})\n{format_table(results)}")
+            self.tell(f"evaluation {after}\n{format_table(results)}")
         flat = {"eval/mean_recall": results["mean_recall"]}
         for direction in ("text_to_image", "image_to_text"):
             for stage in ("itc", "itm"):

@@ -55,18 +55,24 @@ from aliblip.training.checkpoint import (
     save_results,
 )
 from aliblip.training.compiling import CompiledTowers
+from aliblip.training.evaluations import evaluations_of
 from aliblip.training.feed import Feed
+from aliblip.training.flops import training_flops
+from aliblip.training.freezing import frozen_parts
+from aliblip.training.meters import Meters, peak_tflops_of
 from aliblip.training.momentum import Targets
 from aliblip.training.objective import ObjectiveOutput
-from aliblip.training.optim import alpha_schedule
+from aliblip.training.optim import alpha_schedule, long_warmup
+from aliblip.training.profiling import Profiler
 from aliblip.training.progress import Log, RunStatus, SkippedRows
-from aliblip.training.setup import ARGUMENTS, Setup, earlier_outputs, remove
+from aliblip.training.setup import ARGUMENTS, PROFILE, Setup, earlier_outputs, remove
 from aliblip.training.step import Outcome
 from aliblip.training.tokenizer import TRAINED_TOKENIZER, save_trained_tokenizer, tokenizer_bytes
+from aliblip.training.trackers import continued, named_trackers, new_ones, remember, settings
 
 ROWS_TO_JUDGE = 1000  # before the end of an epoch, a few rows more or less say little about the data
 # These differ in every resumed run, and say nothing about its training.
-NOT_OF_THE_TRAINING = ("resume_from_checkpoint", "output_dir", "overwrite_output_dir")
+NOT_OF_THE_TRAINING = ("resume_from_checkpoint", "output_dir", "overwrite_output_dir", "peak_tflops", "profile")
 
 
 @dataclasses.dataclass
@@ -112,6 +118,11 @@ class Run:
         self.progress = setup.progress
         self.normalise = Normalisation(setup.processor.image_processor)
         self.stopped_by: Signals | None = None
+        self.ended_early = False  # by --early_stopping_patience
+        self._tracked: dict[str, dict[str, Any]] = {}  # what each tracker is told of its run
+        self.evaluations = evaluations_of(self.args, setup.steps_per_epoch, setup.total_steps)
+        # A checkpoint is older than the evaluation of its step.
+        self._owes_evaluation = setup.checkpoint is not None and self.evaluations.are_due(self.progress.step)
         of_rank = None
         if setup.checkpoint is None:
             self._begin_anew()
@@ -124,9 +135,12 @@ class Run:
             total_steps=setup.total_steps,
             warmup_steps=self.args.warmup_steps,
             first_step=self.progress.step,
+            meters=self._meters(),
         )
         fraction, device = setup.data_args.max_skipped_fraction, accelerator.device
         self.skipped = SkippedRows(fraction, device, self.output_dir / "skipped.jsonl")
+        of_main = self.args.profile if accelerator.is_main_process else 0
+        self.profiler = Profiler(of_main, self.output_dir / PROFILE, device)
         self._results: dict | None = None  # of the last evaluation
         self._problem: str | None = None  # why the last model could not be written
         self._last_norm = 0.0
@@ -140,7 +154,16 @@ class Run:
         return self
 
     def __exit__(self, *error) -> None:
+        self._tell_profile(self.profiler.finish())
         self.log.close()
+
+    def _meters(self) -> Meters:
+        """Of this process."""
+        device, precision = self.accelerator.device, self.accelerator.mixed_precision
+        peak = peak_tflops_of(device, precision, self.args.peak_tflops)
+        config, slots = self.training.model.config, self.args.queue_size
+        frozen = frozen_parts(self.args.freeze)
+        return Meters(device, lambda tokens: training_flops(config, tokens, slots, frozen), peak)
 
     # --- the begin ----------------------------------------------------------------------------------------------------
 
@@ -167,12 +190,16 @@ class Run:
         self._assert_equal("step, tokenizer, momentum encoders and queues", **more)
         if not self.accelerator.log_with:
             return
-        settings = {key: value for key, value in vars(self.args).items() if isinstance(value, bool | int | float | str)}
         told = f"--report_to {self.args.report_to} can't begin ({{}}): see to it, or give --report_to none"
+
+        step = self.progress.step if self._goes_back else None
+        trackers = named_trackers(self.args.report_to)
+        self._tracked = continued(trackers, self.output_dir, self.args.run_name, step)
 
         def begin() -> None:
             with usage_errors(Exception, told=told):  # each tracker has errors of its own
-                self.accelerator.init_trackers("aliblip", config=settings)
+                config = settings(self.setup.arguments)
+                self.accelerator.init_trackers(self.args.project_name, config=config, init_kwargs=self._tracked)
 
         together(True, begin, "begin the trackers")
 
@@ -184,14 +211,22 @@ class Run:
         changed = changes(self.setup.arguments_before, arguments, names)
         differently = f"; other than before: {told(changed, len(changed))}" if changed else ""
         self.log.tell(f"resumed from {checkpoint} at step {step}{differently}")
-        goes_back = checkpoint.resolve().parent == self.output_dir.resolve()  # else they are of another run
-        if goes_back and self.accelerator.is_main_process:
+        if self._goes_back and new_ones(list(self._tracked)):
+            self.log.tell(f"trackers that begin a new run: {', '.join(new_ones(list(self._tracked)))}")
+        if self._goes_back and self.accelerator.is_main_process:
             later = remove_later_checkpoints(self.output_dir, step)
             if later:
                 self.log.tell(f"removed, since they were written after that step: {', '.join(later)}")
 
+    @property
+    def _goes_back(self) -> bool:
+        """Whether it goes on from a checkpoint of its own folder, and not of another run."""
+        checkpoint = self.setup.checkpoint
+        return checkpoint is not None and checkpoint.resolve().parent == self.output_dir.resolve()
+
     def _write_what_it_is(self) -> None:
         if self.accelerator.is_main_process:
+            remember(self.accelerator, self._tracked, self.output_dir)
             write_json(self.output_dir / ARGUMENTS, self.setup.arguments)
             write_json(self.output_dir / "manifest.json", self.setup.manifest)
             write_json(self.output_dir / "machine.json", describe_machine(self.accelerator))
@@ -200,36 +235,54 @@ class Run:
 
     def _announce(self) -> None:
         processes, accumulation = self.accelerator.num_processes, self.args.gradient_accumulation_steps
-        parameters = sum(parameter.numel() for parameter in self.training.model.parameters())
+        parameters = list(self.training.model.parameters())
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        frozen = sum(parameter.numel() for parameter in parameters) - trained
         self.log.tell(
-            f"training {parameters / 1e6:.1f} M parameters for {self.setup.total_steps} steps "
+            f"training {trained / 1e6:.1f} M parameters{f' ({frozen / 1e6:.1f} M frozen)' if frozen else ''} for "
+            f"{self.setup.total_steps} steps "
             f"({self.setup.total_steps / self.setup.steps_per_epoch:.4g} epochs) of "
             f"{self.args.per_device_train_batch_size} rows x {processes} process{'es' if processes > 1 else ''}"
             f"{f' x {accumulation} batches' if accumulation > 1 else ''}, "
             f"{self.accelerator.distributed_type.value}, {self.accelerator.mixed_precision} mixed precision\n"
             f"{self.setup.loader.describe()}"
         )
+        if self.log.meters.peak_tflops is not None:
+            self.log.tell(f"mfu: of {self.log.meters.peak_tflops:g} TFLOP/s a device")
         checkpoint = None if self.setup.checkpoint is None else str(self.setup.checkpoint)
         total_steps = self.setup.total_steps
+        if warning := long_warmup(self.args.warmup_steps, total_steps):
+            self.log.tell(f"warning: {warning}")
         self.status.write("running", step=self.progress.step, total_steps=total_steps, checkpoint=checkpoint)
 
     # --- the position -------------------------------------------------------------------------------------------------
 
-    def epochs(self) -> range:
-        """Epochs that are still to do. A run that comes back to the end of one does again what is due there; the
-        training is not changed by it. No collective."""
+    def epochs(self) -> Iterator[int]:
+        """Epochs that are still to do, until the run ends early. A run that comes back to the end of one does again
+        what is due there; the training is not changed by it. No collective."""
         per_epoch = self.setup.steps_per_epoch
-        return range(max(self.progress.step - 1, 0) // per_epoch, math.ceil(self.setup.total_steps / per_epoch))
+        for epoch in range(max(self.progress.step - 1, 0) // per_epoch, math.ceil(self.setup.total_steps / per_epoch)):
+            if not self.ended_early:
+                yield epoch
 
     def steps(self, epoch: int) -> Iterator[Step]:
-        """Steps of an epoch that are still to do, until a signal stops the run."""
+        """Steps of an epoch that are still to do, until a signal stops the run or it ends early."""
         per_epoch = self.setup.steps_per_epoch
+        if self._owes_evaluation and not self.evaluations.end_an_epoch(self.progress.step):
+            self._after_steps()
+        self._owes_evaluation = False
+        if self.ended_early:
+            return
         last = min(self.setup.total_steps, (epoch + 1) * per_epoch)
         first_batch = (self.progress.step - epoch * per_epoch) * self.args.gradient_accumulation_steps
         with closing(self.setup.loader.epoch(epoch, start_step=first_batch)) as batches:
             feed = Feed(batches, self.accelerator.device)
-            while self.progress.step < last and not self.stopped_by:
+            while self.progress.step < last and not self.stopped_by and not self.ended_early:
+                with self.log.paused():
+                    self.profiler.begin_step(last - self.progress.step, per_epoch)
                 yield self._begin_step(feed)
+            with self.log.paused():
+                self._tell_profile(self.profiler.finish())
 
     def _begin_step(self, feed: Feed) -> Step:
         progress = self.progress
@@ -261,12 +314,15 @@ class Run:
         """Keep of a micro-batch what the end of its step needs, and fetch the next. No collective."""
         step.targets = step.targets or targets
         step.rows.append(batch["row"])
-        self.log.add_batch(output, batch["row"].shape[0], step.feed.waited)
+        self.log.add_batch(output)
+        self.log.meters.add(batch["row"].shape[0], sum(batch["title_lengths"]), step.feed.waited)
         step.feed.fetch()
 
     def after_step(self, step: Step, output: ObjectiveOutput, outcome: Outcome) -> None:
         """All that is due once the weights have moved, or were kept from it."""
         grad_norm, number = outcome.read()
+        with self.log.paused():
+            self._tell_profile(self.profiler.end_step(sum(map(len, step.rows))))
         self.progress.step += 1
         is_finite = math.isfinite(grad_norm)
         self.log.end_step(left_out=not is_finite)
@@ -279,6 +335,13 @@ class Run:
         self.stopped_by = self.signals.known_to_all(number)
         if self.stopped_by or self._checkpoint_is_due():
             self._save_checkpoint(*self._position())
+        step = self.progress.step
+        if not self.stopped_by and self.evaluations.are_due(step) and not self.evaluations.end_an_epoch(step):
+            self._after_steps()
+
+    def _tell_profile(self, line: str | None) -> None:
+        if line is not None:
+            self.log.tell(line)
 
     # --- steps that are not finite ------------------------------------------------------------------------------------
 
@@ -367,28 +430,37 @@ class Run:
                 )
             return problem is None
 
-    # --- the end of an epoch ------------------------------------------------------------------------------------------
+    # --- evaluation, at the end of an epoch and between ---------------------------------------------------------------
 
     def after_epoch(self, epoch: int) -> None:
-        """Judge the data, keep the model, evaluate, keep the best, publish."""
+        """Judge the data, keep the model, evaluate, keep the best, publish. Nothing of a run that has ended early, in
+        the middle of the epoch: it has done that."""
+        if self.ended_early:
+            return
         self.skipped.check()
+        self._keep_and_evaluate(epoch + 1, f"epoch {epoch + 1}", f"after epoch {epoch + 1} (step {self.progress.step})")
+
+    def _after_steps(self) -> None:
+        """The same in the middle of an epoch, when --eval_steps says so."""
+        self.skipped.check(at_least=ROWS_TO_JUDGE)
+        step = self.progress.step
+        epoch = round(step / self.setup.steps_per_epoch, 4)
+        self._keep_and_evaluate(epoch, f"step {step}", f"after step {step} (epoch {epoch:.2f})")
+
+    def _keep_and_evaluate(self, epoch: float, of: str, after: str) -> None:
         with self.log.paused():
             self.skipped.write()
-            # The epoch first: whatever goes wrong in its evaluation, its weights are there.
+            # The model first: whatever goes wrong in its evaluation, its weights are there.
             self._problem = self._save("last", None)
-            results = self._evaluate(epoch) if self._evaluation_is_due(epoch) else None
+            results = self._evaluate(epoch, after) if self.evaluations.are_due(self.progress.step) else None
             if results is not None and self._problem is None:
                 self._problem = save_results(results, self.output_dir / "last")
-            self._problem = self._save_best(results) or self._problem
+            self._problem = self._judge(results) or self._problem
             if self._problem is not None:
-                self.log.tell(f"warning: the model of epoch {epoch + 1} could not be written ({self._problem})")
-            self._publish(epoch)
+                self.log.tell(f"warning: the model of {of} could not be written ({self._problem})")
+            self._publish(of)
 
-    def _evaluation_is_due(self, epoch: int) -> bool:
-        every, is_last = self.args.evaluate_every, self.progress.step == self.setup.total_steps
-        return every > 0 and (is_last or (epoch + 1) % every == 0)
-
-    def _evaluate(self, epoch: int) -> dict:
+    def _evaluate(self, epoch: float, after: str) -> dict:
         source = self.setup.validation_loader.source
         with nullcontext() if self.compiled is None else self.compiled.paused():
             self._results = evaluate_retrieval(
@@ -400,28 +472,45 @@ class Run:
                 k_rerank=self.args.k_rerank,
                 dtype=self.accelerator.autocast_dtype,
             )
-        self.log.evaluation(self.progress.step, epoch + 1, self._results)
+        self.log.evaluation(self.progress.step, epoch, after, self._results)
         return self._results
 
-    def _save_best(self, results: dict | None) -> str | None:
-        """Keep the model if it is the best so far; why it could not be written."""
-        if results is None or not results["mean_recall"] > self.progress.best_mean_recall:
+    def _judge(self, results: dict | None) -> str | None:
+        """Keep the model if it is the best so far, or end the run if none was for long; why the model could not be
+        written."""
+        if results is None:
             return None
-        problem = self._save("best", {**results, "model": str(self.output_dir / "best")})
-        if problem is None:
-            self.progress.best_mean_recall = results["mean_recall"]
-        return problem
+        if results["mean_recall"] > self.progress.best_mean_recall:
+            problem = self._save("best", {**results, "model": str(self.output_dir / "best")})
+            if problem is None:
+                self.progress.best_mean_recall = results["mean_recall"]
+            self.progress.evaluations_without_gain = 0
+            return problem
+        self.progress.evaluations_without_gain += 1
+        patience, step = self.args.early_stopping_patience, self.progress.step
+        if (
+            patience is not None
+            and self.progress.evaluations_without_gain >= patience
+            and step < self.setup.total_steps
+        ):
+            self.ended_early = True
+            times = f"{patience} evaluations" if patience > 1 else "one evaluation"
+            self.log.tell(
+                f"ended early, after step {step}: {times} without a better mean recall than "
+                f"{self.progress.best_mean_recall:.4f}"
+            )
+        return None
 
     def _save(self, name: str, results: dict | None) -> str | None:
         return save_model(self.training.model, self.setup.processor, self.output_dir / name, results)
 
-    def _publish(self, epoch: int) -> None:
+    def _publish(self, of: str) -> None:
         if self.setup.publisher is None:  # of the main process
             return
         # A resumed run comes by here with the best model of before, which may not be on the Hub yet.
         kept = self.output_dir / ("best" if (self.output_dir / "best").exists() else "last")
         if kept.exists():
-            self.setup.publisher.push(kept, f"Model of epoch {epoch + 1}")
+            self.setup.publisher.push(kept, f"Model of {of}")
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
@@ -456,7 +545,7 @@ class Run:
                 f"room, and {way_out}"
             )
         unusable = self.skipped.collect()
-        self.status.write("completed", step=self.progress.step)
+        self.status.write("completed", step=self.progress.step, ended_early=self.ended_early)
         if self.accelerator.is_main_process:
             self._tell_what_came_of_it(unusable)
 

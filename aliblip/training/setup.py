@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, set_seed
+from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerFast
 
 from aliblip.data.collate import Collator
@@ -40,7 +39,6 @@ from aliblip.runtime.arguments import check_range
 from aliblip.runtime.checks import part
 from aliblip.runtime.distributed import launched_rank, launched_world_size
 from aliblip.runtime.files import repair
-from aliblip.runtime.installation import install_hint
 from aliblip.runtime.mistakes import UsageError, usage_errors
 from aliblip.training.arguments import ModelArguments, TrainDataArguments, TrainingArguments
 from aliblip.training.building import (
@@ -53,13 +51,18 @@ from aliblip.training.building import (
     read_backbones,
 )
 from aliblip.training.checkpoint import Progress, checkpoints, find_checkpoint, read_state
-from aliblip.training.optim import learning_rate_schedule, total_optimizer_steps
+from aliblip.training.evaluations import check_early_stopping
+from aliblip.training.freezing import freeze, frozen_parts
+from aliblip.training.optim import learning_rate_schedule, rate_scales, total_optimizer_steps
+from aliblip.training.profiling import check_profile
 from aliblip.training.tokenizer import (
     TRAINED_TOKENIZER,
     check_trained_tokenizer,
     learn_tokenizer,
     load_trained_tokenizer,
 )
+from aliblip.training.trackers import IDS as TRACKER_IDS
+from aliblip.training.trackers import check_trackers, named_trackers
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
 
@@ -69,10 +72,11 @@ OF_ALL_SPLITS = (
     *("image_column", "caption_column", "product_id_column", "reading"),
 )
 MODELS = ("best", "last")
-OUTPUT_FOLDERS = (*MODELS, "logs", TRAINED_TOKENIZER)
+PROFILE = "profile"
+OUTPUT_FOLDERS = (*MODELS, "logs", TRAINED_TOKENIZER, PROFILE)
 # By the arguments a folder is known for that of a run: they are written over, and never missing.
 ARGUMENTS = "arguments.json"
-OUTPUT_FILES = ("log.jsonl", "skipped.jsonl", "manifest.json", "machine.json", "status.json")
+OUTPUT_FILES = (TRACKER_IDS, "log.jsonl", "skipped.jsonl", "manifest.json", "machine.json", "status.json")
 # What the order of the rows depends on, and what sets it; the number of rows is the data's.
 ORDER_FLAGS = {
     "processes": "accelerate launch --num_processes",
@@ -172,8 +176,14 @@ class Start:
         check_ranges(self.model_args, self.data_args, self.args)
 
     @part
+    def rates(self) -> tuple[str, ...]:
+        """The parts that are frozen; the others have rates that make sense."""
+        rate_scales(self.args, 0, 0)
+        return frozen_parts(self.args.freeze)
+
+    @part
     def trackers(self) -> None:
-        check_trackers(self.args.report_to)
+        check_trackers(self.args.report_to, self.args.project_name)
 
     @part
     def validation(self) -> None:
@@ -244,6 +254,7 @@ class Start:
         with torch.device("meta") if is_empty else nullcontext():
             model = build_model(self.model_args, self.beginning)
         check_model(model, self.beginning.processor, self.args)
+        freeze(model, self.rates)
         return model
 
     # --- the data ---
@@ -256,7 +267,7 @@ class Start:
     def validation_source(self) -> Source | None:
         """None without evaluation."""
         _ = self.validation
-        if not self.args.evaluate_every:
+        if not self.args.evaluates:
             return None
         return self._open(self.data_args.validation_split_name, self.data_args.validation_file)
 
@@ -342,6 +353,10 @@ class Start:
         return learning_rate_schedule(
             args.lr_scheduler_type, args.learning_rate, args.warmup_steps, self.total_steps, self.steps_per_epoch
         )
+
+    @part
+    def profiled(self) -> None:
+        check_profile(self.args.profile, self.total_steps, self.steps_per_epoch)
 
     @part
     def order(self) -> dict:
@@ -433,6 +448,7 @@ CHECKS = (
     Check("flags", "folder", "the output folder"),
     Check("flags", "named_tokenizer", "which tokenizer"),
     Check("flags", "numbers", "numbers"),
+    Check("flags", "rates", "what is trained"),
     Check("flags", "trackers", "trackers"),
     Check("flags", "validation", "what to evaluate on"),
     Check("flags", "publishing", "what to publish"),
@@ -455,6 +471,7 @@ CHECKS = (
     Check("course", "total_steps", "steps"),
     Check("model", "model", "weights"),
     Check("course", "learning_rate", "schedule"),
+    Check("course", "profiled", "the steps to profile"),
     Check("course", "resumed", "the checkpoint to go on from"),
     Check("output", "output_dir", "the folder", by="main"),
     Check("Hub", "publisher", "access", by="main"),
@@ -508,7 +525,7 @@ def meet(setup: Setup) -> AliBlipAccelerator:
     return build_accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=None if args.report_to == "none" else args.report_to,
+        log_with=named_trackers(args.report_to) or None,
         project_dir=setup.output_dir / "logs",
         max_grad_norm=args.max_grad_norm,
         per_device_train_batch_size=args.per_device_train_batch_size,
@@ -557,9 +574,17 @@ def check_ranges(model_args: ModelArguments, data_args: TrainDataArguments, args
         in_batch_itc=(args.in_batch_itc, 0, 1),
         logging_steps=(args.logging_steps, 1, None),
         evaluate_every=(args.evaluate_every, 0, None),
+        eval_steps=(args.eval_steps, 1, None),
+        early_stopping_patience=(args.early_stopping_patience, 1, None),
         checkpointing_steps=(args.checkpointing_steps, 1, None),
         save_total_limit=(args.save_total_limit, 1, None),
         max_non_finite_steps=(args.max_non_finite_steps, 1, None),
+        vision_learning_rate=(args.vision_learning_rate, 0, None),
+        text_learning_rate=(args.text_learning_rate, 0, None),
+        temperature_learning_rate=(args.temperature_learning_rate, 0, None),
+        layer_decay=(args.layer_decay, 0.01, 1),
+        peak_tflops=(args.peak_tflops, 0.001, None),
+        profile=(args.profile, 0, None),
         seed=(args.seed, 0, 2**31 - 1),  # NumPy takes a little more, and each process adds its number
         dataloader_num_workers=(data_args.dataloader_num_workers, 0, None),
         shuffle_window=(data_args.shuffle_window, 1, None),
@@ -569,7 +594,8 @@ def check_ranges(model_args: ModelArguments, data_args: TrainDataArguments, args
 
 
 def check_validation_is_named(data_args: TrainDataArguments, args: TrainingArguments) -> None:
-    if args.evaluate_every and data_args.train_file is not None and data_args.validation_file is None:
+    check_early_stopping(args)
+    if args.evaluates and data_args.train_file is not None and data_args.validation_file is None:
         raise UsageError("--train_file without --validation_file: name the rows to evaluate on, or --evaluate_every 0")
 
 
@@ -578,17 +604,6 @@ def check_publishing(args: TrainingArguments, hub_args: HubArguments) -> None:
         check_hub_arguments(hub_args)
     elif hub_args.hub_model_id is not None:
         raise UsageError("--hub_model_id without --push_to_hub would upload nothing: give both, or neither")
-
-
-def check_trackers(report_to: str) -> None:
-    if report_to in ("none", "all"):
-        return
-    known = [str(kind) for kind in LoggerType if kind != LoggerType.ALL]
-    if report_to not in known:
-        raise UsageError(f"--report_to is {report_to!r}: give one of {', '.join(known)}, all or none")
-    if report_to not in [str(kind) for kind in get_available_trackers()]:
-        install = install_hint("tensorboard") if report_to == "tensorboard" else f"pip install {report_to}"
-        raise UsageError(f"--report_to {report_to} is not installed: {install}, or --report_to none")
 
 
 def check_model(model: AliBlipForImageTextRetrieval, processor: AliBlipProcessor, args: TrainingArguments) -> None:
@@ -671,7 +686,7 @@ def earlier_outputs(output_dir: Path) -> list[Path]:
     """What an earlier run left, which `check_output_dir` allows to replace: models and checkpoints, and all files but
     the arguments. Of the trackers' folder single files, since the new run's begin beside them."""
     repair(output_dir)
-    folders = [output_dir / name for name in (*MODELS, TRAINED_TOKENIZER)] + checkpoints(output_dir)
+    folders = [output_dir / name for name in (*MODELS, TRAINED_TOKENIZER, PROFILE)] + checkpoints(output_dir)
     logs = [path for path in (output_dir / "logs").rglob("*") if path.is_file()]
     return [path for path in (*folders, *logs, *(output_dir / name for name in OUTPUT_FILES)) if path.exists()]
 
@@ -688,6 +703,7 @@ def remove(outputs: list[Path]) -> None:
 __all__ = [
     "ARGUMENTS",
     "CHECKS",
+    "PROFILE",
     "Check",
     "Setup",
     "Start",

@@ -20,6 +20,9 @@ from aliblip.runtime.accelerator import is_deepspeed
 from aliblip.runtime.arrival import Arrival
 from aliblip.runtime.distributed import reduce_max, world_size
 from aliblip.runtime.mistakes import UsageError
+from aliblip.training.profiling import BACKWARD, OPTIMIZER, record_function
+
+FROZEN = "_frozen_fp32"  # attribute of a frozen parameter
 
 
 class Outcome:
@@ -69,17 +72,19 @@ def backward_and_step(
     # A loss that is not finite makes every gradient NaN, also where the derivative there happens to be finite: the norm
     # that all ranks share then tells all of them, and DeepSpeed inside its backward, without one more collective.
     loss = loss * (0.0 * loss.detach() + 1.0)
-    accelerator.backward(loss)  # under DeepSpeed this clips, steps and clears as well
+    with record_function(BACKWARD):
+        accelerator.backward(loss)  # under DeepSpeed this clips, steps and clears as well
     if not accelerator.sync_gradients:
         return None
     if is_deepspeed(accelerator):
         norm = model.get_global_grad_norm()
         return Outcome(norm if torch.is_tensor(norm) else torch.full((), float(norm), device=loss.device), number)
-    # After DDP's reduction every rank has the same gradient, hence the same norm and the same decision.
-    norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm if max_grad_norm > 0 else math.inf)
-    outcome = Outcome(norm, number)
-    _step_if_finite(optimizer, norm)
-    optimizer.zero_grad()
+    with record_function(OPTIMIZER):
+        # After DDP's reduction every rank has the same gradient, hence the same norm and the same decision.
+        norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm if max_grad_norm > 0 else math.inf)
+        outcome = Outcome(norm, number)
+        _step_if_finite(optimizer, norm)
+        optimizer.zero_grad()
     return outcome
 
 
@@ -93,11 +98,25 @@ def _step_if_finite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> Non
         del optimizer.optimizer.found_inf
 
 
+def keep_frozen(module: torch.nn.Module) -> None:
+    """Let the frozen parameters of a module keep their fp32 values: an engine in bf16 casts them too, and holds no
+    masters of what it does not train. Before the module is prepared, on its device; without such an engine it takes no
+    memory."""
+    for parameter in module.parameters():
+        if not parameter.requires_grad:
+            setattr(parameter, FROZEN, parameter.data)
+
+
+def weights_to_follow(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters by name as the module computes with them, those that are frozen in fp32."""
+    return {name: getattr(parameter, FROZEN, parameter).detach() for name, parameter in module.named_parameters()}
+
+
 def fp32_value(parameter: torch.nn.Parameter) -> torch.Tensor:
     """The value of a parameter in full precision, as a detached copy on every rank.
 
     Under ZeRO the weights in the module are working copies and the fp32 master is spread over the ranks; there this
-    is a collective. Frozen parameters have no master: theirs is the working copy.
+    is a collective. Frozen parameters have no master, but the value that `keep_frozen` kept.
 
     Returns:
         A tensor of the parameter's shape in fp32.
@@ -106,7 +125,7 @@ def fp32_value(parameter: torch.nn.Parameter) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(parameter).detach()
-    return parameter.detach().float().clone()
+    return getattr(parameter, FROZEN, parameter).detach().float().clone()
 
 
 def fp32_state_dict(module: torch.nn.Module, keep: bool = True) -> dict[str, torch.Tensor]:
@@ -157,6 +176,8 @@ def _set_fp32_value(tensor: torch.Tensor, value: torch.Tensor) -> None:
         from deepspeed.utils import safe_set_full_fp32_param
 
         safe_set_full_fp32_param(tensor, value.to(tensor.device))
+    if hasattr(tensor, FROZEN):
+        getattr(tensor, FROZEN).copy_(value)
     # Setting the master alone would show only after the next step, and setting the copy alone would be undone by it.
     tensor.data.copy_(value)
 
@@ -234,7 +255,8 @@ def load_optimizer_state(
     _link_optimizer_state(zero)
     for name, values in by_name.items():
         for key, value in values.items():
-            if value.dim():
+            # A parameter that is frozen now has no part in it.
+            if value.dim() and hasattr(parameters[name], "_hp_mapping"):
                 safe_set_full_optimizer_state(parameters[name], value.to(parameters[name].device), key)
 
 
@@ -262,7 +284,7 @@ def _is_sharded(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def clamp_parameter(parameter: torch.nn.Parameter, low: float, high: float) -> None:
-    """Clamp a parameter in place, its fp32 master included. A collective under ZeRO.
+    """Clamp a parameter in place, its fp32 master included; a frozen one stays what it is. A collective under ZeRO.
 
     Clamping the tensor of the module alone would be undone by the next step, which copies the master over it.
 
@@ -271,4 +293,5 @@ def clamp_parameter(parameter: torch.nn.Parameter, low: float, high: float) -> N
         low: smallest value allowed.
         high: largest value allowed.
     """
-    _set_fp32_value(parameter, fp32_value(parameter).clamp_(low, high))
+    if parameter.requires_grad:
+        _set_fp32_value(parameter, fp32_value(parameter).clamp_(low, high))
