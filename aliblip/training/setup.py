@@ -30,10 +30,10 @@ from aliblip.data.sources import open_source, require_usable_row
 from aliblip.data.titles import look_at_titles, tell_cut_titles, titles_of
 from aliblip.data.wordpiece import SMALLEST_VOCABULARY
 from aliblip.models.backbones import Backbone
-from aliblip.retrieval.model_folder import DEFAULT_MAX_LENGTH
 from aliblip.models.original import is_original
 from aliblip.models.upload import HubArguments, Publisher, check_hub_arguments, connect
 from aliblip.retrieval.evaluation import check_k_rerank
+from aliblip.retrieval.model_folder import DEFAULT_MAX_LENGTH
 from aliblip.runtime.accelerator import AliBlipAccelerator, build_accelerator, sum_in_order
 from aliblip.runtime.arguments import check_range
 from aliblip.runtime.checks import part
