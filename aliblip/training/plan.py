@@ -69,6 +69,7 @@ def training_plan(start: Start, title_tokens: float) -> TrainingPlan:
         AlreadyTold: a part that it needs has a problem.
     """
     config, args = start.model.config, start.args
+    pairs = 1 + 2 * args.itm_negatives + args.itm_queue_titles
     validation, per_epoch = start.validation_source, start.steps_per_epoch
     step = start.resumed[1].step
     evaluations = evaluation_flops = 0
@@ -86,7 +87,7 @@ def training_plan(start: Start, title_tokens: float) -> TrainingPlan:
         total_steps=start.total_steps,
         epochs=start.total_steps / per_epoch,
         rows_per_step=args.gradient_accumulation_steps * start.processes * args.per_device_train_batch_size,
-        sample_flops=training_flops(config, title_tokens, args.queue_size),
+        sample_flops=training_flops(config, title_tokens, args.queue_size, pairs),
         evaluations=evaluations,
         evaluation_flops=evaluation_flops,
     )
