@@ -13,6 +13,7 @@ from aliblip.runtime.distributed import rank
 from aliblip.training.momentum import MomentumState
 from aliblip.training.objective import RetrievalObjective
 from losses_aliblip import hard_negatives, itm_pairs, listwise_loss, positives
+from modeling_aliblip import AliBlipForImageTextRetrieval
 
 LENGTH = 9  # tokens of the longest title
 
@@ -256,3 +257,29 @@ def test_a_run_goes_on_with_the_titles_of_its_queue(data, tmp_path):
     of_both = [steps_of(tmp_path / name) for name in ("whole", "resumed")]
     assert len(of_both[1]) == 3 and all(of_both[0][step] == line for step, line in of_both[1].items())
     assert log_of(tmp_path / "whole")[-1]["itm_accuracy_negative"] is not None
+    # what was trained is what orders: each saved model has the weight of its own temperature
+    for folder in ("last", "checkpoint-3"):
+        model = AliBlipForImageTextRetrieval.from_pretrained(tmp_path / "whole" / folder)
+        assert model.config.fusion_weight == pytest.approx(1 / model.temp.item(), abs=1e-3) != 1.0
+
+
+def test_a_model_of_the_published_loss_keeps_its_weight(data, tmp_path):
+    start = tiny.model(vocab_size=len(tiny.tokenizer()) + 2, fusion_weight=3.5)
+    start.save_pretrained(tmp_path / "start")
+    tiny.processor().save_pretrained(tmp_path / "start")
+    flags = [
+        "--data_dir",
+        data[1],
+        "--model_name_or_path",
+        tmp_path / "start",
+        "--evaluate_every",
+        0,
+        "--queue_size",
+        20,
+    ]
+    flags += ["--max_train_steps", 1, "--per_device_train_batch_size", 8, "--dataloader_num_workers", 0]
+    for listwise in (0, 1):
+        folder = tmp_path / f"{listwise}"
+        trained_in_process([*flags, "--itm_listwise", listwise], folder, common=[])
+        model = AliBlipForImageTextRetrieval.from_pretrained(folder / "last")
+        assert model.config.fusion_weight == pytest.approx([3.5, 1 / model.temp.item()][listwise], abs=1e-3)

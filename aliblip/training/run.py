@@ -61,7 +61,7 @@ from aliblip.training.objective import ObjectiveOutput
 from aliblip.training.optim import alpha_schedule
 from aliblip.training.progress import Log, RunStatus, SkippedRows
 from aliblip.training.setup import ARGUMENTS, Setup, earlier_outputs, remove
-from aliblip.training.step import Outcome
+from aliblip.training.step import Outcome, fp32_value
 from aliblip.training.tokenizer import TRAINED_TOKENIZER, save_trained_tokenizer, tokenizer_bytes
 
 ROWS_TO_JUDGE = 1000  # before the end of an epoch, a few rows more or less say little about the data
@@ -337,6 +337,7 @@ class Run:
     def _save_checkpoint(self, at: Progress, random: dict[str, Tensor]) -> bool:
         """Write a checkpoint; one that can't be written is told, and the run goes on."""
         with self.log.paused():
+            self._set_fusion_weight()
             self.skipped.write()
             counters = {
                 **dataclasses.asdict(at),
@@ -373,6 +374,7 @@ class Run:
         """Judge the data, keep the model, evaluate, keep the best, publish."""
         self.skipped.check()
         with self.log.paused():
+            self._set_fusion_weight()
             self.skipped.write()
             # The epoch first: whatever goes wrong in its evaluation, its weights are there.
             self._problem = self._save("last", None)
@@ -383,6 +385,13 @@ class Run:
             if self._problem is not None:
                 self.log.tell(f"warning: the model of epoch {epoch + 1} could not be written ({self._problem})")
             self._publish(epoch)
+
+    def _set_fusion_weight(self) -> None:
+        """Match logits that the listwise loss has trained are on the scale of ITC's logits, similarity / temperature:
+        by their sum such a model orders what it finds. Others keep the weight of their configuration."""
+        if self.args.itm_listwise:
+            model = self.training.model
+            model.config.fusion_weight = round(1.0 / fp32_value(model.temp).item(), 4)
 
     def _evaluation_is_due(self, epoch: int) -> bool:
         every, is_last = self.args.evaluate_every, self.progress.step == self.setup.total_steps
