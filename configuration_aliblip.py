@@ -198,8 +198,9 @@ class AliBlipConfig(PreTrainedConfig):
         temperature_init: initial ITC temperature, the value of the `temp` parameter.
         enc_token_id: id of `[ENC]`, the token that opens every cross-attention pass; None: the last id of the
             vocabulary, where `AliBlipProcessor` puts it.
-        fusion_weight: of the ITC similarity beside the match logit, where results are ordered by both; what
-            `evaluate_retrieval.py --tune_fusion` found best for these weights.
+        fusion_weight: of the ITC similarity beside the match logit, where results are ordered by both: 1, as BLIP does;
+            1 / temperature for a model of `train.py --itm_listwise`; or what `evaluate_retrieval.py --tune_fusion`
+            found best for these weights.
 
     Raises:
         ValueError: a value that no model can be built from, with what is accepted.

@@ -8,6 +8,7 @@ ITC, image-text contrastive with soft targets from momentum encoders: ALBEF, htt
 
 from functools import reduce
 from operator import or_
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,33 +56,49 @@ def itc_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def hard_negatives(
-    similarity: Tensor, positive: Tensor, *, hardest: bool = False, generator: torch.Generator | None = None
+    similarity: Tensor,
+    excluded: Tensor,
+    count: int = 1,
+    *,
+    hardest: bool = False,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One negative for each row, drawn with probability softmax(similarity) over the candidates of other products.
+    """Some negatives for each row, all different, drawn one after the other with probability softmax(similarity) over
+    the candidates that are left.
 
     Args:
         similarity: (B, K) similarities over the temperature.
-        positive: (B, K) bool, the candidates that must never be drawn (same product).
-        hardest: take the most similar candidate instead of drawing (ties: the lowest index).
+        excluded: (B, K) bool, the candidates that must never be drawn (same product).
+        count: how many, n; of fewer candidates than that all are taken.
+        hardest: take the most similar candidates instead of drawing (ties: the lowest index).
         generator: source of randomness for the draw.
 
     Returns:
-        index: (B,) int64, the candidate taken (0 where there is none).
-        exists: (B,) bool, False for rows whose candidates all show the same product.
+        index: (B, n) int64, the candidates taken (0 where there is none), n at most K.
+        exists: (B, n) bool, False where a row has no further candidate.
     """
-    exists = ~positive.all(dim=1)
+    count = min(count, similarity.shape[1])
+    exists = ~excluded.all(dim=1, keepdim=True)
     # The softmax runs over the allowed candidates only. Masking after a softmax over all of them draws from the same
     # distribution, but underflows to all zeros where the positive stands far above the rest.
-    allowed = similarity.detach().float().masked_fill(positive, float("-inf"))
-    allowed = torch.where(exists[:, None], allowed, torch.zeros_like(allowed))
+    allowed = similarity.detach().float().masked_fill(excluded, float("-inf"))
+    allowed = torch.where(exists, allowed, torch.zeros_like(allowed))
     if hardest:
-        index = allowed.argmax(dim=1)
+        order = allowed
     else:
         # Features that are not finite must reach the loss and its guard, and not end the draw (on a GPU: the process).
         probability = F.softmax(allowed, dim=1).nan_to_num(nan=1.0)
-        # What torch.multinomial does for one draw, without its checks: for these a GPU would have to be waited for.
-        race = probability / torch.empty_like(probability).exponential_(1.0, generator=generator)
-        index = race.argmax(dim=1)
+        if count > 1:  # candidates so far below the best that theirs is 0 in fp32 come after it, but they come
+            probability = probability.clamp(min=torch.finfo(torch.float32).tiny)
+        # What torch.multinomial does without replacement, but not its checks: for these a GPU would have to be waited
+        # for.
+        order = probability / torch.empty_like(probability).exponential_(1.0, generator=generator)
+    if count == 1:
+        index = order.argmax(dim=1, keepdim=True)
+    else:
+        order = order.masked_fill(excluded, float("-inf"))
+        index = order.sort(dim=1, descending=True, stable=True).indices[:, :count]
+        exists = ~excluded.gather(1, index)
     return torch.where(exists, index, torch.zeros_like(index)), exists
 
 
@@ -96,26 +113,83 @@ def itm_loss(logits: Tensor, is_match: Tensor, weight: Tensor | None = None) -> 
     return (F.cross_entropy(logits.float(), is_match.long(), reduction="none") * weight).sum() / weight.sum()
 
 
-def itm_pairs(negative_image: Tensor, image_exists: Tensor, negative_text: Tensor, text_exists: Tensor):
-    """The pairs of an ITM step as indices: every row with itself, with its negative image, and with its negative text.
+class MatchPairs(NamedTuple):
+    """The M pairs of an ITM step: every row with itself, with its n negative images, and with its m negative texts.
+
+    `image_index`, `text_index` (M,) int64; `is_match` (M,) bool; `weight` (M,) fp32 of the pair loss: 1 for the own
+    pairs, and 1 for all negatives of a row and side together, so that however many there are a match is one pair in
+    three; 0 for the pairs that stand where a row has no possible negative. They are kept since their number would have
+    to be read from the device. `sizes`: (B, B n, B m), how many of each kind, in this order, row by row.
+    """
+
+    image_index: Tensor
+    text_index: Tensor
+    is_match: Tensor
+    weight: Tensor
+    sizes: tuple[int, int, int]
+
+
+def itm_pairs(negative_image: Tensor, image_exists: Tensor, negative_text: Tensor, text_exists: Tensor) -> MatchPairs:
+    """The pairs of an ITM step as indices, B (1 + n + m) of them; the B own pairs come first.
 
     Args:
-        negative_image: (B,) int64, index into the images of the negative image of each text.
-        image_exists: (B,) bool, texts that have a negative image.
-        negative_text: (B,) int64, index into the texts of the negative text of each image.
-        text_exists: (B,) bool, images that have a negative text.
-
-    Returns:
-        image_index, text_index: (3 B,) int64; is_match: (3 B,) bool; weight: (3 B,) fp32, 1, and 0 for the pairs that
-        stand where a row has no possible negative. They are kept since their number would have to be read from the
-        device. The B own pairs come first.
+        negative_image: (B, n) int64, index into the images of the negative images of each text.
+        image_exists: (B, n) bool, False where a text has fewer.
+        negative_text: (B, m) int64, index into the texts of the negative texts of each image.
+        text_exists: (B, m) bool, False where an image has fewer.
     """
-    own = torch.arange(negative_image.shape[0], device=negative_image.device)
-    image_index = torch.cat([own, negative_image, own])
-    text_index = torch.cat([own, own, negative_text])
-    weight = torch.cat([torch.ones_like(image_exists), image_exists, text_exists]).float()
-    is_match = torch.arange(image_index.shape[0], device=own.device) < own.shape[0]
-    return image_index, text_index, is_match, weight
+    (rows, images), texts = negative_image.shape, negative_text.shape[1]
+    own = torch.arange(rows, device=negative_image.device)
+    image_index = torch.cat([own, negative_image.flatten(), _each(own, texts)])
+    text_index = torch.cat([own, _each(own, images), negative_text.flatten()])
+    weight = torch.cat([torch.ones_like(own), _shares(image_exists), _shares(text_exists)]).float()
+    is_match = torch.arange(image_index.shape[0], device=own.device) < rows
+    return MatchPairs(image_index, text_index, is_match, weight, (rows, rows * images, rows * texts))
 
 
-__all__ = ["hard_negatives", "itc_loss", "itm_loss", "itm_pairs", "positives", "soft_targets"]
+def _each(rows: Tensor, times: int) -> Tensor:
+    """(B,) -> (B times,): every row so many times, one after the other."""
+    return rows if times == 1 else rows.repeat_interleave(times)
+
+
+def _shares(exists: Tensor) -> Tensor:
+    """(B, n) -> (B n,): one, shared equally by those of a row that are there."""
+    if exists.shape[1] > 1:
+        exists = exists / exists.sum(dim=1, keepdim=True).clamp(min=1)
+    return exists.flatten()
+
+
+def listwise_loss(scores: Tensor, pairs: MatchPairs) -> Tensor:
+    """Which of them is it? For each text its own image among the negative ones, for each image its own text among the
+    negative ones: cross-entropy over the scores of each list, in nats, mean over the lists; fp32 scalar.
+
+    This is what re-ranking asks of the scores: to be in order within a query, not to be on the right side of a line.
+    ListNet with one relevant item, https://doi.org/10.1145/1273496.1273513; in one list per text and one per image.
+
+    Args:
+        scores: (M,) of the pairs, the match logit (column 1), alone or with ITC's opinion added.
+        pairs: of `itm_pairs`; those of weight 0 are in no list, and a list without negatives counts for nothing.
+    """
+    own, *negatives = scores.float().split(pairs.sizes)
+    weights = pairs.weight.split(pairs.sizes)[1:]
+    rows = own.shape[0]
+    total = counted = own.new_zeros(())
+    for side, weight in zip(negatives, weights, strict=True):
+        absent = weight.view(rows, -1) == 0
+        negative = side.view(rows, -1).masked_fill(absent, float("-inf"))
+        lists = torch.cat([own[:, None], negative], dim=1)  # (B, 1 + n)
+        total = total - F.log_softmax(lists, dim=1)[:, 0].sum()  # of a list without negatives: 0, without gradient
+        counted = counted + (~absent.all(dim=1)).sum()
+    return total / counted.clamp(min=1)
+
+
+__all__ = [
+    "MatchPairs",
+    "hard_negatives",
+    "itc_loss",
+    "itm_loss",
+    "itm_pairs",
+    "listwise_loss",
+    "positives",
+    "soft_targets",
+]

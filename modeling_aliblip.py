@@ -31,12 +31,12 @@ from transformers.utils import ModelOutput
 
 try:
     from .configuration_aliblip import AliBlipConfig
-    from .losses_aliblip import hard_negatives, itc_loss, itm_loss, itm_pairs, positives, soft_targets
+    from .losses_aliblip import hard_negatives, itc_loss, itm_loss, itm_pairs, listwise_loss, positives, soft_targets
 except ImportError:
     if __package__:  # inside a package (the Hub cache) a failure is real
         raise
     from configuration_aliblip import AliBlipConfig
-    from losses_aliblip import hard_negatives, itc_loss, itm_loss, itm_pairs, positives, soft_targets
+    from losses_aliblip import hard_negatives, itc_loss, itm_loss, itm_pairs, listwise_loss, positives, soft_targets
 
 # (key, value) of one cross-attention layer for N images, each (N, H, P, C); an `ImageKV` holds one pair per text layer.
 ImageKV = tuple[tuple[Tensor, Tensor], ...]
@@ -682,6 +682,8 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
         product_id: Tensor | None = None,
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool = False,
+        itm_negatives: int = 1,
+        itm_listwise: float = 0.0,
     ) -> AliBlipRetrievalOutput:
         """Photos and titles to similarities and, for pairs, match logits.
 
@@ -695,9 +697,11 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
             input_ids, attention_mask: (titles, L).
             product_id: (B,) int64; rows of equal id are positives of each other. None: every row is a product of its
                 own.
-            return_loss: also the in-batch loss, ITC + ITM with one hard negative per side: drawn by similarity in
-                training mode, the most similar one in evaluation mode, where nothing is drawn. It has no momentum
+            return_loss: also the in-batch loss, ITC + ITM with hard negatives on both sides: drawn by similarity in
+                training mode, the most similar ones in evaluation mode, where nothing is drawn. It has no momentum
                 encoders and no queue: for full training use `train.py`.
+            itm_negatives: hard negative images of each title, and titles of each image, in that loss.
+            itm_listwise: weight in it of the listwise matching loss, see `losses_aliblip.listwise_loss`.
 
         Raises:
             ValueError: `return_loss` with unequal numbers of images, titles and product ids.
@@ -717,7 +721,7 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
         itm_logits = loss = None
         if paired:
             own = torch.arange(len(image_embeds), device=device)
-            image_index, text_index, is_match, weight = own, own, None, None
+            image_index, text_index, pairs = own, own, None
             if return_loss:
                 product_id = own if product_id is None else product_id.to(device)
                 if product_id.shape != own.shape:
@@ -729,18 +733,22 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
                 targets = soft_targets(positive)
                 itc = (itc_loss(logits_per_image, targets) + itc_loss(logits_per_image.t(), targets)) / 2
                 # Drawn while training; an evaluation shall give the same loss every time, and takes the hardest.
-                options = {"hardest": not self.training}
-                image_index, text_index, is_match, weight = itm_pairs(
+                options = {"count": itm_negatives, "hardest": not self.training}
+                pairs = itm_pairs(
                     *hard_negatives(logits_per_image.t(), positive, **options),
                     *hard_negatives(logits_per_image, positive, **options),
                 )
+                image_index, text_index = pairs.image_index, pairs.text_index
             text_index = text_index.to(input_ids.device)
             mask = None if attention_mask is None else attention_mask[text_index]
             image_kv = self.project_image_kv(image.last_hidden_state)
             pair_logits = self.match(input_ids[text_index], mask, image_kv, image_index)
             itm_logits = pair_logits[: len(own)]
             if return_loss:
-                loss = itc + itm_loss(pair_logits.to(device), is_match, weight)
+                pair_logits = pair_logits.to(device)
+                loss = itc + itm_loss(pair_logits, pairs.is_match, pairs.weight)
+                if itm_listwise:
+                    loss = loss + itm_listwise * listwise_loss(pair_logits[:, 1], pairs)
         return AliBlipRetrievalOutput(
             loss=loss,
             logits_per_image=logits_per_image,

@@ -78,10 +78,11 @@ def train(setup: Setup, accelerator: AliBlipAccelerator, signals: StopSignals, s
     model = setup.model.to(accelerator.device)
     keep_frozen(model)
     # The momentum state and the loaders are not prepared: DDP would broadcast the queues at every forward.
-    momentum = build_momentum(model, args, accelerator, setup.momentum_start)
+    longest_title = setup.processor.max_length
+    momentum = build_momentum(model, args, accelerator, setup.momentum_start, longest_title)
     compiled = CompiledTowers(model, momentum.encoders) if args.compile else None
     objective, optimizer = accelerator.prepare(
-        build_objective(model, args, setup.processor.max_length), build_optimizer(model, args)
+        build_objective(model, args, longest_title), build_optimizer(model, args)
     )
     set_seed(args.seed + accelerator.process_index)  # dropout and hard negatives differ from rank to rank
     training = Training(model, optimizer, momentum, accelerator.device)

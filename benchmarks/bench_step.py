@@ -249,10 +249,13 @@ def plain_parts(techniques: Techniques) -> Iterator[None]:
         yield
 
 
-def draw_one_by_one(similarity: Tensor, positive: Tensor, *, hardest: bool = False) -> tuple[Tensor, Tensor]:
+def draw_one_by_one(similarity: Tensor, positive: Tensor, count: int, *, hardest: bool) -> tuple[Tensor, Tensor]:
     weights = torch.softmax(similarity.detach(), dim=1).masked_fill(positive, 0.0)
-    drawn = [(row.argmax() if hardest else torch.multinomial(row, 1)).item() for row in weights]
-    return torch.tensor(drawn), torch.ones(len(drawn), dtype=torch.bool)
+    if hardest:
+        drawn = [row.topk(count).indices.tolist() for row in weights]
+    else:
+        drawn = [torch.multinomial(row, count).tolist() for row in weights]
+    return torch.tensor(drawn), torch.ones(len(drawn), count, dtype=torch.bool)
 
 
 @torch.no_grad()

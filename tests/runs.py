@@ -80,10 +80,10 @@ def rows_of(folder: Path) -> dict[tuple[int, int, int], list[int]]:
     return seen
 
 
-def trained_in_process(flags: list[str], folder: Path) -> None:
-    """`train.py` in this process, as a tiny model."""
+def trained_in_process(flags: list[str], folder: Path, common: Sequence[str] = TINY) -> None:
+    """`train.py` in this process, by default as a tiny model from scratch."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *TINY, *map(str, flags), "--output_dir", str(folder)])
+        patch.setattr(sys, "argv", ["train.py", *common, *map(str, flags), "--output_dir", str(folder)])
         patch.setattr(sys, "stdout", sys.stdout)
         patch.setattr(sys, "stderr", sys.stderr)
         try:

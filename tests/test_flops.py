@@ -11,11 +11,11 @@ from aliblip.training.momentum import MomentumState
 from aliblip.training.objective import RetrievalObjective
 
 
-def counted(model, rows: int, length: int, queue: int) -> float:
+def counted(model, rows: int, length: int, queue: int, negatives: int = 1) -> float:
     """Of a sample, by torch."""
     model.set_attn_implementation("eager")  # what a fused kernel does in its backward pass is counted by no formula
     momentum = MomentumState(model, queue_size=queue, embedding_size=16)
-    objective = RetrievalObjective(model).train()
+    objective = RetrievalObjective(model, itm_negatives=negatives).train()
     batch = tiny.batch(rows, length)
     batch["attention_mask"] = torch.ones_like(batch["attention_mask"])  # padding is work that no formula counts
     with FlopCounterMode(display=False) as counter:
@@ -23,10 +23,11 @@ def counted(model, rows: int, length: int, queue: int) -> float:
     return counter.get_total_flops() / rows
 
 
-@pytest.mark.parametrize("rows, length, queue", [(4, 9, 32), (6, 17, 256)])
-def test_training_flops_are_those_that_torch_counts(rows, length, queue):
+@pytest.mark.parametrize("rows, length, queue, negatives", [(4, 9, 32, 1), (6, 17, 256, 1), (6, 17, 32, 3)])
+def test_training_flops_are_those_that_torch_counts(rows, length, queue, negatives):
     model = tiny.model(vision_config={"hidden_size": 64}, text_config={"hidden_size": 48, "intermediate_size": 96})
-    assert counted(model, rows, length, queue) == pytest.approx(training_flops(model.config, length, queue), rel=0.03)
+    told = training_flops(model.config, length, queue, pairs=1 + 2 * negatives)
+    assert counted(model, rows, length, queue, negatives) == pytest.approx(told, rel=0.03)
 
 
 @pytest.mark.parametrize(

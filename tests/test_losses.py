@@ -50,7 +50,7 @@ def test_negatives_are_drawn_by_similarity_and_never_of_the_same_product():
     for _ in range(2000):
         index, exists = hard_negatives(similarity, positive, generator=generator)
         assert exists.all()
-        counts[torch.arange(4), index] += 1
+        counts[torch.arange(4), index[:, 0]] += 1
     assert (counts[positive] == 0).all()
     # Rows 0 and 1 may draw items 2 and 3, whose similarities stand 1 : 3.
     assert (counts[:2, 3] / counts[:2, 2]).tolist() == pytest.approx([3.0, 3.0], rel=0.2)
@@ -69,16 +69,16 @@ def test_rows_of_one_product_have_no_negative_and_are_left_out():
     same = torch.tensor([4, 4, 4])
     index, exists = hard_negatives(torch.randn(3, 3), positives(same, same))
     assert not exists.any() and (index == 0).all()
-    *_, is_match, weight = itm_pairs(index, exists, index, exists)
+    _, _, is_match, weight, _ = itm_pairs(index, exists, index, exists)
     assert weight.tolist() == [1.0] * 3 + [0.0] * 6 and torch.equal(is_match, weight.bool())
     logits = torch.randn(9, 2)
     torch.testing.assert_close(itm_loss(logits, is_match, weight), itm_loss(logits[:3], is_match[:3]))
 
 
 def test_pairs_of_an_itm_step():
-    image_exists, text_exists = torch.tensor([True, True, False]), torch.tensor([True, False, True])
-    pairs = itm_pairs(torch.tensor([1, 0, 1]), image_exists, torch.tensor([2, 0, 0]), text_exists)
-    weight = pairs[-1]
+    image_exists, text_exists = torch.tensor([[True], [True], [False]]), torch.tensor([[True], [False], [True]])
+    pairs = itm_pairs(torch.tensor([[1], [0], [1]]), image_exists, torch.tensor([[2], [0], [0]]), text_exists)
+    weight = pairs.weight
     assert weight.shape == (9,)
     assert list(zip(*(part[weight > 0].tolist() for part in pairs[:3]), strict=True)) == [
         *[(0, 0, True), (1, 1, True), (2, 2, True)],
@@ -101,15 +101,16 @@ def test_pairs_that_are_missing_weigh_nothing():
     assert (logits.grad[weight == 0] == 0).all()
 
 
-def test_the_draw_is_that_of_multinomial():
+@pytest.mark.parametrize("count", [1, 5])
+def test_the_draw_is_that_of_multinomial(count):
     """Bit by bit, and it leaves the generator where multinomial leaves it."""
     similarity, product_id = torch.randn(64, 64) * 5, torch.arange(64) // 3
     positive = positives(product_id, product_id)
     ours, theirs = (torch.Generator().manual_seed(7) for _ in range(2))
     for _ in range(20):
-        index, _ = hard_negatives(similarity, positive, generator=ours)
+        index, _ = hard_negatives(similarity, positive, count, generator=ours)
         probability = similarity.masked_fill(positive, -torch.inf).softmax(1)
-        assert torch.equal(index, torch.multinomial(probability, 1, generator=theirs).squeeze(1))
+        assert torch.equal(index, torch.multinomial(probability, count, generator=theirs))
     assert torch.equal(ours.get_state(), theirs.get_state())
 
 

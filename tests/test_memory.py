@@ -20,11 +20,16 @@ from configuration_aliblip import AliBlipConfig
 ROWS, LENGTH, QUEUE = 8, 12, 50
 
 
-def kept_by_autograd(model, attention: str, dtype) -> int:
+def kept_by_autograd(model, attention: str, dtype, **options) -> int:
     """Bytes of all storages that the backward pass of one batch would read, weights left out."""
     batch = tiny.batch(rows=ROWS, length=LENGTH, image_size=64)
     batch["attention_mask"][:] = 1
-    momentum = MomentumState(model, queue_size=QUEUE, embedding_size=16, autocast_dtype=dtype)
+    title_length = LENGTH if options else 0
+    momentum = MomentumState(
+        model, queue_size=QUEUE, embedding_size=16, autocast_dtype=dtype, title_length=title_length
+    )
+    if options:
+        momentum.queue_lengths.fill_(LENGTH)
     targets = momentum.encode(batch)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, tuple[int, torch.Tensor]] = {}
@@ -37,7 +42,7 @@ def kept_by_autograd(model, attention: str, dtype) -> int:
 
     autocast = torch.autocast("cpu", dtype) if dtype else nullcontext()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
-        RetrievalObjective(model).train()(batch, targets, 0.4)
+        RetrievalObjective(model, longest_title=LENGTH, **options).train()(batch, targets, 0.4)
     return sum(size for size, _ in kept.values())
 
 
@@ -68,6 +73,16 @@ def test_what_is_frozen_keeps_little(dropout, dtype, frozen):
     # Where the heads alone are trained, kilobytes are left, and a view that autocast copies is none.
     assert 0.97 < told / kept_by_autograd(model, "sdpa", dtype) < (1.3 if len(frozen) == 3 else 1.18)
     assert told < activations(model.config, state, replace(work, frozen=()), ROWS)
+
+
+def test_several_negatives_and_titles_of_the_queue_take_memory():
+    model = tiny.model(image_size=64)
+    options = {"itm_negatives": 3, "itm_queue_titles": 4}
+    told = activations(model.config, state_of(model.config, QUEUE), Work(LENGTH, LENGTH, **options), ROWS)
+    kept = kept_by_autograd(model, "sdpa", None, itm_listwise=1.0, **options)
+    assert 0.97 < told / kept < 1.13
+    titles = state_of(model.config, QUEUE, title_length=LENGTH).queues - state_of(model.config, QUEUE).queues
+    assert titles == QUEUE * (LENGTH + 1) * 4
 
 
 def test_the_state_is_that_of_the_modules():

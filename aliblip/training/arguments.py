@@ -157,7 +157,20 @@ class TrainingArguments(TowerArguments, EvaluationTimes, TrackerArguments, Meter
         0.0, "Share of the ITC loss between present features of the batch, 0 to 1; 0: the published objective."
     )
     negatives_from_all_ranks: bool = option(False, "Choose ITM's hard negatives among all processes' batches.")
-    hardest_negatives: bool = option(False, "Take the most similar candidate as hard negative instead of drawing.")
+    hardest_negatives: bool = option(False, "Take the most similar candidates as hard negatives instead of drawing.")
+    itm_negatives: int = option(
+        1, "Hard negative photos of each title in ITM, and hard negative titles of each photo; 1 as the published code."
+    )
+    itm_queue_titles: int = option(0, "Further hard negative titles of each photo, out of the queue.")
+    itm_negative_ceiling: float | None = option(
+        None, "Draw no negative whose cosine similarity (ITC) is above this: it may be the same thing once more."
+    )
+    itm_listwise: float = option(
+        0.0, "Weight of the listwise matching loss beside the pair loss; 0: the published objective."
+    )
+    itm_listwise_itc: bool = option(
+        False, "In the listwise loss, score pairs by match logit + ITC / temperature instead of the match logit alone."
+    )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: slower, less memory.")
     gradient_checkpointing_vision_layers: int | None = option(None, "Only the last so many ViT layers (default: all).")
     gradient_checkpointing_text_layers: int | None = option(None, "Only the last so many BERT layers (default: all).")

@@ -216,8 +216,10 @@ def build_momentum(
     args: TrainingArguments,
     accelerator: AliBlipAccelerator,
     carried: dict[str, Tensor] | None,
+    longest_title: int,
 ) -> MomentumState:
-    """Momentum encoders and queues, on the device; begun anew, or with what came with the model."""
+    """Momentum encoders and queues, on the device; begun anew, or with what came with the model. Titles of
+    `longest_title` tokens at most stay in the queue where the objective draws negatives from it."""
     momentum = MomentumState(
         model,
         queue_size=args.queue_size,
@@ -227,6 +229,7 @@ def build_momentum(
         dropout=args.momentum_dropout,
         autocast_dtype=accelerator.autocast_dtype,
         seed=args.seed,
+        title_length=longest_title if args.itm_queue_titles else 0,
     ).to(accelerator.device)
     if carried is not None:
         momentum.start_from(carried)
@@ -254,6 +257,11 @@ def build_objective(
         model,
         negatives_from_all_ranks=args.negatives_from_all_ranks,
         hardest_negatives=args.hardest_negatives,
+        itm_negatives=args.itm_negatives,
+        itm_queue_titles=args.itm_queue_titles,
+        itm_negative_ceiling=args.itm_negative_ceiling,
+        itm_listwise=args.itm_listwise,
+        itm_listwise_itc=args.itm_listwise_itc,
         in_batch_itc=args.in_batch_itc,
         longest_title=longest_title,
     ).train()

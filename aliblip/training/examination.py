@@ -206,7 +206,8 @@ class _Examination:
 
     @part
     def state(self) -> State:
-        return state_of(self.start.model.config, self.args.queue_size, self.start.model)
+        title_length = self.start.beginning.processor.max_length if self.args.itm_queue_titles else 0
+        return state_of(self.start.model.config, self.args.queue_size, self.start.model, title_length)
 
     @part
     def reading(self) -> _Reading:
@@ -234,6 +235,8 @@ class _Examination:
             checkpointed=tuple(sum(layer.gradient_checkpointing for layer in layers) for layers in towers),
             negatives_from_all_ranks=self.args.negatives_from_all_ranks and launch.processes > 1,
             frozen=self.start.rates,
+            itm_negatives=self.args.itm_negatives,
+            itm_queue_titles=self.args.itm_queue_titles,
         )
 
     def _lengths(self) -> tuple[int, float]:

@@ -7,12 +7,19 @@ from dataclasses import dataclass
 
 from aliblip.retrieval.plan import image_flops, image_kv_flops, match_flops, text_flops, tokens_per_image
 
+__all__ = ["pairs_of_a_row", "training_flops"]
 
-def training_flops(config, title_tokens: float, queue_size: int, frozen: Iterable[str] = ()) -> int:
+
+def pairs_of_a_row(itm_negatives: int, itm_queue_titles: int) -> int:
+    """Pairs of ITM for each row: the own one, negative photos and titles, titles of the queue."""
+    return 1 + 2 * itm_negatives + itm_queue_titles
+
+
+def training_flops(config, title_tokens: float, queue_size: int, frozen: Iterable[str] = (), pairs: int = 3) -> int:
     """Operations of the matrix products that one sample of a step needs, whatever way they are computed.
 
-    Forward: `image + text + image_kv + 3 match + 4 * 2 K E`, with the pairs of ITM (the own one, a negative photo, a
-    negative title) and the similarities of ITC against K queue slots in E dimensions. The backward pass takes twice as
+    Forward: `image + text + image_kv + pairs * match + 4 * 2 K E`, with the pairs of ITM (the own one, negative photos,
+    negative titles) and the similarities of ITC against K queue slots in E dimensions. The backward pass takes twice as
     much for what is trained: once for the gradient of the weights, once for that of what comes in. A frozen part has
     none for its weights, and none at all if nothing below it is trained. The momentum encoders go forward only:
     `image + text`. What is computed a second time (gradient checkpointing) and what pads a batch is work without a use
@@ -23,17 +30,18 @@ def training_flops(config, title_tokens: float, queue_size: int, frozen: Iterabl
         title_tokens: mean length of a title in tokens.
         queue_size: slots of the queue.
         frozen: parts that are not trained, see `aliblip.training.freezing`.
+        pairs: of ITM, of each row.
     """
     length, frozen = round(title_tokens), set(frozen)
     image, text = image_flops(config), text_flops(config, length)
     image_kv, match = image_kv_flops(config), match_flops(config, length)
     similarities = 2 * queue_size * config.image_text_hidden_size
-    forward = 2 * (image + text) + image_kv + 3 * match + 4 * similarities
+    forward = 2 * (image + text) + image_kv + pairs * match + 4 * similarities
     if not frozen:
-        return forward + 2 * (image + text + image_kv + 3 * match + 2 * similarities)
+        return forward + 2 * (image + text + image_kv + pairs * match + 2 * similarities)
     backward = 2 * image * ("vision" not in frozen) + 2 * text * ("text" not in frozen)
     backward += image_kv * (("cross_attention" not in frozen) + ("vision" not in frozen))
-    backward += 3 * sum(_match_layer_backward(config, length, layer, frozen) for layer in range(_depth(config)))
+    backward += pairs * sum(_match_layer_backward(config, length, layer, frozen) for layer in range(_depth(config)))
     if not {"vision", "text", "projections"} <= frozen:
         backward += 4 * similarities
     return forward + backward
@@ -89,6 +97,3 @@ def _match_layer_backward(config, length: int, layer: int, frozen: set[str]) -> 
 
 def _depth(config) -> int:
     return config.text_config.num_hidden_layers
-
-
-__all__ = ["training_flops"]

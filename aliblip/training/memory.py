@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from aliblip.retrieval.plan import tokens_per_image
+from aliblip.training.flops import pairs_of_a_row
 from aliblip.training.momentum import MomentumState
 from modeling_aliblip import AliBlipForImageTextRetrieval
 
@@ -40,7 +41,8 @@ class State:
     cast: int  # elements of weights that a pass in bf16 casts
     largest: int  # elements of the largest parameter
     momentum: int  # bytes of the momentum encoders
-    queues: int  # bytes of both queues
+    slots: int  # of each queue
+    queues: int  # bytes of both queues, with ids and titles
     frozen_cast: int = 0  # of those that a pass in bf16 casts, elements that are frozen
     frozen_text_cast: int = 0  # of these, elements of the BERT
 
@@ -55,17 +57,19 @@ class State:
         return self.model_bytes + moments + self.momentum + self.queues + processes * RANDOM_STATE_BYTES
 
 
-def state_of(config, queue_size: int, model: nn.Module | None = None) -> State:
+def state_of(config, queue_size: int, model: nn.Module | None = None, title_length: int = 0) -> State:
     """The sizes of a model of this configuration and of what is trained around it.
 
     Args:
         config: an `AliBlipConfig`.
         queue_size: slots of the queue.
         model: tells which parameters are trained; default: all.
+        title_length: tokens that the queue keeps of a title; 0: it keeps none.
     """
     with torch.device("meta"):
         empty = AliBlipForImageTextRetrieval(config)
-    momentum = MomentumState(empty, queue_size=1, embedding_size=config.image_text_hidden_size)
+    embedding_size = config.image_text_hidden_size
+    momentum = MomentumState(empty, queue_size=1, embedding_size=embedding_size, title_length=title_length)
     slot = sum(buffer.numel() * buffer.element_size() for buffer in momentum.buffers(recurse=False))
     shapes = [parameter.numel() for parameter in empty.parameters()]
     kinds = (nn.Linear, nn.Conv2d)
@@ -81,6 +85,7 @@ def state_of(config, queue_size: int, model: nn.Module | None = None) -> State:
         cast=sum(matrices.values()),
         largest=max(shapes),
         momentum=sum(parameter.numel() for parameter in momentum.encoders.parameters()) * FP32,
+        slots=queue_size,
         queues=queue_size * slot,
         frozen_cast=sum(frozen.values()),
         frozen_text_cast=sum(size for name, size in frozen.items() if name.startswith("text_encoder.")),
@@ -103,6 +108,7 @@ class Work:
         checkpointed: the last so many layers of the ViT and of the BERT that are computed again.
         negatives_from_all_ranks: of the objective, with several processes.
         frozen: parts that are not trained, see `aliblip.training.freezing`.
+        itm_negatives, itm_queue_titles: of the objective.
     """
 
     longest: int
@@ -116,9 +122,16 @@ class Work:
     checkpointed: tuple[int, int] = (0, 0)
     negatives_from_all_ranks: bool = False
     frozen: tuple[str, ...] = ()
+    itm_negatives: int = 1
+    itm_queue_titles: int = 0
 
     def trains(self, part: str) -> bool:
         return part not in self.frozen
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of ITM for each row."""
+        return pairs_of_a_row(self.itm_negatives, self.itm_queue_titles)
 
     @property
     def element(self) -> int:
@@ -259,7 +272,7 @@ def _titles(config, work: Work) -> float:
 
 
 def _matching(config, work: Work, B: int) -> float:
-    """Of the pairs of ITM: each photo with its own title, each with a wrong one, and each title with a wrong photo."""
+    """Of the pairs of ITM: each photo with its own title, with wrong ones, and each title with wrong photos."""
     text, vision = config.text_config, config.vision_config
     P, D, e = tokens_per_image(config), text.hidden_size, work.element
     L, depth, again = work.matched, text.num_hidden_layers, work.checkpointed[1]
@@ -273,8 +286,8 @@ def _matching(config, work: Work, B: int) -> float:
         kept += _embedding(config, work, L)
     elif again < depth:  # nothing below the first cross-attention has a gradient
         kept -= _titles_in_layer(config, work, L, L)
-    pairs = 3 * B * kept
-    images = (2 if work.negatives_from_all_ranks else 1) * B
+    pairs = work.pairs * B * kept
+    images = _images_to_match(work) * B
     # Its input is the same for all layers; autocast on a GPU makes a copy for each of its keys and values.
     copies = 2 * depth if work.casts and work.on_gpu else (2 if work.negatives_from_all_ranks else 0)
     sources = images * P * vision.hidden_size * e * copies
@@ -283,11 +296,18 @@ def _matching(config, work: Work, B: int) -> float:
     return pairs + sources + gathered + projected
 
 
+def _images_to_match(work: Work) -> int:
+    """Photos that are projected to keys and values, of each row, see `RetrievalObjective`."""
+    if not work.negatives_from_all_ranks:
+        return 1
+    chosen = 1 + work.itm_negatives
+    return min(chosen, work.processes) if work.itm_negatives > 1 else chosen
+
+
 def _contrast(config, B: int, state: State) -> float:
     """Of ITC against the queue: logits over the temperature, their log-softmax and the targets, in both directions; the
     keys, beside the copies of the queues that go with a batch."""
-    slots = state.queues // (2 * FP32 * config.image_text_hidden_size + 9)
-    keys = B + slots
+    keys = B + state.slots
     return 6 * B * keys * FP32 + 4 * keys * config.image_text_hidden_size * FP32
 
 
@@ -350,7 +370,7 @@ def _workspace(config, work: Work, B: int) -> int:
     photos = B * 3 * vision.image_size**2 * FP32 if work.bf16 else 0
     projected = B * 2 * P * text.hidden_size * e * (text.num_hidden_layers - work.checkpointed[1])
     of_vision = B * _vision_layer(config, work)
-    of_pairs = 3 * B / GROUPS * _text_layer(config, work, work.matched, work.matched, with_image=True)
+    of_pairs = work.pairs * B / GROUPS * _text_layer(config, work, work.matched, work.matched, with_image=True)
     backward = max(of_vision * (2 if work.checkpointed[0] else 1), of_pairs * (2 if work.checkpointed[1] else 1))
     return int(photos + projected + backward)
 

@@ -27,6 +27,8 @@ from aliblip.training.step import weights_to_follow
 QUEUES = ("image_queue", "text_queue", "queue_ids", "queue_filled")
 # Photos of the slots; not in the files that come with a model, whose queues know products alone.
 QUEUE_PHOTOS = "queue_photos"
+# Titles of the slots, where the objective draws negatives from them.
+QUEUE_TITLES = ("queue_titles", "queue_lengths")
 UNUSED = ("crossattention", "itm_head")  # the features don't need them
 
 
@@ -42,6 +44,10 @@ class Targets:
     queue_photos: Tensor  # (Q,) int64 photos of the slots, 0: not known
     queue_filled: Tensor  # (Q,) bool, False: the slot holds a random unit vector, a negative for everybody
     queue_pointer: int = 0  # the slot that was to be written next
+    titles: Tensor | None = None  # (B, L) int32 ids of the batch's titles, 0 behind their ends; of a queue with titles
+    lengths: Tensor | None = None  # (B,) int32, their tokens
+    queue_titles: Tensor | None = None  # (Q, L)
+    queue_lengths: Tensor | None = None  # (Q,), 0: not known
 
 
 class MomentumState(nn.Module):
@@ -58,6 +64,7 @@ class MomentumState(nn.Module):
         dropout: keep dropout and drop-path of the copy on, as the published code does; off gives steadier targets.
         autocast_dtype: type in which the encoders run under autocast; None: fp32. The average is fp32 in any case.
         seed: for the random unit vectors of the slots not yet filled; the same on all ranks.
+        title_length: keep the titles of the slots too, each of so many tokens at most; 0: don't.
 
     Raises:
         ValueError: a queue without slots or a momentum outside [0, 1].
@@ -74,6 +81,7 @@ class MomentumState(nn.Module):
         dropout: bool = False,
         autocast_dtype: torch.dtype | None = None,
         seed: int = 0,
+        title_length: int = 0,
     ):
         super().__init__()
         if queue_size < 1:
@@ -97,7 +105,12 @@ class MomentumState(nn.Module):
         self.register_buffer("queue_ids", torch.zeros(queue_size, dtype=torch.int64))
         self.register_buffer(QUEUE_PHOTOS, torch.zeros(queue_size, dtype=torch.int64))
         self.register_buffer("queue_filled", torch.zeros(queue_size, dtype=torch.bool))
-        self.register_load_state_dict_pre_hook(_photos_not_known)
+        self.title_length = title_length
+        if title_length:
+            # Ids of a vocabulary fit into 32 bits: 140 bytes a slot of 35 tokens.
+            self.register_buffer("queue_titles", torch.zeros(queue_size, title_length, dtype=torch.int32))
+            self.register_buffer("queue_lengths", torch.zeros(queue_size, dtype=torch.int32))
+        self.register_load_state_dict_pre_hook(_slots_of_other_runs)
         self.pointer = 0  # the slot that is written next
         self.updates = 0  # updates of the average so far
 
@@ -156,7 +169,21 @@ class MomentumState(nn.Module):
             self.queue_photos.clone(),
             self.queue_filled.clone(),
             self.pointer,
+            **self._titles(batch),
         )
+
+    def _titles(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The titles of the batch and of the slots, where they are kept."""
+        if not self.title_length:
+            return {}
+        mask = batch["attention_mask"]
+        titles = F.pad(batch["input_ids"] * mask, (0, self.title_length - mask.shape[1])).int()
+        return {
+            "titles": titles,
+            "lengths": mask.sum(dim=1, dtype=torch.int32),
+            "queue_titles": self.queue_titles.clone(),
+            "queue_lengths": self.queue_lengths.clone(),
+        }
 
     @torch.no_grad()
     @record_function(MOMENTUM)
@@ -179,6 +206,9 @@ class MomentumState(nn.Module):
         self.text_queue[slots] = text[dropped:]
         self.queue_ids[slots] = product_id[dropped:]
         self.queue_photos[slots] = torch.zeros_like(slots) if photo_id is None else photo_id[dropped:]
+        if self.title_length:
+            titles = all_gather(torch.cat([targets.titles, targets.lengths[:, None]], dim=1))[dropped:]  # (rows, L + 1)
+            self.queue_titles[slots], self.queue_lengths[slots] = titles[:, :-1], titles[:, -1]
         self.queue_filled.index_fill_(0, slots, True)  # an assignment would copy the True to the device, and wait
         self.pointer = (self.pointer + dropped + rows) % self.queue_size
 
@@ -186,7 +216,7 @@ class MomentumState(nn.Module):
     def rewind(self, targets: Targets) -> None:
         """Put the queues back to where they were when `targets` was encoded: a step that is left out enqueues
         nothing, also of the micro-batches that came before the one that broke it."""
-        for name in (*QUEUES, QUEUE_PHOTOS):
+        for name in (*QUEUES, QUEUE_PHOTOS, *(QUEUE_TITLES if self.title_length else ())):
             getattr(self, name).copy_(getattr(targets, name))
         self.pointer = targets.queue_pointer
 
@@ -195,10 +225,17 @@ class MomentumState(nn.Module):
         return self.queue_filled.float().mean()
 
 
-def _photos_not_known(momentum: MomentumState, state: dict, prefix: str, *_) -> None:
-    """Checkpoints of version 0.1 have no photos of their slots."""
-    if f"{prefix}queue_ids" in state:
-        state.setdefault(f"{prefix}{QUEUE_PHOTOS}", torch.zeros_like(state[f"{prefix}queue_ids"]))
+def _slots_of_other_runs(momentum: MomentumState, state: dict, prefix: str, *_) -> None:
+    """Checkpoints of version 0.1 have no photos of their slots, and those of runs that don't draw from the queue no
+    titles: the slots are empty until they are filled anew. Titles that nobody asks for are left out."""
+    if f"{prefix}queue_ids" not in state:
+        return
+    state.setdefault(f"{prefix}{QUEUE_PHOTOS}", torch.zeros_like(state[f"{prefix}queue_ids"]))
+    for name in QUEUE_TITLES:
+        if not momentum.title_length:
+            state.pop(f"{prefix}{name}", None)
+        else:
+            state.setdefault(f"{prefix}{name}", torch.zeros_like(getattr(momentum, name)))
 
 
 __all__ = ["MomentumState", "Targets"]

@@ -1,7 +1,7 @@
 """The training objective: model and losses in one forward, so that DDP's and ZeRO's hooks fire once per step.
 
 Legend: B rows of a batch on one rank, G rows of all ranks, Q queue slots, K = B + Q keys, E width of the shared space,
-P image tokens, L text tokens, D width of the ViT.
+P image tokens, L text tokens, D width of the ViT, n negatives of a row, t of them titles of the queue, M pairs.
 
 Nothing here changes state: the momentum update, the queue and the temperature clamp are named calls of the loop.
 """
@@ -16,12 +16,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aliblip.runtime.distributed import all_gather, all_gather_with_grad
+from aliblip.runtime.distributed import all_gather, all_gather_with_grad, rank
 from aliblip.training.profiling import FORWARD, record_function
-from losses_aliblip import hard_negatives, itc_loss, itm_loss, itm_pairs, positives, soft_targets
+from losses_aliblip import hard_negatives, itc_loss, itm_loss, itm_pairs, listwise_loss, positives, soft_targets
 
 # What a pass over a group of titles costs beside its tokens, in tokens: on a GPU the launches of its kernels.
 TOKENS_PER_PASS = {"cpu": 0, "cuda": 4096}
+
+
+@dataclass
+class Negatives:
+    """The hard negatives of a batch; indices are into the own batch, or into the gathered one."""
+
+    image: Tensor  # (B, n) int64, images that go with each text
+    image_exists: Tensor  # (B, n) bool
+    text: Tensor  # (B, n) int64, texts that go with each image
+    text_exists: Tensor  # (B, n) bool
+    slot: Tensor | None = None  # (B, t) int64, slots of the queue whose titles go with each image
+    slot_exists: Tensor | None = None  # (B, t) bool
+    itc: Tensor | None = None  # (B + B n + B (n + t),) similarity over the temperature of the pairs, in their order
 
 
 @dataclass
@@ -94,7 +107,15 @@ class RetrievalObjective(nn.Module):
         model: has `get_image_features`, `get_text_features`, `project_image_kv`, `match` and the temperature `temp`.
         negatives_from_all_ranks: take ITM's hard negatives from every rank's batch, with gradient, and not only from
             the own one.
-        hardest_negatives: take the most similar candidate instead of drawing by similarity.
+        hardest_negatives: take the most similar candidates instead of drawing by similarity.
+        itm_negatives: how many hard negative images each text has, and how many negative texts each image. Keys and
+            values of an image are computed once, however many pairs it stands in.
+        itm_queue_titles: further negative titles of each image, out of the queue, where `targets` has its titles.
+        itm_negative_ceiling: cosine similarity of photo and title above which nothing is drawn: in a catalogue the most
+            similar "negative" is often the same thing once more. None: no ceiling.
+        itm_listwise: weight of the listwise matching loss beside the pair loss. 0 is the published objective.
+        itm_listwise_itc: the listwise loss scores a pair as re-ranking does, match logit + similarity / temperature, of
+            which only the match logit is trained by it; without, by the match logit alone.
         in_batch_itc: share of the ITC loss, 0 to 1, that contrasts the present features of all ranks' batches with
             each other (CLIP, https://arxiv.org/abs/2103.00020) instead of with momentum features and queue. Momentum
             features lag behind, and no gradient flows into them: from scratch and on small data a share of this loss
@@ -109,6 +130,11 @@ class RetrievalObjective(nn.Module):
         *,
         negatives_from_all_ranks: bool = False,
         hardest_negatives: bool = False,
+        itm_negatives: int = 1,
+        itm_queue_titles: int = 0,
+        itm_negative_ceiling: float | None = None,
+        itm_listwise: float = 0.0,
+        itm_listwise_itc: bool = False,
         in_batch_itc: float = 0.0,
         longest_title: int | None = None,
     ):
@@ -116,6 +142,11 @@ class RetrievalObjective(nn.Module):
         self.model = model
         self.negatives_from_all_ranks = negatives_from_all_ranks
         self.hardest_negatives = hardest_negatives
+        self.itm_negatives = itm_negatives
+        self.itm_queue_titles = itm_queue_titles
+        self.itm_negative_ceiling = itm_negative_ceiling
+        self.itm_listwise = itm_listwise
+        self.itm_listwise_itc = itm_listwise_itc
         self.in_batch_itc = in_batch_itc
         self.longest_title = longest_title
 
@@ -149,8 +180,8 @@ class RetrievalObjective(nn.Module):
             if self.in_batch_itc:
                 in_batch = self._in_batch_itc(image_features, text_features, product_id, temperature)
                 itc = (1.0 - self.in_batch_itc) * itc + self.in_batch_itc * in_batch
-            negatives = self._negatives(product_id, image_features, text_features, temperature)
-        itm, itm_report = self._itm(batch, image.last_hidden_state, *negatives)
+            negatives = self._negatives(product_id, image_features, text_features, temperature, targets, positive)
+        itm, itm_report = self._itm(batch, image.last_hidden_state, negatives, targets)
         report = {
             "temperature": temperature.detach().squeeze(),
             "positives_per_row": positive.sum(dim=1).float().mean(),
@@ -180,56 +211,117 @@ class RetrievalObjective(nn.Module):
         text_to_image = itc_loss(text_features @ image_keys.t() / temperature, targets)
         return (image_to_text + text_to_image) / 2
 
+    # --- the negatives of ITM -----------------------------------------------------------------------------------------
+
     @torch.no_grad()
-    def _negatives(self, product_id, image_features, text_features, temperature) -> tuple[Tensor, ...]:
-        """A hard negative image of each text and whether it has one, and a hard negative text of each image likewise;
-        the indices are into the own batch, or into the gathered one."""
+    def _negatives(self, product_id, image_features, text_features, temperature, targets, positive) -> Negatives:
+        """Draw them.
+
+        Args:
+            positive: (B, K) bool, of ITC: the keys of the own batch, then those of the queue.
+        """
         images, texts, ids = image_features, text_features, product_id
         if self.negatives_from_all_ranks:
             images, texts, ids = all_gather(images), all_gather(texts), all_gather(ids)  # (G, ...)
-        positive = positives(product_id, ids)
-        return (
-            *hard_negatives(text_features @ images.t() / temperature, positive, hardest=self.hardest_negatives),
-            *hard_negatives(image_features @ texts.t() / temperature, positive, hardest=self.hardest_negatives),
+        same = positives(product_id, ids)
+        to_image, to_text = text_features @ images.t(), image_features @ texts.t()  # (B, G)
+        negatives = Negatives(
+            *self._draw(to_image, temperature, same, self.itm_negatives),
+            *self._draw(to_text, temperature, same, self.itm_negatives),
         )
+        drawn = (
+            [to_image.gather(1, negatives.image), to_text.gather(1, negatives.text)] if self.itm_listwise_itc else []
+        )
+        if self.itm_queue_titles:
+            to_slot = image_features @ targets.text_queue.t()  # (B, Q)
+            # A slot not yet filled, or of a checkpoint that has no titles, is nobody's.
+            excluded = positive[:, len(product_id) :] | (targets.queue_lengths == 0)
+            slots = self._draw(to_slot, temperature, excluded, self.itm_queue_titles)
+            negatives.slot, negatives.slot_exists = slots
+            if drawn:
+                drawn[1] = torch.cat([drawn[1], to_slot.gather(1, negatives.slot)], dim=1)
+        if drawn:
+            own = (image_features * text_features).sum(dim=1)
+            negatives.itc = torch.cat([own, *(side.flatten() for side in drawn)]) / temperature
+        return negatives
 
-    def _itm(
-        self, batch, image_tokens, negative_image, image_exists, negative_text, text_exists
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        images, texts, masks = image_tokens, batch["input_ids"], batch["attention_mask"]
+    def _draw(self, similarity, temperature, excluded, count) -> tuple[Tensor, Tensor]:
+        if self.itm_negative_ceiling is not None:
+            excluded = excluded | (similarity > self.itm_negative_ceiling)
+        return hard_negatives(similarity / temperature, excluded, count, hardest=self.hardest_negatives)
+
+    def _images_to_match(self, image_tokens: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+        """The images to project for the pairs, the own B first, and where among them the negative ones (B, n) are."""
+        rows, count = negative.shape
+        gathered = all_gather_with_grad(image_tokens)  # (G, P, D)
+        if count > 1 and len(gathered) <= (1 + count) * rows:
+            first = rank() * rows
+            return gathered.roll(-first, 0), (negative - first) % len(gathered)
+        # Own rows first, then the chosen ones: (1 + n) B images to project instead of the G that were gathered.
+        images = torch.cat([image_tokens, gathered[negative.flatten()]])
+        return images, torch.arange(rows, len(images), device=negative.device).view_as(negative)
+
+    def _titles_to_match(self, batch, negatives: Negatives, targets) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The titles for the pairs with their masks, the own B first; where among them the negative ones (B, n + t)
+        are, and which of these exist."""
+        texts, masks = batch["input_ids"], batch["attention_mask"]
+        negative, exists = negatives.text, negatives.text_exists
         rows, own_length = texts.shape
-        if self.negatives_from_all_ranks:
-            # Own rows first, then the chosen ones: 2 B images to project instead of the G that were gathered.
-            own = torch.arange(rows, device=texts.device)
-            images = torch.cat([images, all_gather_with_grad(image_tokens)[negative_image]])  # (2 B, P, D)
+        if self.negatives_from_all_ranks or self.itm_queue_titles:
             # Ranks pad to their own longest title. Which of them is the longest would have to be waited for.
             padding = (0, self._longest_title(own_length) - own_length)
             texts, masks = F.pad(texts, padding), F.pad(masks, padding)
-            texts = torch.cat([texts, all_gather(texts)[negative_text]])  # (2 B, L)
-            masks = torch.cat([masks, all_gather(masks)[negative_text]])
-            negative_image = negative_text = rows + own
+        if self.negatives_from_all_ranks:
+            chosen = negative.flatten()
+            negative = torch.arange(rows, rows + len(chosen), device=texts.device).view_as(negative)
+            texts = torch.cat([texts, all_gather(texts)[chosen]])  # (B + B n, L)
+            masks = torch.cat([masks, all_gather(masks)[chosen]])
+        if self.itm_queue_titles:
+            slots = negatives.slot.flatten()
+            places = torch.arange(len(texts), len(texts) + len(slots), device=texts.device)
+            negative = torch.cat([negative, places.view_as(negatives.slot)], dim=1)
+            exists = torch.cat([exists, negatives.slot_exists], dim=1)
+            lengths = targets.queue_lengths[slots].clamp(min=1)  # attention to nothing at all is NaN
+            in_title = torch.arange(texts.shape[1], device=texts.device) < lengths[:, None]
+            texts = torch.cat([texts, targets.queue_titles[slots].to(texts.dtype)])
+            masks = torch.cat([masks, in_title.to(masks.dtype)])
+        return texts, masks, negative, exists
 
-        image_index, text_index, is_match, weight = itm_pairs(negative_image, image_exists, negative_text, text_exists)
+    def _itm(self, batch, image_tokens, negatives: Negatives, targets) -> tuple[Tensor, dict[str, Tensor]]:
+        rows, own_length = batch["input_ids"].shape
+        images, negative_image = image_tokens, negatives.image
+        if self.negatives_from_all_ranks:
+            images, negative_image = self._images_to_match(image_tokens, negative_image)
+        texts, masks, negative_text, text_exists = self._titles_to_match(batch, negatives, targets)
+        pairs = itm_pairs(negative_image, negatives.image_exists, negative_text, text_exists)
         image_kv = self.model.project_image_kv(images)  # once per image, though it stands in several pairs
-        masks = masks[text_index]  # (3 B, L)
+        masks = masks[pairs.text_index]  # (M, L)
         if masks.device.type == "cpu":
             longest = masks.sum(dim=1).tolist()  # a look at the host's own memory waits for nothing
         else:
             own_lengths = list(batch.get("title_lengths", [own_length] * rows))
-            longest = [*own_lengths, *own_lengths, *[masks.shape[1]] * rows]  # which texts were drawn is not known here
+            of_images = [length for length in own_lengths for _ in range(negative_image.shape[1])]
+            # Which texts were drawn is not known here.
+            longest = [*own_lengths, *of_images, *[masks.shape[1]] * pairs.sizes[2]]
         tokens_per_pass = TOKENS_PER_PASS.get(masks.device.type, TOKENS_PER_PASS["cuda"])
         logits = match_by_length(
-            self.model, texts[text_index], masks, image_kv, image_index, longest, tokens_per_pass
-        )  # (3 B, 2)
+            self.model, texts[pairs.text_index], masks, image_kv, pairs.image_index, longest, tokens_per_pass
+        )  # (M, 2)
         with torch.no_grad():
-            right = (logits.argmax(dim=1).bool() == is_match).float()
-            negatives = weight[rows:].sum()
+            right = (logits.argmax(dim=1).bool() == pairs.is_match).float()
+            negative = pairs.weight[rows:].sum()  # texts and images that have any
             report = {
                 "itm_accuracy_positive": right[:rows].mean(),
-                "itm_accuracy_negative": (right * weight)[rows:].sum() / negatives,
-                "rows_without_negative": 2 * rows - negatives,
+                "itm_accuracy_negative": (right * pairs.weight)[rows:].sum() / negative,
+                "rows_without_negative": 2 * rows - negative,
             }
-        return itm_loss(logits, is_match, weight), report
+        loss = itm_loss(logits, pairs.is_match, pairs.weight)
+        if self.itm_listwise:
+            scores = logits[:, 1].float()
+            loss = loss + self.itm_listwise * listwise_loss(
+                scores if negatives.itc is None else scores + negatives.itc, pairs
+            )
+        return loss, report
 
     def _longest_title(self, own: int) -> int:
         longest = self.longest_title or self.model.config.text_config.max_position_embeddings
@@ -238,4 +330,4 @@ class RetrievalObjective(nn.Module):
         return longest
 
 
-__all__ = ["ObjectiveOutput", "RetrievalObjective", "length_groups", "match_by_length"]
+__all__ = ["Negatives", "ObjectiveOutput", "RetrievalObjective", "length_groups", "match_by_length"]

@@ -57,7 +57,7 @@ from aliblip.training.checkpoint import (
 from aliblip.training.compiling import CompiledTowers
 from aliblip.training.evaluations import evaluations_of
 from aliblip.training.feed import Feed
-from aliblip.training.flops import training_flops
+from aliblip.training.flops import pairs_of_a_row, training_flops
 from aliblip.training.freezing import frozen_parts
 from aliblip.training.meters import Meters, peak_tflops_of
 from aliblip.training.momentum import Targets
@@ -66,7 +66,7 @@ from aliblip.training.optim import alpha_schedule, long_warmup
 from aliblip.training.profiling import Profiler
 from aliblip.training.progress import Log, RunStatus, SkippedRows
 from aliblip.training.setup import ARGUMENTS, PROFILE, Setup, earlier_outputs, remove
-from aliblip.training.step import Outcome
+from aliblip.training.step import Outcome, fp32_value
 from aliblip.training.tokenizer import TRAINED_TOKENIZER, save_trained_tokenizer, tokenizer_bytes
 from aliblip.training.trackers import continued, named_trackers, new_ones, remember, settings
 
@@ -163,7 +163,8 @@ class Run:
         peak = peak_tflops_of(device, precision, self.args.peak_tflops)
         config, slots = self.training.model.config, self.args.queue_size
         frozen = frozen_parts(self.args.freeze)
-        return Meters(device, lambda tokens: training_flops(config, tokens, slots, frozen), peak)
+        pairs = pairs_of_a_row(self.args.itm_negatives, self.args.itm_queue_titles)
+        return Meters(device, lambda tokens: training_flops(config, tokens, slots, frozen, pairs), peak)
 
     # --- the begin ----------------------------------------------------------------------------------------------------
 
@@ -400,6 +401,7 @@ class Run:
     def _save_checkpoint(self, at: Progress, random: dict[str, Tensor]) -> bool:
         """Write a checkpoint; one that can't be written is told, and the run goes on."""
         with self.log.paused():
+            self._set_fusion_weight()
             self.skipped.write()
             counters = {
                 **dataclasses.asdict(at),
@@ -449,6 +451,7 @@ class Run:
 
     def _keep_and_evaluate(self, epoch: float, of: str, after: str) -> None:
         with self.log.paused():
+            self._set_fusion_weight()
             self.skipped.write()
             # The model first: whatever goes wrong in its evaluation, its weights are there.
             self._problem = self._save("last", None)
@@ -459,6 +462,13 @@ class Run:
             if self._problem is not None:
                 self.log.tell(f"warning: the model of {of} could not be written ({self._problem})")
             self._publish(of)
+
+    def _set_fusion_weight(self) -> None:
+        """Match logits that the listwise loss has trained are on the scale of ITC's logits, similarity / temperature:
+        by their sum such a model orders what it finds. Others keep the weight of their configuration."""
+        if self.args.itm_listwise:
+            model = self.training.model
+            model.config.fusion_weight = round(1.0 / fp32_value(model.temp).item(), 4)
 
     def _evaluate(self, epoch: float, after: str) -> dict:
         source = self.setup.validation_loader.source
