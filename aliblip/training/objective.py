@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aliblip.runtime.distributed import all_gather, all_gather_with_grad
+from aliblip.runtime.distributed import ChosenRows, all_gather, all_gather_with_grad
 from losses_aliblip import hard_negatives, itc_loss, itm_loss, itm_pairs, positives, soft_targets
 
 # What a pass over a group of titles costs beside its tokens, in tokens: on a GPU the launches of its kernels.
@@ -92,7 +92,8 @@ class RetrievalObjective(nn.Module):
     Args:
         model: has `get_image_features`, `get_text_features`, `project_image_kv`, `match` and the temperature `temp`.
         negatives_from_all_ranks: take ITM's hard negatives from every rank's batch, with gradient, and not only from
-            the own one.
+            the own one. Features and titles of all ranks are gathered, but only the tokens of the photos that were
+            chosen travel, see `aliblip.training.traffic`.
         hardest_negatives: take the most similar candidate instead of drawing by similarity.
         in_batch_itc: share of the ITC loss, 0 to 1, that contrasts the present features of all ranks' batches with
             each other (CLIP, https://arxiv.org/abs/2103.00020) instead of with momentum features and queue. Momentum
@@ -143,12 +144,14 @@ class RetrievalObjective(nn.Module):
         full_precision = torch.autocast(image_features.device.type, enabled=False)
 
         with full_precision:
+            negatives = self._negatives(product_id, image_features, text_features, temperature)
+            # First of all: what has to be known of the choice is on its way while the device does the rest.
+            chosen = ChosenRows(negatives[0], len(product_id)) if self.negatives_from_all_ranks else None
             itc, positive = self._itc(image_features, text_features, product_id, targets, temperature, alpha)
             if self.in_batch_itc:
                 in_batch = self._in_batch_itc(image_features, text_features, product_id, temperature)
                 itc = (1.0 - self.in_batch_itc) * itc + self.in_batch_itc * in_batch
-            negatives = self._negatives(product_id, image_features, text_features, temperature)
-        itm, itm_report = self._itm(batch, image.last_hidden_state, *negatives)
+        itm, itm_report = self._itm(batch, image.last_hidden_state, *negatives, chosen)
         report = {
             "temperature": temperature.detach().squeeze(),
             "positives_per_row": positive.sum(dim=1).float().mean(),
@@ -191,21 +194,34 @@ class RetrievalObjective(nn.Module):
             *hard_negatives(image_features @ texts.t() / temperature, positive, hardest=self.hardest_negatives),
         )
 
+    def _from_all_ranks(self, chosen: ChosenRows, images, texts, masks, negative_text) -> tuple[Tensor, ...]:
+        """Images and titles of which the second half are the negatives: the own rows come first, then the chosen ones.
+        2 B images to project instead of the G of all ranks.
+
+        Returns:
+            images (2 B, P, D); texts and masks (2 B, L), padded to the longest title that any rank may have, as which
+            of them is the longest would have to be waited for.
+        """
+        padding = (0, self._longest_title(texts.shape[1]) - texts.shape[1])
+        texts, masks = F.pad(texts, padding), F.pad(masks, padding)
+        # As numbers of 4 bytes, and their count in place of the mask.
+        gathered = all_gather(torch.cat([texts, masks.sum(dim=1, keepdim=True)], dim=1).int())  # (G, L + 1)
+        drawn, lengths = gathered[negative_text].long().split([texts.shape[1], 1], dim=1)
+        drawn_mask = torch.arange(texts.shape[1], device=texts.device) < lengths
+        return (
+            torch.cat([images, chosen.fetch(images)]),
+            torch.cat([texts, drawn]),
+            torch.cat([masks, drawn_mask.to(masks.dtype)]),
+        )
+
     def _itm(
-        self, batch, image_tokens, negative_image, image_exists, negative_text, text_exists
+        self, batch, image_tokens, negative_image, image_exists, negative_text, text_exists, chosen: ChosenRows | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         images, texts, masks = image_tokens, batch["input_ids"], batch["attention_mask"]
         rows, own_length = texts.shape
-        if self.negatives_from_all_ranks:
-            # Own rows first, then the chosen ones: 2 B images to project instead of the G that were gathered.
-            own = torch.arange(rows, device=texts.device)
-            images = torch.cat([images, all_gather_with_grad(image_tokens)[negative_image]])  # (2 B, P, D)
-            # Ranks pad to their own longest title. Which of them is the longest would have to be waited for.
-            padding = (0, self._longest_title(own_length) - own_length)
-            texts, masks = F.pad(texts, padding), F.pad(masks, padding)
-            texts = torch.cat([texts, all_gather(texts)[negative_text]])  # (2 B, L)
-            masks = torch.cat([masks, all_gather(masks)[negative_text]])
-            negative_image = negative_text = rows + own
+        if chosen is not None:
+            images, texts, masks = self._from_all_ranks(chosen, images, texts, masks, negative_text)
+            negative_image = negative_text = rows + torch.arange(rows, device=texts.device)
 
         image_index, text_index, is_match, weight = itm_pairs(negative_image, image_exists, negative_text, text_exists)
         image_kv = self.model.project_image_kv(images)  # once per image, though it stands in several pairs
