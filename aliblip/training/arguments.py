@@ -99,9 +99,7 @@ class TrainingArguments:
     in_batch_itc: float = option(
         0.0, "Share of the ITC loss between present features of the batch, 0 to 1; 0: the published objective."
     )
-    negatives_from_all_ranks: bool = option(
-        False, "Choose ITM's hard negatives among all processes' batches; chosen photos' tokens travel."
-    )
+    negatives_from_all_ranks: bool = option(False, "Choose ITM's hard negatives among all processes' batches.")
     hardest_negatives: bool = option(False, "Take the most similar candidate as hard negative instead of drawing.")
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: slower, less memory.")
     gradient_checkpointing_vision_layers: int | None = option(None, "Only the last so many ViT layers (default: all).")

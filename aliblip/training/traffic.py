@@ -15,7 +15,7 @@ What a rank receives, forward and backward together:
                                        most, as some choose their own. A rank whose photos many choose has more to do
 
 The tokens, which are nearly all of it until the ranks are hundreds, do not grow with W. With all photos gathered they
-would: (W - 1) B P D e forward, and the sum over ranks of all gradients backward, which a ring does at 2 (W - 1) B P D e,
+would: (W - 1) B P D e forward, and the sum over ranks of all gradients backward, which takes a ring 2 (W - 1) B P D e;
 3 (W - 1) B P D e in all.
 """
 
