@@ -170,7 +170,8 @@ def test_hub_classes_are_registered():
                 owner = ast.unparse(node.func.value)
                 assert not (node.func.attr == "register" and owner.startswith("Auto")), "in aliblip/__init__.py"
     registered = [line for line in (ROOT / "aliblip/__init__.py").read_text().splitlines() if ".register(" in line]
-    assert [line.split(".")[0] for line in registered] == ["AutoConfig", "AutoModel", "AutoProcessor"]
+    classes = ["AutoConfig", "AutoModel", "AutoModelForZeroShotImageClassification", "AutoProcessor"]
+    assert [line.split(".")[0] for line in registered] == classes
 
 
 def test_the_pipeline_of_the_configuration_exists():

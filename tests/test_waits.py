@@ -28,7 +28,9 @@ from aliblip.training.setup import meet, set_up
 STEPS = 5  # of which the first warms up, and the last writes a log line
 # Waits in an optimizer step, in one with a log line, and operators of a step; of TINY, whose towers have two layers.
 ONE_RANK = {"waits": 1, "waits with a log line": 2, "operators": 1001}
-SEVERAL_RANKS = {"waits": 1, "waits with a log line": 3, "operators": 1104}
+SEVERAL_RANKS = {"waits": 1, "waits with a log line": 3, "operators": 1077}
+# How many of its photos' tokens each rank sends to which other, which the host has to know.
+NEGATIVES_FROM_ALL = {"waits": 2, "waits with a log line": 4, "operators": 1129}
 TWO_BATCHES = {"waits": 1, "waits with a log line": 2, "operators": 2070}
 
 
@@ -100,8 +102,15 @@ def test_waits_and_operators_of_a_step_of_two_batches(flags, tmp_path, monkeypat
 def test_waits_and_operators_of_a_step_with_several_ranks(
     flags, tmp_path, monkeypatch, accelerate_as_before, group_of_one
 ):
-    flags = [*flags, "--negatives_from_all_ranks", "true", "--in_batch_itc", 0.5]
+    flags = [*flags, "--in_batch_itc", 0.5]
     check(walk(flags, tmp_path, monkeypatch), SEVERAL_RANKS)
+
+
+def test_waits_and_operators_of_a_step_with_negatives_from_all_ranks(
+    flags, tmp_path, monkeypatch, accelerate_as_before, group_of_one
+):
+    flags = [*flags, "--negatives_from_all_ranks", "true", "--in_batch_itc", 0.5]
+    check(walk(flags, tmp_path, monkeypatch), NEGATIVES_FROM_ALL)
 
 
 def waits_of(act) -> int:

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from aliblip.runtime.arrival import Arrival
 
 __all__ = [
+    "ChosenRows",
     "all_gather",
     "all_gather_objects",
     "all_gather_with_grad",
@@ -132,6 +133,76 @@ def all_gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
     if not _is_active():
         return tensor
     return _GatherWithGrad.apply(tensor)
+
+
+class _Exchange(torch.autograd.Function):
+    """Rows to the ranks that asked for them; in the backward their gradients on the way back."""
+
+    @staticmethod
+    def forward(ctx, rows, sent, received):
+        ctx.sent, ctx.received = sent, received
+        return _exchange(rows, sent, received)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _exchange(grad, ctx.received, ctx.sent), None, None
+
+
+def _exchange(rows: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+    """Send the first so many rows to rank 0, the next to rank 1, and so on; what they sent, in rank order."""
+    arrived = rows.new_empty((sum(received), *rows.shape[1:]))
+    dist.all_to_all_single(arrived, rows.detach().contiguous(), received, sent)
+    return arrived
+
+
+class ChosenRows:
+    """Rows of all ranks' tensors that each rank has chosen for itself: these alone travel, from the rank that owns them
+    to the one that wants them, and their gradients back.
+
+        chosen = ChosenRows(choice, rows)
+        ...what else there is for the device to do...
+        tokens = chosen.fetch(tokens)
+
+    Equal to `all_gather_with_grad(tensor)[choice]`, at no more than N rows to receive however many ranks there are.
+    How many rows go where is known on the device alone at first. The host has to know it before they can be sent: its
+    copy begins at once, and `fetch` waits for it, and for nothing that the device was given since.
+
+    Making it is a collective, and so is each `fetch`, forward and backward.
+
+    Args:
+        choice: (N,) int64, as many on every rank: numbers of rows as `all_gather` would lay them out, so row r of
+            rank k is `k * rows + r`. The same one may be chosen several times.
+        rows: rows of one rank, the same number on every rank.
+    """
+
+    def __init__(self, choice: torch.Tensor, rows: int):
+        self._choice, self._known = choice, None
+        if not _is_active():
+            return
+        owner, ranks = choice // rows, torch.arange(world_size(), device=choice.device)
+        self._places = owner.argsort(stable=True).argsort()  # where each row is among those that arrive
+        everybody = all_gather(choice)  # (W * N,)
+        is_own = everybody // rows == rank()
+        order = is_own.logical_not().to(torch.uint8).argsort(stable=True)  # what is sent comes first, in rank order
+        self._rows = (everybody % rows)[order]
+        received = (owner[None, :] == ranks[:, None]).sum(dim=1)  # (W,)
+        self._counts = Arrival(torch.cat([is_own.view(len(ranks), -1).sum(dim=1), received]))
+
+    def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The chosen rows, with gradient.
+
+        Args:
+            tensor: `(rows, ...)`, the same shape and dtype on every rank.
+
+        Returns:
+            `(N, ...)`.
+        """
+        if not _is_active():
+            return tensor[self._choice]
+        self._known = self._known or self._counts.read()
+        sent, received = self._known[: world_size()], self._known[world_size() :]
+        return _Exchange.apply(tensor[self._rows[: sum(sent)]], sent, received)[self._places]
 
 
 def all_gather_objects(obj: Any) -> list[Any]:

@@ -291,9 +291,8 @@ def _matching(config, work: Work, B: int) -> float:
     # Its input is the same for all layers; autocast on a GPU makes a copy for each of its keys and values.
     copies = 2 * depth if work.casts and work.on_gpu else (2 if work.negatives_from_all_ranks else 0)
     sources = images * P * vision.hidden_size * e * copies
-    gathered = work.processes * B * P * vision.hidden_size * e if work.negatives_from_all_ranks else 0
     projected = images * 2 * P * D * e * again  # keys and values of the photos: layers that are done once keep copies
-    return pairs + sources + gathered + projected
+    return pairs + sources + projected
 
 
 def _images_to_match(work: Work) -> int:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aliblip.runtime.distributed import all_gather, all_gather_with_grad, rank
+from aliblip.runtime.distributed import ChosenRows, all_gather, all_gather_with_grad, rank, world_size
 from aliblip.training.profiling import FORWARD, record_function
 from losses_aliblip import hard_negatives, itc_loss, itm_loss, itm_pairs, listwise_loss, positives, soft_targets
 
@@ -106,7 +106,8 @@ class RetrievalObjective(nn.Module):
     Args:
         model: has `get_image_features`, `get_text_features`, `project_image_kv`, `match` and the temperature `temp`.
         negatives_from_all_ranks: take ITM's hard negatives from every rank's batch, with gradient, and not only from
-            the own one.
+            the own one. Features and titles of all ranks are gathered; of the photos' tokens only those that were
+            chosen travel, where that is less, see `aliblip.training.traffic`.
         hardest_negatives: take the most similar candidates instead of drawing by similarity.
         itm_negatives: how many hard negative images each text has, and how many negative texts each image. Keys and
             values of an image are computed once, however many pairs it stands in.
@@ -176,12 +177,15 @@ class RetrievalObjective(nn.Module):
         full_precision = torch.autocast(image_features.device.type, enabled=False)
 
         with full_precision:
-            itc, positive = self._itc(image_features, text_features, product_id, targets, temperature, alpha)
+            positive = self._positives(product_id, targets)
+            negatives = self._negatives(product_id, image_features, text_features, temperature, targets, positive)
+            # First of all: what has to be known of the choice is on its way while the device does the rest.
+            chosen = ChosenRows(negatives.image.flatten(), len(product_id)) if self._fetches_images() else None
+            itc = self._itc(image_features, text_features, positive, targets, temperature, alpha)
             if self.in_batch_itc:
                 in_batch = self._in_batch_itc(image_features, text_features, product_id, temperature)
                 itc = (1.0 - self.in_batch_itc) * itc + self.in_batch_itc * in_batch
-            negatives = self._negatives(product_id, image_features, text_features, temperature, targets, positive)
-        itm, itm_report = self._itm(batch, image.last_hidden_state, negatives, targets)
+        itm, itm_report = self._itm(batch, image.last_hidden_state, negatives, chosen, targets)
         report = {
             "temperature": temperature.detach().squeeze(),
             "positives_per_row": positive.sum(dim=1).float().mean(),
@@ -189,20 +193,23 @@ class RetrievalObjective(nn.Module):
         }
         return ObjectiveOutput(itc + itm, {"itc": itc.detach(), "itm": itm.detach()}, report)
 
-    def _itc(self, image_features, text_features, product_id, targets, temperature, alpha) -> tuple[Tensor, Tensor]:
-        image_keys = torch.cat([targets.image, targets.image_queue])  # (K, E)
-        text_keys = torch.cat([targets.text, targets.text_queue])
+    def _positives(self, product_id, targets) -> Tensor:
+        """(B, K) bool: which keys of ITC, those of the own batch and then those of the queue, are of each row's own."""
         filled = torch.cat([targets.queue_filled.new_ones(len(product_id)), targets.queue_filled])  # (K,)
         queue_ids = targets.queue_ids
         if product_id.dim() == 2:
             queue_ids = torch.stack([queue_ids, targets.queue_photos], dim=1)
-        positive = positives(product_id, torch.cat([product_id, queue_ids]), filled)  # (B, K)
+        return positives(product_id, torch.cat([product_id, queue_ids]), filled)
+
+    def _itc(self, image_features, text_features, positive, targets, temperature, alpha) -> Tensor:
+        image_keys = torch.cat([targets.image, targets.image_queue])  # (K, E)
+        text_keys = torch.cat([targets.text, targets.text_queue])
         with torch.no_grad():
             to_text = soft_targets(positive, targets.image @ text_keys.t() / temperature, alpha)  # (B, K)
             to_image = soft_targets(positive, targets.text @ image_keys.t() / temperature, alpha)
         image_to_text = itc_loss(image_features @ text_keys.t() / temperature, to_text)
         text_to_image = itc_loss(text_features @ image_keys.t() / temperature, to_image)
-        return (image_to_text + text_to_image) / 2, positive
+        return (image_to_text + text_to_image) / 2
 
     def _in_batch_itc(self, image_features, text_features, product_id, temperature) -> Tensor:
         image_keys, text_keys = all_gather_with_grad(image_features), all_gather_with_grad(text_features)  # (G, E)
@@ -218,7 +225,7 @@ class RetrievalObjective(nn.Module):
         """Draw them.
 
         Args:
-            positive: (B, K) bool, of ITC: the keys of the own batch, then those of the queue.
+            positive: of `_positives`.
         """
         images, texts, ids = image_features, text_features, product_id
         if self.negatives_from_all_ranks:
@@ -250,16 +257,21 @@ class RetrievalObjective(nn.Module):
             excluded = excluded | (similarity > self.itm_negative_ceiling)
         return hard_negatives(similarity / temperature, excluded, count, hardest=self.hardest_negatives)
 
-    def _images_to_match(self, image_tokens: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+    def _fetches_images(self) -> bool:
+        """Whether the chosen images' tokens travel. Otherwise each rank takes those of its own, or, where it would
+        fetch at least as many as there are, all."""
+        return self.negatives_from_all_ranks and (self.itm_negatives == 1 or world_size() > 1 + self.itm_negatives)
+
+    def _images_to_match(self, image_tokens: Tensor, negative: Tensor, chosen: ChosenRows | None) -> tuple[Tensor, ...]:
         """The images to project for the pairs, the own B first, and where among them the negative ones (B, n) are."""
-        rows, count = negative.shape
-        gathered = all_gather_with_grad(image_tokens)  # (G, P, D)
-        if count > 1 and len(gathered) <= (1 + count) * rows:
-            first = rank() * rows
-            return gathered.roll(-first, 0), (negative - first) % len(gathered)
-        # Own rows first, then the chosen ones: (1 + n) B images to project instead of the G that were gathered.
-        images = torch.cat([image_tokens, gathered[negative.flatten()]])
-        return images, torch.arange(rows, len(images), device=negative.device).view_as(negative)
+        rows = len(negative)
+        if chosen is not None:
+            images = torch.cat([image_tokens, chosen.fetch(image_tokens)])  # (1 + n) B of the G of all ranks
+            return images, torch.arange(rows, len(images), device=negative.device).view_as(negative)
+        if self.negatives_from_all_ranks:
+            first, images = rank() * rows, all_gather_with_grad(image_tokens)
+            return images.roll(-first, 0), (negative - first) % len(images)
+        return image_tokens, negative
 
     def _titles_to_match(self, batch, negatives: Negatives, targets) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The titles for the pairs with their masks, the own B first; where among them the negative ones (B, n + t)
@@ -272,10 +284,13 @@ class RetrievalObjective(nn.Module):
             padding = (0, self._longest_title(own_length) - own_length)
             texts, masks = F.pad(texts, padding), F.pad(masks, padding)
         if self.negatives_from_all_ranks:
-            chosen = negative.flatten()
-            negative = torch.arange(rows, rows + len(chosen), device=texts.device).view_as(negative)
-            texts = torch.cat([texts, all_gather(texts)[chosen]])  # (B + B n, L)
-            masks = torch.cat([masks, all_gather(masks)[chosen]])
+            # As numbers of 4 bytes, and their count in place of the mask.
+            gathered = all_gather(torch.cat([texts, masks.sum(dim=1, keepdim=True)], dim=1).int())  # (G, L + 1)
+            drawn, lengths = gathered[negative.flatten()].to(texts.dtype).split([texts.shape[1], 1], dim=1)
+            negative = torch.arange(rows, rows + len(drawn), device=texts.device).view_as(negative)
+            in_title = torch.arange(texts.shape[1], device=texts.device) < lengths
+            texts = torch.cat([texts, drawn])  # (B + B n, L)
+            masks = torch.cat([masks, in_title.to(masks.dtype)])
         if self.itm_queue_titles:
             slots = negatives.slot.flatten()
             places = torch.arange(len(texts), len(texts) + len(slots), device=texts.device)
@@ -287,11 +302,11 @@ class RetrievalObjective(nn.Module):
             masks = torch.cat([masks, in_title.to(masks.dtype)])
         return texts, masks, negative, exists
 
-    def _itm(self, batch, image_tokens, negatives: Negatives, targets) -> tuple[Tensor, dict[str, Tensor]]:
+    def _itm(
+        self, batch, image_tokens, negatives: Negatives, chosen: ChosenRows | None, targets
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         rows, own_length = batch["input_ids"].shape
-        images, negative_image = image_tokens, negatives.image
-        if self.negatives_from_all_ranks:
-            images, negative_image = self._images_to_match(image_tokens, negative_image)
+        images, negative_image = self._images_to_match(image_tokens, negatives.image, chosen)
         texts, masks, negative_text, text_exists = self._titles_to_match(batch, negatives, targets)
         pairs = itm_pairs(negative_image, negatives.image_exists, negative_text, text_exists)
         image_kv = self.model.project_image_kv(images)  # once per image, though it stands in several pairs
