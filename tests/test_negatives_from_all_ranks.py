@@ -62,14 +62,18 @@ def test_without_a_process_group_rows_are_chosen_from_the_own_ones():
 class GatherEverything(RetrievalObjective):
     """The slow obvious version: everything of all ranks, and then the chosen rows of it."""
 
-    def _from_all_ranks(self, chosen, images, texts, masks, negative_text):
+    def _images_to_match(self, image_tokens, negative, chosen):
+        rows = len(image_tokens)
+        images = torch.cat([image_tokens, all_gather_with_grad(image_tokens)[negative.flatten()]])
+        return images, torch.arange(rows, len(images)).view_as(negative)
+
+    def _titles_to_match(self, batch, negatives, targets):
+        texts, masks, drawn = batch["input_ids"], batch["attention_mask"], negatives.text.flatten()
         padding = (0, self._longest_title(texts.shape[1]) - texts.shape[1])
         texts, masks = torch.nn.functional.pad(texts, padding), torch.nn.functional.pad(masks, padding)
-        return (
-            torch.cat([images, all_gather_with_grad(images)[chosen._choice]]),
-            torch.cat([texts, all_gather(texts)[negative_text]]),
-            torch.cat([masks, all_gather(masks)[negative_text]]),
-        )
+        negative = torch.arange(len(texts), len(texts) + len(drawn)).view_as(negatives.text)
+        texts, masks = torch.cat([texts, all_gather(texts)[drawn]]), torch.cat([masks, all_gather(masks)[drawn]])
+        return texts, masks, negative, negatives.text_exists
 
 
 class Counted:
@@ -102,13 +106,14 @@ class Counted:
         return counting
 
 
-def steps_of_both_ways() -> list[tuple]:
+def steps_of_both_ways(itm_negatives: int) -> list[tuple]:
     results = []
     for kind in (RetrievalObjective, GatherEverything):
         torch.manual_seed(0)
         model = tiny.model()
         momentum = MomentumState(model, queue_size=12, embedding_size=16)
-        objective = kind(model, negatives_from_all_ranks=True, longest_title=LENGTH)
+        options = {"itm_negatives": itm_negatives, "itm_listwise": 0.5, "longest_title": LENGTH}
+        objective = kind(model, negatives_from_all_ranks=True, **options)
         wrapped = DistributedDataParallel(objective, broadcast_buffers=False)
         longest = LENGTH if rank() == 0 else LENGTH - 2  # ranks pad differently
         batch = tiny.batch(ROWS, length=longest, seed=rank())
@@ -124,10 +129,11 @@ def steps_of_both_ways() -> list[tuple]:
     return results
 
 
-def test_only_chosen_photos_travel_and_loss_and_gradients_are_those_of_gathering_everything():
-    ranks = spawn(steps_of_both_ways, 3)
+@pytest.mark.parametrize("itm_negatives", [1, 3])
+def test_only_chosen_photos_travel_and_loss_and_gradients_are_those_of_gathering_everything(itm_negatives):
+    ranks = spawn(steps_of_both_ways, 3, itm_negatives)
     config = tiny.config()
-    told = negatives_traffic(config, 3, ROWS, LENGTH, element=4)
+    told = negatives_traffic(config, 3, ROWS, LENGTH, element=4, itm_negatives=itm_negatives)
     photo = 17 * 32 * 4  # tokens, width, bytes
     travelled = 0
     for (loss, report, gradients, moved), (expected, expected_report, expected_gradients, all_moved) in ranks:
@@ -136,14 +142,17 @@ def test_only_chosen_photos_travel_and_loss_and_gradients_are_those_of_gathering
             torch.testing.assert_close(value, expected_report[name], rtol=1e-6, atol=1e-6, msg=name)
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-6, msg=name)
-        assert moved["all_gather"] == told.features + told.titles + told.choices
-        assert moved["all_reduce"] == 0
-        assert moved["all_to_all_single"] % photo == 0
-        travelled += moved["all_to_all_single"]
         titles = 2 * (3 - 1) * ROWS * LENGTH * 8
         all_photos = all_moved["all_gather"] + all_moved["all_reduce"] - told.features - told.choices - titles
         assert all_photos == told.gathering_everything
-    assert 0 < travelled <= 3 * told.tokens
+        if itm_negatives == 1:
+            assert moved["all_gather"] == told.features + told.titles + told.choices
+            assert moved["all_reduce"] == 0
+            assert moved["all_to_all_single"] % photo == 0
+            travelled += moved["all_to_all_single"]
+        else:  # of three ranks' photos each would fetch as many as there are
+            assert moved["all_to_all_single"] == 0 and sum(moved.values()) == told.total
+    assert travelled <= 3 * told.tokens and (travelled > 0) == (itm_negatives == 1)
 
 
 def test_bytes_of_the_tokens_do_not_grow_with_the_ranks():
