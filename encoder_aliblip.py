@@ -23,13 +23,13 @@ from transformers.utils import cached_file
 
 try:
     from .modeling_aliblip import weights_not_finite
-    from .reading_aliblip import clean_title, read_photo
+    from .reading_aliblip import clean_title, decoded_photo
     from .retrieval_aliblip import embed_images, embed_texts
 except ImportError:
     if __package__:  # inside a package (the Hub cache) a failure is real
         raise
     from modeling_aliblip import weights_not_finite
-    from reading_aliblip import clean_title, read_photo
+    from reading_aliblip import clean_title, decoded_photo
     from retrieval_aliblip import embed_images, embed_texts
 
 try:
@@ -75,7 +75,8 @@ class Encoder:
 
     def pixels(self, photo: Any) -> Tensor:
         """Whatever `read_photo` takes to (3, H, H)."""
-        return self.processor(images=[read_photo(photo)], return_tensors="pt")["pixel_values"][0]
+        with decoded_photo(photo) as image:
+            return self.processor(images=[image], return_tensors="pt")["pixel_values"][0]
 
     def tokenize(self, titles: Sequence[str]) -> tuple[Tensor, Tensor]:
         """`input_ids` and `attention_mask` (N, L)."""

@@ -14,6 +14,7 @@ import functools
 import io
 import os
 import stat
+import threading
 import unicodedata
 import urllib.request
 import warnings
@@ -37,6 +38,12 @@ except ImportError:
 # whole process, since `catch_warnings` in several threads can leave a process without any warnings.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
+# Pillow keeps pictures in blocks of 16 MB, which the heap of a thread keeps for itself once they are free: a gigabyte
+# for each of a server's threads. Larger ones go back to the system.
+if Image is not None and "PILLOW_BLOCK_SIZE" not in os.environ:
+    with contextlib.suppress(AttributeError):
+        Image.core.set_block_size(64 * 2**20)
+
 # Pillow warns above this size and refuses only above twice as much; a product photo of 90 megapixels is an attack or a
 # mistake.
 MAX_PIXELS = 89_478_485
@@ -52,6 +59,31 @@ HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 EXIF_ORIENTATION = 0x0112
 # After so long without an answer a photo's address counts as unreachable.
 TIMEOUT_SECONDS = 60
+
+
+class _Room:
+    """Pixels that the threads of a process hold decoded together, `MAX_PIXELS` at most: who finds no room waits."""
+
+    def __init__(self):
+        self._free, self._changed, self._turn = MAX_PIXELS, threading.Condition(), threading.Lock()
+
+    @contextlib.contextmanager
+    def of(self, size: tuple[int, int]) -> Iterator[None]:
+        pixels = min(size[0] * size[1], MAX_PIXELS)
+        with self._turn, self._changed:  # in turn: a large photo would wait for ever among many small ones
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+_room = _Room()
+if hasattr(os, "register_at_fork"):  # what another thread held is nobody's in the child
+    os.register_at_fork(after_in_child=_room.__init__)
 
 
 class UnusableItem(ValueError):
@@ -124,6 +156,19 @@ def read_photo(
         UnusableItem: with a plain reason; no other exception leaves this function, whatever the bytes are.
         ImportError: Pillow is not installed.
     """
+    with decoded_photo(value, fetch, suffices, told) as image:
+        return image
+
+
+@contextlib.contextmanager
+def decoded_photo(value: Any, *options: Any) -> Iterator[Image.Image]:
+    """As `read_photo`, for the time that the picture is in use: threads together hold at most `MAX_PIXELS`, and those
+    of large photos wait for each other. Inside none may ask for another one."""
+    with contextlib.ExitStack() as held:
+        yield _decode(held, value, *options)
+
+
+def _decode(held: contextlib.ExitStack, value: Any, fetch=fetch, suffices=None, told=None) -> Image.Image:
     if Image is None:
         raise ImportError("photos are read with Pillow: pip install pillow")
     if isinstance(value, dict) and set(value) <= {"bytes", "path"}:
@@ -132,6 +177,7 @@ def read_photo(
         raise UnusableItem("the image is null")
     try:
         if isinstance(value, Image.Image):
+            held.enter_context(_room.of(value.size))
             image = _to_rgb(value)
             if told is not None:
                 told(f"{image.size} ".encode() + image.tobytes())
@@ -143,6 +189,7 @@ def read_photo(
             _refuse_hidden_bombs(image, data)
             if suffices is not None and image.format == "JPEG":
                 _decode_smaller(image, suffices)
+            held.enter_context(_room.of(image.size))
             return _to_rgb(image)
     except UnusableItem:
         raise
@@ -364,6 +411,7 @@ __all__ = [
     "MissingFile",
     "UnusableItem",
     "clean_title",
+    "decoded_photo",
     "read_bytes",
     "read_photo",
     "reads_heic",

@@ -1,6 +1,7 @@
 """A stored gallery in other places: copies, the Hub, an object store; what is believed of it; and damaged files."""
 
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -200,6 +201,20 @@ def test_photos_are_read_from_where_they_may_be(paths, tmp_path, monkeypatch):
     foreign = Gallery.open("me/mine")
     with pytest.raises(UsageError, match="000.png: a gallery from the Hub reads photos only from its photo_root"):
         foreign.image_tokens(foreign.get([paths[0]]), Encoder(*case.model_and_processor()))
+
+
+@pytest.mark.parametrize("place", [f"datasets--me--mine/snapshots/{'1a' * 20}", "by hand"])
+def test_what_was_downloaded_is_distrusted_by_its_place_whatever_it_says_of_itself(built, paths, tmp_path, place):
+    assert not built.is_foreign
+    folder = Path(shutil.copytree(built.uri, tmp_path / place))
+    if place == "by hand":
+        (folder / ".cache" / "huggingface").mkdir(parents=True)
+    gallery = Gallery.open(folder)
+    for one in (gallery, gallery.snapshot(), pickle_again(gallery), gallery.save(tmp_path / "copy")):
+        assert one.is_foreign
+        with pytest.raises(UnusableItem, match="reads photos only from its photo_root"):
+            one.photo_path({"path": paths[0]})
+    assert Gallery.open(tmp_path / "copy").is_foreign and not Gallery.open(built.uri).is_foreign
 
 
 # --- copies -----------------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_a_second_start_takes_the_kept_gallery_and_notices_other_photos(photos, 
         serve.open_searcher(dataclasses.replace(options, gallery=str(tmp_path / "others")))
 
 
-def test_a_kept_gallery_is_brought_up_to_date(photos, tmp_path, capsys):
+def test_a_kept_gallery_is_brought_up_to_date(photos, tmp_path, capsys, monkeypatch):
     aside = [path.rename(tmp_path / path.name) for path in photos.paths[6:]]
     assert len(serve.open_searcher(photos.options).gallery) == 6
     for path in aside[:2]:
@@ -102,7 +102,10 @@ def test_a_kept_gallery_is_brought_up_to_date(photos, tmp_path, capsys):
         assert all(part in printed for part in told) and ("updating" in printed) == bool(told)
         assert ids(searcher) == [f"00{number}.png" for number in (0, 2, 3, 4, 5, 6, 7)]
         assert [entry["name"] for entry in searcher.gallery.skipped] == ["broken.jpg"]
+    pipe, given = searcher.pipe, []
+    monkeypatch.setattr(searcher, "pipe", lambda query, **options: given.append(query) or pipe(query, **options))
     found = searcher.by_photo(str(photos.folder / "006.png"), 1)
+    assert given == [str(photos.folder / "006.png")]  # the file, and no decoded picture for each of many visitors
     assert found.results[0]["id"] == "006.png" and found.results[0]["itc"] == pytest.approx(1, abs=1e-5)
     assert searcher.gallery.photo(found.results[0]).size == (40, 30)
     photos.options.update_gallery = False

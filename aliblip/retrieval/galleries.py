@@ -57,7 +57,7 @@ from aliblip.data.rows import Source
 from aliblip.retrieval.building import Build, compact, in_python, read_skipped
 from aliblip.retrieval.exact import VectorCache
 from aliblip.retrieval.indexing import IndexSettings, create_index, index_settings
-from aliblip.retrieval.sharing import check_foreign, downloaded, is_hub_name, push, save_copy
+from aliblip.retrieval.sharing import check_foreign, downloaded, is_download, is_hub_name, push, save_copy
 from aliblip.retrieval.table_columns import FromTool
 from aliblip.retrieval.tables import (
     ID,
@@ -117,6 +117,7 @@ class Gallery:
     ):
         self.uri, self.photo_root = uri, photo_root
         self._pinned, self._options, self._from_hub = version, storage_options, from_hub
+        self._is_download = is_download(uri)
         self._prepare(None)
 
     def _prepare(self, view: View | None) -> None:
@@ -157,7 +158,7 @@ class Gallery:
         library()
         from_hub = is_hub_name(uri)
         place = downloaded(uri, revision, token) if from_hub else tidy_uri(uri)
-        if from_hub:
+        if from_hub or is_download(place):
             check_foreign(place)
         gallery = cls(place, version=version, photo_root=photo_root, storage_options=storage_options, from_hub=from_hub)
         gallery._now()
@@ -385,7 +386,7 @@ class Gallery:
     @property
     def is_foreign(self) -> bool:
         """Whether it came from the Hub, once."""
-        return self._from_hub or self._now().facts.is_foreign
+        return self._from_hub or self._is_download or self._now().facts.is_foreign
 
     @property
     def skipped(self) -> list[dict[str, Any]]:

@@ -34,7 +34,7 @@ from aliblip.retrieval.page_filters import (
 from aliblip.retrieval.page_tiles import Tile, to_jpeg
 from aliblip.runtime.mistakes import UsageError
 from pipeline_aliblip import AliBlipImageTextRetrievalPipeline
-from reading_aliblip import UnusableItem, clean_title, read_photo
+from reading_aliblip import UnusableItem, clean_title
 
 MAX_TOP_K = 100
 MAX_RERANK = 512
@@ -47,9 +47,8 @@ _CAPTION_COLUMNS = ("caption", "title", "name", "text")
 _EXAMPLE_ROWS = 200
 _MOST_EXAMPLE_CHARACTERS = 100
 _READABLE_ROWS = 8
-# Photos decoded at a time for all visitors together, and uploads.
+# Photos of results that are held decoded at a time for all visitors together.
 _PHOTOS_AT_ONCE = 4
-_UPLOADS_AT_ONCE = threading.Semaphore(1)
 _KEPT_THUMBNAILS = 1000
 
 # What a visitor reads where a photo can't be shown, by what the reading says of it: its own words name paths and
@@ -170,13 +169,14 @@ class Searcher:
         if file is None:
             raise VisitorMistake("Drop a photo first")
         top_k = _whole("the number of results", top_k, 1, MAX_TOP_K)
-        try:
-            with _UPLOADS_AT_ONCE:
-                photo = read_photo(file)
-        except UnusableItem as error:
+        try:  # the file and not its picture, which is large and would be held by each of many visitors
+            return self._search(file, "image-to-image", top_k, 0, chosen)
+        except ValueError as error:
+            if not isinstance(error.__cause__, UnusableItem):
+                raise
             # In brackets stands what the system said, paths included.
-            raise VisitorMistake(f"This photo can't be used: {str(error).partition(' (')[0]}") from None
-        return self._search(photo, "image-to-image", top_k, 0, chosen)
+            reason = str(error.__cause__).partition(" (")[0]
+            raise VisitorMistake(f"This photo can't be used: {reason}") from None
 
     def _search(self, query: Any, direction: str, top_k: int, rerank: int, chosen: Mapping[str, Any] | None) -> Found:
         condition = condition_of(self.filters, chosen or {})

@@ -75,8 +75,9 @@ class Tile:
 
 
 def to_jpeg(photo: Image.Image) -> bytes:
-    """A thumbnail of the whole photo, at most `THUMBNAIL_SIDE` pixels wide and high."""
-    photo = photo.convert("RGB")  # a copy: `thumbnail` changes its own
+    """A thumbnail of the whole photo, at most `THUMBNAIL_SIDE` pixels wide and high. One in RGB is made smaller
+    itself, since a copy of a large one takes much memory."""
+    photo = photo if photo.mode == "RGB" else photo.convert("RGB")
     photo.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     data = io.BytesIO()
     photo.save(data, "JPEG", quality=_JPEG_QUALITY)

@@ -30,7 +30,7 @@ from aliblip.retrieval.tables import (
 from aliblip.runtime.mistakes import UsageError
 from aliblip.runtime.retries import retried
 
-__all__ = ["check_foreign", "downloaded", "is_hub_name", "push", "save_copy"]
+__all__ = ["check_foreign", "downloaded", "is_download", "is_hub_name", "push", "save_copy"]
 
 _FILES = (f"{ITEMS}.lance/**", f"{SKIPPED}.lance/**")
 _CARD = """---
@@ -75,6 +75,16 @@ def downloaded(name: str, revision: str | None, token: str | bool | None) -> str
         )
     except Exception as error:  # of many kinds, from the connection to the name
         raise UsageError(f"{name} is neither a folder nor a data set that the Hub gives: {one_line(error)}") from error
+
+
+def is_download(uri: str) -> bool:
+    """Whether a folder is what a download from the Hub has left, whatever it says of itself: one of the Hub's cache, or
+    one that `hf download --local-dir` has written."""
+    if is_address(uri):
+        return False
+    place = Path(uri).resolve()
+    of_cache = place.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", place.name) is not None
+    return of_cache or (place / ".cache" / "huggingface").is_dir()
 
 
 def check_foreign(uri: str) -> None:
