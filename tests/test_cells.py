@@ -523,5 +523,5 @@ def test_columns_are_named_in_messages(tmp_path):
     with pytest.raises(UsageError, match="b.csv has no column 'caption' .--caption_column. that the other tables have"):
         open_at(tmp_path)
     (tmp_path / "b.csv").write_text("shop,city\n1,2\n")
-    assert "left: tables without photos and titles: 1 (b.csv)" in told(open_at(tmp_path))
+    assert "left: tables without photos and titles (name one by flags to read it): 1 (b.csv)" in told(open_at(tmp_path))
     assert records()[0] == {"image": NAMES[0], "caption": TITLES[0]}

@@ -30,7 +30,7 @@ from PIL import Image, PngImagePlugin
 
 import reading_aliblip
 from aliblip.data import folders
-from aliblip.data.columns import Reading
+from aliblip.data.columns import ALL, Reading
 from aliblip.data.folders import Survey
 from aliblip.data.local import expanded
 from aliblip.data.rows import decode
@@ -131,7 +131,8 @@ def test_tables_beside_data_with_splits_are_left(tmp_path):
     source = open_at(tmp_path)
     assert read(source)[0] == all_rows()[:8]
     assert "left: files of no split: 1 (all.csv)" in told(source)
-    assert "left: tables without photos and titles: 2 (prices.csv, tokenizer/tokenizer.json)" in told(source)
+    left = "left: tables without photos and titles (name one by flags to read it): 2 "
+    assert left + "(prices.csv, tokenizer/tokenizer.json)" in told(source)
     assert "left: text files without columns: 1 (tokenizer/vocab.txt)" in told(source)
 
 
@@ -359,6 +360,21 @@ def test_all_that_lies_in_a_folder_of_photos(tmp_path, without_heic):
         "devices and pipes: 1 (pipe.jpg)",
     ):
         assert line in text, text
+
+
+def test_a_table_of_photos_and_titles_is_read_for_photos_alone_too(tmp_path):
+    """A gallery of the folder that a model was trained on: the rows of its table, with their columns."""
+    draw(tmp_path / "photos")
+    lines = [f"photos/{name};a {name};{number}" for number, name in enumerate(NAMES)]
+    (tmp_path / "products.csv").write_text("\n".join(["photo;title;sku", *lines]))
+    (tmp_path / "visits.csv").write_text("day,visits\n1,2\n")
+    source = open_at(tmp_path, sides="images", other_columns=ALL)
+    assert [row.others for row in source.read_range(0, 2)] == [
+        {"title": f"a {NAMES[n]}", "sku": str(n)} for n in range(2)
+    ]
+    assert "left: tables without photos and titles (name one by flags to read it): 1 (visits.csv)" in told(source)
+    (tmp_path / "products.csv").unlink()
+    assert open_at(tmp_path, sides="images").split == "all photos"
 
 
 def test_a_linked_folder_counts_under_its_own_name(tmp_path):

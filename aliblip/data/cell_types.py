@@ -2,21 +2,52 @@
 
 kind, note = joined_type("price", pa.null(), [1, 2.5, None])      # float64
 value = fitting_value(7, pa.string())                              # "7"
+kind = type_of_texts(pa.null(), ["12.50", "", "7"])                # float64: a CSV file has texts alone
+value = number_in("12.50")                                         # 12.5
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
 
 from aliblip.data.collate import printable
 
-__all__ = ["NOT_OF_THE_TYPE", "fitting_value", "joined_type", "storable", "unified_type"]
+__all__ = [
+    "NOT_OF_THE_TYPE",
+    "array_of",
+    "fitting_value",
+    "joined_type",
+    "number_in",
+    "storable",
+    "type_of_texts",
+    "unified_type",
+]
+
+# Numbers as people write prices and counts. Leading zeros, signs of plus and more digits than numbers have: codes.
+_WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,17})")
+_DECIMAL = re.compile(r"-?(0|[1-9][0-9]{0,14})[.][0-9]+")
+_TEXT_TYPES = (pa.null(), pa.int64(), pa.float64(), pa.string())
 
 # What Arrow raises for values that it can't make a column of.
 NOT_OF_THE_TYPE = (pa.ArrowException, TypeError, ValueError, OverflowError, UnicodeError)
+
+
+def array_of(values: list[Any], kind: pa.DataType) -> pa.Array:
+    """Values as a column of a type.
+
+    Raises:
+        one of `NOT_OF_THE_TYPE`: a value is not of it; Arrow alone would cut 1.5 off to a whole number.
+    """
+    if pa.types.is_integer(kind):
+        cut = next((value for value in values if isinstance(value, float) and not value.is_integer()), None)
+        if cut is not None:
+            raise ValueError(f"{cut} is no whole number")
+    return pa.array(values, kind)
 
 
 def fitting_value(value: Any, kind: pa.DataType) -> Any:
@@ -24,7 +55,7 @@ def fitting_value(value: Any, kind: pa.DataType) -> Any:
     if pa.types.is_string(kind) and value is not None:
         return _as_text(value)
     try:
-        return pa.array([value], kind)[0].as_py()
+        return array_of([value], kind)[0].as_py()
     except NOT_OF_THE_TYPE:
         return None
 
@@ -75,3 +106,27 @@ def storable(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return pa.list_(storable(kind.value_type))
     return kind
+
+
+def number_in(text: Any) -> Any:
+    """The number that a text is, None for a blank one; anything else as it is."""
+    if not isinstance(text, str):
+        return text
+    plain = text.strip()
+    if _WHOLE.fullmatch(plain):
+        return int(plain)
+    if _DECIMAL.fullmatch(plain):
+        return float(plain)
+    return text if plain else None
+
+
+def type_of_texts(kind: pa.DataType, texts: Iterable[Any]) -> pa.DataType:
+    """The type of a column of a file that holds texts alone: numbers where all texts that are not blank are numbers.
+
+    Args:
+        kind: of the values before these; null where there were none.
+    """
+    found = {type(number_in(text)) for text in texts}
+    others = [_TEXT_TYPES[3] for one in found if one not in (int, float, type(None))]
+    kinds = [kind, *([pa.int64()] if int in found else []), *([pa.float64()] if float in found else []), *others]
+    return max(kinds, key=_TEXT_TYPES.index)

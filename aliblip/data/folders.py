@@ -39,6 +39,7 @@ REASONS = {
     "video": "videos and sound",
     "unfinished": "unfinished downloads",
     "empty": "empty files",
+    "unrelated": "tables without photos and titles (name one by flags to read it)",
     "unreadable": "files that can't be opened",
     "special": "devices and pipes",
     "other": "files of no known kind",

@@ -72,15 +72,15 @@ def find_in_folder(folder: str, name: str, split: str, asked: Asked, reading: Re
     survey = Survey.of(folder)
     _leave_side_files(survey)
     _settle_texts(survey, asked, reading)
-    if asked.sides == "images" and _is_of_photos(survey):
-        survey.leave_data("table", "tables (all photos of the folder are read)")
+    _prefer_metadata(survey)
+    needs_no_table = asked.sides == "images" and survey.num_photos > 0
+    # Beside what holds rows of its own there are tables of settings, prices, statistics.
+    if needs_no_table or survey.data["parquet"] or survey.data["tar"]:
+        others = [file for file in survey.data["table"] if not _holds_rows(os.path.join(folder, file), reading, asked)]
+        survey.leave_data("table", REASONS["unrelated"], others)
+    if needs_no_table and not any(survey.data[kind] for kind in ("parquet", "tar", "table")):
         survey.leave_data("text", "text files")
         return Found("photos", [], "all photos", survey)
-    _prefer_metadata(survey)
-    if survey.data["parquet"] or survey.data["tar"]:  # beside which there are tables of settings, prices, statistics
-        roles = Roles(asked)
-        others = [t for t in survey.data["table"] if not may_hold_rows(os.path.join(folder, t), reading, roles)]
-        survey.leave_data("table", "tables without photos and titles", others)
     units = {kind: list(files) for kind, files in survey.data.items()}
     if not any(units.values()):
         units["sided"] = sorted({(posixpath.dirname(photo) or ".") + "/" for photo, _ in survey.sided_photos()})
@@ -154,12 +154,9 @@ def is_metadata(file: str) -> bool:
     return base_name(file).split(".", 1)[0].lower() == "metadata"
 
 
-def _is_of_photos(survey: Survey) -> bool:
-    """Whether a folder holds photos and nothing else that their rows could come from."""
-    tables = survey.data["table"] + survey.data["parquet"]
-    return bool(survey.num_photos) and not (
-        survey.data["parquet"] or survey.data["tar"] or any(map(is_metadata, tables))
-    )
+def _holds_rows(file: str, reading: Reading, asked: Asked) -> bool:
+    """Whether a table in a folder of photos or beside other data is about photos and titles itself."""
+    return is_metadata(file) or may_hold_rows(file, reading, Roles(asked))
 
 
 def _of_split(splits: Splits, split: str, name: str, any_split: bool) -> tuple[str, set[str]]:

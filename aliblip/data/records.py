@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from aliblip.data.columns import Columns, Request, Roles, choose_columns
-from aliblip.data.folders import Left
+from aliblip.data.folders import REASONS, Left
 from aliblip.data.manifest import DataFile
 from aliblip.data.places import Place, find_place, folders_below, folders_beside
 from aliblip.data.remote import is_remote
@@ -101,6 +101,7 @@ class RecordSource(Source):
         self._image_key = image_key
         self._photo_key = photo_key or image_key
         self.photo_keys |= {self._photo_key} - {None}
+        self.has_texts_alone = bool(tables) and all(rows.table.is_delimited for rows in tables)
 
     def _file_of(self, shard: Shard) -> str:
         return self._tables[self._pieces[shard.index][0]].table.file
@@ -209,7 +210,7 @@ def _with_columns(request: Request, tables: list[Table], roles: Roles) -> list[T
     for table in tables:
         if found and table not in found:
             name = os.path.relpath(table.file, request.survey.root)
-            request.survey.leave("tables without photos and titles", name)
+            request.survey.leave(REASONS["unrelated"], name)
     return found or tables
 
 

@@ -172,9 +172,11 @@ class Source:
         random_access: whether rows can be read in any order at no cost (folders), rather than shard by shard.
         told: what is to be said of the data at the start, a line each: see `report`.
         photo_keys: columns that name the photo itself; as a product column, equal photos are one product.
+        has_texts_alone: whether its files know no other values than texts (CSV).
     """
 
     random_access = False
+    has_texts_alone = False
 
     def __init__(
         self,

@@ -5,7 +5,8 @@
     batch = kept.batch(schema, rows, ...)
 
 Types are those of the data where it has any (Parquet, `datasets`). Otherwise they follow from all values of records and
-Python rows, whose reading costs little, and from the first values of tars.
+Python rows, whose reading costs little, and from the first values of tars. CSV files hold texts alone: a column of
+them whose texts are all numbers has numbers, unless its values are the ids.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from aliblip.data.cell_types import NOT_OF_THE_TYPE, fitting_value, joined_type, storable
+from aliblip.data.cell_types import (
+    NOT_OF_THE_TYPE,
+    array_of,
+    fitting_value,
+    joined_type,
+    number_in,
+    storable,
+    type_of_texts,
+)
 from aliblip.data.collate import printable
 from aliblip.data.parquet import ParquetSource
 from aliblip.data.python_rows import PythonSource
@@ -66,6 +75,7 @@ class KeptColumns:
         id_type: of the ids in the table.
         left_out: columns of the data that were not asked for.
         notes: what was decided, for the user.
+        from_texts: whether numbers come as texts, see `Source.has_texts_alone`.
     """
 
     names: dict[str, str]
@@ -75,6 +85,7 @@ class KeptColumns:
     id_type: pa.DataType
     left_out: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+    from_texts: bool = False
 
     @property
     def renamed(self) -> dict[str, str]:
@@ -105,6 +116,8 @@ class KeptColumns:
         value = others.get(self.id_column)
         if isinstance(value, np.generic):
             value = value.item()
+        if self.from_texts and pa.types.is_integer(self.id_type):
+            value = number_in(value)
         if value is None:
             return None
         if pa.types.is_string(self.id_type):
@@ -123,8 +136,10 @@ class KeptColumns:
         arrays = {}
         for name, kept in self.names.items():
             values = [row.get(name) for row in others]
+            if self.from_texts and _is_number(schema.field(kept).type):
+                values = list(map(number_in, values))
             try:
-                arrays[kept] = pa.array(values, schema.field(kept).type)
+                arrays[kept] = array_of(values, schema.field(kept).type)
             except NOT_OF_THE_TYPE:
                 fitting = [fitting_value(value, schema.field(kept).type) for value in values]
                 gone = [one is None and value is not None for one, value in zip(fitting, values, strict=True)]
@@ -160,6 +175,10 @@ class Lost:
         if columns := +self.columns:
             lines.append(f"columns that the gallery does not have, which are left out: {_counted(columns)}")
         return lines
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
 
 
 def _counted(counts: Mapping[str, int]) -> str:
@@ -201,6 +220,8 @@ def kept_columns(
         )
     notes: list[str] = []
     ids, id_column = _where_ids_come_from(source, id_column, found, kind)
+    if source.has_texts_alone and id_column is not None:  # of which the next file may have one that is no number
+        found[id_column] = (pa.string(), "")
     kept = {}
     for name, (type_, note) in found.items():
         if columns is None or name in columns:
@@ -208,11 +229,14 @@ def kept_columns(
             kept[name] = type_
     names = table_names(kept, id_column, kind)
     notes += [f"the column {name!r} is called {names[name]!r} in the gallery" for name in names if names[name] != name]
+    if source.has_texts_alone and (numbers := [name for name, type_ in kept.items() if _is_number(type_)]):
+        notes.append(f"columns whose texts are all numbers are numbers in the gallery: {', '.join(numbers)}")
     id_type = pa.string() if ids == "name" else pa.int64()
     if ids == "column":
         id_type = _id_type(source, id_column, found[id_column][0], flag)
     left_out = tuple(name for name in found if name not in names)
-    return KeptColumns(names, {name: kept[name] for name in names}, ids, id_column, id_type, left_out, notes)
+    types = {name: kept[name] for name in names}
+    return KeptColumns(names, types, ids, id_column, id_type, left_out, notes, source.has_texts_alone)
 
 
 def _where_ids_come_from(source: Source, id_column: str | None, found: Mapping, kind: str) -> tuple[str, str | None]:
@@ -270,7 +294,9 @@ def _types(source: Source) -> dict[str, tuple[pa.DataType, str]]:
     while block := list(islice(others, _BLOCK)):
         for name in dict.fromkeys(name for row in block for name in row):
             before, note = found.get(name, (pa.null(), ""))
-            if not note:  # else it is text already
+            if source.has_texts_alone:
+                found[name] = (type_of_texts(before, (row.get(name) for row in block)), "")
+            elif not note:  # else it is text already
                 found[name] = joined_type(name, before, [row.get(name) for row in block])
     return {name: (storable(kind), note) for name, (kind, note) in found.items()}
 

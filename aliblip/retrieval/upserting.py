@@ -135,7 +135,8 @@ def _kept(source: Source, schema: pa.Schema, facts: Facts, id_column: str | None
     data_names = {kept: name for name, kept in facts.renamed.items()}
     names = {data_names.get(kept, kept): kept for kept in facts.columns}
     types = {name: schema.field(kept).type for name, kept in names.items()}
-    return KeptColumns(names, types, ids, column if ids == "column" else None, schema.field(ID).type)
+    column = column if ids == "column" else None
+    return KeptColumns(names, types, ids, column, schema.field(ID).type, from_texts=source.has_texts_alone)
 
 
 def _spool(
