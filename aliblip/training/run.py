@@ -59,7 +59,7 @@ from aliblip.training.feed import Feed
 from aliblip.training.momentum import Targets
 from aliblip.training.objective import ObjectiveOutput
 from aliblip.training.optim import alpha_schedule
-from aliblip.training.progress import Log, RunStatus, SkippedRows
+from aliblip.training.progress import Log, RunStatus, SkippedRows, shared_out
 from aliblip.training.setup import ARGUMENTS, Setup, earlier_outputs, remove
 from aliblip.training.step import Outcome
 from aliblip.training.tokenizer import TRAINED_TOKENIZER, save_trained_tokenizer, tokenizer_bytes
@@ -116,7 +116,9 @@ class Run:
         if setup.checkpoint is None:
             self._begin_anew()
         else:
-            of_rank = load_checkpoint(setup.checkpoint, training)
+            of_ranks = load_checkpoint(setup.checkpoint, training)
+            of_rank = shared_out(of_ranks, accelerator.process_index, accelerator.num_processes)
+            self._processes_before = len(of_ranks)
             self._can_begin()
         self.log = Log(
             accelerator,
@@ -184,6 +186,11 @@ class Run:
         changed = changes(self.setup.arguments_before, arguments, names)
         differently = f"; other than before: {told(changed, len(changed))}" if changed else ""
         self.log.tell(f"resumed from {checkpoint} at step {step}{differently}")
+        if (before := self._processes_before) != (now := self.accelerator.num_processes):
+            self.log.tell(
+                f"{before} process{'es' if before > 1 else ''} before, {now} now: the rows of every step stay the "
+                "same; dropout and negatives are drawn anew"
+            )
         goes_back = checkpoint.resolve().parent == self.output_dir.resolve()  # else they are of another run
         if goes_back and self.accelerator.is_main_process:
             later = remove_later_checkpoints(self.output_dir, step)
