@@ -24,22 +24,31 @@ from transformers import BlipImageProcessorPil
 
 from aliblip.data.augment import TrainAugmentation
 from aliblip.data.collate import Collator, Normalisation, NoUsableRow, as_bytes, sample_rng
-from aliblip.data.loader import EpochOrder, EvalLoader, TrainLoader, _schedule, _shares
+from aliblip.data.loader import EvalLoader, TrainLoader
 from aliblip.data.manifest import DataFile
+from aliblip.data.order import EpochOrder, Layout, default_window, most_partitions
 from aliblip.data.rows import decode
 from aliblip.data.sources import open_source
 from aliblip.runtime.mistakes import UsageError
 
-# Three workers on a machine of two cores are slow, not wrong.
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-
 UNEVEN = [3, 17, 1, 40, 0, 8, 25, 6]  # 100 rows
 
 
-def loader_of(source, *, rank=0, world=1, batch=4, workers=0, window=16, seed=5, augment=None):
+def loader_of(
+    source, *, rank=0, world=1, batch=4, workers=0, window=16, seed=5, augment=None, accumulation=1, partitions=None
+):
     collator = Collator(StubProcessor(), augment, seed=seed)
     return TrainLoader(
-        source, collator, batch_size=batch, seed=seed, rank=rank, world_size=world, num_workers=workers, window=window
+        source,
+        collator,
+        batch_size=batch,
+        seed=seed,
+        rank=rank,
+        world_size=world,
+        num_workers=workers,
+        window=window,
+        accumulation=accumulation,
+        partitions=partitions,
     )
 
 
@@ -50,116 +59,165 @@ def rows_of(batches):
 # ----------------------------------------------------------------------------------------------------------- the order
 
 
-def order_slowly(sizes, seed, epoch, world, batch, window):
-    """All ranks' windows as lists of global rows, with lists instead of offsets."""
+def order_slowly(sizes, seed, epoch, partitions, rows, window, staggered):
+    """All partitions' windows as lists of global rows, with lists instead of offsets; and the rows left over."""
     rng = np.random.default_rng([0, seed, epoch])
     firsts = [sum(sizes[:i]) for i in range(len(sizes))]
     sequence = [firsts[s] + r for s in rng.permutation(len(sizes)) for r in range(sizes[s])]
     offset = int(rng.integers(len(sequence)))
     sequence = sequence[offset:] + sequence[:offset]
-    steps = len(sequence) // (world * batch)
-    window = max(window // batch, 1) * batch
-    ranks = []
-    for rank in range(world):
-        start = rank * steps * batch
-        mine = sequence[start : start + steps * batch]
+    turns = len(sequence) // (partitions * rows)
+    found = []
+    for partition in range(partitions):
+        start = partition * turns * rows
+        mine = sequence[start : start + turns * rows]
+        first = (partition * (window // rows) // partitions + 1) * rows if staggered else window
+        begins = [0, *range(first, len(mine), window)]
         windows = []
-        for begin in range(0, len(mine), window):
-            rows = mine[begin : begin + window]
-            order = np.random.default_rng([1, seed, epoch, start + begin]).permutation(len(rows))
-            windows.append([rows[i] for i in order])
-        ranks.append(windows)
-    return ranks, sequence[world * steps * batch :]
+        for begin, end in zip(begins, [*begins[1:], len(mine)], strict=True):
+            order = np.random.default_rng([1, seed, epoch, start + begin]).permutation(end - begin)
+            windows.append([mine[begin:end][i] for i in order])
+        found.append(windows)
+    return found, sequence[partitions * turns * rows :]
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 7])
-@pytest.mark.parametrize("batch", [1, 4, 13])
-@pytest.mark.parametrize("window", [1, 10, 64, 1000])
-def test_the_order_equals_its_slow_version(world, batch, window):
+@pytest.mark.parametrize("partitions", [1, 2, 3, 7])
+@pytest.mark.parametrize("rows", [1, 4, 13])
+@pytest.mark.parametrize("window", [1, 4, 25])
+def test_the_order_equals_its_slow_version(partitions, rows, window):
     for sizes in (UNEVEN, [100], [1] * 100):
-        for epoch in (0, 1):
-            order = EpochOrder(sizes, seed=9, epoch=epoch, world_size=world, batch_size=batch, window=window)
-            ranks, leftover = order_slowly(sizes, 9, epoch, world, batch, window)
-            for rank, windows in enumerate(ranks):
-                assert order.num_windows == len(windows)
-                for index, expected in enumerate(windows):
-                    rows = order.rows_of(order.window_segments(rank, index))
-                    assert [rows[i] for i in order.window_order(rank, index)] == expected
-                    assert order.window_batches(index) * batch == len(expected)
-            assert order.leftover() == leftover and order.leftover_rows == len(leftover) < world * batch
-            every = [row for windows in ranks for window in windows for row in window] + leftover
+        for epoch, staggered in ((0, False), (1, True)):
+            layout = Layout(partitions, rows, window * rows, staggered=staggered)
+            order = EpochOrder(sizes, layout, seed=9, epoch=epoch)
+            expected, leftover = order_slowly(sizes, 9, epoch, partitions, rows, window * rows, staggered)
+            for partition, windows in enumerate(expected):
+                assert order.num_windows(partition) == len(windows)
+                places = [order.place(partition, turn) for turn in range(order.turns)]
+                assert places == [(w, i) for w, found in enumerate(windows) for i in range(len(found) // rows)]
+                for window_number, window_rows in enumerate(windows):
+                    read = order.rows_of(order.window_segments(partition, window_number))
+                    assert [read[i] for i in order.window_order(partition, window_number)] == window_rows
+                    assert order.window_turns(partition, window_number) * rows == len(window_rows)
+            assert order.leftover() == leftover and order.leftover_rows == len(leftover) < partitions * rows
+            every = [row for windows in expected for found in windows for row in found] + leftover
             assert sorted(every) == list(range(100))
 
 
 def test_the_rows_left_over_rotate():
     seen = set()
     for epoch in range(60):
-        order = EpochOrder(UNEVEN, seed=1, epoch=epoch, world_size=2, batch_size=16, window=32)
+        order = EpochOrder(UNEVEN, Layout.of(32, 8, 64, 100), seed=1, epoch=epoch)
         assert len(order.leftover()) == 4
         seen.update(order.leftover())
     assert len(seen) > 60
 
 
 def test_an_order_of_millions_of_rows():
-    """4,000,000 rows in 1,024 shards for 64 ranks of 8 workers: what one rank holds, and what all of them read."""
+    """4,000,000 rows in 1,024 shards for 64 ranks: what one rank holds, and what all of them read."""
     rng = np.random.default_rng(0)
     sizes = rng.multinomial(4_000_000, rng.dirichlet(np.full(1024, 5.0)))
     assert sizes.max() > 2 * sizes.min()
     source = MemorySource(sizes.tolist())
     source.files = [DataFile(f"{index}.tar", int(rows), 50_000 * int(rows), "") for index, rows in enumerate(sizes)]
     tracemalloc.start()
-    loader = loader_of(source, rank=63, world=64, batch=16, workers=8, window=4096)
+    loader = loader_of(source, rank=63, world=64, batch=16, workers=8, window=64 * 4096)
     order = loader.order(2)
-    schedule = _schedule([order.window_batches(index) for index in range(order.num_windows)], 8)
-    shares = _shares(schedule, 8)
-    segments = [order.window_segments(63, index) for index in range(order.num_windows)]
+    (own,) = loader.partitions
+    segments = [order.window_segments(own, index) for index in range(order.num_windows(own))]
+    places = [order.place(own, turn) for turn in range(order.turns)]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2e6  # bytes; an array of the numbers of all rows would take 32 million
-    assert len(schedule) == sum(map(len, shares)) == loader.steps_per_epoch == order.steps == 3906
-    assert all(shares) and segments
+    assert len(places) == loader.steps_per_epoch == order.turns == 3906 and segments and loader.num_workers == 1
 
     taken = np.zeros(4_000_000, dtype=np.uint8)
-    for rank in range(64):
+    for partition in range(64):
         read = 0
-        for index in range(order.num_windows):
-            for shard, start, stop in order.window_segments(rank, index):
+        for index in range(order.num_windows(partition)):
+            for shard, start, stop in order.window_segments(partition, index):
                 first = source.shards[shard].first_row
                 assert 0 <= start < stop <= sizes[shard]
                 taken[first + start : first + stop] += 1
                 read += stop - start
-        assert read == order.steps * 16  # equally many steps on each rank
-        for index in (0, order.num_windows - 1):
-            rows = order.window_batches(index) * 16
-            assert np.array_equal(np.sort(order.window_order(rank, index)), np.arange(rows))
+        assert read == order.turns * 16  # equally many steps on each rank
+        for index in (0, order.num_windows(partition) - 1):
+            rows = order.window_turns(partition, index) * 16
+            assert np.array_equal(np.sort(order.window_order(partition, index)), np.arange(rows))
     left = 4_000_000 - int(taken.sum())
     assert taken.max() == 1 and left == order.leftover_rows == 256
     line = loader.describe()
     assert "256 rows left over (0.006%, different ones each epoch)" in line
-    assert "at most 4,096 rows undecoded in memory per worker, about 204.8 MB" in line
+    assert "at most 4,096 rows undecoded in the memory of a process, about 204.8 MB" in line
 
 
 # ---------------------------------------------------------------------------------------------------------- train order
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2, 3])
-@pytest.mark.parametrize(("world", "batch", "window"), [(1, 4, 16), (2, 4, 16), (3, 7, 1000), (2, 25, 10)])
-def test_ranks_together_deliver_the_plan(world, batch, window, workers):
-    everything = []
+@pytest.mark.parametrize("workers", [0, 2, 3])
+@pytest.mark.parametrize(
+    ("world", "batch", "accumulation"), [(1, 12, 1), (2, 6, 1), (3, 4, 1), (6, 1, 2), (1, 3, 4), (2, 2, 3)]
+)
+def test_a_step_has_the_same_rows_for_any_number_of_processes_and_readers(world, batch, accumulation, workers):
+    bad = {4, 5, 30, 31, 32, 33, 77}
+    layout = Layout(6, 2, 16, staggered=True)
+    windows, leftover = order_slowly(UNEVEN, 5, 1, 6, 2, 16, True)
+    pieces = [[row for found in of_partition for row in found] for of_partition in windows]
+    expected = [sorted(row for rows in pieces for row in rows[2 * step : 2 * step + 2]) for step in range(8)]
+    filled, asked = [[] for _ in range(8)], [[] for _ in range(8)]  # by step, of all ranks
     for rank in range(world):
-        loader = loader_of(MemorySource(UNEVEN), rank=rank, world=world, batch=batch, window=window, workers=workers)
-        rows = rows_of(loader.epoch(1))
-        assert len(rows) == loader.steps_per_epoch == 100 // (world * batch)
-        assert all(len(batch_rows) == batch for batch_rows in rows)
-        windows = order_slowly(UNEVEN, 5, 1, world, batch, loader.window)[0][rank]
+        batches = list(loader_of_layout(layout, bad, rank, world, batch, accumulation, workers).epoch(1))
+        assert len(batches) == 8 * accumulation
+        for number, found in enumerate(batches):
+            rows = found["row"].tolist()
+            assert len(rows) == batch and found["pixel_values"].shape == (batch, 3, 8, 8)
+            filled[number // accumulation] += rows
+            asked[number // accumulation] += [entry["row"] for entry in found["skipped"]]
+    for step in range(8):
+        assert set(expected[step]) - bad <= set(filled[step]) and len(filled[step]) == 12
+        assert sorted(asked[step]) == [row for row in expected[step] if row in bad]
+    assert sorted(row for rows in expected for row in rows) == sorted(set(range(100)) - set(leftover))
+    # What fills the holes is the same, too.
+    alone = loader_of_layout(layout, bad, 0, 1, 12, 1, 0).epoch(1)
+    assert [sorted(rows) for rows in filled] == [sorted(found["row"].tolist()) for found in alone]
+
+
+def loader_of_layout(layout, bad, rank, world, batch, accumulation, workers):
+    collator = Collator(StubProcessor(), TrainAugmentation(8), seed=5)
+    options = {"batch_size": batch, "accumulation": accumulation, "seed": 5, "layout": layout}
+    source = MemorySource(UNEVEN, bad)
+    return TrainLoader(source, collator, **options, rank=rank, world_size=world, num_workers=workers)
+
+
+@pytest.mark.parametrize("readers_now", [0, 1, 3])
+@pytest.mark.parametrize("readers_before", [0, 2, 3])
+@pytest.mark.parametrize(("world", "batch", "window"), [(1, 4, 16), (2, 4, 16), (4, 5, 1000), (2, 25, 10)])
+def test_a_run_of_version_0_1_0_goes_on_in_its_order(world, batch, window, readers_before, readers_now):
+    order = {"processes": world, "per_device_train_batch_size": batch, "dataloader_num_workers": readers_before}
+    layout = Layout.of_version_0_1_0(order | {"shuffle_window": window, "gradient_accumulation_steps": 1}, 100)
+    steps = 100 // (world * batch)
+    lanes = max(readers_before, 1)
+    window = max(min(window, -(-steps // lanes) * batch) // batch, 1) * batch
+    for rank in range(world):
+        windows = order_slowly(UNEVEN, 5, 1, world, batch, window, False)[0][rank]
         cut = [[w[i : i + batch] for i in range(0, len(w), batch)] for w in windows]
-        queues = [[b for w in cut[k :: max(workers, 1)] for b in w] for k in range(max(workers, 1))]
-        expected = []  # workers take turns
+        queues = [[b for w in cut[k::lanes] for b in w] for k in range(lanes)]
+        expected = []  # its readers took turns
         while any(queues):
             expected += [queue.pop(0) for queue in queues if queue]
-        assert rows == expected
-        everything += [row for batch_rows in rows for row in batch_rows]
-    assert len(set(everything)) == len(everything)
+        loader = loader_of_layout(layout, (), rank, world, batch, 1, readers_now)
+        assert rows_of(loader.epoch(1)) == expected
+        assert rows_of(loader.epoch(1, start_step=1)) == expected[1:]
+
+
+def test_the_numbers_of_a_layout():
+    for global_batch, processes, partitions in (
+        *((16, 1, 16), (128, 8, 64), (512, 4, 64), (2880, 12, 60), (66, 6, 6), (96, 48, 48), (200, 100, 100)),
+        *((7, 1, 7), (134, 2, 2)),
+    ):
+        assert most_partitions(global_batch, processes) == partitions
+    assert default_window(16) == 4096 and default_window(512) == 8192
+    assert Layout.of(512, 64, 8192, 10**6) == Layout(64, 8, 128)
+    assert not Layout.of(512, 64, 8192, 8192).staggered
 
 
 @pytest.mark.parametrize("workers", [0, 2, 3])
@@ -194,18 +252,18 @@ def test_a_rank_reads_only_its_part_and_skips_what_was_consumed():
     read = []
     for rank in range(3):
         source = MemorySource(UNEVEN)
-        loader = loader_of(source, rank=rank, world=3, window=12)
+        loader = loader_of(source, rank=rank, world=3, window=36, partitions=3)
         delivered = {row for rows in rows_of(loader.epoch(0)) for row in rows}
         firsts = [shard.first_row for shard in source.shards]
         mine = [firsts[s] + r for s, start, stop in source.reads for r in range(start, stop)]
         assert sorted(mine) == sorted(delivered)  # every row once, and none of another rank
         read += mine
         source.reads.clear()
-        list(loader.epoch(0, start_step=7))  # batches of 4 in windows of 12: two windows are consumed whole
-        assert sum(stop - start for _, start, stop in source.reads) == len(mine) - 24
+        list(loader.epoch(0, start_step=7))  # batches of 4 in windows of 12, of which the first is shorter
+        assert sum(stop - start for _, start, stop in source.reads) == len(mine) - (28, 20, 24)[rank]
         source.reads.clear()
         next(loader.epoch(0))
-        assert sum(stop - start for _, start, stop in source.reads) == 12  # one window, not the epoch
+        assert sum(stop - start for _, start, stop in source.reads) == (4, 8, 12)[rank]  # one window, not the epoch
     assert len(set(read)) == len(read)
 
 
@@ -236,10 +294,9 @@ def test_bad_rows_are_holes_that_shift_nothing(workers):
     for a, b in zip(clean, holes, strict=True):
         assert a["pixel_values"].shape == b["pixel_values"].shape
         skipped += b["skipped"]
-        usable = [row for row in a["row"].tolist() if row not in bad]
         for slot, row in enumerate(a["row"].tolist()):
             if row in bad:
-                assert b["row"][slot].item() in usable
+                assert b["row"][slot].item() not in bad
             else:
                 assert b["row"][slot].item() == row
                 assert torch.equal(a["pixel_values"][slot], b["pixel_values"][slot])
@@ -255,7 +312,7 @@ def test_bad_rows_are_holes_that_shift_nothing(workers):
 def test_a_batch_without_any_usable_row_borrows_from_its_window():
     bad = set(range(100)) - {50, 99}
     for start in (0, 13):  # the same after a resume
-        loader = loader_of(MemorySource(UNEVEN, bad), batch=2, window=100)
+        loader = loader_of(MemorySource(UNEVEN, bad), batch=2, window=100, partitions=1)
         batches = list(loader.epoch(0, start_step=start))
         assert len(batches) == 50 - start
         assert {row for rows in rows_of(batches) for row in rows} == {50, 99}
@@ -323,11 +380,11 @@ def test_requests_that_make_no_sense():
         "8 shards",
         "3 steps of 16 x 2",
         "4 rows left over (4.000%",
-        "windows of 16 rows",
+        "32 partitions with windows of 1 row ",
         "32.0%",
     ):
         assert part in line
-    assert line.endswith("at most 16 rows undecoded in memory per worker")  # no bytes where they are not known
+    assert line.endswith("at most 16 rows undecoded in the memory of a process")  # no bytes where they are not known
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation

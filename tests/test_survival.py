@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import shutil
 import signal
 import sys
 import time
@@ -24,9 +25,12 @@ from safetensors.torch import load_file
 
 import train
 from aliblip.data.loader import TrainLoader
+from aliblip.data.order import Layout
 from aliblip.data.sources import open_source
+from aliblip.runtime.arguments import parse
 from aliblip.runtime.mistakes import UsageError
 from aliblip.training.checkpoint import checkpoints
+from aliblip.training.setup import set_up
 
 TRAIN_ROWS, BATCH, EPOCHS = 50, 4, 3
 RECORDED = ROOT / "tests" / "recorded_train.py"
@@ -132,7 +136,8 @@ def test_an_interrupted_run_repeats_the_uninterrupted_one(
     seen = rows_of(folder)
     assert seen == rows_of(tmp_path / "whole")
     source = open_source(data_dir=str(flags[flags.index("--data_dir") + 1]), split="train")
-    loader = TrainLoader(source, None, batch_size=BATCH, seed=42, rank=0, world_size=world, num_workers=workers)
+    options = {"batch_size": BATCH, "accumulation": accumulation, "seed": 42, "num_workers": workers}
+    loader = TrainLoader(source, None, **options, rank=0, world_size=world)
     for epoch in range(EPOCHS):
         planned = set(range(TRAIN_ROWS)) - set(loader.order(epoch).leftover())
         rows = [row for (_, e, _), rows in seen.items() if e == epoch for row in rows]
@@ -280,7 +285,31 @@ def test_a_changed_world_is_refused_with_the_values_that_work(refused, checkpoin
     told = refused(*resume, "--gradient_accumulation_steps", 2)
     assert told.endswith("resume with --gradient_accumulation_steps 1")
     told = refused(*resume, WORLD_SIZE="2")
-    assert told.endswith("resume with accelerate launch --num_processes 1")
+    assert told.endswith("resume with --per_device_train_batch_size 2")
+    told = refused(*resume, WORLD_SIZE="3")
+    assert told.endswith("resume with accelerate launch --num_processes 2 --per_device_train_batch_size 2")
+    told = refused(*resume, "--data_partitions", 2)
+    assert told.endswith(
+        "(data_partitions was 4, is 2), and rows would be lost or seen twice: resume with --data_partitions 4"
+    )
+
+
+def test_a_checkpoint_of_version_0_1_0_goes_on_in_its_order(checkpoint, flags, tmp_path, monkeypatch):
+    """Its order was of processes and readers; now any number of readers reads it."""
+    copy = tmp_path / "checkpoint-2"
+    shutil.copytree(checkpoint, copy)
+    state = json.loads((copy / "state.json").read_text())
+    state["order"] = {
+        **{"rows": TRAIN_ROWS, "processes": 1, "per_device_train_batch_size": BATCH, "dataloader_num_workers": 3},
+        **{"gradient_accumulation_steps": 1, "shuffle_window": 8, "seed": 42},
+    }
+    del state["checksums"], state["checksum"]
+    (copy / "state.json").write_text(json.dumps(state))
+    argv = ["train.py", *flags, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", copy]
+    monkeypatch.setattr(sys, "argv", [str(part) for part in argv])
+    setup = set_up(*parse(train.GROUPS, description="")[:4])
+    assert setup.loader.layout == Layout(1, BATCH, 8, lanes=3, staggered=False)
+    assert setup.order == state["order"] and setup.steps_per_epoch == 12 and setup.progress.step == 2
 
 
 def test_changed_data_is_refused_with_what_changed(refused, checkpoint, flags, tmp_path):
@@ -316,10 +345,7 @@ def test_checkpoints_are_those_of_version_0_1_0(checkpoint):
         *("order", "manifest", "arguments", "momentum", "ranks", "files"),
         *("checksums", "checksum"),  # came later
     }
-    assert list(state["order"]) == [
-        *("rows", "processes", "per_device_train_batch_size", "dataloader_num_workers", "gradient_accumulation_steps"),
-        *("shuffle_window", "seed"),
-    ]
+    assert list(state["order"]) == ["rows", "global_batch", "data_partitions", "shuffle_window", "seed"]
     assert set(state["momentum"]) == {"_extra_state"} and set(state["momentum"]["_extra_state"]) == {
         "pointer",
         "updates",

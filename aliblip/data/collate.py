@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -73,16 +74,21 @@ class Collator:
         self.thumbnail_side = thumbnail_side
 
     def __call__(
-        self, rows: Sequence[Row], epoch: int = 0, fill: bool = True, spares: Iterable[Row] = ()
+        self,
+        rows: Sequence[Row],
+        epoch: int = 0,
+        fill: bool = True,
+        spares: Callable[[int], Iterable[Row]] | None = None,
     ) -> dict[str, Any]:
         """A batch of `rows`.
 
         Args:
             rows: undecoded rows.
             epoch: of the augmentation.
-            fill: whether the hole of an unusable row is filled by repeating the next usable row of the batch (training:
-                the batch keeps its size B = len(rows)), or left out (evaluation: B = usable rows, maybe 0).
-            spares: further rows, tried in order only if `fill` is asked for and no row of the batch is usable.
+            fill: whether the hole of an unusable row is filled by another row (training: the batch keeps its size
+                B = len(rows)), or left out (evaluation: B = usable rows, maybe 0).
+            spares: `spares(slot)` gives the rows that may fill the hole in a slot; the first usable one does. None: the
+                following rows of the batch, round its end.
 
         Returns:
             `pixel_values` (B, 3, H, H) float32, or uint8 where they are augmented, `input_ids` and `attention_mask`
@@ -90,25 +96,15 @@ class Collator:
             `skipped`, a list of {"row", "name", "reason"} of the rows that are not in the batch.
 
         Raises:
-            NoUsableRow: `fill` is asked for, and neither a row nor a spare is usable.
+            NoUsableRow: `fill` is asked for, and neither a row nor a spare of it is usable.
         """
         skipped: list[dict[str, Any]] = []
         slots = [self._example(row, epoch, skipped) for row in rows]  # None is a hole
         usable = [index for index, example in enumerate(slots) if example is not None]
         examples = [slots[index] for index in usable]
         places = list(range(len(examples)))
-        if fill:
-            if not examples:
-                # The spare's own skips belong to the batch that holds it, which reports them.
-                spare = next((found for row in spares if (found := self._example(row, epoch, [])) is not None), None)
-                if spare is None:
-                    reasons = "; ".join(f"{entry['name']}: {entry['reason']}" for entry in skipped[:3])
-                    raise NoUsableRow(
-                        f"none of {len(rows)} rows is usable ({reasons}): check the columns and the files"
-                    )
-                examples, places = [spare], [0] * len(rows)
-            else:
-                places = _next_usable(len(rows), usable)
+        if fill and len(examples) < len(rows):
+            places = self._fill(rows, slots, examples, epoch, spares, skipped)
         batch = self._process(examples)
         index = torch.tensor(places, dtype=torch.int64)
         if places != list(range(len(examples))):
@@ -117,6 +113,30 @@ class Collator:
         if self.describe and not fill:
             batch |= self._description([rows[index] for index in usable], examples)
         return batch
+
+    def _fill(self, rows, slots, examples, epoch, spares, skipped) -> list[int]:
+        """The place among `examples` of each slot; those of further rows are added to them."""
+        spares = spares or (lambda slot: (rows[(slot + i) % len(rows)] for i in range(1, len(rows))))
+        numbers = itertools.count()
+        known: dict[int, int | None] = {  # by the number of a row: its place, None of one that can't be used
+            row.row: None if example is None else next(numbers) for row, example in zip(rows, slots, strict=True)
+        }
+        places = []
+        for slot, row in enumerate(rows):
+            place = known[row.row]
+            candidates = iter(spares(slot)) if place is None else iter(())
+            while place is None and (spare := next(candidates, None)) is not None:
+                if spare.row not in known:
+                    # What is wrong with it belongs to the batch that holds it, which reports it.
+                    example = self._example(spare, epoch, [])
+                    known[spare.row] = None if example is None else len(examples)
+                    examples += [] if example is None else [example]
+                place = known[spare.row]
+            if place is None:
+                reasons = "; ".join(f"{entry['name']}: {entry['reason']}" for entry in skipped[:3])
+                raise NoUsableRow(f"none of {len(rows)} rows is usable ({reasons}): check the columns and the files")
+            places.append(place)
+        return places
 
     def _example(self, row: Row, epoch: int, skipped: list[dict[str, Any]]) -> Example | None:
         try:
@@ -231,14 +251,3 @@ def thumbnail(photo: Image.Image, side: int) -> bytes:
 def printable(text: str) -> str:
     """Text that files and terminals take: that of a catalogue may hold half a surrogate pair."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _next_usable(size: int, usable: Sequence[int]) -> list[int]:
-    """For each of `size` slots the place among the usable ones of itself, or of the next usable slot round the end."""
-    places, position, following = [0] * size, len(usable), 0
-    for slot in reversed(range(size)):
-        if position and usable[position - 1] == slot:
-            position -= 1
-            following = position
-        places[slot] = following
-    return places

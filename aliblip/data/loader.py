@@ -1,134 +1,45 @@
 """Loaders that own their order and their position.
 
     loader = TrainLoader(source, collator, batch_size=32, seed=42, rank=rank(), world_size=world_size(), num_workers=2)
-    for batch in loader.epoch(epoch=3, start_step=100):  # goes on where an epoch stopped after 100 steps
+    for batch in loader.epoch(epoch=3, start_step=100):  # goes on where an epoch stopped after 100 batches
         ...
 
-The order of an epoch is a function of the seed, the epoch and the row counts of the shards; the position in it is a
-count of steps. Readers keep no state of the order: that count is all that has to be saved.
-
-The order of an epoch (`EpochOrder`): all shards in a seeded permutation are one sequence of rows; it is turned by a
-seeded offset, so that the few rows left over differ from epoch to epoch; and it is cut into one range per rank, all of
-`steps * batch_size` rows. So every rank has equally many steps whatever the sizes of the shards. A range consists of
-windows; the undecoded rows of a window are read, permuted and cut into batches. Window w of a rank is read by worker w
-modulo the number of workers. Memory: one window of undecoded rows per worker (paths only, for folders).
+The order of an epoch (`aliblip.data.order`) is a function of the seed, the epoch, the row counts of the shards and the
+layout of a step; the position in it is a count. Readers keep no state of the order: that count is all that has to be
+saved. Each process reads the partitions of its rank, and each of its readers some of these: a batch is put together of
+what the readers have for it. Memory: one window of undecoded rows per partition (paths only, for folders).
 """
 
 from __future__ import annotations
 
-import atexit
-import multiprocessing
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+import torch.nn.functional as F
 
 from aliblip.data.collate import Collator, NoUsableRow
-from aliblip.data.remote import RemoteReadError
+from aliblip.data.order import EpochOrder, Layout, most_partitions
+from aliblip.data.readers import PATIENCE, PATIENCE_REMOTE, Readers, now_reading
+from aliblip.data.remote import is_remote
 from aliblip.data.rows import Row, Source
-from aliblip.runtime.interrupts import let_the_trainer_decide
 from aliblip.runtime.mistakes import UsageError
 
-__all__ = ["EpochOrder", "EvalLoader", "TrainLoader"]
+__all__ = ["EvalLoader", "TrainLoader"]
 
-# Numbers of the seeded streams, so that no two draws share one.
-SHARD_ORDER, WINDOW_ORDER = 0, 1
-
-
-class EpochOrder:
-    """Which rows each rank reads in an epoch, in which windows, and in which order: a pure function of its arguments.
-
-    Args:
-        shard_rows: rows of each shard.
-        seed, epoch: of the order.
-        world_size, batch_size: ranks, and rows of a batch on one rank.
-        window: rows that are permuted together; rounded down to whole batches, at least one.
-
-    Attributes:
-        steps: batches per rank.
-        num_windows: windows per rank.
-        leftover_rows: rows of this epoch that no rank sees; fewer than `world_size * batch_size`.
-    """
-
-    def __init__(
-        self, shard_rows: Sequence[int], *, seed: int, epoch: int, world_size: int, batch_size: int, window: int
-    ):
-        self._key = (seed, epoch)
-        rows = np.asarray(shard_rows, dtype=np.int64)
-        self._firsts = np.cumsum(rows) - rows  # global number of the first row of each shard
-        self.num_rows = int(rows.sum())
-        self.batch_size = batch_size
-        self.world_size = world_size
-        self.steps = self.num_rows // (world_size * batch_size)
-        self.rank_rows = self.steps * batch_size
-        self.leftover_rows = self.num_rows - world_size * self.rank_rows
-        self.window = max(batch_size, window // batch_size * batch_size)
-        self.num_windows = -(-self.rank_rows // self.window)
-        rng = np.random.default_rng([SHARD_ORDER, seed, epoch])
-        self._order = rng.permutation(len(rows))
-        self._starts = np.cumsum(rows[self._order]) - rows[self._order]  # where each shard begins in the sequence
-        self._rows = rows
-        self._offset = int(rng.integers(self.num_rows)) if self.num_rows else 0
-
-    def segments(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """(shard, first row, row after the last) of the turned sequence's positions [start, stop)."""
-        pieces = []
-        for begin, end in self._unturned(start, stop):
-            place = int(np.searchsorted(self._starts, begin, side="right")) - 1
-            while begin < end:
-                shard, first = int(self._order[place]), int(self._starts[place])
-                upto = min(end, first + int(self._rows[shard]))
-                if upto > begin:
-                    pieces.append((shard, begin - first, upto - first))
-                    begin = upto
-                place += 1
-        return pieces
-
-    def _unturned(self, start: int, stop: int) -> list[tuple[int, int]]:
-        begin, end = start + self._offset, stop + self._offset
-        if begin >= self.num_rows:
-            return [(begin - self.num_rows, end - self.num_rows)]
-        if end > self.num_rows:
-            return [(begin, self.num_rows), (0, end - self.num_rows)]
-        return [(begin, end)]
-
-    def window_segments(self, rank: int, index: int) -> list[tuple[int, int, int]]:
-        """Segments, in reading order, of one window of one rank."""
-        return self.segments(*self._window_range(rank, index))
-
-    def window_batches(self, index: int) -> int:
-        """Batches of a window; the last one may be shorter."""
-        return (min((index + 1) * self.window, self.rank_rows) - index * self.window) // self.batch_size
-
-    def window_order(self, rank: int, index: int) -> np.ndarray:
-        """Permutation of the rows of one window, as places in their reading order."""
-        start, stop = self._window_range(rank, index)
-        return np.random.default_rng([WINDOW_ORDER, *self._key, start]).permutation(stop - start)
-
-    def _window_range(self, rank: int, index: int) -> tuple[int, int]:
-        first = rank * self.rank_rows
-        return first + index * self.window, first + min((index + 1) * self.window, self.rank_rows)
-
-    def rows_of(self, segments: Sequence[tuple[int, int, int]]) -> list[int]:
-        """Global row numbers of segments."""
-        return [int(self._firsts[shard]) + row for shard, start, stop in segments for row in range(start, stop)]
-
-    def leftover(self) -> list[int]:
-        """Global numbers of the rows that no rank sees in this epoch."""
-        return self.rows_of(self.segments(self.world_size * self.rank_rows, self.num_rows))
+# Items that a reader makes before they are asked for: parts of batches, or whole units.
+PARTS_AHEAD, UNITS_AHEAD = 4, 2
+# Rows that are tried in place of an unusable one, after those of its window.
+MOST_SPARES = 64
 
 
 class TrainLoader:
     """Batches of one rank, epoch by epoch.
 
-    Every rank takes `steps_per_epoch` batches of `batch_size`, and no row comes twice in an epoch, on whatever rank. A
-    batch lies within one window; with more than one worker a window is at most a worker's share of the epoch, so that a
-    small data set keeps all workers busy too. So the order depends on `batch_size`, `world_size`, `num_workers`,
-    `window`, the seed, the epoch and the shards, and on nothing else.
+    Every rank takes equally many batches of `batch_size`, and no row comes twice in an epoch, on whatever rank. The
+    rows of a step, `accumulation` batches of every rank, depend on the layout, the seed, the epoch and the shards, and
+    on nothing else: not on the number of processes or readers.
 
     Args:
         source: where rows come from.
@@ -136,11 +47,14 @@ class TrainLoader:
         batch_size: rows per batch on this rank.
         seed: of the order.
         rank, world_size: this process, and how many there are.
-        num_workers: processes that read and decode; 0 reads in this one.
-        window: rows permuted together, and held undecoded in memory by each worker.
+        num_workers: processes that read and decode; 0 reads in this one. More than a rank has partitions are not used.
+        accumulation: batches of a step.
+        window: rows permuted together, and held undecoded in memory, of all partitions of all ranks.
+        partitions: parts of the epoch that are read side by side; None: as many as `most_partitions` says.
+        layout: instead of the last two: that of the run that goes on.
 
     Raises:
-        UsageError: a batch from every rank needs more rows than there are.
+        UsageError: a batch from every rank needs more rows than there are, or the partitions can't be shared out.
         ValueError: a number is out of its range.
     """
 
@@ -154,9 +68,19 @@ class TrainLoader:
         rank: int,
         world_size: int,
         num_workers: int = 0,
+        accumulation: int = 1,
         window: int = 4096,
+        partitions: int | None = None,
+        layout: Layout | None = None,
     ):
-        _check_numbers(batch_size=batch_size, window=window, rank=rank, world_size=world_size, num_workers=num_workers)
+        _check_numbers(
+            batch_size=batch_size,
+            window=window,
+            accumulation=accumulation,
+            rank=rank,
+            world_size=world_size,
+            num_workers=num_workers,
+        )
         if seed < 0:
             raise ValueError(f"seed is {seed}: it must be 0 or more")
         if source.num_rows < batch_size * world_size:
@@ -168,29 +92,31 @@ class TrainLoader:
         self.source = source
         self.collator = collator
         self.batch_size = batch_size
+        self.accumulation = accumulation
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.num_workers = num_workers
         self._shard_rows = [shard.num_rows for shard in source.shards]
-        steps = source.num_rows // (world_size * batch_size)
-        self.window = min(window, -(-steps // max(num_workers, 1)) * batch_size)
-        self.window = max(self.window // batch_size, 1) * batch_size
-        self.steps_per_epoch = steps
+        self.rows_per_step = batch_size * world_size * accumulation
+        if layout is None:
+            partitions = most_partitions(self.rows_per_step, world_size) if partitions is None else partitions
+            _check_partitions(partitions, self.rows_per_step)
+            layout = Layout.of(self.rows_per_step, partitions, window, source.num_rows)
+        _check_shares(layout, world_size)
+        if layout.rows_per_step != self.rows_per_step:
+            raise ValueError(f"a layout of {layout.rows_per_step} rows a step for steps of {self.rows_per_step}")
+        self.layout = layout
+        self.partitions = range(layout.partitions // world_size * rank, layout.partitions // world_size * (rank + 1))
+        self.num_workers = min(num_workers, len(self.partitions) * layout.lanes)
+        self._lanes = self.order(0).lanes() if layout.lanes > 1 else None  # the same in every epoch
+        self.steps_per_epoch = source.num_rows // self.rows_per_step * accumulation
 
     def order(self, epoch: int) -> EpochOrder:
         """The order of an epoch, for all ranks."""
-        return EpochOrder(
-            self._shard_rows,
-            seed=self.seed,
-            epoch=epoch,
-            world_size=self.world_size,
-            batch_size=self.batch_size,
-            window=self.window,
-        )
+        return EpochOrder(self._shard_rows, self.layout, seed=self.seed, epoch=epoch)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[dict[str, Any]]:
-        """Batches of this rank from step `start_step` to the end; windows consumed whole are not read again.
+        """Batches of this rank from batch `start_step` to the end; windows consumed whole are not read again.
 
         Raises:
             ValueError: `start_step` lies outside the epoch.
@@ -202,32 +128,59 @@ class TrainLoader:
         return self._batches(epoch, start_step)
 
     def _batches(self, epoch: int, start_step: int) -> Iterator[dict[str, Any]]:
-        order = self.order(epoch)
-        schedule = _schedule(
-            [order.window_batches(index) for index in range(order.num_windows)], max(self.num_workers, 1)
-        )
-        shares = _shares(schedule[start_step:], max(self.num_workers, 1))
-        dataset = _TrainReader(self.source, self.collator, order, self.rank, epoch, shares)
-        expected = iter(schedule[start_step:])
-        with closing(_deliver(dataset, self.num_workers)) as delivered:
-            for place, batch in delivered:
-                # Position is a count, so a batch out of order would make every later resume wrong.
-                # Pinning memory turns tuples into lists in some versions of torch.
-                if (place := tuple(place)) != (due := next(expected, None)):
-                    raise RuntimeError(f"the workers delivered batch {place} where {due} was due")
-                yield batch
+        todo = range(start_step, self.steps_per_epoch)
+        works = [_TrainReader(self, epoch, todo, reader) for reader in range(max(self.num_workers, 1))]
+        pin = torch.cuda.is_available()
+        with _Deliveries(works, self.num_workers, PARTS_AHEAD, self.source) as deliveries:
+            for step in todo:
+                owners = self.readers_of(step)
+                parts = []
+                for reader in np.unique(owners).tolist():
+                    of, part = deliveries.take(reader)
+                    # Position is a count, so a part of another batch would make every later resume wrong.
+                    if of != step:
+                        raise RuntimeError(f"reader {reader} delivered a part of batch {of} where {step} was due")
+                    parts.append((torch.from_numpy(np.flatnonzero(owners == reader)), part))
+                yield _put_together(parts, self._padding, pin)
+
+    @property
+    def _padding(self) -> int:
+        """Of titles, as the tokenizer does it."""
+        tokenizer = getattr(getattr(self.collator, "processor", None), "tokenizer", None)
+        return getattr(tokenizer, "pad_token_id", None) or 0
+
+    def slots(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where the rows of a batch of this rank lie: partition, turn of the epoch and place in the turn, of each."""
+        layout, own = self.layout, len(self.partitions)
+        number, batch = divmod(step, self.accumulation)
+        turn, rest = np.divmod(np.arange(self.batch_size) + batch * self.batch_size, own * layout.rows)
+        row, partition = np.divmod(rest, own)
+        return self.partitions.start + partition, number * layout.turns + turn, row
+
+    def readers_of(self, step: int) -> np.ndarray:
+        """Which reader has each row of a batch: one for each partition, or lane of a partition."""
+        partition, turn, _ = self.slots(step)
+        stream = (partition - self.partitions.start) * self.layout.lanes
+        if self._lanes is not None:
+            stream = stream + self._lanes[turn]
+        return stream % max(self.num_workers, 1)
 
     def describe(self) -> str:
         """One line on rows, shards, steps, rows left over, how good the mixing is, and the memory it takes."""
-        rows = self.source.num_rows
-        left = rows - self.steps_per_epoch * self.batch_size * self.world_size
-        share = min(self.window * self.world_size / rows, 1.0)
-        size = sum(file.size for file in self.source.files) / rows * self.window
+        rows, layout = self.source.num_rows, self.layout
+        steps = self.steps_per_epoch // self.accumulation
+        left = rows - steps * self.rows_per_step
+        window = layout.window * layout.lanes
+        share = min(window * layout.partitions / rows, 1.0)
+        held = window * len(self.partitions)
+        size = sum(file.size for file in self.source.files) / rows * held
+        several = f" x {self.accumulation}" if self.accumulation > 1 else ""
+        windows = f"windows of {window:,} row{'s' if window > 1 else ''} ({share:.1%} of the epoch)"
         return (
             f"{self.source.name} ({self.source.split}): {rows:,} rows in {len(self.source.shards):,} shards, "
-            f"{self.steps_per_epoch:,} steps of {self.batch_size} x {self.world_size} per epoch, {left:,} rows left "
-            f"over ({left / rows:.3%}, different ones each epoch), mixed in windows of {self.window:,} rows per "
-            f"process ({share:.1%} of the epoch): at most {self.window:,} rows undecoded in memory per worker"
+            f"{steps:,} steps of {self.batch_size} x {self.world_size}{several} per epoch, {left:,} rows left "
+            f"over ({left / rows:.3%}, different ones each epoch), mixed in {layout.partitions:,} partitions with "
+            f"{windows}: at most {held:,} rows undecoded in the memory of a process"
             + (f", about {size / 1e6:,.1f} MB" if size else "")
         )
 
@@ -276,14 +229,20 @@ class EvalLoader:
 
     def units(self, units: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
         """(unit, batch) of chosen units, in their order, whatever rank they belong to."""
-        with closing(_deliver(_EvalReader(self, units), min(self.num_workers, len(units)))) as delivered:
-            yield from delivered
+        workers = min(self.num_workers, len(units))
+        works = [_EvalReader(self, units[reader :: max(workers, 1)]) for reader in range(max(workers, 1))]
+        pin = torch.cuda.is_available()
+        with _Deliveries(works, workers, UNITS_AHEAD, self.source) as deliveries:
+            for place in range(len(units)):
+                unit, batch = deliveries.take(place % len(works))
+                yield unit, _pinned(batch) if pin else batch
 
     def read_unit(self, unit: int) -> dict[str, Any]:
         """The batch of any unit, read in this process."""
         if not 0 <= unit < self.num_units:
             raise IndexError(f"unit {unit}: there are {self.num_units}")
         start = unit * self.unit_size
+        now_reading(f"{self.source.name}, rows from {start:,} on")
         rows = list(self.source.read_range(start, min(start + self.unit_size, self.source.num_rows)))
         return self.collator(rows, epoch=0, fill=False)
 
@@ -291,148 +250,148 @@ class EvalLoader:
 # --------------------------------------------------------------------------------------------------------- inside
 
 
-class _Reader(IterableDataset):
-    """What one worker delivers."""
+class _TrainReader:
+    """(batch, part of it) for those batches of a rank of which one reader has rows."""
 
-    def __iter__(self) -> Iterator[Any]:
+    def __init__(self, loader: TrainLoader, epoch: int, todo: range, reader: int):
+        self.loader, self.epoch, self.todo, self.reader = loader, epoch, todo, reader
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        loader, order = self.loader, self.loader.order(self.epoch)
+        lanes = loader.layout.lanes
+        windows: dict[tuple[int, int], tuple[int, list[Row]]] = {}  # the open one of each partition and lane
+        for step in self.todo:
+            own = np.flatnonzero(loader.readers_of(step) == self.reader)
+            if not len(own):
+                continue
+            chosen: list[Row] = []
+            places: list[tuple[list[Row], int]] = []  # the window of each, and where its turn begins
+            for partition, turn, row in zip(*(values[own].tolist() for values in loader.slots(step)), strict=True):
+                window, index = order.place(partition, turn)
+                stream = partition, window % lanes
+                if stream not in windows or windows[stream][0] != window:
+                    windows.pop(stream, None)  # freed before the next one is read: one window in memory, not two
+                    windows[stream] = window, self._read(order, partition, window)
+                rows, begin = windows[stream][1], index * loader.layout.rows
+                chosen.append(rows[begin + row])
+                places.append((rows, begin + row))
+            yield step, self._collate(chosen, places)
+
+    def _collate(self, chosen: list[Row], places: list[tuple[list[Row], int]]) -> dict[str, Any]:
+        size = self.loader.layout.rows
+
+        def spares(slot: int) -> Iterable[Row]:
+            """The following rows of its turn, round its end, then those of its window, and those that follow it in the
+            data: the same for any number of processes and readers, and after a resume."""
+            rows, place = places[slot]
+            begin = place // size * size
+            yield from (rows[begin + (place - begin + i) % size] for i in range(1, size))
+            yield from (rows[(begin + i) % len(rows)] for i in range(size, len(rows)))
+            source, number = self.loader.source, chosen[slot].row + 1
+            yield from source.read_range(number, min(number + MOST_SPARES, source.num_rows))
+            yield from source.read_range(0, max(number + MOST_SPARES - source.num_rows, 0))
+
         try:
-            yield from self.items()
-        except (UsageError, RemoteReadError) as error:
-            # As an item: torch would write a traceback into the message of an error that crosses processes.
-            yield error
+            return self.loader.collator(chosen, epoch=self.epoch, fill=True, spares=spares)
+        except NoUsableRow as error:
+            name = self.loader.source.name
+            raise NoUsableRow(
+                f"a row of {name} can't be used, nor can any of the {len(places[0][0])} of its window or the "
+                f"{MOST_SPARES} that follow it: {error}"
+            ) from None
 
-    def items(self) -> Iterator[Any]:
-        raise NotImplementedError
-
-
-class _TrainReader(_Reader):
-    """((window, batch in the window), batch) of the share of one worker."""
-
-    def __init__(self, source, collator, order: EpochOrder, rank: int, epoch: int, shares: list[list[tuple[int, int]]]):
-        self.source, self.collator, self.order = source, collator, order
-        self.rank, self.epoch, self.shares = rank, epoch, shares
-
-    def items(self) -> Iterator[Any]:
-        worker = get_worker_info()
-        current, rows = None, []
-        for window, index in self.shares[worker.id if worker else 0]:
-            if window != current:
-                rows = []  # freed before the next window is read: one window in memory, not two
-                current, rows = window, self._read(window)
-            size = self.order.batch_size
-            chosen = rows[index * size : (index + 1) * size]
-            # The spares are the rest of the window, which is read whole after a resume too: the same for every start.
-            spares = (rows[(index * size + i) % len(rows)] for i in range(size, len(rows)))
-            try:
-                batch = self.collator(chosen, epoch=self.epoch, fill=True, spares=spares)
-            except NoUsableRow as error:
-                raise NoUsableRow(
-                    f"a window of {len(rows)} rows of {self.source.name} has no usable row: {error}"
-                ) from None
-            yield (window, index), batch
-
-    def _read(self, window: int) -> list[Row]:
+    def _read(self, order: EpochOrder, partition: int, window: int) -> list[Row]:
+        source = self.loader.source
         rows: list[Row] = []
-        for shard, start, stop in self.order.window_segments(self.rank, window):
+        for shard, start, stop in order.window_segments(partition, window):
+            name = source.shards[shard].name
+            now_reading(name)
             before = len(rows)
-            rows.extend(self.source.read(shard, start, stop))
+            rows.extend(source.read(shard, start, stop))
             if len(rows) - before != stop - start:
-                name = self.source.shards[shard].name
                 raise RuntimeError(
                     f"{name} gave {len(rows) - before} rows of {stop - start}: did it change during the run?"
                 )
-        return [rows[place] for place in self.order.window_order(self.rank, window)]
+        return [rows[place] for place in order.window_order(partition, window)]
 
 
-class _EvalReader(_Reader):
-    """(unit, batch) of the units whose turn is this worker's."""
+class _EvalReader:
+    """(unit, batch) of some units."""
 
     def __init__(self, loader: EvalLoader, units: Sequence[int]):
         self.loader, self.units = loader, units
 
-    def items(self) -> Iterator[Any]:
-        worker = get_worker_info()
-        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        for unit in self.units[first::stride]:
+    def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        for unit in self.units:
             yield unit, self.loader.read_unit(unit)
 
 
-def _schedule(window_batches: Sequence[int], workers: int) -> list[tuple[int, int]]:
-    """(window, batch in it) in the order of delivery: workers take turns, without those that are done.
+class _Deliveries:
+    """What several works give, from processes of their own or, without any, from this one. A context manager."""
 
-    Window w belongs to worker w % workers. This is the order in which torch's DataLoader hands out the batches of an
-    iterable dataset.
+    def __init__(self, works: Sequence[Iterable[Any]], workers: int, ahead: int, source: Source):
+        self._own = [] if workers else [iter(work) for work in works]
+        patience = PATIENCE_REMOTE if any(is_remote(file.file) for file in source.files) else PATIENCE
+        self._readers = Readers(works if workers else [], ahead, patience)
+
+    def __enter__(self) -> _Deliveries:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._readers.close()
+
+    def take(self, number: int) -> Any:
+        """The next item of a work."""
+        return next(self._own[number]) if self._own else self._readers.take(number)
+
+
+def _put_together(parts: Sequence[tuple[torch.Tensor, dict[str, Any]]], padding: int, pin: bool) -> dict[str, Any]:
+    """A batch of its parts.
+
+    Args:
+        parts: (which rows of the batch, those rows) of each.
+        padding: token that fills titles up to the longest of all parts.
+        pin: whether its tensors are to lie in pinned memory.
     """
-    queues = [
-        [
-            (window, index)
-            for window in range(worker, len(window_batches), workers)
-            for index in range(window_batches[window])
-        ]
-        for worker in range(workers)
-    ]
-    longest = max((len(queue) for queue in queues), default=0)
-    return [queue[turn] for turn in range(longest) for queue in queues if turn < len(queue)]
+    if len(parts) == 1:
+        return _pinned(parts[0][1]) if pin else parts[0][1]
+    rows = sum(len(slots) for slots, _ in parts)
+    batch: dict[str, Any] = {}
+    for key, first in parts[0][1].items():
+        if not isinstance(first, torch.Tensor):
+            batch[key] = sorted((entry for _, part in parts for entry in part[key]), key=lambda entry: entry["row"])
+            continue
+        longest = max(part[key].shape[-1] for _, part in parts) if first.dim() > 1 else 0
+        shape = (rows, *first.shape[1:-1], longest) if first.dim() > 1 else (rows,)
+        batch[key] = torch.empty(shape, dtype=first.dtype, pin_memory=pin)
+        for slots, part in parts:
+            value = part[key]
+            if value.dim() == 2:
+                value = F.pad(value, (0, longest - value.shape[1]), value=padding if key == "input_ids" else 0)
+            batch[key][slots] = value
+    return batch
 
 
-def _shares(schedule: Sequence[tuple[int, int]], workers: int) -> list[list[tuple[int, int]]]:
-    """The places each worker of a fresh DataLoader has to deliver so that together they give exactly `schedule`.
-
-    After a resume in the middle of a turn the worker whose turn it is comes first.
-    """
-    shares: list[list[tuple[int, int]]] = [[] for _ in range(workers)]
-    first = schedule[0][0] % workers if schedule else 0
-    for window, index in schedule:
-        shares[(window - first) % workers].append((window, index))
-    return shares
+def _pinned(batch: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.pin_memory() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
-def _deliver(dataset: IterableDataset, num_workers: int) -> Iterator[Any]:
-    # Never handed to accelerate: the rows are divided among the ranks already, and dividing them twice would
-    # lose some without a word.
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        collate_fn=_as_it_is,
-        num_workers=num_workers,
-        worker_init_fn=_start_worker if num_workers else None,
-        pin_memory=torch.cuda.is_available(),
-        # Else DataLoader draws its base seed from the global generator, and reading data would move dropout.
-        generator=torch.Generator().manual_seed(0),
-    )
-    iterator = iter(loader)
-    try:
-        for item in iterator:
-            if isinstance(item, Exception):
-                raise item
-            yield item
-    finally:
-        # Ended here, not when it is collected: a traceback can keep the iterator alive, and the workers of the next
-        # epoch would inherit it and wait for processes that are not their children. torch has no public call for it.
-        if (shut_down := getattr(iterator, "_shutdown_workers", None)) is not None:
-            shut_down()
-            _end_readers(iterator._workers)
+def _check_partitions(partitions: int, rows_per_step: int) -> None:
+    if partitions < 1 or rows_per_step % partitions:
+        divisors = [number for number in range(1, rows_per_step + 1) if rows_per_step % number == 0]
+        raise UsageError(
+            f"--data_partitions is {partitions}: each step of {rows_per_step} rows takes equally many from each, so "
+            f"give a divisor of that: {', '.join(map(str, divisors))}"
+        )
 
 
-def _end_readers(readers: Iterable[multiprocessing.Process] | None = None) -> None:
-    """Kill the given readers, or all that there are, where they still run: they ignore SIGTERM."""
-    for reader in multiprocessing.active_children() if readers is None else readers:
-        if reader.is_alive():
-            reader.kill()
-
-
-# An error can leave readers behind. Python asks them with SIGTERM to end, and would wait for them for ever.
-atexit.register(_end_readers)
-
-
-def _as_it_is(item):
-    return item  # the default would turn our tuples into lists
-
-
-def _start_worker(worker_id: int) -> None:
-    torch.set_num_threads(1)  # the cores belong to the workers and the model, not to each worker's own pool
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a pool that was used before the fork does not live in the child
-    let_the_trainer_decide()
+def _check_shares(layout: Layout, processes: int) -> None:
+    if layout.partitions % processes:
+        shared = [number for number in range(1, layout.partitions + 1) if layout.partitions % number == 0]
+        raise UsageError(
+            f"{processes} processes can't share {layout.partitions} partitions of the data equally: start "
+            f"{', '.join(map(str, shared))} processes, or a new run with another --data_partitions"
+        )
 
 
 def _check_numbers(*, rank: int, world_size: int, num_workers: int, **at_least_one: int) -> None:

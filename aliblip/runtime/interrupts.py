@@ -22,6 +22,12 @@ from aliblip.runtime.distributed import world_size
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # of Linux' prctl
+_listening: StopSignals | None = None
+
+
+def stop_asked() -> signal.Signals | None:
+    """The signal that has asked this process to stop, if its run listens to them."""
+    return None if _listening is None else _listening.received
 
 
 class StopSignals:
@@ -31,6 +37,8 @@ class StopSignals:
         self.received: signal.Signals | None = None
 
     def __enter__(self) -> StopSignals:
+        global _listening
+        _listening = self
         heard = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._remember) for number in heard}
         if "ACCELERATE_MIXED_PRECISION" in os.environ:  # a launcher's child
@@ -38,6 +46,8 @@ class StopSignals:
         return self
 
     def __exit__(self, *error) -> None:
+        global _listening
+        _listening = None
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -83,4 +93,4 @@ def let_the_trainer_decide() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-__all__ = ["STOP_SIGNALS", "StopSignals", "let_the_trainer_decide"]
+__all__ = ["STOP_SIGNALS", "StopSignals", "let_the_trainer_decide", "stop_asked"]

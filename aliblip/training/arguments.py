@@ -52,7 +52,16 @@ class TrainDataArguments(DataArguments):
         'Instead of a data set: a file or glob to train on; a JSON list of {"product": file, "caption": text} too.',
     )
     validation_file: str | None = option(None, "The same for the evaluation.")
-    shuffle_window: int = option(4096, "Rows that are permuted among themselves, undecoded; more mixes better.")
+    shuffle_window: int | None = option(
+        None,
+        "Rows that are permuted among themselves, undecoded, of all processes together; more mixes better (default: "
+        "4096, or 16 global batches if that is more).",
+    )
+    data_partitions: int | None = option(
+        None,
+        "Parts of the data that are read side by side, a divisor of the global batch; a run goes on with any number of "
+        "processes that divides it (default: the largest up to 64 that the processes share).",
+    )
     augmentation: str = option(
         "blip", "blip (crop, flip, RandAugment), crop_flip, or none.", choices=["blip", "crop_flip", "none"]
     )

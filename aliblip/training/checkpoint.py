@@ -17,26 +17,30 @@ which can, are not used.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
 import shutil
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from aliblip.runtime.distributed import all_gather_objects, barrier, broadcast_object, is_main, rank
+from aliblip.data.order import facts_of
+from aliblip.runtime.distributed import all_gather_objects, barrier, broadcast_object, is_main, rank, world_size
 from aliblip.runtime.files import NewFolder, checksum_of, write_json, write_tensors
 from aliblip.runtime.mistakes import UsageError, usage_errors
-from aliblip.runtime.sameness import changes, told, way_back
+from aliblip.runtime.sameness import Change, changes, told
 from aliblip.training.step import fp32_state_dict, load_fp32_state_dict, load_optimizer_state, optimizer_state
 
 STATE = "state.json"
@@ -233,15 +237,18 @@ def save_checkpoint(
     return _on_main(write)
 
 
-def load_checkpoint(folder: Path, training: Training) -> dict[str, Any]:
+def load_checkpoint(folder: Path, training: Training) -> list[dict[str, Any]]:
     """Bring a run to where a checkpoint was written, this rank's random states included. A collective under ZeRO.
+
+    Where the run had another number of processes, what they would have drawn is nobody's any more: the random states of
+    all are set anew, from the seed and the step.
 
     Args:
         folder: found by `find_checkpoint` and accepted by `read_state`.
         training: built as for a new run.
 
     Returns:
-        What this rank gave to `save_checkpoint` as `of_rank`.
+        What the ranks gave to `save_checkpoint` as `of_rank`.
 
     Raises:
         UsageError: weights or queues of another model, or a file that is not what its name says.
@@ -255,9 +262,13 @@ def load_checkpoint(folder: Path, training: Training) -> dict[str, Any]:
     except UsageError as error:
         raise UsageError(f"{folder} does not fit: {error}") from error
     own = f"{rank()}."
-    set_random_states({k[len(own) :]: v for k, v in states.items() if k.startswith(own)}, training.device)
+    if len(state["ranks"]) == world_size():
+        set_random_states({k[len(own) :]: v for k, v in states.items() if k.startswith(own)}, training.device)
+    else:
+        drawn_from = f"{state['order']['seed']} {state['step']} {rank()} {world_size()}"
+        set_seed(int.from_bytes(hashlib.blake2b(drawn_from.encode(), digest_size=4).digest(), "big") >> 1)
     barrier()
-    return state["ranks"][rank()]
+    return state["ranks"]
 
 
 def _load_momentum(momentum: torch.nn.Module, state: dict[str, Any]) -> None:
@@ -309,18 +320,27 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path:
     return folder
 
 
+def order_of(folder: Path) -> dict[str, Any] | None:
+    """What the order of the rows of a checkpoint depends on; None where it can't be read, which `read_state` tells."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        order = json.loads((folder / STATE).read_text(encoding="utf-8"))["order"]
+        facts_of(order)
+        return order
+    return None
+
+
 def read_state(
     folder: Path,
     order: dict[str, Any],
-    flags: dict[str, str],
+    flags_back: Callable[[list[Change]], str],
     manifest_changes: Callable[[dict[str, Any]], list[str]],
 ) -> dict[str, Any]:
     """The `state.json` of a checkpoint, once it is clear that a run may go on from it.
 
     Args:
         folder: the checkpoint.
-        order: what the order of the rows depends on, by name; the checkpoint's own stands in its "order".
-        flags: how to set each of these, for the message; the others can't be set.
+        order: what the order of the rows depends on now, as `facts_of`; the checkpoint's own stands in its "order".
+        flags_back: the flags that undo changes of it, for the message; an empty text if none do.
         manifest_changes: what is different now from the data of a manifest, in sentences.
 
     Raises:
@@ -333,8 +353,8 @@ def read_state(
             f"the data is not what {folder} was trained on: {told(data)}. Bring the old data back, or start a new run "
             f"from the model in {folder.parent / 'last'}"
         )
-    if changed := changes(state["order"], order, order):
-        values = way_back(changed, flags)
+    if changed := changes(facts_of(state["order"]), order, order):
+        values = flags_back(changed)
         raise UsageError(
             f"{folder} reads its rows in another order ({told(changed)}), and rows would be lost or seen twice: "
             + (f"resume with {values}" if values else "bring the old data back")
@@ -403,6 +423,7 @@ __all__ = [
     "checkpoints",
     "find_checkpoint",
     "load_checkpoint",
+    "order_of",
     "random_states",
     "read_state",
     "remove_later_checkpoints",

@@ -73,6 +73,33 @@ class Unfailing:
             self._stream.flush()
 
 
+def shared_out(states: list[dict], rank: int, processes: int) -> dict:
+    """What a rank goes on with of what each rank kept of log and skipped rows, where their number may be another one:
+    nothing is counted twice, and nothing is lost.
+
+    Args:
+        states: {"log": of `Log.state`, "skipped": of `SkippedRows.state`} of each rank of before.
+        rank, processes: of now.
+    """
+    own = states[rank::processes]
+    first, sums = states[0]["log"], [_sums_of(state["log"]) for state in own]
+    log = {**first, "sums": None if first["sums"] is None else sum(sums, torch.zeros(2, len(PARTS))).tolist()}
+    skipped = {
+        "rows": [row for state in own for row in state["skipped"]["rows"]],
+        "seen": sum(state["skipped"]["seen"] for state in own),
+        "met": sum(state["skipped"]["met"] for state in own),
+    }
+    return {"log": log, "skipped": skipped}
+
+
+def _sums_of(state: dict) -> torch.Tensor:
+    if state["sums"] is None:
+        return torch.zeros(2, len(PARTS))
+    sums = torch.tensor(state["sums"])
+    # Of version 0.1.0, in which all parts were of all batches.
+    return torch.stack([sums, torch.full_like(sums, state["batches"])]) if sums.dim() == 1 else sums
+
+
 class SkippedRows:
     """Rows that could not be used: counted, listed, and a reason to stop when they are too many."""
 
@@ -198,10 +225,7 @@ class Log:
     def load_state(self, state: dict) -> None:
         self.batches, self.left_out, self.matching_head.lines = state["batches"], state["left_out"], state["near_prior"]
         if state["sums"] is not None:
-            sums = torch.tensor(state["sums"])
-            if sums.dim() == 1:  # of version 0.1.0, in which all parts were of all batches
-                sums = torch.stack([sums, torch.full_like(sums, self.batches)])
-            self.sums = sums.to(self.accelerator.device)
+            self.sums = _sums_of(state).to(self.accelerator.device)
 
     def tell(self, text: str) -> None:
         """Print a line, in the main process; the bar makes way for it."""
@@ -352,4 +376,13 @@ class RunStatus:
         tell_if_not_written(self.file.name, write)
 
 
-__all__ = ["ITM_PRIOR_LOSS", "Log", "MatchingHead", "RunStatus", "SkippedRows", "Unfailing", "tell_if_not_written"]
+__all__ = [
+    "ITM_PRIOR_LOSS",
+    "Log",
+    "MatchingHead",
+    "RunStatus",
+    "SkippedRows",
+    "Unfailing",
+    "shared_out",
+    "tell_if_not_written",
+]

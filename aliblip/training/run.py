@@ -64,7 +64,7 @@ from aliblip.training.momentum import Targets
 from aliblip.training.objective import ObjectiveOutput
 from aliblip.training.optim import alpha_schedule, long_warmup
 from aliblip.training.profiling import Profiler
-from aliblip.training.progress import Log, RunStatus, SkippedRows
+from aliblip.training.progress import Log, RunStatus, SkippedRows, shared_out
 from aliblip.training.setup import ARGUMENTS, PROFILE, Setup, earlier_outputs, remove
 from aliblip.training.step import Outcome, fp32_value
 from aliblip.training.tokenizer import TRAINED_TOKENIZER, save_trained_tokenizer, tokenizer_bytes
@@ -127,7 +127,9 @@ class Run:
         if setup.checkpoint is None:
             self._begin_anew()
         else:
-            of_rank = load_checkpoint(setup.checkpoint, training)
+            of_ranks = load_checkpoint(setup.checkpoint, training)
+            of_rank = shared_out(of_ranks, accelerator.process_index, accelerator.num_processes)
+            self._processes_before = len(of_ranks)
             self._can_begin()
         self.log = Log(
             accelerator,
@@ -212,6 +214,11 @@ class Run:
         changed = changes(self.setup.arguments_before, arguments, names)
         differently = f"; other than before: {told(changed, len(changed))}" if changed else ""
         self.log.tell(f"resumed from {checkpoint} at step {step}{differently}")
+        if (before := self._processes_before) != (now := self.accelerator.num_processes):
+            self.log.tell(
+                f"{before} process{'es' if before > 1 else ''} before, {now} now: the rows of every step stay the "
+                "same; dropout and negatives are drawn anew"
+            )
         if self._goes_back and new_ones(list(self._tracked)):
             self.log.tell(f"trackers that begin a new run: {', '.join(new_ones(list(self._tracked)))}")
         if self._goes_back and self.accelerator.is_main_process:

@@ -12,7 +12,7 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from aliblip.data.collate import Collator
 from aliblip.data.loader import EvalLoader, TrainLoader
 from aliblip.data.manifest import manifest_changes
+from aliblip.data.order import Layout, default_window, facts_of, most_partitions
 from aliblip.data.products import ProductReport, tell_sources
 from aliblip.data.rows import Source
 from aliblip.data.sources import open_source, require_usable_row
@@ -40,6 +41,7 @@ from aliblip.runtime.checks import part
 from aliblip.runtime.distributed import launched_rank, launched_world_size
 from aliblip.runtime.files import repair
 from aliblip.runtime.mistakes import UsageError, usage_errors
+from aliblip.runtime.sameness import Change, way_back
 from aliblip.training.arguments import ModelArguments, TrainDataArguments, TrainingArguments
 from aliblip.training.building import (
     Beginning,
@@ -50,7 +52,7 @@ from aliblip.training.building import (
     check_shape,
     read_backbones,
 )
-from aliblip.training.checkpoint import Progress, checkpoints, find_checkpoint, read_state
+from aliblip.training.checkpoint import Progress, checkpoints, find_checkpoint, order_of, read_state
 from aliblip.training.evaluations import check_early_stopping
 from aliblip.training.freezing import freeze, frozen_parts
 from aliblip.training.optim import learning_rate_schedule, rate_scales, total_optimizer_steps
@@ -77,15 +79,9 @@ OUTPUT_FOLDERS = (*MODELS, "logs", TRAINED_TOKENIZER, PROFILE)
 # By the arguments a folder is known for that of a run: they are written over, and never missing.
 ARGUMENTS = "arguments.json"
 OUTPUT_FILES = (TRACKER_IDS, "log.jsonl", "skipped.jsonl", "manifest.json", "machine.json", "status.json")
-# What the order of the rows depends on, and what sets it; the number of rows is the data's.
-ORDER_FLAGS = {
-    "processes": "accelerate launch --num_processes",
-    "per_device_train_batch_size": "--per_device_train_batch_size",
-    "dataloader_num_workers": "--dataloader_num_workers",
-    "gradient_accumulation_steps": "--gradient_accumulation_steps",
-    "shuffle_window": "--shuffle_window",
-    "seed": "--seed",
-}
+# What sets a fact that the order of the rows depends on; the number of rows is the data's, and the global batch has
+# several flags.
+ORDER_FLAGS = {"data_partitions": "--data_partitions", "shuffle_window": "--shuffle_window", "seed": "--seed"}
 
 
 @dataclasses.dataclass
@@ -123,7 +119,7 @@ class Setup:
     @property
     def rows_per_step(self) -> int:
         """Of all processes."""
-        return self.args.gradient_accumulation_steps * self.loader.world_size * self.args.per_device_train_batch_size
+        return self.loader.rows_per_step
 
 
 class Start:
@@ -311,11 +307,51 @@ class Start:
             require_usable_row(self.validation_source)
 
     @part
+    def order_before(self) -> dict | None:
+        """The order of the rows of the run that goes on; None of a new one. `resumed` tells what is wrong with it."""
+        wanted = self.settled_args.resume_from_checkpoint
+        with suppress(UsageError):
+            return None if wanted is None else order_of(find_checkpoint(self.folder, wanted))
+        return None
+
+    @part
+    def order(self) -> dict:
+        """What the order of the rows depends on: a run resumes only where all of this is the same."""
+        before = {} if self.order_before is None else facts_of(self.order_before)
+        partitions, window = self.data_args.data_partitions, self.data_args.shuffle_window
+        rows, processes = self.args.per_device_train_batch_size, self.processes
+        global_batch = rows * processes * self.args.gradient_accumulation_steps
+        if partitions is None:
+            partitions = before.get("data_partitions") or most_partitions(global_batch, processes)
+        if window is None:
+            window = before.get("shuffle_window") or default_window(global_batch)
+        return {
+            "rows": self.train_source.num_rows,
+            "global_batch": global_batch,
+            "data_partitions": partitions,
+            "shuffle_window": window,
+            "seed": self.args.seed,
+        }
+
+    @part
     def batches(self) -> TrainLoader:
         """The order of the training rows of this rank; `loader` makes batches of them."""
-        batch_size, window = self.args.per_device_train_batch_size, self.data_args.shuffle_window
-        options = {"batch_size": batch_size, "seed": self.args.seed, "window": window}
-        return TrainLoader(self.train_source, None, **options, **self._of_loaders)
+        before, order, layout = self.order_before, self.order, None
+        if before is not None and facts_of(before) != order:  # `resumed` refuses it
+            order = {**order, "data_partitions": most_partitions(order["global_batch"], self.processes)}
+        elif before is not None and before != order:
+            layout = Layout.of_version_0_1_0(before, order["rows"])
+        return TrainLoader(
+            self.train_source,
+            None,
+            batch_size=self.args.per_device_train_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            seed=self.args.seed,
+            window=order["shuffle_window"],
+            partitions=order["data_partitions"],
+            layout=layout,
+            **self._of_loaders,
+        )
 
     @part
     def loader(self) -> TrainLoader:
@@ -335,13 +371,14 @@ class Start:
     @part
     def steps_per_epoch(self) -> int:
         """Optimizer steps."""
-        batches, accumulation = self.batches.steps_per_epoch, self.args.gradient_accumulation_steps
-        if batches < accumulation:
+        loader, accumulation = self.batches, self.args.gradient_accumulation_steps
+        if not loader.steps_per_epoch:
+            batches = self.train_source.num_rows // (loader.batch_size * loader.world_size)
             raise UsageError(
                 f"an epoch has {batches} batches, fewer than --gradient_accumulation_steps {accumulation}: lower it or "
                 "the batch size"
             )
-        return batches // accumulation
+        return loader.steps_per_epoch // accumulation
 
     @part
     def total_steps(self) -> int:
@@ -359,19 +396,6 @@ class Start:
         check_profile(self.args.profile, self.total_steps, self.steps_per_epoch)
 
     @part
-    def order(self) -> dict:
-        """What the order of the rows depends on: a run resumes only where all of this is the same."""
-        return {
-            "rows": self.train_source.num_rows,
-            "processes": self.processes,
-            "per_device_train_batch_size": self.args.per_device_train_batch_size,
-            "dataloader_num_workers": self.data_args.dataloader_num_workers,
-            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
-            "shuffle_window": self.data_args.shuffle_window,
-            "seed": self.args.seed,
-        }
-
-    @part
     def manifest(self) -> dict:
         return self.train_source.manifest()
 
@@ -384,7 +408,7 @@ class Start:
             return None, Progress(), {}
         checkpoint = find_checkpoint(self.folder, wanted)
         manifest = self.manifest
-        state = read_state(checkpoint, self.order, ORDER_FLAGS, lambda before: manifest_changes(before, manifest))
+        state = read_state(checkpoint, self.order, self._flags_back, lambda before: manifest_changes(before, manifest))
         progress = Progress.of(state)
         if progress.step > self.total_steps:
             raise UsageError(
@@ -392,6 +416,14 @@ class Start:
                 "raise --num_train_epochs or --max_train_steps, or resume from an earlier checkpoint"
             )
         return checkpoint, progress, state["arguments"]
+
+    def _flags_back(self, changed: list[Change]) -> str:
+        """The flags that bring the order of a checkpoint back, with the processes of now if they can."""
+        flags = [way_back(changed, ORDER_FLAGS)]
+        if any(change.name in ("global_batch", "data_partitions") for change in changed):
+            facts, args = facts_of(self.order_before), self.args
+            flags.insert(0, flags_of_global_batch(facts, self.processes, args))
+        return " ".join(filter(None, flags))
 
     @part
     def free_folder(self) -> Path:
@@ -504,7 +536,7 @@ def set_up(
         steps_per_epoch=start.steps_per_epoch,
         total_steps=start.total_steps,
         learning_rate=start.learning_rate,
-        order=start.order,
+        order=start.order_before or start.order,
         manifest=start.manifest,
         checkpoint=checkpoint,
         progress=progress,
@@ -592,6 +624,7 @@ def check_ranges(model_args: ModelArguments, data_args: TrainDataArguments, args
         seed=(args.seed, 0, 2**31 - 1),  # NumPy takes a little more, and each process adds its number
         dataloader_num_workers=(data_args.dataloader_num_workers, 0, None),
         shuffle_window=(data_args.shuffle_window, 1, None),
+        data_partitions=(data_args.data_partitions, 1, None),
         min_crop_scale=(data_args.min_crop_scale, 0.01, 1),
         max_skipped_fraction=(data_args.max_skipped_fraction, 0, 1),
     )
@@ -620,6 +653,21 @@ def check_model(model: AliBlipForImageTextRetrieval, processor: AliBlipProcessor
             model.set_checkpointed_layers(
                 args.gradient_checkpointing_vision_layers, args.gradient_checkpointing_text_layers
             )
+
+
+def flags_of_global_batch(facts: dict, processes: int, args: TrainingArguments) -> str:
+    """The flags with which a number of processes, or the next smaller one that can, has the rows of a global batch: as
+    many batches of the present size, or the next smaller one, as it takes."""
+    total, partitions = facts["global_batch"], facts["data_partitions"]
+    able = next(number for number in range(min(processes, partitions), 0, -1) if partitions % number == 0)
+    share = total // able
+    rows = next(n for n in range(min(args.per_device_train_batch_size, share), 0, -1) if share % n == 0)
+    wanted = {
+        "accelerate launch --num_processes": (able, processes),
+        "--per_device_train_batch_size": (rows, args.per_device_train_batch_size),
+        "--gradient_accumulation_steps": (share // rows, args.gradient_accumulation_steps),
+    }
+    return " ".join(f"{flag} {value}" for flag, (value, now) in wanted.items() if value != now)
 
 
 # --- the output folder ------------------------------------------------------------------------------------------------
