@@ -85,7 +85,7 @@ def train(setup: Setup, accelerator: AliBlipAccelerator, signals: StopSignals, s
         build_objective(model, args, longest_title), build_optimizer(model, args)
     )
     set_seed(args.seed + accelerator.process_index)  # dropout and hard negatives differ from rank to rank
-    training = Training(model, optimizer, momentum, accelerator.device)
+    training = Training(model, optimizer, momentum, accelerator.device, accelerator.scaler)
     with Run(setup, accelerator, training, signals, status, compiled) as run:
         for epoch in run.epochs():
             for step in run.steps(epoch):

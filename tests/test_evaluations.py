@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import train
 from aliblip.runtime.mistakes import UsageError
 from aliblip.training import run as course
+from aliblip.training.checkpoint import Progress
 from aliblip.training.evaluations import Evaluations
 
 
@@ -173,6 +174,11 @@ def test_a_run_can_end_early_at_the_end_of_an_epoch_and_when_it_goes_on(flags, t
     # With more patience it goes on.
     trained_in_process([*flags, "--resume_from_checkpoint", "last", "--early_stopping_patience", 3], folder)
     assert list(evaluations(folder)) == [5, 6, 10, 12, 15]
+
+
+def test_checkpoints_from_before_have_counted_nothing():
+    state = {"step": 4, "left_out": 0, "left_out_in_a_row": 0, "average_is_due": True, "best_mean_recall": 0.5}
+    assert Progress.of({**state, "epoch": 0.5}) == Progress(**state, evaluations_without_gain=0)
 
 
 def test_patience_needs_evaluations(flags, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -38,6 +39,7 @@ from aliblip.runtime.mistakes import UsageError, usage_errors
 
 __all__ = [
     "STARTED_ALONE",
+    "TRAINING_PRECISIONS",
     "AliBlipAccelerator",
     "Launch",
     "build_accelerator",
@@ -51,6 +53,7 @@ __all__ = [
 ]
 
 MIXED_PRECISIONS = ("no", "bf16")
+TRAINING_PRECISIONS = (*MIXED_PRECISIONS, "fp16")  # whose gradients have to be scaled, and that need a GPU
 STARTED_ALONE = (
     "the launcher was set up for several processes but started one: on CPU use accelerate_configs/cpu_2_processes.yaml "
     "(or unset MASTER_ADDR)"
@@ -70,7 +73,7 @@ class AliBlipAccelerator(Accelerator):
     @property
     def autocast_dtype(self) -> torch.dtype | None:
         """In which a module that is not prepared runs under autocast; None: in fp32, without."""
-        return torch.bfloat16 if self.mixed_precision == "bf16" else None
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed_precision)
 
 
 def build_accelerator(
@@ -82,6 +85,7 @@ def build_accelerator(
     max_grad_norm: float,
     per_device_train_batch_size: int,
     timeout: timedelta | None = None,
+    precisions: Sequence[str] = MIXED_PRECISIONS,
 ) -> AliBlipAccelerator:
     """Build the Accelerator of this process as the launcher and the arguments say.
 
@@ -89,7 +93,7 @@ def build_accelerator(
     arguments into the engine's configuration, so that they are stated in one place.
 
     Args:
-        mixed_precision: `"no"` or `"bf16"`; None: as the launcher, or under DeepSpeed the DeepSpeed JSON, says.
+        mixed_precision: one of `precisions`; None: as the launcher, or under DeepSpeed the DeepSpeed JSON, says.
         gradient_accumulation_steps: micro-batches per optimizer step.
         log_with: trackers of accelerate, for example `"tensorboard"`.
         project_dir: where the trackers write.
@@ -97,6 +101,7 @@ def build_accelerator(
         per_device_train_batch_size: rows of one micro-batch of one process.
         timeout: how long a process waits for the others; None: torch's own limit, 10 minutes on GPUs. (A process that
             dies ends the others at once, through the launcher.)
+        precisions: those that the caller can do.
 
     Raises:
         UsageError: before any process is contacted, for values that contradict each other or the launcher's
@@ -108,6 +113,7 @@ def build_accelerator(
         gradient_accumulation_steps=gradient_accumulation_steps,
         max_grad_norm=max_grad_norm,
         per_device_train_batch_size=per_device_train_batch_size,
+        precisions=precisions,
     )
     launched_as_deepspeed = launch.deepspeed is not None
     # torch 2.13 announces a successor of broadcast_buffers that does not do the same yet.
@@ -149,7 +155,7 @@ class Launch:
 
     Attributes:
         processes: of all machines.
-        precision: "no" or "bf16".
+        precision: "no", "bf16" or "fp16".
         on_gpu: whether it computes on a GPU.
         deepspeed: its plugin, or None.
         zero_stage: of DeepSpeed, or 0.
@@ -166,7 +172,7 @@ class Launch:
     def __str__(self) -> str:
         of = "process" if self.processes == 1 else "processes"
         kind = f", DeepSpeed ZeRO-{self.zero_stage}" if self.zero_stage else ", DDP" if self.processes > 1 else ""
-        precision = "bf16 mixed precision" if self.precision == "bf16" else "fp32"
+        precision = "fp32" if self.precision == "no" else f"{self.precision} mixed precision"
         return f"{self.processes} {of} on {'GPU' if self.on_gpu else 'CPU'}{kind}, {precision}"
 
 
@@ -176,14 +182,17 @@ def check_launch(
     gradient_accumulation_steps: int,
     max_grad_norm: float,
     per_device_train_batch_size: int,
+    precisions: Sequence[str] = MIXED_PRECISIONS,
 ) -> Launch:
     """What `build_accelerator` will start with these arguments, without starting or contacting anything.
 
     Raises:
         UsageError: values that contradict each other or the launcher's configuration, and what this machine can't do.
     """
-    requested = _requested_precision(mixed_precision)
+    requested = _requested_precision(mixed_precision, precisions)
     on_gpu = torch.cuda.is_available()
+    if requested == "fp16" and not on_gpu:
+        raise UsageError("mixed precision fp16 needs a GPU, and there is none: take bf16, or no")
     accumulation_of_launcher = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto")
     if accumulation_of_launcher not in ("auto", str(gradient_accumulation_steps)):
         raise UsageError(
@@ -226,7 +235,7 @@ def launched_precision(mixed_precision: str | None) -> str:
     Raises:
         UsageError: as `build_accelerator` does.
     """
-    requested = _requested_precision(mixed_precision)
+    requested = _requested_precision(mixed_precision, MIXED_PRECISIONS)
     if _launched_as_deepspeed():
         config, path = _deepspeed_config()
         requested = _agreed_precision(requested, config, path)
@@ -244,7 +253,7 @@ def describe_machine(accelerator: Accelerator) -> dict[str, Any]:
     return {
         "hardware": hardware,
         "launcher": accelerator.distributed_type.value,
-        "precision": "bf16 mixed precision" if accelerator.mixed_precision == "bf16" else "fp32",
+        "precision": "fp32" if accelerator.autocast_dtype is None else f"{accelerator.mixed_precision} mixed precision",
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
@@ -264,7 +273,7 @@ def end(accelerator: Accelerator) -> None:
     accelerator.end_training()
 
 
-def _requested_precision(mixed_precision: str | None) -> str | None:
+def _requested_precision(mixed_precision: str | None, precisions: Sequence[str]) -> str | None:
     """What the flag or else the launcher asks for; None when neither says anything."""
     if mixed_precision is not None:
         given, where = mixed_precision, "--mixed_precision"
@@ -274,8 +283,8 @@ def _requested_precision(mixed_precision: str | None) -> str | None:
         where = "the launcher's mixed_precision"
         if given == "no":
             return None
-    if given not in MIXED_PRECISIONS:
-        raise UsageError(f"{where} is {given!r}; accepted are {', '.join(MIXED_PRECISIONS)}: use bf16")
+    if given not in precisions:
+        raise UsageError(f"{where} is {given!r}; accepted are {', '.join(precisions)}: use bf16")
     return given
 
 
@@ -302,6 +311,11 @@ def _deepspeed_config() -> tuple[dict[str, Any], str]:
 def _agreed_precision(requested: str | None, config: dict[str, Any], path: str) -> str | None:
     """What flag, launcher and DeepSpeed configuration say together; None where none says anything."""
     precision = _precision_of(config)
+    if requested == "fp16":
+        raise UsageError(
+            f"mixed precision fp16 is not done under DeepSpeed; accepted are {', '.join(MIXED_PRECISIONS)}: use bf16, "
+            "or DDP (accelerate_configs/multi_gpu.yaml)"
+        )
     if precision == "fp16":
         raise UsageError(f"{path} enables fp16; accepted are {', '.join(MIXED_PRECISIONS)}: enable bf16 instead")
     if requested is not None and precision is not None and requested != precision:

@@ -184,7 +184,11 @@ class TrainingArguments(TowerArguments, EvaluationTimes, TrackerArguments, Meter
     gradient_checkpointing_vision_layers: int | None = option(None, "Only the last so many ViT layers (default: all).")
     gradient_checkpointing_text_layers: int | None = option(None, "Only the last so many BERT layers (default: all).")
     compile: bool = option(False, "Run the layers of both towers through torch.compile: a slow start, then faster.")
-    mixed_precision: str | None = option(None, "no or bf16 (default: as the launcher says).", choices=["no", "bf16"])
+    mixed_precision: str | None = option(
+        None,
+        "no, bf16, or fp16 with loss scaling, for GPUs without bf16 (default: as the launcher says).",
+        choices=["no", "bf16", "fp16"],
+    )
     deterministic: bool = option(False, "On a GPU: equal runs give equal bits, and resumed ones too; slower.")
     seed: int = option(42, "Seed of weights, order, augmentation, dropout and negatives.")
     k_rerank: int | None = option(None, "Candidates that ITM re-ranks in the evaluation (default: 128 or the gallery).")

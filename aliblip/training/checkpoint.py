@@ -6,7 +6,7 @@ processor, the Hub files. A *checkpoint* (`checkpoint-120/`) is a model too, and
     model.safetensors      fp32 weights; configuration and processor beside them, in JSON
     optimizer.safetensors  AdamW's state by parameter name
     momentum.safetensors   momentum encoders and queues
-    ranks.safetensors      random states of Python, NumPy and torch (CPU and CUDA) of every rank
+    ranks.safetensors      random states of Python, NumPy and torch (CPU and CUDA) of every rank; in fp16 the loss scale
     state.json             counters, arguments, data manifest, what each rank has counted, sizes and checksums of the
                            other files and of itself
 
@@ -41,7 +41,13 @@ from aliblip.runtime.distributed import all_gather_objects, barrier, broadcast_o
 from aliblip.runtime.files import NewFolder, checksum_of, write_json, write_tensors
 from aliblip.runtime.mistakes import UsageError, usage_errors
 from aliblip.runtime.sameness import Change, changes, told
-from aliblip.training.step import fp32_state_dict, load_fp32_state_dict, load_optimizer_state, optimizer_state
+from aliblip.training.step import (
+    fp32_state_dict,
+    load_fp32_state_dict,
+    load_loss_scale_state,
+    load_optimizer_state,
+    optimizer_state,
+)
 
 STATE = "state.json"
 RESULTS = "results.json"
@@ -172,6 +178,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     momentum: torch.nn.Module
     device: torch.device
+    scaler: torch.amp.GradScaler | None = None  # of a run in fp16
 
 
 def save_checkpoint(
@@ -192,7 +199,7 @@ def save_checkpoint(
         output_dir: the folder of the run.
         progress: the run's own counters, with "step", "order" (see `read_state`) and "manifest"; JSON values only.
         of_rank: JSON values that differ from rank to rank.
-        random: `random_states` of this rank.
+        random: `random_states` of this rank, and in fp16 the loss scale.
         limit: checkpoints to keep, this one included; None: all.
 
     Returns:
@@ -200,7 +207,7 @@ def save_checkpoint(
     """
     model = fp32_state_dict(training.model, keep=is_main())
     optimizer = optimizer_state(training.model, training.optimizer, keep=is_main())
-    ranks = all_gather_objects((of_rank, {name: value.numpy() for name, value in random.items()}))
+    ranks = all_gather_objects((of_rank, {name: value.cpu().numpy() for name, value in random.items()}))
     folder = output_dir / f"checkpoint-{progress['step']}"
 
     def write() -> None:
@@ -261,14 +268,19 @@ def load_checkpoint(folder: Path, training: Training) -> list[dict[str, Any]]:
         states = _tensors(folder, "ranks")
     except UsageError as error:
         raise UsageError(f"{folder} does not fit: {error}") from error
-    own = f"{rank()}."
     if len(state["ranks"]) == world_size():
-        set_random_states({k[len(own) :]: v for k, v in states.items() if k.startswith(own)}, training.device)
+        set_random_states(_of_rank(states, rank()), training.device)
     else:
         drawn_from = f"{state['order']['seed']} {state['step']} {rank()} {world_size()}"
         set_seed(int.from_bytes(hashlib.blake2b(drawn_from.encode(), digest_size=4).digest(), "big") >> 1)
+    load_loss_scale_state(training.scaler, _of_rank(states, 0))  # the same on all
     barrier()
     return state["ranks"]
+
+
+def _of_rank(states: dict[str, Tensor], number: int) -> dict[str, Tensor]:
+    own = f"{number}."
+    return {name.removeprefix(own): value for name, value in states.items() if name.startswith(own)}
 
 
 def _load_momentum(momentum: torch.nn.Module, state: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ from aliblip.retrieval.plan import (
     measured_matmul_flops,
     size_text,
 )
-from aliblip.runtime.accelerator import STARTED_ALONE, Launch, check_launch, started_alone
+from aliblip.runtime.accelerator import STARTED_ALONE, TRAINING_PRECISIONS, Launch, check_launch, started_alone
 from aliblip.runtime.arguments import OutOfRange, check_range
 from aliblip.runtime.checks import AlreadyTold, Findings, part
 from aliblip.runtime.distributed import launched_rank
@@ -182,6 +182,7 @@ class _Examination:
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             max_grad_norm=args.max_grad_norm,
             per_device_train_batch_size=args.per_device_train_batch_size,
+            precisions=TRAINING_PRECISIONS,
         )
         on_gpu = launch.on_gpu or self.plan_args.device_memory_gb is not None
         return dataclasses.replace(launch, processes=self.start.processes, on_gpu=on_gpu)
@@ -226,7 +227,7 @@ class _Examination:
         return Work(
             longest=longest,
             matched=matched,
-            bf16=launch.precision == "bf16",
+            bf16=launch.precision != "no",
             on_gpu=launch.on_gpu,
             attention=model.config.vision_config._attn_implementation or "sdpa",
             processes=launch.processes,

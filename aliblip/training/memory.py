@@ -99,7 +99,7 @@ class Work:
     Attributes:
         longest: tokens of the longest title of a batch.
         matched: mean length of a title in the passes of ITM, which groups pairs by length.
-        bf16: whether the matrix products run in it.
+        bf16: whether the matrix products run in it, or in fp16.
         on_gpu: whether it is a GPU; autocast and dropout keep other things there than on a CPU.
         attention: "sdpa", "eager" or "flash_attention_2".
         processes: of the run.

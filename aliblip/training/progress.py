@@ -264,6 +264,7 @@ class Log:
             on_device: further scalars of this moment, read together with the means.
             values: those that the host knows.
         """
+        is_scaled = "loss_scale" in on_device
         speed = self.meters.read(self.accelerator.num_processes)
         entry = {"step": step, "epoch": round(epoch, 4)}
         if self.batches:  # equal on all ranks
@@ -281,8 +282,9 @@ class Log:
             self.write(entry)
         if self.batches:
             negative = entry["itm_accuracy_negative"]
-            mfu = "" if entry["mfu"] is None else f" mfu {entry['mfu']:.1%}"
-            self.tell(LINE.format(**entry, negative="none" if negative is None else f"{negative:.2f}") + mfu)
+            more = "" if entry["mfu"] is None else f" mfu {entry['mfu']:.1%}"
+            more += f" loss_scale {entry['loss_scale']:.0f}" if "loss_scale" in entry else ""
+            self.tell(LINE.format(**entry, negative="none" if negative is None else f"{negative:.2f}") + more)
             if self.matching_head.looks_dead(step, entry["loss_itm"], entry["itm_accuracy_positive"]):
                 self.tell(
                     f"warning: loss_itm sits at {ITM_PRIOR_LOSS:.4f} since {LINES_TO_BE_DEAD} log lines: the matching "
@@ -293,6 +295,7 @@ class Log:
             self.tell(
                 f"warning: {self.left_out} steps up to step {step} had a loss or gradient that is not finite: they "
                 "changed nothing"
+                + (" (in fp16 a few are usual: the loss scale is lowered until it fits)" if is_scaled else "")
             )
         self._track({key: value for key, value in entry.items() if key != "step" and value is not None}, step)
         self._restart()

@@ -66,7 +66,7 @@ from aliblip.training.optim import alpha_schedule, long_warmup
 from aliblip.training.profiling import Profiler
 from aliblip.training.progress import Log, RunStatus, SkippedRows, shared_out
 from aliblip.training.setup import ARGUMENTS, PROFILE, Setup, earlier_outputs, remove
-from aliblip.training.step import Outcome, fp32_value
+from aliblip.training.step import Outcome, fp32_value, loss_scale_state
 from aliblip.training.tokenizer import TRAINED_TOKENIZER, save_trained_tokenizer, tokenizer_bytes
 from aliblip.training.trackers import continued, named_trackers, new_ones, remember, settings
 
@@ -301,9 +301,10 @@ class Run:
         return Step(feed, average_is_due, taken, self.setup.learning_rate(taken))
 
     def _position(self) -> tuple[Progress, dict[str, Tensor]]:
-        """Counters and random states: with the state of the training, which a step that is left out does not change,
-        all that a run goes back to."""
-        return dataclasses.replace(self.progress), random_states(self.accelerator.device)
+        """Counters, random states, and in fp16 the loss scale: with the state of the training, which a step that is
+        left out does not change, all that a run goes back to."""
+        moving = random_states(self.accelerator.device) | loss_scale_state(self.training.scaler)
+        return dataclasses.replace(self.progress), moving
 
     def batches(self, step: Step) -> Iterator[tuple[dict[str, Any], float]]:
         """The micro-batches of a step, on the device, each with its weight of the momentum encoders' opinion. No
@@ -385,10 +386,12 @@ class Run:
         return self.progress.step % self.args.logging_steps == 0 or self.progress.step == self.setup.total_steps
 
     def _log_line(self, step: Step, output: ObjectiveOutput) -> None:
+        scale = loss_scale_state(self.training.scaler)
+        values = {"temperature": output.report["temperature"], "queue_fill": self.training.momentum.queue_fill()}
         self.log.line(
             self.progress.step,
             self.progress.step / self.setup.steps_per_epoch,
-            {"temperature": output.report["temperature"], "queue_fill": self.training.momentum.queue_fill()},
+            values | ({"loss_scale": scale["loss_scale"].squeeze()} if scale else {}),
             learning_rate=step.learning_rate,
             grad_norm=self._last_norm,
         )

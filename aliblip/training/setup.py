@@ -35,7 +35,7 @@ from aliblip.models.original import is_original
 from aliblip.models.upload import HubArguments, Publisher, check_hub_arguments, connect
 from aliblip.retrieval.evaluation import check_k_rerank
 from aliblip.retrieval.model_folder import DEFAULT_MAX_LENGTH
-from aliblip.runtime.accelerator import AliBlipAccelerator, build_accelerator, sum_in_order
+from aliblip.runtime.accelerator import TRAINING_PRECISIONS, AliBlipAccelerator, build_accelerator, sum_in_order
 from aliblip.runtime.arguments import check_range
 from aliblip.runtime.checks import part
 from aliblip.runtime.distributed import launched_rank, launched_world_size
@@ -561,6 +561,7 @@ def meet(setup: Setup) -> AliBlipAccelerator:
         project_dir=setup.output_dir / "logs",
         max_grad_norm=args.max_grad_norm,
         per_device_train_batch_size=args.per_device_train_batch_size,
+        precisions=TRAINING_PRECISIONS,
     )
 
 

@@ -81,21 +81,49 @@ def backward_and_step(
         return Outcome(norm if torch.is_tensor(norm) else torch.full((), float(norm), device=loss.device), number)
     with record_function(OPTIMIZER):
         # After DDP's reduction every rank has the same gradient, hence the same norm and the same decision.
+        # In fp16 this takes the scale out of the gradients first.
         norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm if max_grad_norm > 0 else math.inf)
         outcome = Outcome(norm, number)
-        _step_if_finite(optimizer, norm)
+        _step_if_finite(optimizer, norm, accelerator.scaler)
         optimizer.zero_grad()
     return outcome
 
 
-def _step_if_finite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
+def _step_if_finite(
+    optimizer: torch.optim.Optimizer, norm: torch.Tensor, scaler: torch.amp.GradScaler | None = None
+) -> None:
     """Step, or change nothing: the device decides, and the host goes on without knowing. By what torch's GradScaler
-    tells an optimizer; the fused kernels return at once then, and the count of steps goes back."""
+    tells an optimizer; the fused kernels return at once then, and the count of steps goes back.
+
+    Args:
+        scaler: of a run in fp16, which has taken its scale out of the gradients: it follows what it found in them. The
+            one rule about steps is ours, with a scaler or without.
+    """
     optimizer.optimizer.found_inf = (~norm.isfinite()).float()
     try:
-        optimizer.step()
+        if scaler is None:
+            optimizer.step()
+        else:
+            optimizer.optimizer.step()  # accelerate's wrapper would step by the scaler's rule
     finally:
         del optimizer.optimizer.found_inf
+    if scaler is not None:
+        scaler.update()
+
+
+def loss_scale_state(scaler: torch.amp.GradScaler | None) -> dict[str, torch.Tensor]:
+    """The loss scale and the steps since it last changed, on the device; nothing without a scaler, or before it is
+    first used. (What `state_dict` says would have to be waited for.)"""
+    if scaler is None or scaler._scale is None:
+        return {}
+    return {"loss_scale": scaler._scale.clone(), "loss_scale_steps": scaler._growth_tracker.clone()}
+
+
+def load_loss_scale_state(scaler: torch.amp.GradScaler | None, state: dict[str, torch.Tensor]) -> None:
+    """The way back of `loss_scale_state`; of a run in another precision there is none, and the scale begins anew."""
+    if scaler is not None and "loss_scale" in state:
+        now = {"scale": state["loss_scale"].item(), "_growth_tracker": int(state["loss_scale_steps"].item())}
+        scaler.load_state_dict(scaler.state_dict() | now)
 
 
 def keep_frozen(module: torch.nn.Module) -> None:
