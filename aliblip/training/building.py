@@ -254,6 +254,7 @@ def build_objective(
         hardest_negatives=args.hardest_negatives,
         in_batch_itc=args.in_batch_itc,
         longest_title=longest_title,
+        cached_batch_size=args.cached_batch_size,
     ).train()
 
 

@@ -232,6 +232,7 @@ class _Examination:
             offloads=launch.offloads,
             checkpointed=tuple(sum(layer.gradient_checkpointing for layer in layers) for layers in towers),
             negatives_from_all_ranks=self.args.negatives_from_all_ranks and launch.processes > 1,
+            cached=self.args.cached_batch_size,
         )
 
     def _lengths(self) -> tuple[int, float]:
