@@ -2,6 +2,7 @@
 
     python benchmarks/bench_step.py --json benchmarks/results/step.json       # ViT-B/16 at 224 px, batch 8; ten minutes
     python benchmarks/bench_step.py --recipe recipes/products_tiny.yaml       # a small model, batch 32
+    python benchmarks/bench_step.py --sides "with cached"                     # beside ours, this alone
     python benchmarks/bench_step.py --tiny                                    # seconds, to try it
 
 The plain way is the published one in our own words: eager attention, titles padded to 35 tokens, keys and values of a
@@ -10,8 +11,9 @@ row by row, an average that follows parameter by parameter, and an optimizer tha
 first whether the gradient is finite. All sides take turns in one process, with the same weights, queues and batches, in
 fp32 with fixed threads; titles have 6 to 20 tokens. Before anything is measured, the losses of a few steps, without
 dropout and with the hardest negatives, have to agree to 1e-4. In the table each technique is off while the others are
-on. The ratio is the seconds of the plain step over those of ours, of medians; CPU time is in the table too, since other
-work on the machine disturbs that less.
+on; then each option of `train.py` that changes how much is computed is on beside them. The ratio is the seconds of the
+plain step over those of ours, of medians; CPU time is in the table too, since other work on the machine disturbs that
+less.
 """
 
 from __future__ import annotations
@@ -72,12 +74,16 @@ class Techniques:
     draws: bool = True  # all negatives at once
     average: bool = True  # all parameters in one call
     optimizer: bool = True  # torch's fused AdamW, which leaves out a step by itself
+    cached: bool = False  # --cached_batch_size, a quarter of the batch: less memory for more time
 
 
 OURS = Techniques()
-PLAIN = Techniques(**{field.name: False for field in fields(Techniques)})
+OPTIONS = [field.name for field in fields(Techniques) if not field.default]
+TECHNIQUES = [field.name for field in fields(Techniques) if field.default]
+PLAIN = Techniques(**dict.fromkeys(TECHNIQUES, False))
 SIDES = {"ours": OURS, "plain": PLAIN}
-SIDES |= {f"without {field.name}": replace(OURS, **{field.name: False}) for field in fields(Techniques)}
+SIDES |= {f"without {name}": replace(OURS, **{name: False}) for name in TECHNIQUES}
+SIDES |= {f"with {name}": replace(OURS, **{name: True}) for name in OPTIONS}
 
 
 def main(command_line: list[str] | None = None) -> None:
@@ -86,11 +92,12 @@ def main(command_line: list[str] | None = None) -> None:
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--recipe", type=Path, help="size, batch and queue of this recipe")
     arguments.add_argument("--tiny", action="store_true", help="a tiny model: shows that it runs, measures nothing")
+    arguments.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="of the table (default: all)")
     args = arguments.parse_args(command_line)
     torch.set_num_threads(args.threads)
     recipe = BASE if args.recipe is None else yaml.safe_load(args.recipe.read_text())
     accelerator = build_accelerator(max_grad_norm=1.0, per_device_train_batch_size=1)
-    report = measure(Trained(accelerator, TINY if args.tiny else recipe), args.rounds)
+    report = measure(Trained(accelerator, TINY if args.tiny else recipe), args.rounds, {"ours", *args.sides})
     end(accelerator)
     ours = report["sides"]["ours"]
     for name, side in report["sides"].items():
@@ -99,15 +106,17 @@ def main(command_line: list[str] | None = None) -> None:
             f"{name:<22} {side['seconds']:8.3f} s, {wall:5.2f} times ours, {processor:5.2f} by CPU time, "
             f"{flops:5.2f} by FLOPs; losses within {side['largest_difference']:.1e}"
         )
-    ratio = report["sides"]["plain"]["seconds"] / ours["seconds"]
+    last = args.sides[-1] if "plain" not in args.sides else "plain"
+    ratio = report["sides"][last]["seconds"] / ours["seconds"]
     settings = {name: str(value) for name, value in vars(args).items() if name != "json"}
     finish("step", ratio, {**report, "settings": settings}, args.json)
 
 
-def measure(trained: Trained, rounds: int) -> dict:
+def measure(trained: Trained, rounds: int, names: set[str]) -> dict:
     """Seconds, FLOPs and the agreement of each side. Whatever differs is refused before anything is measured."""
     losses, sides = {}, {}
-    for name, techniques in SIDES.items():
+    compared = {name: techniques for name, techniques in SIDES.items() if name in names}
+    for name, techniques in compared.items():
         losses[name], flops = trained.losses(techniques)
         sides[name] = {"flops": flops, "seconds_of_rounds": [], "cpu_seconds_of_rounds": []}
     for name, of_side in losses.items():
@@ -117,7 +126,7 @@ def measure(trained: Trained, rounds: int) -> dict:
             raise RuntimeError(f"{name}: the losses differ by {difference:.2g}: {of_side} and {losses['ours']}")
         sides[name]["largest_difference"] = difference
     for _ in range(rounds):
-        for name, techniques in SIDES.items():
+        for name, techniques in compared.items():
             wall, processor = time.perf_counter(), time.process_time()
             trained.step(techniques)
             sides[name]["seconds_of_rounds"].append(time.perf_counter() - wall)
@@ -174,6 +183,7 @@ class Trained:
             self.plain_model if plain_pairs else self.model,
             hardest_negatives=exact,
             in_batch_itc=self.in_batch_itc,
+            cached_batch_size=max(len(self.batch["product_id"]) // 4, 1) if techniques.cached else None,
         ).train(not exact)
         batch = self.batch if techniques.lengths else padded(self.batch)
         if techniques.average:

@@ -32,6 +32,7 @@ SLOW_HERE = {
     "test_all_pairs_equal_every_pair_scored_one_by_one",
     "test_an_example_is_searched_for_and_no_other_number_is",
     "test_another_model_is_refused_until_it_may_replace_what_is_there",
+    "test_compiled_towers_compute_rows_again_as_plain_ones_do",
     "test_compiled_towers_give_the_losses_and_gradients_of_plain_ones",
     "test_gallery_in_small",
     "test_lora_trains_its_adapters_alone_and_they_load",

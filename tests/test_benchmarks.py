@@ -94,7 +94,7 @@ def test_step_against_the_plain_way(tmp_path, capsys, accelerate_as_before):
     table = json.loads(file.read_text())
     assert capsys.readouterr().out.splitlines()[-1] == f"step ratio={table['ratio']:.4g}"
     sides = table["sides"]
-    assert set(sides) == set(bench_step.SIDES) and len(sides) == 9
+    assert set(sides) == set(bench_step.SIDES) and len(sides) == 10
     assert all(side["largest_difference"] < 1e-4 and len(side["seconds_of_rounds"]) == 1 for side in sides.values())
     flops = {name: side["flops"] / sides["ours"]["flops"] for name, side in sides.items()}
     assert flops["plain"] > 1.5 and all(flops[f"without {name}"] > 1.05 for name in ("lengths", "shared_photos"))

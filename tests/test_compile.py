@@ -33,12 +33,14 @@ def dynamo_as_before(monkeypatch):
     torch._dynamo.reset()
 
 
-def losses_and_gradients(compiled: bool, steps: int = 3, **changes) -> tuple[list, dict, CompiledTowers | None]:
+def losses_and_gradients(
+    compiled: bool, steps: int = 3, cached: int | None = None, **changes
+) -> tuple[list, dict, CompiledTowers | None]:
     """Of steps with titles of other lengths each."""
     model = tiny.model(**changes)
     momentum = MomentumState(model, queue_size=12, embedding_size=16)
     towers = CompiledTowers(model) if compiled else None
-    objective = RetrievalObjective(model, hardest_negatives=True).train()
+    objective = RetrievalObjective(model, hardest_negatives=True, cached_batch_size=cached).train()
     losses = []
     for step in range(steps):
         batch = tiny.batch(6, length=6 + 4 * step, seed=step)
@@ -57,6 +59,16 @@ def test_compiled_towers_give_the_losses_and_gradients_of_plain_ones(dynamo_as_b
         torch.testing.assert_close(compiled_gradients[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
     assert towers.graphs == 3  # the ViT's, the BERT's without photos and with
     assert re.fullmatch(r"compiled 3 graphs of the towers' layers in \d+ s", towers.told())
+
+
+def test_compiled_towers_compute_rows_again_as_plain_ones_do(dynamo_as_before, monkeypatch):
+    monkeypatch.setattr(CompiledTowers, "backend", "aot_eager")
+    small = {"vision_config": {"num_hidden_layers": 1}, "text_config": {"num_hidden_layers": 1}}
+    losses, gradients, _ = losses_and_gradients(False, 2, **small)
+    cached_losses, cached_gradients, _ = losses_and_gradients(True, 2, cached=4, **small)
+    assert cached_losses == pytest.approx(losses, rel=1e-4)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(cached_gradients[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_neither_depth_nor_drop_path_nor_the_length_of_titles_makes_graphs(dynamo_as_before, monkeypatch):

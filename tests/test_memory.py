@@ -85,6 +85,21 @@ def test_several_negatives_and_titles_of_the_queue_take_memory():
     assert titles == QUEUE * (LENGTH + 1) * 4
 
 
+def test_of_rows_computed_again_little_is_kept_and_told():
+    model = tiny.model(image_size=64, vision_config={"num_hidden_layers": 3})
+    state, work = state_of(model.config, QUEUE), Work(LENGTH, LENGTH, cached=2)
+    told = activations(model.config, state, work, ROWS)
+    whole = activations(model.config, state, Work(LENGTH, LENGTH), ROWS)
+    chunk = activations(model.config, state, Work(LENGTH, LENGTH), 2)
+    kept = kept_by_autograd(
+        model, "sdpa", None, cached_batch_size=2
+    )  # between the passes, where nothing is computed again
+    assert kept < told < 1.15 * kept + chunk
+    assert told < whole / 2
+    available = training_memory(model.config, state, Work(LENGTH, LENGTH), 100).total
+    assert largest_batch(model.config, state, work, available) > 200
+
+
 def test_the_state_is_that_of_the_modules():
     model = tiny.model()
     model.itm_head.requires_grad_(False)

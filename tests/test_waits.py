@@ -31,6 +31,7 @@ ONE_RANK = {"waits": 1, "waits with a log line": 2, "operators": 1001}
 SEVERAL_RANKS = {"waits": 1, "waits with a log line": 3, "operators": 1077}
 # How many of its photos' tokens each rank sends to which other, which the host has to know.
 NEGATIVES_FROM_ALL = {"waits": 2, "waits with a log line": 4, "operators": 1129}
+CACHED = {"waits": 1, "waits with a log line": 2, "operators": 2390}
 TWO_BATCHES = {"waits": 1, "waits with a log line": 2, "operators": 2070}
 
 
@@ -97,6 +98,10 @@ def test_waits_and_operators_of_a_step(flags, tmp_path, monkeypatch, accelerate_
 def test_waits_and_operators_of_a_step_of_two_batches(flags, tmp_path, monkeypatch, accelerate_as_before):
     flags = [*flags, "--gradient_accumulation_steps", 2]
     check(walk(flags, tmp_path, monkeypatch), TWO_BATCHES)
+
+
+def test_waits_and_operators_of_a_step_that_computes_rows_again(flags, tmp_path, monkeypatch, accelerate_as_before):
+    check(walk([*flags, "--cached_batch_size", 5], tmp_path, monkeypatch), CACHED)
 
 
 def test_waits_and_operators_of_a_step_with_several_ranks(

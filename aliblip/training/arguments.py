@@ -165,6 +165,11 @@ class TrainingArguments(TowerArguments, EvaluationTimes, TrackerArguments, Meter
     in_batch_itc: float = option(
         0.0, "Share of the ITC loss between present features of the batch, 0 to 1; 0: the published objective."
     )
+    cached_batch_size: int | None = option(
+        None,
+        "Rows that go through the model at a time (GradCache): losses of the whole batch in the memory of so few, for "
+        "twice the forward pass.",
+    )
     negatives_from_all_ranks: bool = option(False, "Choose ITM's hard negatives among all processes' batches.")
     hardest_negatives: bool = option(False, "Take the most similar candidates as hard negatives instead of drawing.")
     itm_negatives: int = option(

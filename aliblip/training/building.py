@@ -264,6 +264,7 @@ def build_objective(
         itm_listwise_itc=args.itm_listwise_itc,
         in_batch_itc=args.in_batch_itc,
         longest_title=longest_title,
+        cached_batch_size=args.cached_batch_size,
     ).train()
 
 

@@ -238,6 +238,7 @@ class _Examination:
             frozen=self.start.rates,
             itm_negatives=self.args.itm_negatives,
             itm_queue_titles=self.args.itm_queue_titles,
+            cached=self.args.cached_batch_size,
         )
 
     def _lengths(self) -> tuple[int, float]:

@@ -109,6 +109,7 @@ class Work:
         negatives_from_all_ranks: of the objective, with several processes.
         frozen: parts that are not trained, see `aliblip.training.freezing`.
         itm_negatives, itm_queue_titles: of the objective.
+        cached: rows that go through the model at a time; None: the whole batch.
     """
 
     longest: int
@@ -124,9 +125,14 @@ class Work:
     frozen: tuple[str, ...] = ()
     itm_negatives: int = 1
     itm_queue_titles: int = 0
+    cached: int | None = None
 
     def trains(self, part: str) -> bool:
         return part not in self.frozen
+
+    def at_a_time(self, rows: int) -> int:
+        """Of so many rows those that the model sees together."""
+        return rows if self.cached is None else min(self.cached, rows)
 
     @property
     def pairs(self) -> int:
@@ -221,10 +227,13 @@ def _weights(state: State, work: Work) -> tuple[int, int, int]:
 
 def activations(config, state: State, work: Work, batch_size: int) -> int:
     """Bytes that autograd keeps of the forward pass of one batch, for its backward pass."""
-    B = batch_size
-    kept = (
-        B * (_vision(config, work) + _titles(config, work)) + _matching(config, work, B) + _contrast(config, B, state)
-    )
+    rows = work.at_a_time(batch_size)
+    towers, pairs = rows * (_vision(config, work) + _titles(config, work)), _matching(config, work, rows)
+    kept = _contrast(config, batch_size, state)
+    if rows == batch_size:
+        kept += towers + pairs
+    else:  # computed again, one after the other, from what is held of all rows
+        kept += max(towers, pairs) + batch_size * _held(config, work)
     if work.casts:
         # The weights' copies: of those that are trained once for all passes, of others in each pass of ITM that has a
         # gradient through them.
@@ -233,6 +242,12 @@ def activations(config, state: State, work: Work, batch_size: int) -> int:
             copies += GROUPS * state.frozen_text_cast
         kept += copies * work.element
     return int(kept)
+
+
+def _held(config, work: Work) -> float:
+    """Of a row that is computed again: its photo, and the photo's tokens, by chunks, together, and as a negative."""
+    tokens = tokens_per_image(config) * config.vision_config.hidden_size * work.element
+    return 3 * config.vision_config.image_size**2 * FP32 + 3 * tokens
 
 
 def _vision(config, work: Work) -> float:
@@ -367,6 +382,9 @@ def _workspace(config, work: Work, B: int) -> int:
     vision, text = config.vision_config, config.text_config
     P, e = tokens_per_image(config), work.element
     photos = B * 3 * vision.image_size**2 * FP32 if work.bf16 else 0
+    if work.at_a_time(B) < B:  # the gradients of what is held of all rows
+        photos += B * 3 * P * vision.hidden_size * e
+        B = work.at_a_time(B)
     projected = B * 2 * P * text.hidden_size * e * (text.num_hidden_layers - work.checkpointed[1])
     of_vision = B * _vision_layer(config, work)
     of_pairs = work.pairs * B / GROUPS * _text_layer(config, work, work.matched, work.matched, with_image=True)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aliblip.runtime.distributed import ChosenRows, all_gather, all_gather_with_grad, rank, world_size
+from aliblip.training.cached import in_chunks, match_in_chunks
 from aliblip.training.profiling import FORWARD, record_function
 from losses_aliblip import hard_negatives, itc_loss, itm_loss, itm_pairs, listwise_loss, positives, soft_targets
 
@@ -123,6 +124,8 @@ class RetrievalObjective(nn.Module):
             learns faster. 0 is the published objective.
         longest_title: tokens of the longest title that any rank may have, to which `negatives_from_all_ranks` pads;
             None: what the model takes at most.
+        cached_batch_size: rows that go through the model at a time, see `aliblip.training.cached`; the losses and the
+            negatives are those of the whole batch. None: all of them.
     """
 
     def __init__(
@@ -138,6 +141,7 @@ class RetrievalObjective(nn.Module):
         itm_listwise_itc: bool = False,
         in_batch_itc: float = 0.0,
         longest_title: int | None = None,
+        cached_batch_size: int | None = None,
     ):
         super().__init__()
         self.model = model
@@ -150,6 +154,7 @@ class RetrievalObjective(nn.Module):
         self.itm_listwise_itc = itm_listwise_itc
         self.in_batch_itc = in_batch_itc
         self.longest_title = longest_title
+        self.cached_batch_size = cached_batch_size
 
     @record_function(FORWARD)
     def forward(self, batch: dict[str, Tensor], targets, alpha: float) -> ObjectiveOutput:
@@ -169,9 +174,7 @@ class RetrievalObjective(nn.Module):
             and images both count).
         """
         product_id = batch["product_id"]
-        image = self.model.get_image_features(batch["pixel_values"])
-        text = self.model.get_text_features(batch["input_ids"], batch["attention_mask"])
-        image_features, text_features = image.pooler_output.float(), text.pooler_output.float()  # (B, E)
+        image_tokens, image_features, text_features = self._encode(batch)  # (B, P, D), (B, E), (B, E)
         temperature = self.model.temp.float()
         # Autocast would do the similarities in half precision: at a temperature of 0.07 that is an error of 0.03.
         full_precision = torch.autocast(image_features.device.type, enabled=False)
@@ -185,13 +188,24 @@ class RetrievalObjective(nn.Module):
             if self.in_batch_itc:
                 in_batch = self._in_batch_itc(image_features, text_features, product_id, temperature)
                 itc = (1.0 - self.in_batch_itc) * itc + self.in_batch_itc * in_batch
-        itm, itm_report = self._itm(batch, image.last_hidden_state, negatives, chosen, targets)
+        itm, itm_report = self._itm(batch, image_tokens, negatives, chosen, targets)
         report = {
             "temperature": temperature.detach().squeeze(),
             "positives_per_row": positive.sum(dim=1).float().mean(),
             **itm_report,
         }
         return ObjectiveOutput(itc + itm, {"itc": itc.detach(), "itm": itm.detach()}, report)
+
+    def _encode(self, batch) -> tuple[Tensor, ...]:
+        inputs = (batch["pixel_values"], batch["input_ids"], batch["attention_mask"])
+        if self.cached_batch_size is None:
+            return self._towers(*inputs)
+        return in_chunks(self._towers, self.cached_batch_size, *inputs)
+
+    def _towers(self, pixel_values, input_ids, attention_mask) -> tuple[Tensor, ...]:
+        image = self.model.get_image_features(pixel_values)
+        text = self.model.get_text_features(input_ids, attention_mask)
+        return image.last_hidden_state, image.pooler_output.float(), text.pooler_output.float()
 
     def _positives(self, product_id, targets) -> Tensor:
         """(B, K) bool: which keys of ITC, those of the own batch and then those of the queue, are of each row's own."""
@@ -309,7 +323,6 @@ class RetrievalObjective(nn.Module):
         images, negative_image = self._images_to_match(image_tokens, negatives.image, chosen)
         texts, masks, negative_text, text_exists = self._titles_to_match(batch, negatives, targets)
         pairs = itm_pairs(negative_image, negatives.image_exists, negative_text, text_exists)
-        image_kv = self.model.project_image_kv(images)  # once per image, though it stands in several pairs
         masks = masks[pairs.text_index]  # (M, L)
         if masks.device.type == "cpu":
             longest = masks.sum(dim=1).tolist()  # a look at the host's own memory waits for nothing
@@ -318,10 +331,11 @@ class RetrievalObjective(nn.Module):
             of_images = [length for length in own_lengths for _ in range(negative_image.shape[1])]
             # Which texts were drawn is not known here.
             longest = [*own_lengths, *of_images, *[masks.shape[1]] * pairs.sizes[2]]
-        tokens_per_pass = TOKENS_PER_PASS.get(masks.device.type, TOKENS_PER_PASS["cuda"])
-        logits = match_by_length(
-            self.model, texts[pairs.text_index], masks, image_kv, pairs.image_index, longest, tokens_per_pass
-        )  # (M, 2)
+        inputs = (images, texts[pairs.text_index], masks, pairs.image_index)
+        if self.cached_batch_size is None:
+            logits = self._match(*inputs, longest)  # (M, 2)
+        else:
+            logits = match_in_chunks(self._match, self.cached_batch_size, *inputs, pairs.sizes, longest)
         with torch.no_grad():
             right = (logits.argmax(dim=1).bool() == pairs.is_match).float()
             negative = pairs.weight[rows:].sum()  # texts and images that have any
@@ -337,6 +351,11 @@ class RetrievalObjective(nn.Module):
                 scores if negatives.itc is None else scores + negatives.itc, pairs
             )
         return loss, report
+
+    def _match(self, images, input_ids, attention_mask, image_index, longest) -> Tensor:
+        image_kv = self.model.project_image_kv(images)  # once per image, though it stands in several pairs
+        tokens_per_pass = TOKENS_PER_PASS.get(input_ids.device.type, TOKENS_PER_PASS["cuda"])
+        return match_by_length(self.model, input_ids, attention_mask, image_kv, image_index, longest, tokens_per_pass)
 
     def _longest_title(self, own: int) -> int:
         longest = self.longest_title or self.model.config.text_config.max_position_embeddings

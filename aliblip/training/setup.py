@@ -178,6 +178,10 @@ class Start:
         return frozen_parts(self.args.freeze)
 
     @part
+    def cached(self) -> None:
+        check_cached_batch_size(self.args)
+
+    @part
     def trackers(self) -> None:
         check_trackers(self.args.report_to, self.args.project_name)
 
@@ -481,6 +485,7 @@ CHECKS = (
     Check("flags", "named_tokenizer", "which tokenizer"),
     Check("flags", "numbers", "numbers"),
     Check("flags", "rates", "what is trained"),
+    Check("flags", "cached", "rows at a time"),
     Check("flags", "trackers", "trackers"),
     Check("flags", "validation", "what to evaluate on"),
     Check("flags", "publishing", "what to publish"),
@@ -609,6 +614,7 @@ def check_ranges(model_args: ModelArguments, data_args: TrainDataArguments, args
         itm_queue_titles=(args.itm_queue_titles, 0, None),
         itm_negative_ceiling=(args.itm_negative_ceiling, -1, 1),
         itm_listwise=(args.itm_listwise, 0, None),
+        cached_batch_size=(args.cached_batch_size, 1, None),
         logging_steps=(args.logging_steps, 1, None),
         evaluate_every=(args.evaluate_every, 0, None),
         eval_steps=(args.eval_steps, 1, None),
@@ -629,6 +635,22 @@ def check_ranges(model_args: ModelArguments, data_args: TrainDataArguments, args
         min_crop_scale=(data_args.min_crop_scale, 0.01, 1),
         max_skipped_fraction=(data_args.max_skipped_fraction, 0, 1),
     )
+
+
+def check_cached_batch_size(args: TrainingArguments) -> None:
+    cached, batch_size = args.cached_batch_size, args.per_device_train_batch_size
+    if cached is None:
+        return
+    if cached >= batch_size:
+        raise UsageError(
+            f"--cached_batch_size {cached} is not below --per_device_train_batch_size {batch_size}, of which so many "
+            "rows go through the model at a time: lower it, or leave it out"
+        )
+    if args.gradient_checkpointing:
+        raise UsageError(
+            "--cached_batch_size with --gradient_checkpointing would compute everything three times: leave one of them "
+            "out (a lower --cached_batch_size takes less memory too)"
+        )
 
 
 def check_validation_is_named(data_args: TrainDataArguments, args: TrainingArguments) -> None:
