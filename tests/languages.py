@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import random
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 
 THINGS = {
     "cup": ("杯子", "bēizi", "чашка", "فنجان"),
@@ -83,3 +84,58 @@ def write_catalogue(folder: Path, photos: int) -> None:
             for at, language in enumerate(LANGUAGES)
         ]
         pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}-00000-of-00001.parquet")
+
+
+# --- a shop, with more of each ----------------------------------------------------------------------------------------
+
+PATTERNS = {
+    "plain": ("纯色", "chúnsè", "однотонный", "سادة"),
+    "striped": ("条纹", "tiáowén", "полосатый", "مخطط"),
+    "dotted": ("圆点", "yuándiǎn", "пятнистый", "منقط"),
+    "checked": ("格子", "gézi", "клетчатый", "مربعات"),
+}
+GROUNDS = {
+    "white": ("白底", "báidǐ", "на белом", "على أبيض"),
+    "grey": ("灰底", "huīdǐ", "на сером", "على رمادي"),
+    "pink": ("粉底", "fěndǐ", "на розовом", "على وردي"),
+}
+GROUND_RGB = {"white": (250, 250, 250), "grey": (160, 160, 160), "pink": (250, 190, 205)}
+SHOP = [(*product, pattern, ground) for product in PRODUCTS for pattern in PATTERNS for ground in GROUNDS]
+
+
+def shop_title(thing: str, colour: str, pattern: str, ground: str, language: str) -> str:
+    if language == "mixed":
+        return f"{title(thing, colour, language)} {PATTERNS[pattern][0]} {GROUNDS[ground][2]}"
+    of = LANGUAGES.index(language)
+    more = (PATTERNS[pattern][of], GROUNDS[ground][of])
+    return ("" if language == "Chinese" else " ").join((title(thing, colour, language), *more))
+
+
+def shop_photo(thing: str, colour: str, pattern: str, ground: str, seed: int) -> Image.Image:
+    """The thing in its colour with a pattern over it, on its ground."""
+    drawn = Image.open(io.BytesIO(draw(thing, colour, seed)))
+    mask = Image.eval(
+        ImageChops.difference(drawn, Image.new("RGB", drawn.size, drawn.getpixel((0, 0)))).convert("L"), bool
+    )
+    pen = ImageDraw.Draw(drawn)
+    for at in range(0, 32, 6):
+        if pattern in ("striped", "checked"):
+            pen.line([(0, at), (32, at)], fill=(245, 245, 245), width=2)
+        if pattern == "checked":
+            pen.line([(at, 0), (at, 32)], fill=(245, 245, 245), width=2)
+        for across in range(0, 32, 6) if pattern == "dotted" else ():
+            pen.ellipse([(at, across), (at + 2, across + 2)], fill=(245, 245, 245))
+    return Image.composite(drawn, Image.new("RGB", drawn.size, GROUND_RGB[ground]), mask.point(lambda on: 255 * on))
+
+
+def write_shop(folder: Path) -> None:
+    """A spreadsheet beside a folder of photos: of each product one in each language."""
+    (folder / "photos").mkdir(parents=True)
+    lines = [("photo", "title", "product_id", "language")]
+    for number, product in enumerate(SHOP):
+        for at, language in enumerate(LANGUAGES):
+            name = f"{number:03d}-{at}.png"
+            shop_photo(*product, seed=number * 10 + at).save(folder / "photos" / name)
+            lines.append((f"photos/{name}", shop_title(*product, language), f"SKU-{number:03d}", language))
+    with open(folder / "catalogue.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(lines)

@@ -1,11 +1,23 @@
-"""Titles of any script: a tokenizer is learned from them, and each language finds its products."""
+"""Titles of any script: a tokenizer is learned from them, and each language finds its products; and the README's script
+from files to a search page, on a few hundred products with titles in each language."""
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+from contextlib import contextmanager
+
 import pytest
 import torch
-from helpers import ROOT, assert_succeeded, run_ranks
-from languages import LANGUAGES, PRODUCTS, draw, title, write_catalogue
+from helpers import ROOT, assert_succeeded, environment, free_port, run_forked, run_ranks, start_forked
+from languages import LANGUAGES, PRODUCTS, SHOP, draw, shop_title, title, write_catalogue, write_shop
+from prepare_case import needs_prepare
+from served import needs_gradio
 from transformers import AutoTokenizer, pipeline
 
 import train
@@ -15,16 +27,19 @@ from aliblip.training import setup
 from aliblip.training.tokenizer import tokenizer_bytes
 from reading_aliblip import read_photo
 
-SMALL = [
-    *("--config_name", "base", "--image_size", "32", "--image_text_hidden_size", "64"),
+TINY = [
+    *("--image_size", "32", "--image_text_hidden_size", "64"),
     *("--vision_config", '{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8}'),
     *(
         "--text_config",
         '{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}',
     ),
-    *("--per_device_train_batch_size", "25", "--queue_size", "100", "--in_batch_itc", "1", "--learning_rate", "2e-3"),
-    *("--dataloader_num_workers", "0", "--augmentation", "none", "--evaluate_every", "0", "--warmup_steps", "10"),
-    *("--max_train_steps", "80", "--num_train_epochs", "40", "--logging_steps", "20"),
+    *("--in_batch_itc", "1", "--learning_rate", "2e-3", "--warmup_steps", "10"),
+    *("--dataloader_num_workers", "0", "--augmentation", "none", "--logging_steps", "20"),
+]
+SMALL = [
+    *("--config_name", "base", *TINY, "--per_device_train_batch_size", "25", "--queue_size", "100"),
+    *("--max_train_steps", "80", "--num_train_epochs", "40", "--evaluate_every", "0"),
     *("--checkpointing_steps", "40", "--save_total_limit", "1"),
 ]
 
@@ -104,3 +119,79 @@ def test_two_tokenizers_are_one_too_many(tmp_path, other):
     )
     with pytest.raises(UsageError, match=f"--train_tokenizer learns a tokenizer, and --{other} brings one"):
         setup.Start(*groups[:4]).named_tokenizer  # noqa: B018
+
+
+# --- the README's script ----------------------------------------------------------------------------------------------
+
+PATIENCE = 300
+# What makes each of its commands small; the commands themselves run as they are typed.
+RUN = [*TINY, "--per_device_train_batch_size", "32", "--queue_size", "256", "--max_train_steps", "160"]
+RUN += ["--evaluate_every", "100", "--k_rerank", "8"]
+SMALLER = {
+    "aliblip.prepare": ["--split_shares", "validation=0.1,test=0.2", "--tokenizer_vocab_size", "500", "--workers", "1"],
+    "aliblip.doctor": RUN,
+    "train.py": RUN,
+    "evaluate_retrieval.py": ["--k_rerank", "8", "--slices", "language"],
+    "aliblip.gallery": ["--dataloader_num_workers", "0"],
+    "aliblip.serve": [],
+}
+
+
+def script():
+    """{program: command} of the README's section."""
+    section = (ROOT / "README.md").read_text().split("## From your files to a search page", 1)[1]
+    commands = re.search(r"```\n(.*?)```", section, flags=re.DOTALL).group(1)
+    found = {}
+    for words in map(shlex.split, commands.replace("\\\n", " ").splitlines()):
+        program = words[2] if words[1] == "-m" else words[1]
+        start = [sys.executable, *words[1:3]] if words[1] == "-m" else [sys.executable, ROOT / words[1]]
+        found[program] = [*start, *words[len(start) :], *SMALLER[program]]
+    assert list(found) == list(SMALLER)
+    return found
+
+
+@contextmanager
+def serving(command, folder):
+    """A page that answers until the end of the block."""
+    log = folder / "serve.log"
+    process = start_forked(command, environment(GRADIO_TEMP_DIR=str(folder / "uploads")), log, log, cwd=folder)
+    try:
+        until = time.monotonic() + PATIENCE
+        while not log.is_file() or "Running on" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < until, log.read_text()
+            time.sleep(0.1)
+        yield
+    finally:
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGTERM)
+            process.wait(30)
+
+
+@needs_gradio
+@needs_prepare
+def test_the_script_of_the_readme_leads_from_files_to_a_search_in_each_language(tmp_path):
+    from gradio_client import Client
+
+    write_shop(tmp_path / "my_catalogue")
+    *commands, serve = script().items()
+    printed = {}
+    for program, command in commands:
+        result = run_forked(command, cwd=tmp_path)
+        assert_succeeded(result)
+        printed[program] = result.stdout
+    assert "no problems" in printed["aliblip.doctor"], printed["aliblip.doctor"]
+    # What is printed as the next command is the one that is typed.
+    following = printed["aliblip.prepare"].splitlines()[-1].removeprefix("next: ")
+    assert following in (ROOT / "README.md").read_text()
+    results = json.loads((tmp_path / "outputs/mine/best/evaluation/results.json").read_text())
+    recalls = {of["value"]: of["text_to_image"]["itc"]["mean_recall"] for of in results["slices"]["language"]}
+    assert sorted(recalls) == sorted(LANGUAGES) and min(recalls.values()) > 0.3, recalls  # by chance 0.1
+    port = free_port()
+    with serving([*serve[1], "--server_port", port], tmp_path):
+        client = Client(f"http://127.0.0.1:{port}", verbose=False)
+        for language in LANGUAGES:
+            hits = 0
+            for number in range(0, len(SHOP), 13):
+                found = client.predict(shop_title(*SHOP[number], language), 20, 0, api_name="/search_by_title")
+                hits += any(f"{number:03d}-" in result["id"] for result in found)
+            assert hits > 6, (language, hits)  # of 24; by chance 2

@@ -2,10 +2,8 @@
 
 import json
 import multiprocessing
-import os
 import random
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +18,7 @@ from data_stub import (
     write_tars,
 )
 from PIL import Image
+from real_products import PRODUCTS, needs_products
 from transformers import BlipImageProcessorPil
 
 from aliblip.data.augment import TrainAugmentation
@@ -497,10 +496,7 @@ def test_every_layout_streams_with_a_corrupt_image_as_a_hole(tmp_path, workers):
         assert skipped == ([] if 11 in left else [(11, "p011")])
 
 
-PRODUCTS = Path(os.environ.get("ALIBLIP_PRODUCTS_DIR", Path(__file__).resolve().parents[2] / "shared" / "products"))
-
-
-@pytest.mark.skipif(not PRODUCTS.is_dir(), reason=f"no product photos at {PRODUCTS} (ALIBLIP_PRODUCTS_DIR)")
+@needs_products
 def test_the_product_photos_train():
     source = open_source(data_dir=str(PRODUCTS), split="train")
     lines = (PRODUCTS / "train" / "metadata.jsonl").read_text("utf-8").splitlines()

@@ -23,6 +23,7 @@ from data_stub import (
     write_parquet,
 )
 from PIL import Image
+from real_products import PRODUCTS, needs_products
 
 from aliblip.data import parquet
 from aliblip.data.products import product_id_of
@@ -435,10 +436,8 @@ def test_a_list_with_a_byte_order_mark_and_non_ascii_text(tmp_path):
 
 # -------------------------------------------------------------------------------------------------------- real photos
 
-PRODUCTS = Path(os.environ.get("ALIBLIP_PRODUCTS_DIR", Path(__file__).resolve().parents[2] / "shared" / "products"))
 
-
-@pytest.mark.skipif(not PRODUCTS.is_dir(), reason=f"no product photos at {PRODUCTS} (ALIBLIP_PRODUCTS_DIR)")
+@needs_products
 def test_the_product_photos():
     source = open_source(data_dir=str(PRODUCTS), split="validation")
     assert "caption" in source.columns and "product_id" in source.columns

@@ -273,7 +273,7 @@ def test_one_object_that_is_no_table(folder):
     (folder / "more.jsonl").write_text(json_lines(records()))
     source = open_at(folder)
     whole(source)
-    assert "left: JSON files without records: 1 (list.json)" in told(source)
+    assert "left: files of JSON or XML without records: 1 (list.json)" in told(source)
     assert "several lists of records ('a', 'b')" in refused(folder, '{"a": [{"x": 1}], "b": [{"x": 1}]}', "list.json")
     (folder / "more.jsonl").unlink()
     # one record is a table of one row

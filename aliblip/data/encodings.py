@@ -197,9 +197,10 @@ def _likeness(text: str, encoding: str) -> float:
             kana += "\u3040" <= character <= "\u30ff"
     if not total:
         return 0.0
-    # Titles in capitals throughout, and Japanese without a syllable of its own, are rather something else.
-    unusual = capitals > letters * 0.6 or (encoding in ("cp932", "euc_jp") and kana < letters * 0.05)
-    return likely / total * (0.95 if unusual else 1.0)
+    # Japanese without a syllable of its own is something else, and titles in capitals throughout are so rather.
+    if encoding in ("cp932", "euc_jp") and kana < letters * 0.05:
+        return likely / total * 0.7
+    return likely / total * (0.95 if capitals > letters * 0.6 else 1.0)
 
 
 def _fits(before: str, character: str, after: str, encoding: str) -> float:

@@ -8,6 +8,7 @@ import re
 
 from PIL import Image
 
+from aliblip.data.feeds import FEED_NAMESPACE, is_xml
 from aliblip.data.tables import PACKINGS, TABLES
 from reading_aliblip import HEIC_BRANDS, IMAGE_FORMATS
 
@@ -20,7 +21,7 @@ PACKED_TARS = (".tgz", ".tbz2", ".txz")
 SHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".numbers")
 OTHER_DATA = (
     *(".arrow", ".feather", ".npy", ".npz", ".pkl", ".pickle", ".h5", ".hdf5", ".db", ".sqlite", ".mdb", ".lmdb"),
-    *(".tfrecord", ".bin", ".pt", ".pth", ".safetensors", ".xml", ".sql", ".orc", ".avro", ".msgpack"),
+    *(".tfrecord", ".bin", ".pt", ".pth", ".safetensors", ".sql", ".orc", ".avro", ".msgpack"),
 )
 DOCUMENTS = (
     *(".md", ".pdf", ".html", ".htm", ".yaml", ".yml", ".py", ".ipynb", ".sh", ".log", ".rst", ".doc", ".docx"),
@@ -51,7 +52,6 @@ _MAGIC = (
     (b"\x1f\x8b", "archive"),
     (b"%PDF", "document"),
     (b"<svg", "drawing"),
-    (b"<?xml", "drawing"),
     (b"\xd0\xcf\x11\xe0", "sheet"),
 )
 
@@ -98,7 +98,7 @@ def kind_by_name(name: str) -> str | None:
 
 _TABLES = {extension: "text" if kind == "text" else "table" for extension, kind in TABLES.items()}
 _BY_EXTENSION = {
-    **_TABLES,
+    **{extension: kind for extension, kind in _TABLES.items() if extension != ".xml"},  # few are feeds
     **dict.fromkeys(HEIC, "heic"),
     **dict.fromkeys(PARQUET, "parquet"),
     ".tar": "tar",
@@ -117,7 +117,7 @@ def kind_by_content(path: str) -> str:
     """The kind that the first bytes of a file tell: as `kind_by_name`, or "other"."""
     try:
         with open(path, "rb") as stream:
-            head = stream.read(512)
+            head = stream.read(4096)
     except OSError:
         return "unreadable"
     if not head:
@@ -133,4 +133,7 @@ def kind_by_content(path: str) -> str:
         return "photo"
     if head[257:262] == b"ustar":
         return "tar"
+    if is_xml(head):
+        feed = FEED_NAMESPACE.encode() in head.replace(b"\0", b"")  # of UTF-16
+        return "table" if feed else "drawing" if b"<svg" in head else "data"
     return next((kind for magic, kind in _MAGIC if head.startswith(magic)), "other")

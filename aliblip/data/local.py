@@ -24,7 +24,7 @@ from aliblip.data.columns import Asked, Reading, Roles, listed
 from aliblip.data.folders import REASONS, Survey, count_of
 from aliblip.data.kinds import PACKED_TARS, kind_by_content, kind_by_name
 from aliblip.data.splits import Splits, splits_of
-from aliblip.data.tables import base_name, is_table_of_text, may_hold_rows
+from aliblip.data.tables import base_name, is_table_of_text, may_hold_rows, plain_extension
 from aliblip.runtime.mistakes import UsageError
 
 __all__ = ["Found", "expanded", "find_files", "find_in_folder", "kind_of_files"]
@@ -346,14 +346,14 @@ def kind_of_files(files: Sequence[str], name: str, asked: Asked, reading: Readin
     if "archive" in kinds:
         raise UsageError(f"{kinds['archive']} is an archive, of no known kind for us: unpack it")
     raise UsageError(
-        f"{name} is of no known kind: accepted are Parquet files, tars, or tables (CSV, JSON, JSON lines), all of one "
-        "kind, and for titles alone .txt"
+        f"{name} is of no known kind: accepted are Parquet files, tars, or tables (CSV, JSON, JSON lines, feeds in "
+        "XML), all of one kind, and for titles alone .txt"
     )
 
 
 def _by_content(file: str) -> str:
     if "://" in file:
-        return "other"
+        return "table" if plain_extension(file) == ".xml" else "other"
     kind = kind_by_content(file)
     if kind != "other":
         return kind

@@ -15,6 +15,7 @@ import numpy as np
 
 from aliblip.data.columns import Columns, Request, Roles, choose_columns
 from aliblip.data.folders import REASONS, Left
+from aliblip.data.listings import with_photos
 from aliblip.data.manifest import DataFile
 from aliblip.data.places import Place, find_place, folders_below, folders_beside
 from aliblip.data.remote import is_remote
@@ -186,7 +187,7 @@ def _choose(
 
 
 def _open(request: Request, roles: Roles) -> list[Table]:
-    """The tables of the request; of a folder, JSON files that hold no table are left and counted."""
+    """The tables of the request; of a folder, files of JSON and XML that hold no table are left and counted."""
     tables, no_tables = [], []
     for file in request.files:
         try:
@@ -198,8 +199,8 @@ def _open(request: Request, roles: Roles) -> list[Table]:
     if not tables:
         raise no_tables[0][1]
     for file, _ in no_tables:
-        request.survey.leave("JSON files without records", os.path.relpath(file, request.survey.root))
-    return _with_columns(request, tables, roles)
+        request.survey.leave("files of JSON or XML without records", os.path.relpath(file, request.survey.root))
+    return _with_columns(request, with_photos(request, tables, roles), roles)
 
 
 def _with_columns(request: Request, tables: list[Table], roles: Roles) -> list[Table]:
@@ -309,7 +310,7 @@ def _place(request: Request, table: Table, facts: Facts | None) -> Place:
     if facts is None or not facts.sample:
         return place
     tiers = tiers_of(request, table.file, folder)
-    found, told = find_place(facts.sample, place, *tiers)
+    found, told = find_place(facts.sample, place, table.photo_folders, *tiers)
     if told:
         request.told.append(f"{table.name}: {told}")
     return found

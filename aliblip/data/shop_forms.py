@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-__all__ = ["is_shopify", "merchant_product", "shopify_rows"]
+__all__ = ["feed_notes", "is_shopify", "merchant_product", "shopify_rows"]
 
 SHOPIFY = {"Handle", "Title", "Image Src"}
 
@@ -16,10 +16,23 @@ def is_shopify(columns: Sequence[str]) -> bool:
     return set(columns) >= SHOPIFY
 
 
+def _plain(column: str) -> str:
+    return re.sub(r"[\W_]", "", column).lower()
+
+
 def merchant_product(columns: Sequence[str]) -> str | None:
     """The column of the products of a feed for Google Merchant: of its variants, which are items of one group."""
-    plain = {re.sub(r"[\W_]", "", column).lower(): column for column in columns}
+    plain = {_plain(column): column for column in columns}
     return plain.get("itemgroupid") if {"id", "title", "imagelink"} <= set(plain) else None
+
+
+def feed_notes(columns: Sequence[str]) -> Iterator[str]:
+    """What is to be said of a feed for Google Merchant with these columns."""
+    if (group := merchant_product(columns)) is not None:
+        yield f"items of one '{group}' are one product"
+    further = [column for column in columns if _plain(column) == "additionalimagelink"]
+    if further:
+        yield f"further photos ('{further[0]}') are not read"
 
 
 def shopify_rows(records: Iterable[Any]) -> tuple[list[Any], str]:

@@ -21,7 +21,7 @@ import re
 import tempfile
 import zlib
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -41,8 +41,9 @@ from aliblip.data.delimited import (
 )
 from aliblip.data.documents import REPEATED, json_records, table_in
 from aliblip.data.encodings import check_encoding, guess_encoding, is_packed, unicode_of, unpacked
+from aliblip.data.feeds import FEED_NAMESPACE, feed_items, is_xml
 from aliblip.data.remote import is_remote, open_file, resumed
-from aliblip.data.shop_forms import is_shopify, merchant_product, shopify_rows
+from aliblip.data.shop_forms import feed_notes, is_shopify, merchant_product, shopify_rows
 from aliblip.data.storage import Blocks, Spans
 from aliblip.data.values import Facts, looks_like_photo_name
 from aliblip.runtime.mistakes import UsageError
@@ -65,6 +66,7 @@ TABLES = {
     **dict.fromkeys((".csv", ".tsv", ".tab", ".psv"), "csv"),
     **dict.fromkeys((".json", ".jsonl", ".ndjson", ".ldjson"), "json"),
     ".txt": "text",
+    ".xml": "feed",
 }
 PACKINGS = (".gz", ".bz2", ".xz", ".zst")
 # Bytes that are looked at for marks and forms.
@@ -88,7 +90,7 @@ BAD_LINES_OF_JSON = 3
 
 
 class NoTable(UsageError):
-    """A JSON file that holds no records."""
+    """A file of JSON or XML that holds no records."""
 
 
 class Unreadable(str):
@@ -108,6 +110,7 @@ class Table:
         is_delimited: whether it is a CSV file.
         problems: why records can't be read, by their numbers.
         product_column: the column of products, where the form of the table says which.
+        photo_folders: in which its photos are looked for first, where the form says that.
     """
 
     file: str
@@ -120,6 +123,7 @@ class Table:
     is_delimited: bool = False
     problems: dict[int, str] = field(default_factory=dict)
     product_column: str | None = None
+    photo_folders: list[str] = field(default_factory=list)
     _stored: Spans | Blocks = field(default_factory=lambda: Blocks([]))
     _parse: Callable[[bytes], Any] = json.loads
 
@@ -130,6 +134,19 @@ class Table:
     def name(self) -> str:
         """Of the file, for messages."""
         return base_name(self.file)
+
+    def rewrite(self, records: Iterable[Any], roles: Roles) -> None:
+        """Take other records in the place of what is there, from which they may come one by one."""
+        gatherer = _Gatherer(self, roles)
+
+        def gathered() -> Iterator[Any]:
+            for record in records:
+                gatherer.add(None if isinstance(record, Unreadable) else record)
+                yield record
+
+        stored = Blocks.of_values(gathered())
+        self._stored, self._parse = stored, json.loads
+        gatherer.done()
 
     def read(self, start: int, stop: int) -> Iterator[Any]:
         """Records [start, stop)."""
@@ -180,6 +197,8 @@ def open_table(file: str, reading: Reading, roles: Roles, split: str, kind: str 
         opened = _Opened(file, raw, reading, roles, split)
         opened.add_digest()
         _check_content(opened)
+        if is_xml(opened.head):
+            return _of_feed(opened)
         if kind == "csv" and opened.reading.delimiter is None and _JSON_RECORDS.match(opened.head):
             kind = "json"  # whatever its name says
         if kind is None:  # a file whose name says nothing
@@ -349,7 +368,7 @@ def _of_csv(opened: _Opened) -> Table:
         _as_shopify(table, opened.roles)
     elif (group := merchant_product(names)) is not None:
         table.product_column = group
-        table.told.append(f"a feed of Google Merchant: items of one '{group}' are one product")
+        table.told += ["a feed of Google Merchant", *feed_notes(names)]
     return table
 
 
@@ -517,10 +536,9 @@ def _bad_lines(opened: _Opened, form: Form, names: Sequence[str], bad: _Bad, row
 def _as_shopify(table: Table, roles: Roles) -> None:
     """Rows of Shopify's export: photos of a product, whose title stands in the product's first row alone."""
     rows, told = shopify_rows(record for record in table.read(0, len(table)))
-    table._stored, table._parse = Blocks.of_values(rows), json.loads
+    table.rewrite(rows, roles)
     table.problems = {place: str(row) for place, row in enumerate(rows) if isinstance(row, Unreadable)}
     table.product_column = "Handle"
-    _gather(table, roles)
     table.told.append(told)
 
 
@@ -600,9 +618,26 @@ def _of_document(opened: _Opened, document: dict[str, Any]) -> Table | None:
             f"{opened.file} holds one object with the keys {listed(list(document)[:8])}: expected a list of records "
             'such as {"image": file name, "caption": text}'
         )
-    table._stored, table._parse, table.problems = Blocks.of_values(found.records), json.loads, {}
+    table.problems = {}
+    table.rewrite(found.records, opened.roles)
     table.told.extend(found.told)
-    _gather(table, opened.roles)
+    return table
+
+
+def _of_feed(opened: _Opened) -> Table:
+    """A feed of Google Merchant; other XML is none."""
+    table = opened.table
+    if FEED_NAMESPACE.encode() not in opened.head.replace(b"\0", b""):
+        raise NoTable(
+            f"{opened.file} is XML, but no feed of Google Merchant, RSS or Atom with names of {FEED_NAMESPACE}1.0: "
+            "save it as such, or as CSV"
+        )
+    encoding = opened.encoding if opened.is_told else None
+    table.rewrite(feed_items(opened.stream(), opened.file, encoding), opened.roles)
+    if not len(table):
+        raise NoTable(f"{opened.file} is a feed without items")
+    table.product_column = merchant_product(table.columns)
+    table.told += [f"{table.name}: a feed of Google Merchant (XML), {len(table):,} items", *feed_notes(table.columns)]
     return table
 
 
@@ -636,19 +671,13 @@ class _Gatherer:
         return self._table
 
 
-def _gather(table: Table, roles: Roles) -> None:
-    """Columns and facts of a table whose records have changed."""
-    gatherer = _Gatherer(table, roles)
-    for record in table.read(0, len(table)):
-        gatherer.add(record)
-    gatherer.done()
-
-
 # --------------------------------------------------------------------------------------------------------------- text
 
 
 def _is_table_in_text(opened: _Opened) -> bool:
-    """Whether a .txt is a table: its lines have tabs throughout, or its first line names columns."""
+    """Whether a .txt is a table: a feed, or its lines have tabs throughout, or its first line names columns."""
+    if is_xml(opened.head):
+        return True
     if opened.reading.names is not None or opened.reading.delimiter is not None:
         return True
     lines = [line.text.rstrip("\r\n") for line in islice(opened.lines(), 200) if line.text.strip()]
