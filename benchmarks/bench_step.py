@@ -3,6 +3,7 @@
     python benchmarks/bench_step.py --json benchmarks/results/step.json       # ViT-B/16 at 224 px, batch 8; ten minutes
     python benchmarks/bench_step.py --recipe recipes/products_tiny.yaml       # a small model, batch 32
     python benchmarks/bench_step.py --sides "with cached"                     # beside ours, this alone
+    python benchmarks/bench_step.py --recipe recipes/products_tiny.yaml --negatives 1,4,8,16
     python benchmarks/bench_step.py --tiny                                    # seconds, to try it
 
 The plain way is the published one in our own words: eager attention, titles padded to 35 tokens, keys and values of a
@@ -14,6 +15,10 @@ dropout and with the hardest negatives, have to agree to 1e-4. In the table each
 on; then each option of `train.py` that changes how much is computed is on beside them. The ratio is the seconds of the
 plain step over those of ours, of medians; CPU time is in the table too, since other work on the machine disturbs that
 less.
+
+`--negatives` compares nothing with the plain way: it tells what a step costs with so many negative photos of each title
+and negative titles of each photo, and the listwise loss, against the published step of one; the memory is what autograd
+keeps. The ratio is the seconds of the last over those of the published step.
 """
 
 from __future__ import annotations
@@ -91,13 +96,21 @@ def main(command_line: list[str] | None = None) -> None:
     arguments.add_argument("--threads", type=int, default=2)
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--recipe", type=Path, help="size, batch and queue of this recipe")
+    arguments.add_argument("--negatives", type=lambda given: [int(part) for part in given.split(",")])
     arguments.add_argument("--tiny", action="store_true", help="a tiny model: shows that it runs, measures nothing")
     arguments.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="of the table (default: all)")
     args = arguments.parse_args(command_line)
     torch.set_num_threads(args.threads)
     recipe = BASE if args.recipe is None else yaml.safe_load(args.recipe.read_text())
     accelerator = build_accelerator(max_grad_norm=1.0, per_device_train_batch_size=1)
-    report = measure(Trained(accelerator, TINY if args.tiny else recipe), args.rounds, {"ours", *args.sides})
+    trained = Trained(accelerator, TINY if args.tiny else recipe)
+    settings = {name: str(value) for name, value in vars(args).items() if name != "json"}
+    if args.negatives:
+        report = measure_negatives(trained, args.negatives, args.rounds)
+        end(accelerator)
+        finish("negatives", tell_negatives(**report), {**report, "settings": settings}, args.json)
+        return
+    report = measure(trained, args.rounds, {"ours", *args.sides})
     end(accelerator)
     ours = report["sides"]["ours"]
     for name, side in report["sides"].items():
@@ -108,7 +121,6 @@ def main(command_line: list[str] | None = None) -> None:
         )
     last = args.sides[-1] if "plain" not in args.sides else "plain"
     ratio = report["sides"][last]["seconds"] / ours["seconds"]
-    settings = {name: str(value) for name, value in vars(args).items() if name != "json"}
     finish("step", ratio, {**report, "settings": settings}, args.json)
 
 
@@ -136,6 +148,56 @@ def measure(trained: Trained, rounds: int, names: set[str]) -> dict:
         side["cpu_seconds"] = statistics.median(side["cpu_seconds_of_rounds"])
     rows = trained.batch["product_id"].shape[0]
     return {"sides": sides, "rows": rows, "losses": losses["ours"], "parameters": trained.parameters}
+
+
+COSTS = {"seconds": "time", "cpu_seconds": "CPU time", "flops": "FLOPs", "kept": "memory"}
+
+
+def measure_negatives(trained: Trained, counts: list[int], rounds: int) -> dict:
+    """Seconds, FLOPs and memory of a step with so many negatives, and of the published step."""
+    rows = trained.batch["product_id"].shape[0]
+    if max(counts) >= rows:
+        raise SystemExit(f"--negatives {max(counts)}: a batch of {rows} rows has {rows - 1} at most")
+    ways = {"published": {}, **{str(count): {"itm_negatives": count, "itm_listwise": 1.0} for count in counts}}
+    sides = {name: {"seconds_of_rounds": [], "cpu_seconds_of_rounds": []} for name in ways}
+    for name, options in ways.items():
+        with FlopCounterMode(display=False) as counter:
+            trained.step(OURS, **options)
+        sides[name] |= {"flops": counter.get_total_flops(), "kept": kept_by_autograd(trained, options)}
+    for _ in range(rounds):
+        for name, options in ways.items():
+            wall, processor = time.perf_counter(), time.process_time()
+            trained.step(OURS, **options)
+            sides[name]["seconds_of_rounds"].append(time.perf_counter() - wall)
+            sides[name]["cpu_seconds_of_rounds"].append(time.process_time() - processor)
+    for side in sides.values():
+        side["seconds"] = statistics.median(side["seconds_of_rounds"])
+        side["cpu_seconds"] = statistics.median(side["cpu_seconds_of_rounds"])
+    return {"published": sides.pop("published"), "negatives": sides, "rows": rows}
+
+
+def tell_negatives(published: dict, negatives: dict[str, dict], **_) -> float:
+    """A line of each; the ratio of the last."""
+    for count, side in negatives.items():
+        told = ", ".join(f"{side[key] / published[key]:.2f} times the {name}" for key, name in COSTS.items())
+        print(f"{count:>3} negatives: {side['seconds']:.3f} s, {told}")
+    return side["seconds"] / published["seconds"]
+
+
+def kept_by_autograd(trained: Trained, options: dict) -> int:
+    """Bytes that the backward pass of a step reads, weights left out."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in trained.model.parameters()}
+    kept: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no other takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        trained.step(OURS, **options)
+    return sum(size for size, _ in kept.values())
 
 
 class Trained:
@@ -173,8 +235,8 @@ class Trained:
             losses.append(self.step(techniques, exact=True))
         return losses, counter.get_total_flops()
 
-    def step(self, techniques: Techniques, exact: bool = False) -> float:
-        """One step of one side; its loss."""
+    def step(self, techniques: Techniques, exact: bool = False, **options) -> float:
+        """One step of one side; its loss. `options` are further ones of the objective."""
         for part in (self.model, self.momentum.encoders):
             part.set_attn_implementation("sdpa" if techniques.attention else "eager")
         self.plain_model.techniques = techniques
@@ -184,6 +246,7 @@ class Trained:
             hardest_negatives=exact,
             in_batch_itc=self.in_batch_itc,
             cached_batch_size=max(len(self.batch["product_id"]) // 4, 1) if techniques.cached else None,
+            **options,
         ).train(not exact)
         batch = self.batch if techniques.lengths else padded(self.batch)
         if techniques.average:

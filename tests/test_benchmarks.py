@@ -101,6 +101,15 @@ def test_step_against_the_plain_way(tmp_path, capsys, accelerate_as_before):
     assert flops["without average"] == flops["without optimizer"] == pytest.approx(1, abs=0.01)
 
 
+def test_what_more_negatives_cost(tmp_path, accelerate_as_before):
+    file = tmp_path / "table.json"
+    bench_step.main(["--tiny", "--rounds", "1", "--threads", "1", "--negatives", "1,4", "--json", str(file)])
+    table = json.loads(file.read_text())
+    one, four = (table["negatives"][count] for count in "14")
+    assert one["flops"] == pytest.approx(table["published"]["flops"], rel=0.1)  # the lists alone take next to nothing
+    assert four["flops"] > 1.3 * one["flops"] and four["kept"] > 1.3 * one["kept"]
+
+
 def test_step_refuses_sides_that_differ(monkeypatch, accelerate_as_before):
     plain = bench_step.draw_one_by_one
     wrong = lambda *args, **options: (plain(*args, **options)[0].flip(0), plain(*args, **options)[1])  # noqa: E731

@@ -288,6 +288,12 @@ def test_a_dead_matching_head_is_told_once():
     assert told_at(later, 0.02, every=50, total_steps=1550) == [600, 1300]
 
 
+def test_it_is_told_once_when_the_matching_head_wakes_up():
+    head = MatchingHead(1000, 0)
+    accuracies = [0.0, 0.1, 0.49, 0.52, 0.3, 0.9]
+    assert [step for step, value in enumerate(accuracies) if head.wakes_up(step, value)] == [3] and head.awake_at == 3
+
+
 def test_a_young_matching_head_is_left_alone():
     # The demo's losses at every 50th of its 624 steps: it answers "no match" for 250 of them, and learns all the while.
     demo = [0.6396, 0.6371, 0.6345, 0.6315, 0.6292, 0.6126, 0.5772, 0.5366, 0.4702, 0.4066, 0.3649, 0.3077]

@@ -171,7 +171,7 @@ class RetrievalObjective(nn.Module):
             report: temperature; itm_accuracy_positive and itm_accuracy_negative, shares of pairs judged right, the
             latter NaN where there is none; positives_per_row, keys of the own product or photo, the own one included,
             mean over rows; rows_without_negative, ITM rows left out because no candidate shows another product (texts
-            and images both count).
+            and images both count); with a listwise loss loss_pairs and loss_lists, of which ITM's loss is made.
         """
         product_id = batch["product_id"]
         image_tokens, image_features, text_features = self._encode(batch)  # (B, P, D), (B, E), (B, E)
@@ -347,9 +347,9 @@ class RetrievalObjective(nn.Module):
         loss = itm_loss(logits, pairs.is_match, pairs.weight)
         if self.itm_listwise:
             scores = logits[:, 1].float()
-            loss = loss + self.itm_listwise * listwise_loss(
-                scores if negatives.itc is None else scores + negatives.itc, pairs
-            )
+            lists = listwise_loss(scores if negatives.itc is None else scores + negatives.itc, pairs)
+            report |= {"loss_pairs": loss.detach(), "loss_lists": lists.detach()}
+            loss = loss + self.itm_listwise * lists
         return loss, report
 
     def _match(self, images, input_ids, attention_mask, image_index, longest) -> Tensor:

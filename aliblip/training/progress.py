@@ -38,6 +38,7 @@ PARTS = (
     "positives_per_row",
     "rows_without_negative",
 )
+OF_LISTS = ("loss_pairs", "loss_lists")  # further parts of a run with a listwise loss
 LINE = (
     "step {step} epoch {epoch:.2f} loss_itc {loss_itc:.4f} loss_itm {loss_itm:.4f} lr {learning_rate:.2e} "
     "temperature {temperature:.4f} itm_accuracy positive {itm_accuracy_positive:.2f} negative "
@@ -149,7 +150,8 @@ class SkippedRows:
 
 
 class MatchingHead:
-    """Notices a matching head that is dead: it answers "no match" to every pair, and does not learn.
+    """Notices when a matching head wakes up, and one that is dead: it answers "no match" to every pair, and does not
+    learn.
 
     A head answers so at first in every run from scratch, and scores the loss of the prior. One that learns goes below
     it, by little, long before it calls the first pair a match; a dead one stays. So only lines after the first quarter
@@ -163,10 +165,18 @@ class MatchingHead:
     def __init__(self, total_steps: int, warmup_steps: int):
         self.young_until = max(STEPS_TO_BE_YOUNG, total_steps / 4, warmup_steps)
         self.lines = 0  # in a row that look dead
+        self.awake_at: int | None = None  # step of the first line in which half of the true pairs are called a match
 
-    def looks_dead(self, step: int, loss_itm: float, accuracy_positive: float) -> bool:
+    def wakes_up(self, step: int, accuracy_positive: float) -> bool:
+        """Judge one log line; True once in a run."""
+        if self.awake_at is not None or accuracy_positive < 0.5:
+            return False
+        self.awake_at = step
+        return True
+
+    def looks_dead(self, step: int, loss_pairs: float, accuracy_positive: float) -> bool:
         """Judge one log line; True once for each row of lines."""
-        at_prior = -0.002 < loss_itm - ITM_PRIOR_LOSS < 0.01 and accuracy_positive < 0.05
+        at_prior = -0.002 < loss_pairs - ITM_PRIOR_LOSS < 0.01 and accuracy_positive < 0.05
         self.lines = self.lines + 1 if at_prior and step > self.young_until else 0
         return self.lines == LINES_TO_BE_DEAD
 
@@ -203,11 +213,14 @@ class Log:
         )
         self.matching_head = MatchingHead(total_steps, warmup_steps)
         self.batches_of_step: list[torch.Tensor] = []
+        self.parts = PARTS
         if accelerator.is_main_process and self.file.exists():
             # A resumed run repeats the steps after its checkpoint, and an evaluation at it: their lines would stand
             # there twice.
             entries = [entry for entry in read_json_lines(self.file) if entry["step"] <= first_step]
             entries = [entry for entry in entries if entry["step"] < first_step or "evaluation" not in entry]
+            for entry in entries:  # whether it woke up before is in these lines, and told
+                self.matching_head.wakes_up(entry["step"], entry.get("itm_accuracy_positive") or 0.0)
             tell_if_not_written(self.file.name, lambda: write_json_lines(self.file, entries))
         self._restart()
 
@@ -243,7 +256,8 @@ class Log:
 
     def add_batch(self, output) -> None:
         values = {"loss_itc": output.parts["itc"], "loss_itm": output.parts["itm"], **output.report}
-        parts = torch.stack([values[name].float() for name in PARTS])
+        self.parts = PARTS + OF_LISTS if "loss_lists" in values else PARTS
+        parts = torch.stack([values[name].float() for name in self.parts])
         # NaN is no value: a batch of one product has no negatives. (In a step that is not finite none of it counts.)
         self.batches_of_step.append(torch.stack([parts.nan_to_num(nan=0.0), (~parts.isnan()).float()]))
 
@@ -251,7 +265,9 @@ class Log:
         """The batches since the last call were a step. One that was left out doesn't count in the means."""
         for values in self.batches_of_step:
             if not left_out:
-                self.sums = values if self.sums is None else self.sums + values
+                # A run that goes on with a listwise loss, or without, counts other parts from there on.
+                same = self.sums is not None and self.sums.shape == values.shape
+                self.sums = self.sums + values if same else values
                 self.batches += 1
         self.left_out += left_out
         self.batches_of_step.clear()
@@ -274,7 +290,7 @@ class Log:
             memory = reduce_max(torch.full((1,), peak_memory_gb(self.meters.device), device=sums.device))
             read = Arrival(torch.cat([sums / counts, values_of_now, memory])).read()
             read = [None if math.isnan(value) else value for value in read]
-            names = [*PARTS, *on_device, "peak_memory_gb"]
+            names = [*self.parts, *on_device, "peak_memory_gb"]
             entry |= {**dict(zip(names, read, strict=True)), **values, **speed}
         if self.left_out:
             entry["steps_left_out"] = self.left_out
@@ -285,11 +301,14 @@ class Log:
             more = "" if entry["mfu"] is None else f" mfu {entry['mfu']:.1%}"
             more += f" loss_scale {entry['loss_scale']:.0f}" if "loss_scale" in entry else ""
             self.tell(LINE.format(**entry, negative="none" if negative is None else f"{negative:.2f}") + more)
-            if self.matching_head.looks_dead(step, entry["loss_itm"], entry["itm_accuracy_positive"]):
+            loss_pairs, accuracy = entry.get("loss_pairs", entry["loss_itm"]), entry["itm_accuracy_positive"]
+            if self.matching_head.wakes_up(step, accuracy):
+                self.tell(f"the matching head is awake since step {step}: it calls half of the true pairs a match")
+            if self.matching_head.looks_dead(step, loss_pairs, accuracy):
                 self.tell(
-                    f"warning: loss_itm sits at {ITM_PRIOR_LOSS:.4f} since {LINES_TO_BE_DEAD} log lines: the matching "
-                    'head answers "no match" to everything. Usual causes: a learning rate that is too high, or titles '
-                    "that don't fit their photos."
+                    f"warning: ITM's pair loss sits at {ITM_PRIOR_LOSS:.4f} since {LINES_TO_BE_DEAD} log lines: the "
+                    'matching head answers "no match" to everything. Usual causes: a learning rate that is too high, '
+                    "or titles that don't fit their photos."
                 )
         if self.left_out:
             self.tell(
