@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, BertTokenizer, BlipImageProcessorPil
 
+from aliblip.models.adapters import merged
 from aliblip.models.original import Original, is_original, model_of_original, original_config, read_original
 from aliblip.runtime.mistakes import UsageError, usage_errors
 from modeling_aliblip import AliBlipForImageTextRetrieval
@@ -99,7 +100,8 @@ def load_pretrained(
     text_config: dict[str, Any] | None = None,
     attn_implementation: str | None = None,
 ) -> tuple[AliBlipForImageTextRetrieval, AliBlipProcessor, Original | None]:
-    """A model in fp32 with its processor, from an AliBLIP or `blip` folder or Hub name, or from an original file.
+    """A model in fp32 with its processor, from an AliBLIP or `blip` folder or Hub name, or from an original file. An
+    adapter is merged into the model that it names.
 
     Args:
         name: the folder, Hub name or file.
@@ -125,6 +127,7 @@ def load_pretrained(
         model = AliBlipForImageTextRetrieval.from_pretrained(
             name, dtype=torch.float32, attn_implementation=attn_implementation
         )
+    model = merged(model)
     with usage_errors(*LOADING_ERRORS, told=f"can't load the processor of {name}: {{}}"):
         if tokenizer_name is None:
             processor = AliBlipProcessor.from_pretrained(name)
