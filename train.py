@@ -15,6 +15,7 @@ What a run leaves in `--output_dir`: `best/` and `last/` (models for `from_pretr
 `log.jsonl` (every log line), `skipped.jsonl` (rows that could not be used), `arguments.json`, `manifest.json` (of the
 data), `machine.json`, `status.json` (how it stands, or how it ended), and with `--checkpointing_steps` checkpoints,
 from which `--resume_from_checkpoint last` goes on. SIGTERM, SIGUSR1 or Ctrl-C write one more and end the run.
+With `--profile N` there is `profile/` too: a trace of N steps, and a page that says where their time goes.
 `--dry_run` looks at everything that can be wrong, tells it all with what the run takes, and writes nothing.
 `--push_to_hub --hub_model_id me/name` uploads the best model so far with a card, in the background.
 """

@@ -16,7 +16,8 @@ What is read:
 - **transformers' `BlipForImageTextRetrieval`**, folder or Hub name (model type `blip`). It has no temperature: ours
   starts at 0.07. Its ViT has a LayerNorm epsilon of 1e-5 where the original code has 1e-6; each is kept.
   `AliBlipForImageTextRetrieval.from_pretrained` takes these directly too.
-- **AliBLIP folders**, for the way back or another `--image_size`.
+- **AliBLIP folders**, for the way back or another `--image_size`, and adapters (`train.py --lora_rank`), which are
+  merged into the model that they name.
 
 A weight that is missing, unexpected or of another shape is refused by its name. `--momentum encoders` writes the
 momentum encoders of an original file into `momentum.safetensors` beside the weights, `--momentum all` its queues too;

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from accelerate.state import AcceleratorState
+from helpers import assert_succeeded, run_ranks
 from runs import TINY, log_of, steps_of, trained_in_process, write_split
 from safetensors.torch import load_file
 
@@ -174,6 +175,16 @@ def test_a_run_can_end_early_at_the_end_of_an_epoch_and_when_it_goes_on(flags, t
     # With more patience it goes on.
     trained_in_process([*flags, "--resume_from_checkpoint", "last", "--early_stopping_patience", 3], folder)
     assert list(evaluations(folder)) == [5, 6, 10, 12, 15]
+
+
+def test_two_processes_evaluate_between_epochs_and_end_early_together(flags, tmp_path):
+    folder = tmp_path / "run"
+    more = ["--per_device_train_batch_size", 4, "--num_train_epochs", 3, "--eval_steps", 2, "--learning_rate", 0]
+    more += ["--early_stopping_patience", 1, "--output_dir", folder]
+    assert_succeeded(run_ranks("cpu_2_processes.yaml", "train.py", [*TINY, *flags, *more]))
+    # Nothing is learned, so the second evaluation is no better than the first.
+    assert list(evaluations(folder)) == [2, 4] and max(steps_of(folder)) == 4
+    assert json.loads((folder / "status.json").read_text())["ended_early"] is True
 
 
 def test_checkpoints_from_before_have_counted_nothing():

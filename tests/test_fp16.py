@@ -175,6 +175,7 @@ def test_what_fp16_needs_is_told_at_once(monkeypatch):
         check_launch(**given, precisions=("no", "bf16", "fp16"))
     with pytest.raises(UsageError, match="--mixed_precision is 'fp16'; accepted are no, bf16: use bf16"):
         check_launch(**given)  # of an evaluation
+    assert check_launch(**given, precisions=("no", "bf16", "fp16"), elsewhere=True).precision == "fp16"  # of a plan
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert str(check_launch(**given, precisions=("no", "bf16", "fp16"))) == "1 process on GPU, fp16 mixed precision"

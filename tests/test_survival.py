@@ -13,9 +13,13 @@ from pathlib import Path
 
 import pytest
 import test_evaluation_resume
+import test_evaluations
 import test_files
+import test_fp16
+import test_lora
 import test_manifest
 import test_nothing_lost
+import test_towers
 import tiny
 import torch
 from forks import FORK_RANKS
@@ -415,7 +419,14 @@ def test_a_checkpoint_of_another_model_is_refused(refused, checkpoint):
 # --- the list of docs/resuming.md -------------------------------------------------------------------------------------
 
 PROMISES = {
-    "Exact.": [test_an_interrupted_run_repeats_the_uninterrupted_one],
+    "Exact.": [
+        test_an_interrupted_run_repeats_the_uninterrupted_one,
+        test_towers.test_what_is_frozen_stays_and_a_resumed_run_repeats_it,
+        test_lora.test_a_run_of_adapters_resumes_bit_by_bit,
+        test_fp16.test_a_step_that_overflows_changes_nothing_and_halves_the_scale,
+        test_evaluations.test_a_run_that_dies_before_its_evaluation_makes_it_when_it_goes_on,
+        test_evaluations.test_a_run_ends_after_evaluations_without_gain,
+    ],
     "No row lost, none twice": [test_an_interrupted_run_repeats_the_uninterrupted_one],
     "Signals.": [
         test_an_interrupted_run_repeats_the_uninterrupted_one,

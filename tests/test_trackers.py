@@ -63,7 +63,7 @@ def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
 
 def test_several_trackers_are_told_everything_and_their_runs_go_on(flags, tmp_path, wandb, capsys):
     folder = tmp_path / "mugs"
-    both = ["--report_to", "tensorboard,wandb", "--project_name", "shop"]
+    both = ["--report_to", "tensorboard,wandb", "--project_name", "shop", "--peak_tflops", 1]
     trained_in_process([*flags, *both], folder)
     (first,) = wandb.begun
     assert (first["project"], first["name"], first["resume"]) == ("shop", "mugs", "allow")
@@ -75,7 +75,8 @@ def test_several_trackers_are_told_everything_and_their_runs_go_on(flags, tmp_pa
     assert wandb.logged == {first["id"]: [1, 2, 3, 4]}
     losses = scalars(folder / "logs" / "shop", "loss_itc")
     assert [step for step, _ in losses] == [1, 2, 3, 4]
-    assert "peak_memory_gb" in (folder / "log.jsonl").read_text()
+    for meter in ("peak_memory_gb", "samples_per_second", "data_wait", "mfu"):
+        assert len(scalars(folder / "logs" / "shop", meter)) == 4
 
     # It goes on from step 2: the same run of both, and what is trained again stands there once.
     trained_in_process([*flags, *both, "--resume_from_checkpoint", folder / "checkpoint-2"], folder)

@@ -35,7 +35,10 @@ PIPELINE_TAG = "zero-shot-image-classification"
 TASK = "image-text-retrieval"
 TAGS = [TASK, "cross-modal-retrieval", "image-text-matching", "product-search", "blip", "aliblip", "custom_code"]
 # Arguments that concern one machine or one start of the run.
-_NOT_OF_THE_RECIPE = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "report_to"}
+_NOT_OF_THE_RECIPE = {
+    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "report_to", "project_name"),
+    *("run_name", "peak_tflops", "profile"),
+}
 _LOCAL = ("data_dir", "dataset_name", "image_dir", "train_file", "validation_file", "model_name_or_path", "config_name")
 _LOCAL += ("vision_model_name_or_path", "text_model_name_or_path", "tokenizer_name")
 

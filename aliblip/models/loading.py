@@ -47,7 +47,8 @@ def load_pretrained(
     text_config: dict[str, Any] | None = None,
     attn_implementation: str | None = None,
 ) -> tuple[AliBlipForImageTextRetrieval, AliBlipProcessor, Original | None]:
-    """A model in fp32 with its processor, from an AliBLIP or `blip` folder or Hub name, or from an original file.
+    """A model in fp32 with its processor, from an AliBLIP or `blip` folder or Hub name, or from an original file. An
+    adapter is merged into the model that it names.
 
     Args:
         name: the folder, Hub name or file.

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, BertTokenizer, BlipImageProcessorPil, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
+from aliblip.retrieval.adapters import merged
 from aliblip.runtime.mistakes import UsageError, usage_errors
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
@@ -58,7 +59,8 @@ def load_folder(
     attn_implementation: str | None = None,
     with_tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> tuple[AliBlipForImageTextRetrieval, AliBlipProcessor]:
-    """A model and its processor, from an AliBLIP or `blip` folder or Hub name.
+    """A model and its processor, from an AliBLIP or `blip` folder or Hub name. An adapter is merged into the model that
+    it names.
 
     Args:
         name: the folder or Hub name.
@@ -76,6 +78,7 @@ def load_folder(
         model = AliBlipForImageTextRetrieval.from_pretrained(
             name, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
         )
+    model = merged(model)
     with usage_errors(*LOADING_ERRORS, told=f"can't load the processor of {name}: {{}}"):
         tokenizer = with_tokenizer or AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         settings = read_settings(name, "processor_config.json")

@@ -183,15 +183,19 @@ def check_launch(
     max_grad_norm: float,
     per_device_train_batch_size: int,
     precisions: Sequence[str] = MIXED_PRECISIONS,
+    elsewhere: bool = False,
 ) -> Launch:
     """What `build_accelerator` will start with these arguments, without starting or contacting anything.
+
+    Args:
+        elsewhere: on another machine, which has the GPUs that this one may lack.
 
     Raises:
         UsageError: values that contradict each other or the launcher's configuration, and what this machine can't do.
     """
     requested = _requested_precision(mixed_precision, precisions)
     on_gpu = torch.cuda.is_available()
-    if requested == "fp16" and not on_gpu:
+    if requested == "fp16" and not on_gpu and not elsewhere:
         raise UsageError("mixed precision fp16 needs a GPU, and there is none: take bf16, or no")
     accumulation_of_launcher = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto")
     if accumulation_of_launcher not in ("auto", str(gradient_accumulation_steps)):

@@ -100,6 +100,12 @@ class TowerArguments:
     layer_decay: float = option(
         1.0, "Learning rate of a layer of both towers as a share of that of the layer above it; 1: all have the same."
     )
+    lora_rank: int | None = option(
+        None, "Train LoRA adapters of this rank in all attention and heads, and nothing else (extra peft)."
+    )
+    lora_alpha: float | None = option(
+        None, "What the adapters are multiplied with, times the rank (default: twice it)."
+    )
 
 
 @dataclass

@@ -58,7 +58,7 @@ FORMAT = 1
 
 
 def save_model(model, processor, folder: Path, results: dict | None = None) -> str | None:
-    """Save a model that `from_pretrained` loads, its weights in fp32. A collective.
+    """Save a model that `from_pretrained` loads, its weights in fp32; of one with adapters these alone. A collective.
 
     Args:
         model: the unwrapped model; under ZeRO its full-precision weights are collected from all ranks.
@@ -82,12 +82,14 @@ def save_model(model, processor, folder: Path, results: dict | None = None) -> s
 
 
 def _complete(model, processor, folder: Path) -> None:
-    """Make a model of fp32 weights and a configuration in a folder."""
+    """Make a model of fp32 weights and a configuration in a folder; an adapter has no configuration of the model."""
+    processor.save_pretrained(folder)
+    if not (folder / "config.json").exists():
+        return
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     # An engine in bf16 holds bf16 working copies; what is written here are the fp32 weights.
     config |= {"architectures": [type(model).__name__], "dtype": "float32"}
     write_json(folder / "config.json", config)
-    processor.save_pretrained(folder)
 
 
 def save_results(results: dict, folder: Path) -> str | None:

@@ -183,6 +183,7 @@ class _Examination:
             max_grad_norm=args.max_grad_norm,
             per_device_train_batch_size=args.per_device_train_batch_size,
             precisions=TRAINING_PRECISIONS,
+            elsewhere=self.plan_args.device_memory_gb is not None,
         )
         on_gpu = launch.on_gpu or self.plan_args.device_memory_gb is not None
         return dataclasses.replace(launch, processes=self.start.processes, on_gpu=on_gpu)
@@ -297,6 +298,10 @@ class _Examination:
                 f"{text.num_hidden_layers} x {text.hidden_size}; "
                 + ("new weights" if beginning.model is None else "trained weights")
             )
+            if self.args.lora_rank is not None:
+                self.findings.ok(
+                    f"adapters of rank {self.args.lora_rank} are trained alone: {self.state.trainable:,} parameters"
+                )
             if self.start.rates:
                 self.findings.ok(
                     f"{self.state.trainable / 1e6:.1f} M of them are trained; --freeze: {', '.join(self.start.rates)}"
@@ -579,6 +584,7 @@ class _Examination:
         self.findings.ok(
             f"{folder}: log.jsonl, skipped.jsonl, arguments.json, manifest.json, machine.json, status.json"
             + (f"; logs/ of {args.report_to}" if args.report_to != "none" else "")
+            + (f"; profile/ of {args.profile} steps" if args.profile else "")
         )
         if args.push_to_hub:
             self.findings.ok(f"the Hub, {self.hub_args.hub_model_id}: the best model so far, after each evaluation")

@@ -15,7 +15,15 @@ def pairs_of_a_row(itm_negatives: int, itm_queue_titles: int) -> int:
     return 1 + 2 * itm_negatives + itm_queue_titles
 
 
-def training_flops(config, title_tokens: float, queue_size: int, frozen: Iterable[str] = (), pairs: int = 3) -> int:
+def training_flops(
+    config,
+    title_tokens: float,
+    queue_size: int,
+    frozen: Iterable[str] = (),
+    *,
+    adapters: bool = False,
+    pairs: int = 3,
+) -> int:
     """Operations of the matrix products that one sample of a step needs, whatever way they are computed.
 
     Forward: `image + text + image_kv + pairs * match + 4 * 2 K E`, with the pairs of ITM (the own one, negative photos,
@@ -31,12 +39,16 @@ def training_flops(config, title_tokens: float, queue_size: int, frozen: Iterabl
         queue_size: slots of the queue.
         frozen: parts that are not trained, see `aliblip.training.freezing`.
         pairs: of ITM, of each row.
+        adapters: small matrices beside those of the model are trained instead. They count as nothing, but gradients
+            pass through everything above the first of them, which is nearly all.
     """
     length, frozen = round(title_tokens), set(frozen)
     image, text = image_flops(config), text_flops(config, length)
     image_kv, match = image_kv_flops(config), match_flops(config, length)
     similarities = 2 * queue_size * config.image_text_hidden_size
     forward = 2 * (image + text) + image_kv + pairs * match + 4 * similarities
+    if adapters:
+        return forward + image + text + image_kv + pairs * match + 4 * similarities
     if not frozen:
         return forward + 2 * (image + text + image_kv + pairs * match + 2 * similarities)
     backward = 2 * image * ("vision" not in frozen) + 2 * text * ("text" not in frozen)

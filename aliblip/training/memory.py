@@ -76,12 +76,12 @@ def state_of(config, queue_size: int, model: nn.Module | None = None, title_leng
     matrices = {
         f"{name}.weight": module.weight.numel() for name, module in empty.named_modules() if isinstance(module, kinds)
     }
-    trained = {name: value.requires_grad for name, value in (empty if model is None else model).named_parameters()}
-    frozen = {name: size for name, size in matrices.items() if not trained[name]}
-    sizes = dict(zip(trained, shapes, strict=True))
+    own = list((empty if model is None else model).named_parameters())
+    trained = {name for name, parameter in own if parameter.requires_grad}
+    frozen = {name: size for name, size in matrices.items() if name not in trained}
     return State(
         parameters=sum(shapes),
-        trainable=sum(size for name, size in sizes.items() if trained[name]),
+        trainable=sum(parameter.numel() for name, parameter in own if name in trained),
         cast=sum(matrices.values()),
         largest=max(shapes),
         momentum=sum(parameter.numel() for parameter in momentum.encoders.parameters()) * FP32,

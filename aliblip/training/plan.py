@@ -84,7 +84,9 @@ def training_plan(start: Start, title_tokens: float) -> TrainingPlan:
         total_steps=start.total_steps,
         epochs=start.total_steps / per_epoch,
         rows_per_step=args.gradient_accumulation_steps * start.processes * args.per_device_train_batch_size,
-        sample_flops=training_flops(config, title_tokens, args.queue_size, start.rates, pairs),
+        sample_flops=training_flops(
+            config, title_tokens, args.queue_size, start.rates, adapters=args.lora_rank is not None, pairs=pairs
+        ),
         evaluations=evaluations,
         evaluation_flops=evaluation_flops,
     )

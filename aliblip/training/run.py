@@ -164,9 +164,12 @@ class Run:
         device, precision = self.accelerator.device, self.accelerator.mixed_precision
         peak = peak_tflops_of(device, precision, self.args.peak_tflops)
         config, slots = self.training.model.config, self.args.queue_size
-        frozen = frozen_parts(self.args.freeze)
-        pairs = pairs_of_a_row(self.args.itm_negatives, self.args.itm_queue_titles)
-        return Meters(device, lambda tokens: training_flops(config, tokens, slots, frozen, pairs), peak)
+        options = {
+            "frozen": frozen_parts(self.args.freeze),
+            "adapters": self.args.lora_rank is not None,
+            "pairs": pairs_of_a_row(self.args.itm_negatives, self.args.itm_queue_titles),
+        }
+        return Meters(device, lambda tokens: training_flops(config, tokens, slots, **options), peak)
 
     # --- the begin ----------------------------------------------------------------------------------------------------
 
@@ -453,7 +456,8 @@ class Run:
         self._keep_and_evaluate(epoch + 1, f"epoch {epoch + 1}", f"after epoch {epoch + 1} (step {self.progress.step})")
 
     def _after_steps(self) -> None:
-        """The same in the middle of an epoch, when --eval_steps says so."""
+        """The same in the middle of an epoch, when --eval_steps says so; a profile ends there."""
+        self._tell_profile(self.profiler.finish())
         self.skipped.check(at_least=ROWS_TO_JUDGE)
         step = self.progress.step
         epoch = round(step / self.setup.steps_per_epoch, 4)

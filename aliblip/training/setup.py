@@ -55,6 +55,7 @@ from aliblip.training.building import (
 from aliblip.training.checkpoint import Progress, checkpoints, find_checkpoint, order_of, read_state
 from aliblip.training.evaluations import check_early_stopping
 from aliblip.training.freezing import freeze, frozen_parts
+from aliblip.training.lora import adapt, check_lora
 from aliblip.training.optim import learning_rate_schedule, rate_scales, total_optimizer_steps
 from aliblip.training.profiling import check_profile
 from aliblip.training.tokenizer import (
@@ -174,6 +175,7 @@ class Start:
     @part
     def rates(self) -> tuple[str, ...]:
         """The parts that are frozen; the others have rates that make sense."""
+        check_lora(self.model_args, self.args)
         rate_scales(self.args, 0, 0)
         return frozen_parts(self.args.freeze)
 
@@ -244,6 +246,8 @@ class Start:
         if self.beginning.model is None or self.settled_args.resume_from_checkpoint is not None:
             return None
         name = self.model_args.model_name_or_path
+        if self.args.lora_rank is not None:  # of a model without adapters
+            return None
         return carried_momentum(name, self.beginning, self.beginning.model, self.args.queue_size)
 
     @part
@@ -254,7 +258,11 @@ class Start:
         with torch.device("meta") if is_empty else nullcontext():
             model = build_model(self.model_args, self.beginning)
         check_model(model, self.beginning.processor, self.args)
-        freeze(model, self.rates)
+        if self.args.lora_rank is None:
+            freeze(model, self.rates)
+        else:
+            set_seed(self.args.seed)
+            adapt(model, self.model_args, self.args)
         return model
 
     # --- the data ---
@@ -625,6 +633,8 @@ def check_ranges(model_args: ModelArguments, data_args: TrainDataArguments, args
         vision_learning_rate=(args.vision_learning_rate, 0, None),
         text_learning_rate=(args.text_learning_rate, 0, None),
         temperature_learning_rate=(args.temperature_learning_rate, 0, None),
+        lora_rank=(args.lora_rank, 1, None),
+        lora_alpha=(args.lora_alpha, 0, None),
         layer_decay=(args.layer_decay, 0.01, 1),
         peak_tflops=(args.peak_tflops, 0.001, None),
         profile=(args.profile, 0, None),
