@@ -30,7 +30,7 @@ from aliblip.retrieval.evaluation import retrieve
 from aliblip.retrieval.rankings import tune_fusion
 from aliblip.retrieval.reranking import seconds_by_depth
 from aliblip.retrieval.results import measure, split_told
-from aliblip.retrieval.setup import Setup, check_flags, set_up, set_up_logging, slices_of
+from aliblip.retrieval.setup import Setup, check_flags, own_outputs, set_up, set_up_logging, slices_of
 from aliblip.retrieval.submission import LONGEST_LIST
 from aliblip.retrieval.writing import store_fusion_weight, verify, write
 from aliblip.runtime.accelerator import build_accelerator, end
@@ -46,6 +46,11 @@ def main() -> int:
     check_flags(data, options)
     if options.verify_submission:
         return verify(data, options)
+    with own_outputs(options):
+        return evaluate(data, options)
+
+
+def evaluate(data: EvaluationDataArguments, options: EvaluationArguments) -> int:
     setup = set_up(data, options)
     if launched_rank() == 0:
         print(setup.told())

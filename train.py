@@ -53,6 +53,12 @@ def main() -> int:
     if check_dry_run(dry_run_args):
         return examine(*groups, dry_run_args)
     setup = set_up(*groups)
+    with setup.owner:
+        return run(setup)
+
+
+def run(setup: Setup) -> int:
+    """The exit code of a run of which all has been looked at."""
     accelerator = meet(setup)
     sys.stdout, sys.stderr = Unfailing(sys.stdout), Unfailing(sys.stderr)
     seconds_to_publish = SECONDS_AFTER_A_STOP
