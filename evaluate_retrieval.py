@@ -30,13 +30,14 @@ from aliblip.retrieval.evaluation import retrieve
 from aliblip.retrieval.rankings import tune_fusion
 from aliblip.retrieval.reranking import seconds_by_depth
 from aliblip.retrieval.results import measure, split_told
-from aliblip.retrieval.setup import Setup, check_flags, set_up, set_up_logging, slices_of
+from aliblip.retrieval.setup import Setup, check_flags, own_outputs, set_up, set_up_logging, slices_of
 from aliblip.retrieval.submission import LONGEST_LIST
 from aliblip.retrieval.writing import store_fusion_weight, verify, write
-from aliblip.runtime.accelerator import build_accelerator, end
+from aliblip.runtime.accelerator import AliBlipAccelerator, build_accelerator, end
 from aliblip.runtime.arguments import parse
 from aliblip.runtime.distributed import is_main, launched_rank
 from aliblip.runtime.mistakes import main_with_usage_errors
+from aliblip.runtime.pulse import Pulse
 
 
 def main() -> int:
@@ -46,6 +47,11 @@ def main() -> int:
     check_flags(data, options)
     if options.verify_submission:
         return verify(data, options)
+    with own_outputs(options):
+        return evaluate(data, options)
+
+
+def evaluate(data: EvaluationDataArguments, options: EvaluationArguments) -> int:
     setup = set_up(data, options)
     if launched_rank() == 0:
         print(setup.told())
@@ -57,6 +63,14 @@ def main() -> int:
         per_device_train_batch_size=options.per_device_eval_batch_size,
         timeout=timedelta(days=1),  # after a resume one process may have all the work that was left
     )
+    with Pulse():
+        code = find_and_write(setup, accelerator)
+    end(accelerator)
+    return code
+
+
+def find_and_write(setup: Setup, accelerator: AliBlipAccelerator) -> int:
+    options = setup.options
     work = setup.begin(accelerator)
 
     # Retrieve: every process does its units, and every process gets what all have found.
@@ -91,7 +105,6 @@ def main() -> int:
         code = write(retrieval, results, setup)
         if code == 0:  # otherwise the next start has only to do what failed
             setup.parts.remove()
-    end(accelerator)
     return code
 
 

@@ -33,6 +33,7 @@ from aliblip.runtime.accelerator import AliBlipAccelerator, end
 from aliblip.runtime.arguments import parse
 from aliblip.runtime.interrupts import StopSignals
 from aliblip.runtime.mistakes import main_with_usage_errors
+from aliblip.runtime.pulse import Pulse
 from aliblip.training.arguments import DryRunArguments, ModelArguments, TrainDataArguments, TrainingArguments
 from aliblip.training.building import build_momentum, build_objective, build_optimizer
 from aliblip.training.checkpoint import Training
@@ -54,11 +55,18 @@ def main() -> int:
     if check_dry_run(dry_run_args):
         return examine(*groups, dry_run_args)
     setup = set_up(*groups)
+    with setup.owner:
+        return run(setup)
+
+
+def run(setup: Setup) -> int:
+    """The exit code of a run of which all has been looked at."""
     accelerator = meet(setup)
     sys.stdout, sys.stderr = Unfailing(sys.stdout), Unfailing(sys.stderr)
     seconds_to_publish = SECONDS_AFTER_A_STOP
     try:
-        with RunStatus(setup.output_dir / "status.json", setup.checkpoint is None) as status, StopSignals() as signals:
+        status, signals = RunStatus(setup.output_dir / "status.json", setup.checkpoint is None), StopSignals()
+        with status, signals, Pulse(lambda line: status.failed(RuntimeError(line))):
             stopped_by = train(setup, accelerator, signals, status)
         end(accelerator)
         if not stopped_by:

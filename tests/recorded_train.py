@@ -1,7 +1,8 @@
 """train.py, writing down the rows of every batch it takes: one line a batch in $ALIBLIP_ROWS/rows-rank<R>.jsonl.
 
 With $ALIBLIP_BREAK="3 4" the loss of the last rank is NaN in these batches of the first epoch; with $ALIBLIP_RAISE="3"
-the last rank fails in this batch of the first epoch; with $ALIBLIP_PAUSE="20" every batch takes so many seconds.
+the last rank fails in this batch of the first epoch; with $ALIBLIP_PAUSE="20" every batch takes so many seconds; with
+$ALIBLIP_SILENT="3" a process that stands still is noticed after so many.
 """
 
 import json
@@ -13,9 +14,11 @@ import torch
 
 import train
 from aliblip.data.loader import TrainLoader
+from aliblip.runtime import pulse
 from aliblip.runtime.mistakes import main_with_usage_errors
 from aliblip.training.objective import RetrievalObjective
 
+pulse.SILENT_AFTER = float(os.environ.get("ALIBLIP_SILENT", pulse.SILENT_AFTER))
 plain_epoch, plain_forward = TrainLoader.epoch, RetrievalObjective.forward
 breaking = {int(batch) for batch in os.environ.get("ALIBLIP_BREAK", "").split()}
 place = {"epoch": 0, "batch": 0, "is_last_rank": True}

@@ -494,7 +494,9 @@ def test_two_builds_at_once_in_one_place_are_refused(paths, tmp_path, monkeypatc
     real = building.Build._embed
 
     def embed(self, *args):
-        with pytest.raises(UsageError, match="another process is building .*: wait until it has ended"):
+        with pytest.raises(
+            UsageError, match="is in use by a build of the gallery .process .*: wait until that has ended"
+        ):
             build(paths, tmp_path / "g")
         return real(self, *args)
 

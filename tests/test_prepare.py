@@ -262,14 +262,15 @@ def test_the_data_is_the_same_when_it_goes_on(catalogue, tmp_path):
 
 def test_two_commands_do_not_prepare_in_one_folder(catalogue, tmp_path):
     out = tmp_path / "out"
-    prepare_slowly = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held')"
+    prepare_slowly = "import sys, time; from pathlib import Path; from aliblip.runtime.owners import Owner\n"
+    prepare_slowly += "Owner.of(Path(sys.argv[1]), 'python -m aliblip.prepare'); print('held')"
     (out / "work").mkdir(parents=True)
     (tmp_path / "hold.py").write_text(f"{prepare_slowly}; sys.stdout.flush(); time.sleep(600)")
-    held = start_forked([sys.executable, tmp_path / "hold.py", out / "work/lock"], {}, tmp_path / "o", tmp_path / "e")
+    held = start_forked([sys.executable, tmp_path / "hold.py", out / "work"], {}, tmp_path / "o", tmp_path / "e")
     try:
         while "held" not in (tmp_path / "o").read_text() if (tmp_path / "o").exists() else True:
             time.sleep(0.01)
-        with pytest.raises(UsageError, match="another process prepares in"):
+        with pytest.raises(UsageError, match="work is in use by python -m aliblip.prepare .process "):
             prepare(out, *catalogue, *ALONE)
     finally:
         os.kill(held.pid, signal.SIGKILL)

@@ -282,7 +282,7 @@ def refused(flags, tmp_path, monkeypatch):
     return message
 
 
-def test_a_changed_world_is_refused_with_the_values_that_work(refused, checkpoint):
+def test_a_changed_world_is_refused_with_the_values_that_work(refused, checkpoint, monkeypatch):
     resume = ("--resume_from_checkpoint", checkpoint)
     told = refused(*resume, "--per_device_train_batch_size", 8)
     assert told.endswith("rows would be lost or seen twice: resume with --per_device_train_batch_size 4")
@@ -292,6 +292,7 @@ def test_a_changed_world_is_refused_with_the_values_that_work(refused, checkpoin
     assert told.endswith("resume with --per_device_train_batch_size 2")
     told = refused(*resume, WORLD_SIZE="3")
     assert told.endswith("resume with accelerate launch --num_processes 2 --per_device_train_batch_size 2")
+    monkeypatch.delenv("WORLD_SIZE")
     told = refused(*resume, "--data_partitions", 2)
     assert told.endswith(
         "(data_partitions was 4, is 2), and rows would be lost or seen twice: resume with --data_partitions 4"

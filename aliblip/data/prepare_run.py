@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -65,6 +64,7 @@ from aliblip.data.prepare_tasks import Inputs
 from aliblip.data.remote import is_remote
 from aliblip.runtime.files import PARTIAL, write_json
 from aliblip.runtime.mistakes import UsageError
+from aliblip.runtime.owners import OWNER, Owner
 from aliblip.runtime.parts import FINGERPRINT, Parts
 from aliblip.runtime.sameness import changes, told
 
@@ -72,7 +72,6 @@ __all__ = ["PREPARED", "Preparation"]
 
 WORK, PREPARED = "work", "prepared.json"
 # Of the process that prepares in the folder of the work.
-LOCK = "lock"
 # In the folder of the work: what will be put in place, the index of near duplicates, the names that are put in place.
 OUT, INDEX, PLACING = "out", "index", "placing.json"
 # What the work is called while it is removed.
@@ -166,7 +165,7 @@ class Preparation:
         if any(path != self.work or not path.is_dir() for path in self.output_dir.iterdir()):
             return True
         return self.work.is_dir() and any(
-            path.name != LOCK and not path.name.endswith(PARTIAL) for path in self.work.iterdir()
+            not path.name.startswith(OWNER) and not path.name.endswith(PARTIAL) for path in self.work.iterdir()
         )
 
     def check(self) -> None:
@@ -205,7 +204,7 @@ class Preparation:
             if self.args.overwrite_output_dir:
                 self.parts.drop_others()
             self.parts.begin()
-        with _alone(self.work):
+        with Owner.of(self.work, "python -m aliblip.prepare"):
             if not (self.work / PLACING).is_file():
                 if not self._prepare():
                     return False
@@ -411,18 +410,6 @@ def _bar(phase: str, logs: Path, sizes: Sequence[int], unit: str) -> Iterator[No
 @contextmanager
 def _nothing() -> Iterator[list[Any]]:
     yield []
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Only one process prepares in a folder. The system frees the lock of one that was killed; unlike that of
-    `filelock`, its workers do not hold it on."""
-    with open(folder / LOCK, "w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UsageError(f"another process prepares in {folder.parent}: wait until it has ended") from error
-        yield
 
 
 def _cores() -> int:

@@ -30,7 +30,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from aliblip.data.collate import Collator, printable
@@ -40,7 +39,6 @@ from aliblip.retrieval.embedding import EmbeddedUnit, embedded_units, undisturbe
 from aliblip.retrieval.plan import tokens_per_image
 from aliblip.retrieval.table_columns import FromTool, KeptColumns, Lost, ids_told_ahead, kept_columns
 from aliblip.retrieval.tables import (
-    BUILD_LOCK,
     FORMAT,
     ID,
     ITEMS,
@@ -68,6 +66,7 @@ from aliblip.retrieval.tables import (
 )
 from aliblip.runtime.distributed import is_main, rank, together, world_size
 from aliblip.runtime.mistakes import UsageError
+from aliblip.runtime.owners import OWNER, Owner
 from aliblip.runtime.parts import Parts
 from encoder_aliblip import TOKEN_TYPE, fingerprint
 
@@ -321,19 +320,12 @@ class Build:
             yield
             return
         if is_address(self.uri):
-            place = Path(tempfile.gettempdir(), f"aliblip-{_digest(self.uri)}{BUILD_LOCK}")
+            place = Path(tempfile.gettempdir(), f"aliblip-{_digest(self.uri)}{OWNER}")
         else:
             os.makedirs(self.uri, exist_ok=True)
-            place = Path(self.uri, BUILD_LOCK)
-        lock = FileLock(place, timeout=0)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise UsageError(f"another process is building {self.uri}: wait until it has ended, or end it") from error
-        try:
+            place = Path(self.uri, OWNER)
+        with Owner.of(self.uri, "a build of the gallery", tell=logger.warning, place=place):
             yield
-        finally:
-            lock.release()
 
     def _begin(self, parts: Parts) -> None:
         """Look again, since it may be long ago, and find whether what is there can go on. Main process only."""
@@ -570,7 +562,7 @@ def _refuse_something_else(folder: Path) -> None:
     if not folder.is_dir():
         return
     ours = (f"{ITEMS}.lance", f"{SKIPPED}.lance", BUILD)
-    found = [path.name for path in folder.iterdir() if path.name not in (WRITER_LOCK, BUILD_LOCK)]
+    found = [path.name for path in folder.iterdir() if path.name != WRITER_LOCK and not path.name.startswith(OWNER)]
     if "gallery.json" in found:
         raise UsageError(f"{folder} holds a gallery of version 0.1, in another format: give a new folder")
     if found and not any(name in found for name in ours):

@@ -39,6 +39,7 @@ from aliblip.runtime.accelerator import launched_precision
 from aliblip.runtime.arguments import check_range
 from aliblip.runtime.distributed import all_gather_objects, is_main, launched_rank, rank, world_size
 from aliblip.runtime.mistakes import UsageError, usage_errors
+from aliblip.runtime.owners import Owner, check_copies
 from aliblip.runtime.parts import Parts
 from aliblip.runtime.sameness import weights_of
 from encoder_aliblip import fingerprint
@@ -359,6 +360,19 @@ class Setup:
             "photos_by_name": bool(self.options.submission),  # which is what an answer file asks for
             "progress": sys.stderr.isatty(),
         }
+
+
+def own_outputs(options: EvaluationArguments) -> Owner:
+    """The main process as the owner of the output folder, which is made; a dry run owns nothing.
+
+    Raises:
+        UsageError: it can't be made or written to, somebody else writes there, or copies were started without a
+            launcher.
+    """
+    check_copies()
+    if launched_rank() or options.dry_run:
+        return Owner()
+    return Owner.of(_make_output_dir(options), "evaluate_retrieval.py")
 
 
 def set_up(data: EvaluationDataArguments, options: EvaluationArguments) -> Setup:

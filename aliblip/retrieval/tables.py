@@ -46,7 +46,6 @@ except ImportError:
 warnings.filterwarnings("ignore", message="lance is not fork-safe")
 
 __all__ = [
-    "BUILD_LOCK",
     "FORMAT",
     "ID",
     "ITEMS",
@@ -86,7 +85,7 @@ PHOTO_ROOT = "aliblip.photo_root"
 OWN_COLUMNS = (ID, VECTOR, PATH, TEXT, THUMBNAIL, TOKENS)
 
 # Files in a gallery's folder by which processes keep out of each other's way.
-WRITER_LOCK, BUILD_LOCK = ".writer.lock", ".build.lock"
+WRITER_LOCK = ".writer.lock"
 
 _METADATA = b"aliblip"
 _CONFLICTS = ("commit conflict", "concurrent writers", "preempted by concurrent")

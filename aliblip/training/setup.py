@@ -41,6 +41,7 @@ from aliblip.runtime.checks import part
 from aliblip.runtime.distributed import launched_rank, launched_world_size
 from aliblip.runtime.files import repair
 from aliblip.runtime.mistakes import UsageError, usage_errors
+from aliblip.runtime.owners import Owner, check_copies
 from aliblip.runtime.sameness import Change, way_back
 from aliblip.training.arguments import ModelArguments, TrainDataArguments, TrainingArguments
 from aliblip.training.building import (
@@ -106,6 +107,7 @@ class Setup:
     progress: Progress
     arguments_before: dict  # of the run that is resumed
     publisher: Publisher | None  # of the main process, if it was asked for
+    owner: Owner  # of the output folder; of nothing in other processes
 
     @property
     def output_dir(self) -> Path:
@@ -198,11 +200,33 @@ class Start:
     @part
     def settled_args(self) -> TrainingArguments:
         """The arguments of the run: of a new one, if there is no checkpoint yet that `last` could mean."""
+        _ = self.owner  # before anything is read or tidied up that another run is about to write
         if self.args.resume_from_checkpoint is None:
             return self.args
         if launched_rank() == 0 and not self.is_a_try:
             repair(self.folder)
         return anew_without_checkpoint(self.folder, self.args, self.tell)
+
+    @part
+    def copies(self) -> None:
+        check_copies()
+
+    @part
+    def owner(self) -> Owner:
+        """Of an output folder that is there already: its main process. That of a new one is `new_owner`. A try looks
+        whether it could be."""
+        if launched_rank() or not self.folder.is_dir():
+            return Owner()
+        owner = Owner.of(self.folder, "train.py", tell=self.tell)
+        if self.is_a_try:
+            owner.release()
+        return owner
+
+    @part
+    def new_owner(self) -> Owner:
+        """The same, once the folder is there."""
+        _ = self.output_dir
+        return self.owner if self.is_a_try or self.owner.folder else Owner.of(self.folder, "train.py", tell=self.tell)
 
     # --- the model ---
 
@@ -489,6 +513,7 @@ class Check:
 # All that can be wrong before the processes meet, in the order in which a run looks at it.
 CHECKS = (
     Check("flags", "origin", "where the model comes from"),
+    Check("flags", "copies", "who starts the processes"),
     Check("flags", "folder", "the output folder"),
     Check("flags", "named_tokenizer", "which tokenizer"),
     Check("flags", "numbers", "numbers"),
@@ -519,6 +544,7 @@ CHECKS = (
     Check("course", "profiled", "the steps to profile"),
     Check("course", "resumed", "the checkpoint to go on from"),
     Check("output", "output_dir", "the folder", by="main"),
+    Check("output", "new_owner", "its owner", by="main"),
     Check("Hub", "publisher", "access", by="main"),
 )
 
@@ -533,9 +559,15 @@ def set_up(
     """
     start = Start(model_args, data_args, args, hub_args)
     is_main = launched_rank() == 0
-    for check in CHECKS:
-        if is_main or check.by == "all":
-            check.make(start)
+    try:
+        for check in CHECKS:
+            if is_main or check.by == "all":
+                check.make(start)
+    except BaseException:
+        for name in ("owner", "new_owner"):
+            if name in vars(start):
+                vars(start)[name].release()
+        raise
     checkpoint, progress, arguments_before = start.resumed
     return Setup(
         model_args=model_args,
@@ -555,6 +587,7 @@ def set_up(
         progress=progress,
         arguments_before=arguments_before,
         publisher=start.publisher if is_main else None,
+        owner=start.new_owner if is_main else start.owner,
     )
 
 
