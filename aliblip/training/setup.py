@@ -295,6 +295,7 @@ class Start:
     def batches(self) -> TrainLoader:
         """The order of the training rows of this rank; `loader` makes batches of them."""
         batch_size, window = self.args.per_device_train_batch_size, self.data_args.shuffle_window
+        check_negatives(self.args, self.processes)
         options = {"batch_size": batch_size, "seed": self.args.seed, "window": window}
         return TrainLoader(self.train_source, None, **options, **self._of_loaders)
 
@@ -555,6 +556,17 @@ def check_ranges(model_args: ModelArguments, data_args: TrainDataArguments, args
         min_crop_scale=(data_args.min_crop_scale, 0.01, 1),
         max_skipped_fraction=(data_args.max_skipped_fraction, 0, 1),
     )
+
+
+def check_negatives(args: TrainingArguments, processes: int) -> None:
+    """Whether a batch has as many rows beside a row itself. One is the default, and may be missing."""
+    rows = args.per_device_train_batch_size * (processes if args.negatives_from_all_ranks else 1)
+    if args.itm_negatives > max(rows - 1, 1):
+        more = "" if processes == 1 or args.negatives_from_all_ranks else ", or --negatives_from_all_ranks true"
+        raise UsageError(
+            f"--itm_negatives is {args.itm_negatives}, but they are drawn from {rows} rows: give at most {rows - 1}, a "
+            f"larger --per_device_train_batch_size{more}; --itm_queue_titles draws from the queue"
+        )
 
 
 def check_validation_is_named(data_args: TrainDataArguments, args: TrainingArguments) -> None:
