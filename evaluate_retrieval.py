@@ -115,9 +115,10 @@ def tune(setup: Setup, work: dict) -> tuple[float, dict]:
     weight, recall_by_weight = tune_fusion(retrieval)
     split = split_told(source.split, setup.options.tune_fusion if setup.data.data_files is not None else None)
     if is_main():
+        best, own = (100 * recall_by_weight[each] for each in (weight, retrieval.fusion_weight))
         print(
-            f"fusion weight {weight:g}, chosen on {source.name}, {split}: mean recall "
-            f"{100 * recall_by_weight[weight]:.2f} there, {100 * recall_by_weight[1.0]:.2f} with weight 1"
+            f"fusion weight {weight:g}, chosen on {source.name}, {split}: mean recall {best:.2f} there, {own:.2f} with "
+            f"the model's own weight {retrieval.fusion_weight:g}"
         )
         store_fusion_weight(weight, setup.options)
     mean_recall = {f"{tried:g}": recall for tried, recall in recall_by_weight.items()}

@@ -10,8 +10,11 @@ from runs import TINY, log_of, steps_of, trained_in_process, write_split
 from torch.nn.parallel import DistributedDataParallel
 
 from aliblip.runtime.distributed import rank
+from aliblip.runtime.mistakes import UsageError
+from aliblip.training.arguments import TrainingArguments
 from aliblip.training.momentum import MomentumState
 from aliblip.training.objective import RetrievalObjective
+from aliblip.training.setup import check_negatives
 from losses_aliblip import hard_negatives, itm_pairs, listwise_loss, positives
 from modeling_aliblip import AliBlipForImageTextRetrieval
 
@@ -262,6 +265,17 @@ def test_a_run_goes_on_with_the_titles_of_its_queue(data, tmp_path):
     for folder in ("last", "checkpoint-3"):
         model = AliBlipForImageTextRetrieval.from_pretrained(tmp_path / "whole" / folder)
         assert model.config.fusion_weight == pytest.approx(1 / model.temp.item(), abs=1e-3) != 1.0
+
+
+def test_more_negatives_than_a_batch_has_rows_are_refused():
+    args = TrainingArguments(per_device_train_batch_size=4, itm_negatives=3)
+    check_negatives(args, processes=1)
+    args.itm_negatives = 7
+    with pytest.raises(UsageError, match=r"drawn from 4 rows: give at most 3, .*, or --negatives_from_all_ranks true"):
+        check_negatives(args, processes=2)
+    args.negatives_from_all_ranks = True
+    check_negatives(args, processes=2)
+    check_negatives(TrainingArguments(per_device_train_batch_size=1), processes=1)
 
 
 def test_a_model_of_the_published_loss_keeps_its_weight(data, tmp_path):

@@ -235,7 +235,8 @@ def ranks_of(rankings: Rankings, depth: int, itc_ranks: Tensor, queries: Side, g
 
 
 def tune_fusion(retrieval: Retrieval) -> tuple[float, dict[float, float]]:
-    """The weight of ITC in the fused score with the highest mean recall over all directions.
+    """The weight of ITC in the fused score with the highest mean recall over all directions, among steps of half an
+    octave and the one that was used.
 
     Returns:
         The weight (of several equally good ones the middle one) and the mean recall of every weight tried.
@@ -247,7 +248,7 @@ def tune_fusion(retrieval: Retrieval) -> tuple[float, dict[float, float]]:
         raise ValueError("the fusion weight can be tuned only where the truth is known and ITM has re-ranked")
     depth = retrieval.depths[-1]
     recalls = {}
-    for weight in FUSION_WEIGHTS:
+    for weight in sorted({*FUSION_WEIGHTS, retrieval.fusion_weight}):
         each = []
         for _, direction, queries, gallery in retrieval.directions():
             order = final_order(direction.candidates, depth, "fused", weight)

@@ -372,6 +372,7 @@ class Start:
     @part
     def batches(self) -> TrainLoader:
         """The order of the training rows of this rank; `loader` makes batches of them."""
+        check_negatives(self.args, self.processes)
         before, order, layout = self.order_before, self.order, None
         if before is not None and facts_of(before) != order:  # `resumed` refuses it
             order = {**order, "data_partitions": most_partitions(order["global_batch"], self.processes)}
@@ -678,6 +679,17 @@ def check_ranges(model_args: ModelArguments, data_args: TrainDataArguments, args
         min_crop_scale=(data_args.min_crop_scale, 0.01, 1),
         max_skipped_fraction=(data_args.max_skipped_fraction, 0, 1),
     )
+
+
+def check_negatives(args: TrainingArguments, processes: int) -> None:
+    """Whether a batch has as many rows beside a row itself. One is the default, and may be missing."""
+    rows = args.per_device_train_batch_size * (processes if args.negatives_from_all_ranks else 1)
+    if args.itm_negatives > max(rows - 1, 1):
+        more = "" if processes == 1 or args.negatives_from_all_ranks else ", or --negatives_from_all_ranks true"
+        raise UsageError(
+            f"--itm_negatives is {args.itm_negatives}, but they are drawn from {rows} rows: give at most {rows - 1}, a "
+            f"larger --per_device_train_batch_size{more}; --itm_queue_titles draws from the queue"
+        )
 
 
 def check_cached_batch_size(args: TrainingArguments) -> None:
