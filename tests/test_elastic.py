@@ -35,7 +35,7 @@ def config_of(processes: int, folder: Path) -> str:
     return str(file)
 
 
-def rows_by_step(folder: Path, accumulation: int) -> dict[tuple[int, int], list[int]]:
+def rows_by_step(folder: Path, accumulation: int, global_batch: int = GLOBAL_BATCH) -> dict[tuple[int, int], list[int]]:
     """(epoch, step) -> the rows of all ranks, of the steps that all of them have read; takes the lists away."""
     found = defaultdict(list)
     for file in sorted(folder.glob("rows-rank*.jsonl")):
@@ -44,7 +44,7 @@ def rows_by_step(folder: Path, accumulation: int) -> dict[tuple[int, int], list[
                 entry = json.loads(line)
                 found[entry["epoch"], entry["batch"] // accumulation] += entry["rows"]
         file.unlink()
-    return {step: sorted(rows) for step, rows in found.items() if len(rows) == GLOBAL_BATCH}
+    return {step: sorted(rows) for step, rows in found.items() if len(rows) == global_batch}
 
 
 def test_a_run_goes_on_with_other_numbers_of_processes_and_readers(tmp_path):
@@ -123,6 +123,9 @@ def test_partitions_that_can_not_be_shared_are_told():
         TrainLoader(MemorySource([100]), None, **options, world_size=2, partitions=1)
     loader = TrainLoader(MemorySource([100]), None, **options, world_size=2, partitions=4, num_workers=7)
     assert loader.num_workers == 2  # a reader for each partition of the rank
+    assert loader.describe().endswith(
+        "; 5 of 7 readers are not used: a process has 2 partitions, more --data_partitions let more read"
+    )
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -68,6 +69,8 @@ def of_another_machine(folder: Path) -> dict:
 def test_a_second_writer_is_refused_with_the_name_of_the_first(tmp_path, told):
     with Owner.of(tmp_path, "train.py", tell=told.append):
         with pytest.raises(UsageError) as refused:
+            Owner.look(tmp_path, told.append)
+        with pytest.raises(UsageError, match=re.escape(str(refused.value))):
             Owner.of(tmp_path, "evaluate_retrieval.py", tell=told.append)
         assert f"{tmp_path} is in use by train.py (process {os.getpid()} on " in str(refused.value)
         assert str(refused.value).endswith("wait until that has ended, or end it, or give another folder")
@@ -75,6 +78,7 @@ def test_a_second_writer_is_refused_with_the_name_of_the_first(tmp_path, told):
         assert [path.name for path in tmp_path.iterdir()] == [OWNER]
         owner.release()
         owner.release()
+    Owner.look(tmp_path, told.append)
     assert told == [] and not list(tmp_path.iterdir())
 
 

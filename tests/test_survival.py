@@ -12,13 +12,18 @@ import time
 from pathlib import Path
 
 import pytest
+import test_elastic
 import test_evaluation_resume
 import test_evaluations
 import test_files
 import test_fp16
+import test_loader
 import test_lora
 import test_manifest
 import test_nothing_lost
+import test_owners
+import test_pulse
+import test_readers
 import test_towers
 import tiny
 import torch
@@ -441,7 +446,11 @@ PROMISES = {
     "Whole or not at all.": [test_files.test_a_kill_at_any_call_leaves_a_whole_folder],
     "A full disk": [test_a_full_disk_keeps_the_run_and_the_old_checkpoint],
     "Only finite steps count.": [test_a_step_that_is_not_finite_changes_nothing_and_many_end_the_run],
-    "Changed data, batch size or processes": [
+    "Any number of processes and readers.": [
+        test_elastic.test_a_run_goes_on_with_other_numbers_of_processes_and_readers,
+        test_loader.test_a_step_has_the_same_rows_for_any_number_of_processes_and_readers,
+    ],
+    "Changed data or another global batch": [
         test_a_changed_world_is_refused_with_the_values_that_work,
         test_changed_data_is_refused_with_what_changed,
     ],
@@ -454,6 +463,17 @@ PROMISES = {
     "Nothing is deleted too early.": [test_nothing_lost.test_nothing_is_deleted_before_the_trackers_have_begun],
     "Data files that change during a run": [
         test_manifest.test_a_file_that_is_replaced_after_it_was_opened_is_noticed,
+    ],
+    "Every wait has an end, and a reason.": [
+        test_readers.test_a_reader_that_is_killed_ends_the_wait_with_what_killed_it,
+        test_readers.test_a_reader_that_does_nothing_ends_the_wait,
+        test_readers.test_a_signal_ends_a_wait_in_which_nothing_comes,
+        test_readers.test_no_shared_memory_of_a_file_system_is_needed,
+        test_pulse.test_a_stopped_rank_ends_the_run,
+    ],
+    "One folder, one writer.": [
+        test_owners.test_the_commands_refuse_a_folder_in_use_and_leave_it_free,
+        test_owners.test_copies_without_a_launcher_are_refused,
     ],
     "The log stays readable.": [test_files.test_a_line_that_was_cut_off_is_repaired_before_the_next],
 }

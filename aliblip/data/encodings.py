@@ -27,6 +27,8 @@ from aliblip.runtime.mistakes import UsageError
 
 __all__ = ["Guess", "check_encoding", "guess_encoding", "is_packed", "unicode_of", "unpacked"]
 
+# What is read of a compressed file, in bytes and in times its size, at most one of them.
+MOST_UNPACKED, MOST_TIMES = 2**26, 200
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -106,19 +108,69 @@ def is_packed(head: bytes) -> str | None:
 
 
 def unpacked(packing: str | None, stream: Any) -> Any:
-    """A binary stream of what a compressed stream holds, or the stream itself."""
+    """A binary stream of what a compressed stream holds, or the stream itself.
+
+    Reading it raises `UsageError` where it unpacks to more than anybody's data does, see `check_unpacked`.
+    """
     if packing is None:
         return stream
     if packing == "zstd":
-        return io.BufferedReader(_Readable(pa.CompressedInputStream(pa.BufferReader(stream.read()), "zstd")))
-    return {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}[packing](stream)
+        packed = io.BytesIO(stream.read())
+        content: Any = _Readable(pa.CompressedInputStream(pa.PythonFile(packed, "r"), "zstd"))
+    else:
+        packed, content = stream, {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}[packing](stream)
+    return io.BufferedReader(_Bounded(content, packed), 2**17)
+
+
+def check_unpacked(unpacked: int, packed: int, what: str) -> None:
+    """Refuse what unpacks to many times its size: tables and titles shrink to a tenth or a fiftieth, photos hardly at
+    all. A file of a few megabytes that was made for it takes all memory.
+
+    Raises:
+        UsageError: what it is, and what to do.
+    """
+    if unpacked > MOST_UNPACKED and unpacked > MOST_TIMES * packed:
+        raise UsageError(
+            f"{what} unpacks to more than {unpacked / max(packed, 1):,.0f} times its size ({packed / 1e6:,.1f} MB to "
+            f"{unpacked / 1e6:,.0f} MB and more), as no data does and files that are to fill the memory do: if it is "
+            "data, unpack it yourself"
+        )
+
+
+class _Bounded(io.RawIOBase):
+    """What a compressed stream holds, as long as it is not absurdly more than the stream itself."""
+
+    def __init__(self, content: Any, packed: Any):
+        self._content, self._packed, self._name = content, packed, getattr(packed, "name", None)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._content.seekable()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._content.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._content.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._content.readinto(buffer)
+        check_unpacked(self._content.tell(), self._packed.tell(), str(self._name or "a compressed file"))
+        return count
+
+    def close(self) -> None:
+        if not self.closed:
+            self._content.close()
+        super().close()
 
 
 class _Readable(io.RawIOBase):
     """An Arrow stream as Python's readers take one."""
 
     def __init__(self, stream: pa.NativeFile):
-        self._stream = stream
+        self._stream, self._given = stream, 0
 
     def readable(self) -> bool:
         return True
@@ -126,7 +178,11 @@ class _Readable(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         data = self._stream.read(len(buffer))
         buffer[: len(data)] = data
+        self._given += len(data)
         return len(data)
+
+    def tell(self) -> int:
+        return self._given
 
 
 def unicode_of(head: bytes) -> str | None:

@@ -24,15 +24,19 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
+from aliblip.data.remote import WAITS as TRAINING_WAITS
 from aliblip.data.remote import RemoteReadError, read_file
-from aliblip.runtime.retries import trouble_of
+from aliblip.runtime.retries import Tries, sleep_about, trouble_of
 from reading_aliblip import UnusableItem
 
-__all__ = ["PoliteFetch"]
+__all__ = ["PoliteFetch", "read_address"]
 
 # Seconds before the second and third try.
 WAITS = (1.0, 4.0)
 MOST_REDIRECTS = 5
+# A try of a photo in training: long for a photo, and short enough that few of them do not stop a run.
+SECONDS_OF_A_TRY = 30.0
+NO_PHOTOS = ("application/json", "application/xhtml+xml")
 PIECE = 2**16
 USER_AGENT = "Mozilla/5.0 (compatible; aliblip-prepare)"
 
@@ -117,23 +121,55 @@ class PoliteFetch:
         return data
 
     def _fetch(self, address: str, most_bytes: int, end: float) -> bytes:
-        sockets: list[socket.socket] = []
-        opener = urllib.request.build_opener(*_handlers(self.private, sockets, end))
-        request = urllib.request.Request(_quoted(address), headers={"User-Agent": USER_AGENT, "Accept": "image/*"})
-        # A server that gives a byte now and then keeps every read from its own limit.
-        watchdog = threading.Timer(max(end - time.monotonic(), 0), _hang_up, [sockets])
-        watchdog.daemon = True
-        watchdog.start()
+        return _get(address, most_bytes, end, self.private)
+
+
+def read_address(address: str, most_bytes: int) -> bytes:
+    """The photo of an http(s) address that the user's own table names, in training: from private networks, too, and
+    with as many tries as other files of the network have, each of them within `SECONDS_OF_A_TRY` from first to last.
+
+    Raises:
+        RemoteReadError: the server did not give it, or it has more bytes.
+    """
+    tries = Tries(TRAINING_WAITS, what=address, wait=sleep_about)
+    while True:
+        end = time.monotonic() + SECONDS_OF_A_TRY
         try:
-            with opener.open(request, timeout=max(end - time.monotonic(), 0.001)) as answer:
-                return _body(answer, most_bytes)
-        finally:
-            watchdog.cancel()
+            return _get(address, most_bytes, end, private=True, whatever=True)
+        except Exception as error:
+            reason, passes = _reason_of(error)
+            if reason is None:
+                raise
+            if time.monotonic() >= end:
+                reason, passes = f"it took longer than {SECONDS_OF_A_TRY:g} seconds", False
+            if passes and tries.again(error):
+                continue
+            tried = f" (tried {tries.failures} times in {tries.seconds:.0f} seconds)" if tries.failures else ""
+            raise RemoteReadError(f"{address[:300]} can't be read: {reason}{tried}") from None
 
 
-def _body(answer: Any, most_bytes: int) -> bytes:
+def _get(address: str, most_bytes: int, end: float, private: bool, whatever: bool = False) -> bytes:
+    sockets: list[socket.socket] = []
+    opener = urllib.request.build_opener(*_handlers(private, sockets, end))
+    request = urllib.request.Request(_quoted(address), headers={"User-Agent": USER_AGENT, "Accept": "image/*"})
+    # A server that gives a byte now and then keeps every read from its own limit.
+    watchdog = threading.Timer(max(end - time.monotonic(), 0), _hang_up, [sockets])
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        with opener.open(request, timeout=max(end - time.monotonic(), 0.001)) as answer:
+            data = _body(answer, most_bytes, whatever)
+        if time.monotonic() >= end:  # where no length was told, the watchdog's end looks like that of the photo
+            raise TimeoutError
+        return data
+    finally:
+        watchdog.cancel()
+
+
+def _body(answer: Any, most_bytes: int, whatever: bool) -> bytes:
+    """Up to `most_bytes`; more, and what says that it is no photo, is refused, the latter unless whatever is taken."""
     kind = answer.headers.get_content_type()
-    if kind.startswith(("text/", "video/", "audio/")) or kind in ("application/json", "application/xhtml+xml"):
+    if not whatever and (kind.startswith(("text/", "video/", "audio/")) or kind in NO_PHOTOS):
         raise _Refused(f"the answer is no photo but {kind}")
     told = answer.headers.get("Content-Length", "")
     size = int(told) if told.isdigit() else None

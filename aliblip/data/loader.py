@@ -108,6 +108,7 @@ class TrainLoader:
         self.layout = layout
         self.partitions = range(layout.partitions // world_size * rank, layout.partitions // world_size * (rank + 1))
         self.num_workers = min(num_workers, len(self.partitions) * layout.lanes)
+        self._idle_workers = num_workers - self.num_workers
         self._lanes = self.order(0).lanes() if layout.lanes > 1 else None  # the same in every epoch
         self.steps_per_epoch = source.num_rows // self.rows_per_step * accumulation
 
@@ -175,6 +176,12 @@ class TrainLoader:
         held = window * len(self.partitions)
         size = sum(file.size for file in self.source.files) / rows * held
         several = f" x {self.accumulation}" if self.accumulation > 1 else ""
+        idle = (
+            f"; {self._idle_workers} of {self.num_workers + self._idle_workers} readers are not used: a process has "
+            f"{len(self.partitions)} partitions, more --data_partitions let more read"
+            if self._idle_workers
+            else ""
+        )
         windows = f"windows of {window:,} row{'s' if window > 1 else ''} ({share:.1%} of the epoch)"
         return (
             f"{self.source.name} ({self.source.split}): {rows:,} rows in {len(self.source.shards):,} shards, "
@@ -182,6 +189,7 @@ class TrainLoader:
             f"over ({left / rows:.3%}, different ones each epoch), mixed in {layout.partitions:,} partitions with "
             f"{windows}: at most {held:,} rows undecoded in the memory of a process"
             + (f", about {size / 1e6:,.1f} MB" if size else "")
+            + idle
         )
 
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aliblip.data.columns import ALL, Columns, Request, choose_columns, listed
+from aliblip.data.encodings import check_unpacked
 from aliblip.data.manifest import DataFile
 from aliblip.data.parquet_cells import Cells, look_at_cells
 from aliblip.data.products import CHUNK_ROWS, ProductIds, photo_id_of, shown
@@ -44,6 +45,7 @@ class _Footer:
     file: DataFile
     schema: pa.Schema
     group_rows: list[int]
+    sizes: dict[str, tuple[int, int]]  # by column: bytes of that row group which unpacks the most, unpacked and packed
 
 
 @dataclass(frozen=True)
@@ -300,6 +302,9 @@ def open_parquet(request: Request) -> ParquetSource:
     selected = _without_unreadable(request, selected, footers)
     for footer in footers:
         _check_columns(footer, footers[0], selected)
+        for name, (plain, packed) in footer.sizes.items():
+            if name in selected.names():
+                check_unpacked(plain, packed, f"column '{name}' of {footer.file.file}")
     cells = look_at_cells(request, selected, [(footer.file, footer.schema) for footer in footers])
     pieces = [piece for footer in footers for piece in _pieces(footer, selected, cells.counts.get(footer.file.file))]
     return ParquetSource(request, columns, selected, pieces, footers, cells)
@@ -325,7 +330,22 @@ def _open_footer(file: str) -> _Footer:
         metadata = pq.read_metadata(pa.BufferReader(data))
         groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         digest = hashlib.blake2b(data, digest_size=16).hexdigest()
-        return _Footer(DataFile(file, metadata.num_rows, size, digest), metadata.schema.to_arrow_schema(), groups)
+        file_told = DataFile(file, metadata.num_rows, size, digest)
+        return _Footer(file_told, metadata.schema.to_arrow_schema(), groups, _sizes(metadata))
+
+
+def _sizes(metadata: pq.FileMetaData) -> dict[str, tuple[int, int]]:
+    sizes: dict[str, tuple[int, int]] = {}
+    for index in range(metadata.num_row_groups):
+        group, of_group = metadata.row_group(index), {}
+        for number in range(group.num_columns):
+            chunk = group.column(number)
+            name = chunk.path_in_schema.split(".")[0]
+            plain, packed = of_group.get(name, (0, 0))
+            of_group[name] = plain + chunk.total_uncompressed_size, packed + chunk.total_compressed_size
+        for name, found in of_group.items():
+            sizes[name] = max(sizes.get(name, (0, 0)), found)
+    return sizes
 
 
 def _without_unreadable(request: Request, selected: Columns, footers: Sequence[_Footer]) -> Columns:

@@ -71,7 +71,6 @@ from aliblip.runtime.sameness import changes, told
 __all__ = ["PREPARED", "Preparation"]
 
 WORK, PREPARED = "work", "prepared.json"
-# Of the process that prepares in the folder of the work.
 # In the folder of the work: what will be put in place, the index of near duplicates, the names that are put in place.
 OUT, INDEX, PLACING = "out", "index", "placing.json"
 # What the work is called while it is removed.

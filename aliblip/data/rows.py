@@ -26,6 +26,7 @@ import pyarrow as pa
 from PIL import Image
 
 from aliblip.data.columns import Columns, Request
+from aliblip.data.fetching import read_address
 from aliblip.data.manifest import DataFile, file_names
 from aliblip.data.missing import why_missing
 from aliblip.data.products import CHUNK_ROWS, ProductIds, content_id, own_id, photo_id_of, product_id_of, shown
@@ -148,6 +149,8 @@ def stored_photo(row: Row, fetch: Callable[[str, int], bytes] | None = None) -> 
 def _fetch(address: str, most_bytes: int) -> bytes:
     """A photo's address of any kind, read again where the network fails."""
     try:
+        if address.startswith(("http://", "https://")):
+            return read_address(address, most_bytes)
         return read_file(address, most_bytes)
     except RemoteReadError as error:
         raise UnusableItem(f"the image can't be fetched ({error})") from None

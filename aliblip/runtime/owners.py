@@ -96,13 +96,19 @@ class Owner:
                     before = {}
             if before is None:
                 continue
-            if _is_alive(before, file, tell):
-                raise UsageError(
-                    f"{folder} is in use by {_told(before)}: wait until that has ended, or end it, or give another "
-                    "folder"
-                )
+            _refuse_if_alive(folder, file, before, tell)
             if _put_away(file, before):
                 tell(f"{folder}: its owner, {_told(before)}, is dead, and the folder is taken over")
+
+    @staticmethod
+    def look(folder: Path, tell: Callable[[str], object] = print) -> None:
+        """Only look whether somebody owns a folder.
+
+        Raises:
+            UsageError: as `of`.
+        """
+        if (before := _read(folder / OWNER)) is not None:
+            _refuse_if_alive(folder, folder / OWNER, before, tell)
 
     def release(self) -> None:
         """Give the folder up; does nothing the second time, and in a process that was forked off."""
@@ -215,6 +221,13 @@ def _told(entry: Mapping[str, Any]) -> str:
     if not entry:
         return "somebody whose entry can't be read"
     return f"{entry.get('what')} (process {entry.get('pid')} on {entry.get('host')}, since {entry.get('since')})"
+
+
+def _refuse_if_alive(folder: Path | str, file: Path, entry: Mapping[str, Any], tell: Callable[[str], object]) -> None:
+    if _is_alive(entry, file, tell):
+        raise UsageError(
+            f"{folder} is in use by {_told(entry)}: wait until that has ended, or end it, or give another folder"
+        )
 
 
 def _is_alive(entry: Mapping[str, Any], file: Path, tell: Callable[[str], object]) -> bool:

@@ -561,7 +561,7 @@ class _Examination:
         self._tell_reading(rate)
 
     def _tell_reading(self, rate: float) -> None:
-        workers = self.data_args.dataloader_num_workers
+        workers = self.start.batches.num_workers
         readers = max(workers, 1) * self.launch.processes
         reading = self.reading
         told = (

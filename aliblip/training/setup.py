@@ -217,10 +217,10 @@ class Start:
         whether it could be."""
         if launched_rank() or not self.folder.is_dir():
             return Owner()
-        owner = Owner.of(self.folder, "train.py", tell=self.tell)
         if self.is_a_try:
-            owner.release()
-        return owner
+            Owner.look(self.folder, self.tell)
+            return Owner()
+        return Owner.of(self.folder, "train.py", tell=self.tell)
 
     @part
     def new_owner(self) -> Owner:
