@@ -207,8 +207,10 @@ class _Wait:
             )
 
     def died(self) -> None:
-        """Raises:
-        UsageError: how the reader ended.
+        """The channel has ended.
+
+        Raises:
+            UsageError: how the reader did.
         """
         process = self.reader.process
         process.join(5)
@@ -224,16 +226,15 @@ class _Wait:
 
 
 def _sign_of_life(pid: int) -> object:
-    """What changes as long as a process computes, or reads a byte."""
-    try:
+    """What changes as long as a process computes, or reads a byte, or only wakes."""
+    signs: list[object] = []
+    with contextlib.suppress(OSError):  # in nanoseconds, on Linux
+        signs.append(Path(f"/proc/{pid}/schedstat").read_text())
+    with contextlib.suppress(psutil.Error, AttributeError, OSError, NotImplementedError, RuntimeError):
         process = psutil.Process(pid)
-        with contextlib.suppress(OSError):  # in nanoseconds, on Linux: it changes whenever the process wakes
-            return Path(f"/proc/{pid}/schedstat").read_text(), process.io_counters().read_chars
-        times = process.cpu_times()
-        read = process.io_counters().read_chars if hasattr(process, "io_counters") else 0
-        return times.user, times.system, read
-    except (psutil.Error, AttributeError, OSError):  # gone, which its channel tells; or a system that does not say
-        return None
+        signs.append(process.cpu_times()[:2])
+        signs.append(process.io_counters().read_chars)
+    return signs or object()  # of a system that tells nothing: nobody is taken for stuck there
 
 
 # --- in a reader ------------------------------------------------------------------------------------------------------
