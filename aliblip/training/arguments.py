@@ -104,6 +104,10 @@ class TrainingArguments:
         "Rows that go through the model at a time (GradCache): losses of the whole batch in the memory of so few, for "
         "twice the forward pass.",
     )
+    patch_dropout: float = option(
+        0.0, "Share of a photo's patches that training leaves out (FLIP), below 1: faster, at a cost in recall."
+    )
+    unpad: bool = option(False, "Compute titles without their padding.")
     negatives_from_all_ranks: bool = option(False, "Choose ITM's hard negatives among all processes' batches.")
     hardest_negatives: bool = option(False, "Take the most similar candidate as hard negative instead of drawing.")
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: slower, less memory.")

@@ -233,6 +233,7 @@ class _Examination:
             checkpointed=tuple(sum(layer.gradient_checkpointing for layer in layers) for layers in towers),
             negatives_from_all_ranks=self.args.negatives_from_all_ranks and launch.processes > 1,
             cached=self.args.cached_batch_size,
+            patch_dropout=self.args.patch_dropout,
         )
 
     def _lengths(self) -> tuple[int, float]:

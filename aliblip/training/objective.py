@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from aliblip.runtime.distributed import ChosenRows, all_gather, all_gather_with_grad
 from aliblip.training.cached import in_chunks, match_in_chunks
+from aliblip.training.unpadded import match_without_padding, text_features_without_padding, title_lengths
 from losses_aliblip import hard_negatives, itc_loss, itm_loss, itm_pairs, positives, soft_targets
 
 # What a pass over a group of titles costs beside its tokens, in tokens: on a GPU the launches of its kernels.
@@ -104,6 +105,7 @@ class RetrievalObjective(nn.Module):
             None: what the model takes at most.
         cached_batch_size: rows that go through the model at a time, see `aliblip.training.cached`; the losses and the
             negatives are those of the whole batch. None: all of them.
+        unpad: titles without their padding, see `aliblip.training.unpadded`, and in no groups.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class RetrievalObjective(nn.Module):
         in_batch_itc: float = 0.0,
         longest_title: int | None = None,
         cached_batch_size: int | None = None,
+        unpad: bool = False,
     ):
         super().__init__()
         self.model = model
@@ -123,6 +126,7 @@ class RetrievalObjective(nn.Module):
         self.in_batch_itc = in_batch_itc
         self.longest_title = longest_title
         self.cached_batch_size = cached_batch_size
+        self.unpad = unpad
 
     def forward(self, batch: dict[str, Tensor], targets, alpha: float) -> ObjectiveOutput:
         """One batch to its loss.
@@ -163,15 +167,20 @@ class RetrievalObjective(nn.Module):
         return ObjectiveOutput(itc + itm, {"itc": itc.detach(), "itm": itm.detach()}, report)
 
     def _encode(self, batch) -> tuple[Tensor, ...]:
-        inputs = (batch["pixel_values"], batch["input_ids"], batch["attention_mask"])
+        inputs = [batch["pixel_values"], batch["input_ids"], batch["attention_mask"]]
+        if self.unpad:
+            inputs.append(torch.tensor(title_lengths(batch)))  # on the host
         if self.cached_batch_size is None:
             return self._towers(*inputs)
         return in_chunks(self._towers, self.cached_batch_size, *inputs)
 
-    def _towers(self, pixel_values, input_ids, attention_mask) -> tuple[Tensor, ...]:
+    def _towers(self, pixel_values, input_ids, attention_mask, lengths: Tensor | None = None) -> tuple[Tensor, ...]:
         image = self.model.get_image_features(pixel_values)
-        text = self.model.get_text_features(input_ids, attention_mask)
-        return image.last_hidden_state, image.pooler_output.float(), text.pooler_output.float()
+        if lengths is None:
+            text = self.model.get_text_features(input_ids, attention_mask).pooler_output.float()
+        else:
+            text = text_features_without_padding(self.model, input_ids, attention_mask, int(lengths.sum()))
+        return image.last_hidden_state, image.pooler_output.float(), text
 
     def _itc(self, image_features, text_features, product_id, targets, temperature, alpha) -> tuple[Tensor, Tensor]:
         image_keys = torch.cat([targets.image, targets.image_queue])  # (K, E)
@@ -242,7 +251,7 @@ class RetrievalObjective(nn.Module):
         if masks.device.type == "cpu":
             longest = masks.sum(dim=1).tolist()  # a look at the host's own memory waits for nothing
         else:
-            own_lengths = list(batch.get("title_lengths", [own_length] * rows))
+            own_lengths = list(title_lengths(batch))
             longest = [*own_lengths, *own_lengths, *[masks.shape[1]] * rows]  # which texts were drawn is not known here
         pairs = (images, texts[text_index], masks, image_index)
         if self.cached_batch_size is None:
@@ -261,6 +270,8 @@ class RetrievalObjective(nn.Module):
 
     def _match(self, images, input_ids, attention_mask, image_index, longest) -> Tensor:
         image_kv = self.model.project_image_kv(images)  # once per image, though it stands in several pairs
+        if self.unpad:
+            return match_without_padding(self.model, input_ids, attention_mask, image_kv, image_index, sum(longest))
         tokens_per_pass = TOKENS_PER_PASS.get(input_ids.device.type, TOKENS_PER_PASS["cuda"])
         return match_by_length(self.model, input_ids, attention_mask, image_kv, image_index, longest, tokens_per_pass)
 
