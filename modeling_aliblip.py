@@ -84,7 +84,7 @@ def _eager_attention(module, query, key, value, attention_mask, scaling, dropout
     return (weights @ value).transpose(1, 2), weights
 
 
-def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """Attention by the implementation that the configuration names; (B, H, L, C) -> (B, L, D)."""
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, _eager_attention)
     dropout = module.dropout if module.training else 0.0
@@ -94,7 +94,7 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: 
     return context.flatten(2)  # (B, L, H, C) -> (B, L, D)
 
 
-def _any_shape(device: torch.device) -> AbstractContextManager:
+def any_shape(device: torch.device) -> AbstractContextManager:
     """For attention over titles, whose numbers and lengths change from call to call: cuDNN's kernels, which torch takes
     first on some GPUs, are prepared for each shape anew, and that takes longer than the attention itself. The other
     kernels stay as they are switched; where none of them is on, cuDNN's is what was asked for."""
@@ -109,7 +109,7 @@ def _any_shape(device: torch.device) -> AbstractContextManager:
     return sdpa_kernel(others) if others else nullcontext()
 
 
-def _split_heads(states: Tensor, heads: int) -> Tensor:
+def split_heads(states: Tensor, heads: int) -> Tensor:
     return states.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, L, D) -> (B, H, L, C)
 
 
@@ -215,8 +215,8 @@ class AliBlipVisionAttention(nn.Module):
         self.projection = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        query, key, value = (_split_heads(part, self.heads) for part in self.qkv(hidden).chunk(3, dim=-1))
-        return self.projection(_attend(self, query, key, value, None))
+        query, key, value = (split_heads(part, self.heads) for part in self.qkv(hidden).chunk(3, dim=-1))
+        return self.projection(attend(self, query, key, value, None))
 
 
 class AliBlipVisionMLP(nn.Module):
@@ -308,10 +308,10 @@ class AliBlipTextSelfAttention(nn.Module):
         self.value = nn.Linear(source_size, config.hidden_size)
 
     def project(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        return _split_heads(self.key(source), self.heads), _split_heads(self.value(source), self.heads)
+        return split_heads(self.key(source), self.heads), split_heads(self.value(source), self.heads)
 
     def forward(self, hidden: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        return _attend(self, _split_heads(self.query(hidden), self.heads), key, value, mask)
+        return attend(self, split_heads(self.query(hidden), self.heads), key, value, mask)
 
     def attend_by_title(self, queries: Tensor, hidden: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
         """Packed titles, hidden (tokens, D), each within itself: pairs of one length are a batch without padding.
@@ -328,7 +328,7 @@ class AliBlipTextSelfAttention(nn.Module):
             heads = (
                 part.view(pairs, -1, self.heads, part.shape[1] // self.heads).transpose(1, 2) for part in of_length
             )
-            contexts.append(_attend(self, *heads, None).flatten(0, 1))
+            contexts.append(attend(self, *heads, None).flatten(0, 1))
         return torch.cat(contexts)
 
     def attend_by_image(self, queries: Tensor, key: Tensor, value: Tensor, by_image: RowsByImage | None) -> Tensor:
@@ -336,7 +336,7 @@ class AliBlipTextSelfAttention(nn.Module):
         if by_image is None:
             return self(queries[None], key, value, None)[0]
         query = self.query(queries)[by_image.rows]  # (N, S, D)
-        context = _attend(self, _split_heads(query, self.heads), key, value, None)
+        context = attend(self, split_heads(query, self.heads), key, value, None)
         return context.flatten(0, 1)[by_image.places]
 
 
@@ -412,7 +412,7 @@ class AliBlipTextLayer(GradientCheckpointingLayer):
         first_only: bool = False,
         packed: PackedPairs | None = None,
     ) -> Tensor:
-        with _any_shape(hidden.device):  # in the layer, so that a pass that recomputes it takes the same kernels
+        with any_shape(hidden.device):  # in the layer, so that a pass that recomputes it takes the same kernels
             if packed is not None:
                 hidden = self.attention.attend_packed_text(hidden, packed, first_only)
                 hidden = self.crossattention.attend_packed_images(hidden, image_kv, packed, first_only)
@@ -457,10 +457,13 @@ class AliBlipTextModel(AliBlipPreTrainedModel):
         self.encoder = AliBlipTextEncoder(config)
         self.post_init()
 
-    def _attention_mask(self, attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    def mask_of(self, attention_mask: Tensor | None, hidden: Tensor) -> Tensor | None:
         """(B, L) of ones and zeros in the form that the attention implementation reads."""
         if attention_mask is None or "flash" in (self.config._attn_implementation or ""):
             return attention_mask
+        # Under autocast the attention runs in the autocast type, whatever the weights are.
+        autocast = torch.is_autocast_enabled(hidden.device.type)
+        dtype = torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype
         blocked = attention_mask[:, None, None, :] == 0  # (B, 1, 1, L)
         return torch.zeros_like(blocked, dtype=dtype).masked_fill(blocked, torch.finfo(dtype).min)
 
@@ -486,10 +489,7 @@ class AliBlipTextModel(AliBlipPreTrainedModel):
         if packed is not None:
             return self.encoder(self.embeddings(input_ids, packed.positions), None, image_kv, None, first_only, packed)
         hidden = self.embeddings(input_ids)
-        # Under autocast the attention runs in the autocast type, whatever the weights are.
-        autocast = torch.is_autocast_enabled(hidden.device.type)
-        dtype = torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype
-        return self.encoder(hidden, self._attention_mask(attention_mask, dtype), image_kv, image_index, first_only)
+        return self.encoder(hidden, self.mask_of(attention_mask, hidden), image_kv, image_index, first_only)
 
 
 # --- retrieval --------------------------------------------------------------------------------------------------------

@@ -9,12 +9,15 @@ from aliblip.training.flops import training_flops
 from aliblip.training.freezing import freeze
 from aliblip.training.momentum import MomentumState
 from aliblip.training.objective import RetrievalObjective
+from aliblip.training.patches import drop_patches
 
 
-def counted(model, rows: int, length: int, queue: int, negatives: int = 1) -> float:
+def counted(model, rows: int, length: int, queue: int, negatives: int = 1, patch_dropout: float = 0.0) -> float:
     """Of a sample, by torch."""
     model.set_attn_implementation("eager")  # what a fused kernel does in its backward pass is counted by no formula
     momentum = MomentumState(model, queue_size=queue, embedding_size=16)
+    if patch_dropout:
+        drop_patches(model, patch_dropout)
     objective = RetrievalObjective(model, itm_negatives=negatives).train()
     batch = tiny.batch(rows, length)
     batch["attention_mask"] = torch.ones_like(batch["attention_mask"])  # padding is work that no formula counts
@@ -28,6 +31,15 @@ def test_training_flops_are_those_that_torch_counts(rows, length, queue, negativ
     model = tiny.model(vision_config={"hidden_size": 64}, text_config={"hidden_size": 48, "intermediate_size": 96})
     told = training_flops(model.config, length, queue, pairs=1 + 2 * negatives)
     assert counted(model, rows, length, queue, negatives) == pytest.approx(told, rel=0.03)
+
+
+@pytest.mark.parametrize("frozen", [[], ["vision"]])
+def test_patches_that_are_left_out_take_nothing(frozen):
+    model = tiny.model(vision_config={"hidden_size": 64}, text_config={"hidden_size": 48, "intermediate_size": 96})
+    freeze(model, frozen)
+    told = training_flops(model.config, 9, 32, frozen, patch_dropout=0.5)
+    assert counted(model, 4, 9, 32, patch_dropout=0.5) == pytest.approx(told, rel=0.03)
+    assert told < training_flops(model.config, 9, 32, frozen)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from aliblip.training.freezing import freeze
 from aliblip.training.memory import Work, activations, largest_batch, state_of, training_memory
 from aliblip.training.momentum import MomentumState
 from aliblip.training.objective import RetrievalObjective
+from aliblip.training.patches import drop_patches
 from configuration_aliblip import AliBlipConfig
 
 ROWS, LENGTH, QUEUE = 8, 12, 50
@@ -98,6 +99,17 @@ def test_of_rows_computed_again_little_is_kept_and_told():
     assert told < whole / 2
     available = training_memory(model.config, state, Work(LENGTH, LENGTH), 100).total
     assert largest_batch(model.config, state, work, available) > 200
+
+
+def test_patches_that_are_left_out_take_nothing():
+    model = tiny.model(image_size=64, vision_config={"num_hidden_layers": 3})
+    state, told, kept = state_of(model.config, QUEUE), [], []
+    for rate in (0.0, 0.5):
+        drop_patches(model, rate)
+        told.append(activations(model.config, state, Work(LENGTH, LENGTH, patch_dropout=rate), ROWS))
+        kept.append(kept_by_autograd(model, "sdpa", None))
+    assert told[1] < 0.7 * told[0]
+    assert told[1] / kept[1] == pytest.approx(told[0] / kept[0], rel=0.03)
 
 
 def test_the_state_is_that_of_the_modules():

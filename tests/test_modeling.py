@@ -206,7 +206,7 @@ def test_gradient_checkpointing_changes_no_gradient(layers):
 @pytest.mark.parametrize("enable", ["set_checkpointed_layers", "gradient_checkpointing_enable"])
 def test_attention_over_titles_takes_the_same_kernels_when_it_is_computed_again(enable, monkeypatch):
     """As on a GPU: without cuDNN's kernels, and without those that are switched off."""
-    attend, seen = modeling._attend, []
+    attend, seen = modeling.attend, []
 
     def watched(module, *args):
         kernels = torch.backends.cuda
@@ -214,9 +214,9 @@ def test_attention_over_titles_takes_the_same_kernels_when_it_is_computed_again(
             seen.append((kernels.cudnn_sdp_enabled(), kernels.flash_sdp_enabled(), kernels.math_sdp_enabled()))
         return attend(module, *args)
 
-    any_shape = modeling._any_shape
-    monkeypatch.setattr(modeling, "_any_shape", lambda _: any_shape(torch.device("cuda")))
-    monkeypatch.setattr(modeling, "_attend", watched)
+    any_shape = modeling.any_shape
+    monkeypatch.setattr(modeling, "any_shape", lambda _: any_shape(torch.device("cuda")))
+    monkeypatch.setattr(modeling, "attend", watched)
     model, kernels = tiny.model(), torch.backends.cuda
     getattr(model, enable)()
     before = kernels.cudnn_sdp_enabled(), kernels.flash_sdp_enabled(), kernels.math_sdp_enabled()

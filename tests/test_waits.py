@@ -32,6 +32,7 @@ SEVERAL_RANKS = {"waits": 1, "waits with a log line": 3, "operators": 1077}
 # How many of its photos' tokens each rank sends to which other, which the host has to know.
 NEGATIVES_FROM_ALL = {"waits": 2, "waits with a log line": 4, "operators": 1129}
 CACHED = {"waits": 1, "waits with a log line": 2, "operators": 2390}
+LEFT_OUT = {"waits": 1, "waits with a log line": 2, "operators": 1076}
 TWO_BATCHES = {"waits": 1, "waits with a log line": 2, "operators": 2070}
 
 
@@ -102,6 +103,12 @@ def test_waits_and_operators_of_a_step_of_two_batches(flags, tmp_path, monkeypat
 
 def test_waits_and_operators_of_a_step_that_computes_rows_again(flags, tmp_path, monkeypatch, accelerate_as_before):
     check(walk([*flags, "--cached_batch_size", 5], tmp_path, monkeypatch), CACHED)
+
+
+def test_waits_and_operators_of_a_step_that_leaves_out_patches_and_padding(
+    flags, tmp_path, monkeypatch, accelerate_as_before
+):
+    check(walk([*flags, "--patch_dropout", 0.5, "--unpad", "true"], tmp_path, monkeypatch), LEFT_OUT)
 
 
 def test_waits_and_operators_of_a_step_with_several_ranks(

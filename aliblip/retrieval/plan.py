@@ -324,12 +324,12 @@ def expected_time(plan: MemoryPlan) -> str:
 # --- operations of the model's passes ---------------------------------------------------------------------------------
 
 
-def image_flops(config) -> int:
+def image_flops(config, tokens: int | None = None) -> int:
     """Floating-point operations of the matrix products of one photo's pass through the image tower, projection
-    included."""
+    included. `tokens`: those that go through the layers; None: all."""
     vision = config.vision_config
-    P, D, F = tokens_per_image(config), vision.hidden_size, vision.intermediate_size
-    patches = 2 * (P - 1) * 3 * vision.patch_size**2 * D
+    P, D, F = tokens or tokens_per_image(config), vision.hidden_size, vision.intermediate_size
+    patches = 2 * (tokens_per_image(config) - 1) * 3 * vision.patch_size**2 * D
     layer = 2 * P * D * (4 * D + 2 * F) + 4 * P**2 * D  # query, key, value, output, MLP; attention
     return patches + vision.num_hidden_layers * layer + 2 * D * config.image_text_hidden_size
 
@@ -342,16 +342,23 @@ def text_flops(config, length: int) -> int:
     return text.num_hidden_layers * layer + 2 * D * config.image_text_hidden_size
 
 
-def image_kv_flops(config) -> int:
+def image_kv_flops(config, tokens: int | None = None) -> int:
     """The same for `project_image_kv` of one image."""
     text = config.text_config
-    return text.num_hidden_layers * 2 * tokens_per_image(config) * text.encoder_hidden_size * 2 * text.hidden_size
+    return (
+        text.num_hidden_layers
+        * 2
+        * (tokens or tokens_per_image(config))
+        * text.encoder_hidden_size
+        * 2
+        * text.hidden_size
+    )
 
 
-def match_flops(config, length: int) -> int:
+def match_flops(config, length: int, tokens: int | None = None) -> int:
     """The same for `match` of one title of `length` tokens with an image whose keys and values are there."""
     text = config.text_config
-    P, L, D, F = tokens_per_image(config), length, text.hidden_size, text.intermediate_size
+    P, L, D, F = tokens or tokens_per_image(config), length, text.hidden_size, text.intermediate_size
     layer = 2 * L * D * (6 * D + 2 * F) + 4 * L**2 * D + 4 * L * P * D
     # Of the last layer only the first token is computed, from keys and values of all.
     last = 2 * L * D * 2 * D + 2 * D * (4 * D + 2 * F) + 4 * L * D + 4 * P * D

@@ -176,6 +176,10 @@ class TrainingArguments(TowerArguments, EvaluationTimes, TrackerArguments, Meter
         "Rows that go through the model at a time (GradCache): losses of the whole batch in the memory of so few, for "
         "twice the forward pass.",
     )
+    patch_dropout: float = option(
+        0.0, "Share of a photo's patches that training leaves out (FLIP), below 1: faster, at a cost in recall."
+    )
+    unpad: bool = option(False, "Compute titles without their padding.")
     negatives_from_all_ranks: bool = option(False, "Choose ITM's hard negatives among all processes' batches.")
     hardest_negatives: bool = option(False, "Take the most similar candidates as hard negatives instead of drawing.")
     itm_negatives: int = option(

@@ -28,6 +28,7 @@ from aliblip.training.carried import MOMENTUM_FILE, check_momentum, read_momentu
 from aliblip.training.momentum import MomentumState
 from aliblip.training.objective import RetrievalObjective
 from aliblip.training.optim import parameter_groups, rate_scales
+from aliblip.training.patches import drop_patches
 from configuration_aliblip import SIZES, AliBlipConfig
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
@@ -253,6 +254,9 @@ def build_optimizer(model: AliBlipForImageTextRetrieval, args: TrainingArguments
 def build_objective(
     model: AliBlipForImageTextRetrieval, args: TrainingArguments, longest_title: int | None = None
 ) -> RetrievalObjective:
+    """Around the model, whose momentum encoders have to be made before: they see whole photos."""
+    if args.patch_dropout:
+        drop_patches(model, args.patch_dropout)
     return RetrievalObjective(
         model,
         negatives_from_all_ranks=args.negatives_from_all_ranks,
@@ -265,6 +269,7 @@ def build_objective(
         in_batch_itc=args.in_batch_itc,
         longest_title=longest_title,
         cached_batch_size=args.cached_batch_size,
+        unpad=args.unpad,
     ).train()
 
 

@@ -240,6 +240,7 @@ class _Examination:
             itm_negatives=self.args.itm_negatives,
             itm_queue_titles=self.args.itm_queue_titles,
             cached=self.args.cached_batch_size,
+            patch_dropout=self.args.patch_dropout,
         )
 
     def _lengths(self) -> tuple[int, float]:

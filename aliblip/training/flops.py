@@ -4,15 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from aliblip.retrieval.plan import image_flops, image_kv_flops, match_flops, text_flops, tokens_per_image
+from aliblip.training.arguments import TrainingArguments
+from aliblip.training.freezing import frozen_parts
+from aliblip.training.patches import patches_kept
 
-__all__ = ["pairs_of_a_row", "training_flops"]
+__all__ = ["flops_options", "pairs_of_a_row", "training_flops"]
 
 
 def pairs_of_a_row(itm_negatives: int, itm_queue_titles: int) -> int:
     """Pairs of ITM for each row: the own one, negative photos and titles, titles of the queue."""
     return 1 + 2 * itm_negatives + itm_queue_titles
+
+
+def flops_options(args: TrainingArguments) -> dict[str, Any]:
+    """What of a run's arguments `training_flops` asks for."""
+    return {
+        "frozen": frozen_parts(args.freeze),
+        "adapters": args.lora_rank is not None,
+        "pairs": pairs_of_a_row(args.itm_negatives, args.itm_queue_titles),
+        "patch_dropout": args.patch_dropout,
+    }
 
 
 def training_flops(
@@ -23,6 +37,7 @@ def training_flops(
     *,
     adapters: bool = False,
     pairs: int = 3,
+    patch_dropout: float = 0.0,
 ) -> int:
     """Operations of the matrix products that one sample of a step needs, whatever way they are computed.
 
@@ -39,21 +54,26 @@ def training_flops(
         queue_size: slots of the queue.
         frozen: parts that are not trained, see `aliblip.training.freezing`.
         pairs: of ITM, of each row.
+        patch_dropout: share of the patches that the trained tower leaves out.
         adapters: small matrices beside those of the model are trained instead. They count as nothing, but gradients
             pass through everything above the first of them, which is nearly all.
     """
     length, frozen = round(title_tokens), set(frozen)
-    image, text = image_flops(config), text_flops(config, length)
-    image_kv, match = image_kv_flops(config), match_flops(config, length)
+    tokens = 1 + patches_kept(tokens_per_image(config) - 1, patch_dropout)
+    image, text = image_flops(config, tokens), text_flops(config, length)
+    image_kv, match = image_kv_flops(config, tokens), match_flops(config, length, tokens)
     similarities = 2 * queue_size * config.image_text_hidden_size
-    forward = 2 * (image + text) + image_kv + pairs * match + 4 * similarities
+    momentum = image_flops(config) + text
+    forward = image + text + momentum + image_kv + pairs * match + 4 * similarities
     if adapters:
         return forward + image + text + image_kv + pairs * match + 4 * similarities
     if not frozen:
         return forward + 2 * (image + text + image_kv + pairs * match + 2 * similarities)
     backward = 2 * image * ("vision" not in frozen) + 2 * text * ("text" not in frozen)
     backward += image_kv * (("cross_attention" not in frozen) + ("vision" not in frozen))
-    backward += pairs * sum(_match_layer_backward(config, length, layer, frozen) for layer in range(_depth(config)))
+    backward += pairs * sum(
+        _match_layer_backward(config, length, tokens, layer, frozen) for layer in range(_depth(config))
+    )
     if not {"vision", "text", "projections"} <= frozen:
         backward += 4 * similarities
     return forward + backward
@@ -77,9 +97,9 @@ class _Needs:
         return self.after_titles or self.cross or self.image
 
 
-def _match_layer_backward(config, length: int, layer: int, frozen: set[str]) -> float:
+def _match_layer_backward(config, length: int, tokens: int, layer: int, frozen: set[str]) -> float:
     """The backward pass of one layer for one pair."""
-    text, P, L = config.text_config, tokens_per_image(config), length
+    text, P, L = config.text_config, tokens, length
     D, F = text.hidden_size, text.intermediate_size
     trained = {part: part not in frozen for part in ("text", "cross_attention", "vision")}
     needs = _Needs(

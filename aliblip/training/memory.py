@@ -21,6 +21,7 @@ from torch import nn
 from aliblip.retrieval.plan import tokens_per_image
 from aliblip.training.flops import pairs_of_a_row
 from aliblip.training.momentum import MomentumState
+from aliblip.training.patches import patches_kept
 from modeling_aliblip import AliBlipForImageTextRetrieval
 
 FP32 = 4
@@ -110,6 +111,7 @@ class Work:
         frozen: parts that are not trained, see `aliblip.training.freezing`.
         itm_negatives, itm_queue_titles: of the objective.
         cached: rows that go through the model at a time; None: the whole batch.
+        patch_dropout: share of the patches that are left out.
     """
 
     longest: int
@@ -126,6 +128,7 @@ class Work:
     itm_negatives: int = 1
     itm_queue_titles: int = 0
     cached: int | None = None
+    patch_dropout: float = 0.0
 
     def trains(self, part: str) -> bool:
         return part not in self.frozen
@@ -244,16 +247,22 @@ def activations(config, state: State, work: Work, batch_size: int) -> int:
     return int(kept)
 
 
+def _tokens(config, work: Work) -> int:
+    """Of a photo, as far as training sees it."""
+    return 1 + patches_kept(tokens_per_image(config) - 1, work.patch_dropout)
+
+
 def _held(config, work: Work) -> float:
     """Of a row that is computed again: its photo, and the photo's tokens, by chunks, together, and as a negative."""
-    tokens = tokens_per_image(config) * config.vision_config.hidden_size * work.element
+    e = FP32 if work.casts and work.on_gpu else work.element  # a LayerNorm has made them
+    tokens = _tokens(config, work) * config.vision_config.hidden_size * e
     return 3 * config.vision_config.image_size**2 * FP32 + 3 * tokens
 
 
 def _vision(config, work: Work) -> float:
     """Of one photo."""
     vision = config.vision_config
-    P, D, e = tokens_per_image(config), vision.hidden_size, work.element
+    P, D, e = _tokens(config, work), vision.hidden_size, work.element
     if not work.trains("vision"):  # only the tokens, for the weights that are applied to them
         # (The projection's input is the first of them, and a view.)
         applied = work.trains("cross_attention") or work.trains("projections")
@@ -267,7 +276,7 @@ def _vision(config, work: Work) -> float:
 
 def _vision_layer(config, work: Work) -> float:
     vision = config.vision_config
-    P, D, F, e = tokens_per_image(config), vision.hidden_size, vision.intermediate_size, work.element
+    P, D, F, e = _tokens(config, work), vision.hidden_size, vision.intermediate_size, work.element
     norm = FP32 if work.casts and work.on_gpu else e
     # Inputs of both LayerNorms; qkv's input, q, k, v and the attention's output; the MLP's input, and both sides of its
     # activation function.
@@ -289,10 +298,10 @@ def _titles(config, work: Work) -> float:
 def _matching(config, work: Work, B: int) -> float:
     """Of the pairs of ITM: each photo with its own title, with wrong ones, and each title with wrong photos."""
     text, vision = config.text_config, config.vision_config
-    P, D, e = tokens_per_image(config), text.hidden_size, work.element
+    P, D, e = _tokens(config, work), text.hidden_size, work.element
     L, depth, again = work.matched, text.num_hidden_layers, work.checkpointed[1]
     if not any(work.trains(part) for part in ("vision", "text", "cross_attention")):
-        return 3 * B * D * e  # what the matching head is applied to
+        return work.pairs * B * D * e  # what the matching head is applied to
     layer = _text_layer(config, work, L, L, with_image=True)
     last = _text_layer(config, work, L, 1, with_image=True)
     layers = [layer] * (depth - 1) + [last]
@@ -341,7 +350,7 @@ def _text_layer(config, work: Work, L: float, queries: float, *, with_image: boo
     inputs = work.trains("text")  # a frozen matrix keeps nothing of what it is applied to
     layer = _titles_in_layer(config, work, L, queries) + e * queries * (D * inputs + F * (1 + inputs)) + end
     if with_image:
-        P = tokens_per_image(config)
+        P = _tokens(config, work)
         inputs = work.trains("cross_attention")
         layer += e * D * (queries * (1 + 2 * inputs) + 2 * P) + _scores(work, H, queries, P, of_scores, D) + end
     return layer
@@ -380,10 +389,10 @@ def _workspace(config, work: Work, B: int) -> int:
     """The widest moment beside what is kept, about: the backward pass of a layer, which holds gradients as large as its
     activations, and these once more if it is computed again; keys and values of the photos, and the photos."""
     vision, text = config.vision_config, config.text_config
-    P, e = tokens_per_image(config), work.element
+    P, e = _tokens(config, work), work.element
     photos = B * 3 * vision.image_size**2 * FP32 if work.bf16 else 0
     if work.at_a_time(B) < B:  # the gradients of what is held of all rows
-        photos += B * 3 * P * vision.hidden_size * e
+        photos += int(B * _held(config, work))
         B = work.at_a_time(B)
     projected = B * 2 * P * text.hidden_size * e * (text.num_hidden_layers - work.checkpointed[1])
     of_vision = B * _vision_layer(config, work)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from aliblip.runtime.distributed import ChosenRows, all_gather, all_gather_with_grad, rank, world_size
 from aliblip.training.cached import in_chunks, match_in_chunks
 from aliblip.training.profiling import FORWARD, record_function
+from aliblip.training.unpadded import match_without_padding, text_features_without_padding, title_lengths
 from losses_aliblip import hard_negatives, itc_loss, itm_loss, itm_pairs, listwise_loss, positives, soft_targets
 
 # What a pass over a group of titles costs beside its tokens, in tokens: on a GPU the launches of its kernels.
@@ -126,6 +127,7 @@ class RetrievalObjective(nn.Module):
             None: what the model takes at most.
         cached_batch_size: rows that go through the model at a time, see `aliblip.training.cached`; the losses and the
             negatives are those of the whole batch. None: all of them.
+        unpad: titles without their padding, see `aliblip.training.unpadded`, and in no groups.
     """
 
     def __init__(
@@ -142,6 +144,7 @@ class RetrievalObjective(nn.Module):
         in_batch_itc: float = 0.0,
         longest_title: int | None = None,
         cached_batch_size: int | None = None,
+        unpad: bool = False,
     ):
         super().__init__()
         self.model = model
@@ -155,6 +158,7 @@ class RetrievalObjective(nn.Module):
         self.in_batch_itc = in_batch_itc
         self.longest_title = longest_title
         self.cached_batch_size = cached_batch_size
+        self.unpad = unpad
 
     @record_function(FORWARD)
     def forward(self, batch: dict[str, Tensor], targets, alpha: float) -> ObjectiveOutput:
@@ -197,15 +201,20 @@ class RetrievalObjective(nn.Module):
         return ObjectiveOutput(itc + itm, {"itc": itc.detach(), "itm": itm.detach()}, report)
 
     def _encode(self, batch) -> tuple[Tensor, ...]:
-        inputs = (batch["pixel_values"], batch["input_ids"], batch["attention_mask"])
+        inputs = [batch["pixel_values"], batch["input_ids"], batch["attention_mask"]]
+        if self.unpad:
+            inputs.append(torch.tensor(title_lengths(batch)))  # on the host
         if self.cached_batch_size is None:
             return self._towers(*inputs)
         return in_chunks(self._towers, self.cached_batch_size, *inputs)
 
-    def _towers(self, pixel_values, input_ids, attention_mask) -> tuple[Tensor, ...]:
+    def _towers(self, pixel_values, input_ids, attention_mask, lengths: Tensor | None = None) -> tuple[Tensor, ...]:
         image = self.model.get_image_features(pixel_values)
-        text = self.model.get_text_features(input_ids, attention_mask)
-        return image.last_hidden_state, image.pooler_output.float(), text.pooler_output.float()
+        if lengths is None:
+            text = self.model.get_text_features(input_ids, attention_mask).pooler_output.float()
+        else:
+            text = text_features_without_padding(self.model, input_ids, attention_mask, int(lengths.sum()))
+        return image.last_hidden_state, image.pooler_output.float(), text
 
     def _positives(self, product_id, targets) -> Tensor:
         """(B, K) bool: which keys of ITC, those of the own batch and then those of the queue, are of each row's own."""
@@ -319,7 +328,7 @@ class RetrievalObjective(nn.Module):
     def _itm(
         self, batch, image_tokens, negatives: Negatives, chosen: ChosenRows | None, targets
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        rows, own_length = batch["input_ids"].shape
+        rows = len(batch["input_ids"])
         images, negative_image = self._images_to_match(image_tokens, negatives.image, chosen)
         texts, masks, negative_text, text_exists = self._titles_to_match(batch, negatives, targets)
         pairs = itm_pairs(negative_image, negatives.image_exists, negative_text, text_exists)
@@ -327,7 +336,7 @@ class RetrievalObjective(nn.Module):
         if masks.device.type == "cpu":
             longest = masks.sum(dim=1).tolist()  # a look at the host's own memory waits for nothing
         else:
-            own_lengths = list(batch.get("title_lengths", [own_length] * rows))
+            own_lengths = list(title_lengths(batch))
             of_images = [length for length in own_lengths for _ in range(negative_image.shape[1])]
             # Which texts were drawn is not known here.
             longest = [*own_lengths, *of_images, *[masks.shape[1]] * pairs.sizes[2]]
@@ -354,6 +363,8 @@ class RetrievalObjective(nn.Module):
 
     def _match(self, images, input_ids, attention_mask, image_index, longest) -> Tensor:
         image_kv = self.model.project_image_kv(images)  # once per image, though it stands in several pairs
+        if self.unpad:
+            return match_without_padding(self.model, input_ids, attention_mask, image_kv, image_index, sum(longest))
         tokens_per_pass = TOKENS_PER_PASS.get(input_ids.device.type, TOKENS_PER_PASS["cuda"])
         return match_by_length(self.model, input_ids, attention_mask, image_kv, image_index, longest, tokens_per_pass)
 

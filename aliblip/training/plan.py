@@ -14,7 +14,7 @@ from aliblip.retrieval.evaluation import DEFAULT_K_RERANK
 from aliblip.retrieval.plan import memory_plan
 from aliblip.training.checkpoint import checkpoints
 from aliblip.training.evaluations import evaluations_of
-from aliblip.training.flops import pairs_of_a_row, training_flops
+from aliblip.training.flops import flops_options, training_flops
 from aliblip.training.memory import State
 from aliblip.training.setup import Start
 
@@ -69,7 +69,6 @@ def training_plan(start: Start, title_tokens: float) -> TrainingPlan:
         AlreadyTold: a part that it needs has a problem.
     """
     config, args = start.model.config, start.args
-    pairs = pairs_of_a_row(args.itm_negatives, args.itm_queue_titles)
     validation, per_epoch = start.validation_source, start.steps_per_epoch
     step = start.resumed[1].step
     evaluations = evaluation_flops = 0
@@ -84,9 +83,7 @@ def training_plan(start: Start, title_tokens: float) -> TrainingPlan:
         total_steps=start.total_steps,
         epochs=start.total_steps / per_epoch,
         rows_per_step=args.gradient_accumulation_steps * start.processes * args.per_device_train_batch_size,
-        sample_flops=training_flops(
-            config, title_tokens, args.queue_size, start.rates, adapters=args.lora_rank is not None, pairs=pairs
-        ),
+        sample_flops=training_flops(config, title_tokens, args.queue_size, **flops_options(args)),
         evaluations=evaluations,
         evaluation_flops=evaluation_flops,
     )

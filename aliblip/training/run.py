@@ -57,8 +57,7 @@ from aliblip.training.checkpoint import (
 from aliblip.training.compiling import CompiledTowers
 from aliblip.training.evaluations import evaluations_of
 from aliblip.training.feed import Feed
-from aliblip.training.flops import pairs_of_a_row, training_flops
-from aliblip.training.freezing import frozen_parts
+from aliblip.training.flops import flops_options, training_flops
 from aliblip.training.meters import Meters, peak_tflops_of
 from aliblip.training.momentum import Targets
 from aliblip.training.objective import ObjectiveOutput
@@ -164,11 +163,7 @@ class Run:
         device, precision = self.accelerator.device, self.accelerator.mixed_precision
         peak = peak_tflops_of(device, precision, self.args.peak_tflops)
         config, slots = self.training.model.config, self.args.queue_size
-        options = {
-            "frozen": frozen_parts(self.args.freeze),
-            "adapters": self.args.lora_rank is not None,
-            "pairs": pairs_of_a_row(self.args.itm_negatives, self.args.itm_queue_titles),
-        }
+        options = flops_options(self.args)
         return Meters(device, lambda tokens: training_flops(config, tokens, slots, **options), peak)
 
     # --- the begin ----------------------------------------------------------------------------------------------------

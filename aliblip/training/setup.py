@@ -182,8 +182,9 @@ class Start:
         return frozen_parts(self.args.freeze)
 
     @part
-    def cached(self) -> None:
+    def ways(self) -> None:
         check_cached_batch_size(self.args)
+        check_unpad(self.args)
 
     @part
     def trackers(self) -> None:
@@ -519,7 +520,7 @@ CHECKS = (
     Check("flags", "named_tokenizer", "which tokenizer"),
     Check("flags", "numbers", "numbers"),
     Check("flags", "rates", "what is trained"),
-    Check("flags", "cached", "rows at a time"),
+    Check("flags", "ways", "ways to compute a step"),
     Check("flags", "trackers", "trackers"),
     Check("flags", "validation", "what to evaluate on"),
     Check("flags", "publishing", "what to publish"),
@@ -657,6 +658,7 @@ def check_ranges(model_args: ModelArguments, data_args: TrainDataArguments, args
         itm_negative_ceiling=(args.itm_negative_ceiling, -1, 1),
         itm_listwise=(args.itm_listwise, 0, None),
         cached_batch_size=(args.cached_batch_size, 1, None),
+        patch_dropout=(args.patch_dropout, 0, 0.99),
         logging_steps=(args.logging_steps, 1, None),
         evaluate_every=(args.evaluate_every, 0, None),
         eval_steps=(args.eval_steps, 1, None),
@@ -706,6 +708,11 @@ def check_cached_batch_size(args: TrainingArguments) -> None:
             "--cached_batch_size with --gradient_checkpointing would compute everything three times: leave one of them "
             "out (a lower --cached_batch_size takes less memory too)"
         )
+
+
+def check_unpad(args: TrainingArguments) -> None:
+    if args.unpad and args.compile:
+        raise UsageError("--unpad with --compile would compile layers that it does not call: leave one of them out")
 
 
 def check_validation_is_named(data_args: TrainDataArguments, args: TrainingArguments) -> None:

@@ -4,7 +4,8 @@
     print(traffic.total, traffic.gathering_everything)
 
 Legend: W processes, B rows of a batch on one rank, E width of the shared space, L tokens of the longest title, P tokens
-of a photo, D width of the ViT, e bytes of a number in a matrix product, n negatives of each row.
+of a photo, D width of the ViT, n negatives of each row, e bytes of a number of the tokens: 2 where an engine holds the
+weights in bf16, 4 otherwise, as the LayerNorm at the end of the tower gives fp32 under autocast on a GPU.
 
 What a rank receives, forward and backward together:
 
@@ -52,7 +53,7 @@ def negatives_traffic(
         processes: W.
         rows: B.
         longest_title: L, what titles are padded to.
-        element: e, bytes of a number: 2 in bf16, 4 in fp32.
+        element: e.
         itm_negatives: n.
     """
     others = (processes - 1) * rows
