@@ -128,7 +128,7 @@ class PoliteFetch:
 
 def read_address(address: str, most_bytes: int) -> bytes:
     """The photo of an http(s) address that the user's own table names, in training: from private networks, too, and
-    with as many tries as other files of the network have, each of them within `SECONDS_OF_A_TRY` from first to last, and
+    with as many tries as other files of the network have, each within `SECONDS_OF_A_TRY` from first to last, and
     all of them begun within `SECONDS_OF_AN_ADDRESS`.
 
     Raises:
