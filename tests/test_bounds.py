@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from data_stub import encoded, photo
 
-from aliblip.data import encodings, fetching
+from aliblip.data import encodings, fetching, remote
 from aliblip.data.fetching import read_address
 from aliblip.data.remote import RemoteReadError
 from aliblip.data.rows import Row, decode
@@ -101,13 +101,16 @@ def test_an_endless_answer_is_cut_off():
 
 
 def test_a_photo_is_read_from_an_address_as_ever(monkeypatch):
-    monkeypatch.setattr(fetching, "TRAINING_WAITS", (0.0, 0.0))
+    monkeypatch.setattr(remote, "WAITS", (0.0, 0.0))
     data, answers = encoded(photo(1)), [b"HTTP/1.1 503 busy\r\n\r\n", OK + b"Content-Length: 9999\r\n\r\nhalf"]
     whole = OK.replace(b"image/jpeg", b"text/plain") + f"Content-Length: {len(data)}\r\n\r\n".encode() + data
     with server(lambda one: one.sendall(answers.pop(0) if answers else whole)) as address:
         assert read_address(address, 2**20) == data
         answers += [b"HTTP/1.1 403 Forbidden\r\n\r\n"]
         with pytest.raises(RemoteReadError, match=r"can't be read: 403 Forbidden$"):
+            read_address(address, 2**20)
+        answers += [b"HTTP/1.1 404 Not Found\r\n\r\n"]
+        with pytest.raises(FileNotFoundError):
             read_address(address, 2**20)
         answers += [b"HTTP/1.1 503 busy\r\n\r\n"] * 9
         with pytest.raises(RemoteReadError, match=r"can't be read: 503 busy \(tried 3 times in 0 seconds\)$"):

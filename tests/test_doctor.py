@@ -229,7 +229,7 @@ def test_photos_at_addresses_are_fetched_only_when_asked_for(examined, monkeypat
         pq.write_table(pa.Table.from_pylist(rows), (tmp_path / f"{split}.parquet"))
     data = ["--data_dir", tmp_path]
     fetched = []
-    monkeypatch.setattr(rows_module, "read_file", lambda address, most: fetched.append(address) or photo(1))
+    monkeypatch.setattr(rows_module, "read_address", lambda address, most: fetched.append(address) or photo(1))
     code, groups = examined(*data)
     assert code == 2 and not fetched and any("--fetch_photos" in problem for problem in texts(groups, "problem"))
     code, groups = examined(*data, "--fetch_photos", "true")

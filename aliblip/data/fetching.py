@@ -12,8 +12,10 @@ once more with another result. Certificates are checked.
 
 from __future__ import annotations
 
+import errno
 import http.client
 import ipaddress
+import os
 import socket
 import threading
 import time
@@ -24,7 +26,7 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
-from aliblip.data.remote import WAITS as TRAINING_WAITS
+from aliblip.data import remote
 from aliblip.data.remote import RemoteReadError, read_file
 from aliblip.runtime.retries import Tries, sleep_about, trouble_of
 from reading_aliblip import UnusableItem
@@ -35,7 +37,7 @@ __all__ = ["PoliteFetch", "read_address"]
 WAITS = (1.0, 4.0)
 MOST_REDIRECTS = 5
 # A try of a photo in training: long for a photo, and short enough that few of them do not stop a run.
-SECONDS_OF_A_TRY = 30.0
+SECONDS_OF_A_TRY, SECONDS_OF_AN_ADDRESS = 30.0, 90.0
 NO_PHOTOS = ("application/json", "application/xhtml+xml")
 PIECE = 2**16
 USER_AGENT = "Mozilla/5.0 (compatible; aliblip-prepare)"
@@ -126,12 +128,14 @@ class PoliteFetch:
 
 def read_address(address: str, most_bytes: int) -> bytes:
     """The photo of an http(s) address that the user's own table names, in training: from private networks, too, and
-    with as many tries as other files of the network have, each of them within `SECONDS_OF_A_TRY` from first to last.
+    with as many tries as other files of the network have, each within `SECONDS_OF_A_TRY` from first to last, and
+    all of them begun within `SECONDS_OF_AN_ADDRESS`.
 
     Raises:
+        FileNotFoundError: the server has no such file.
         RemoteReadError: the server did not give it, or it has more bytes.
     """
-    tries = Tries(TRAINING_WAITS, what=address, wait=sleep_about)
+    tries, last_begin = Tries(remote.WAITS, what=address, wait=sleep_about), time.monotonic() + SECONDS_OF_AN_ADDRESS
     while True:
         end = time.monotonic() + SECONDS_OF_A_TRY
         try:
@@ -140,9 +144,11 @@ def read_address(address: str, most_bytes: int) -> bytes:
             reason, passes = _reason_of(error)
             if reason is None:
                 raise
+            if _has_status(error) and error.code in (404, 410):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), address) from None
             if time.monotonic() >= end:
                 reason, passes = f"it took longer than {SECONDS_OF_A_TRY:g} seconds", False
-            if passes and tries.again(error):
+            if passes and time.monotonic() < last_begin and tries.again(error):
                 continue
             tried = f" (tried {tries.failures} times in {tries.seconds:.0f} seconds)" if tries.failures else ""
             raise RemoteReadError(f"{address[:300]} can't be read: {reason}{tried}") from None
