@@ -13,7 +13,6 @@ of --workers. See docs/preparing.md.
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from aliblip.data.products import tell_sources
 from aliblip.data.sources import require_usable_row
 from aliblip.models.loading import build_processor
 from aliblip.runtime.arguments import parse
+from aliblip.runtime.files import read_json
 from aliblip.runtime.installation import install_hint
 from aliblip.runtime.mistakes import UsageError, main_with_usage_errors
 
@@ -100,7 +100,7 @@ def prepare(data: PrepareDataArguments, args: PrepareArguments) -> int:
             print(line)
     else:
         print(f"{work.output_dir} is prepared already, from this data and with these flags")
-    known = json.loads((Path(work.output_dir) / PREPARED).read_text(encoding="utf-8"))
+    known = read_json(Path(work.output_dir) / PREPARED)
     print("\n".join(summary(known["counts"])))
     print(f"written: {work.output_dir}; read it with --data_dir {work.output_dir}")
     return 0

@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from aliblip.runtime.distributed import all_gather_objects, barrier, broadcast_object, is_main, rank
-from aliblip.runtime.files import NewFolder, checksum_of, write_json, write_tensors
+from aliblip.runtime.files import NewFolder, checksum_of, read_json, write_json, write_tensors
 from aliblip.runtime.mistakes import UsageError, usage_errors
 from aliblip.runtime.sameness import changes, told, way_back
 from aliblip.training.step import fp32_state_dict, load_fp32_state_dict, load_optimizer_state, optimizer_state
@@ -154,6 +154,8 @@ class Progress:
 
 # What stands in every state.json beside its format.
 ENTRIES = ("files", "ranks", "momentum", "order", "manifest", "arguments", *(field.name for field in fields(Progress)))
+_KINDS = {"files": dict, "checksums": dict, "ranks": list, "momentum": dict, "order": dict, "manifest": dict}
+_KINDS |= {"arguments": dict} | {field.name: (int, float) for field in fields(Progress)}
 
 
 @dataclass
@@ -251,7 +253,9 @@ def load_checkpoint(folder: Path, training: Training) -> dict[str, Any]:
     except UsageError as error:
         raise UsageError(f"{folder} does not fit: {error}") from error
     own = f"{rank()}."
-    set_random_states({k[len(own) :]: v for k, v in states.items() if k.startswith(own)}, training.device)
+    forged = (LookupError, TypeError, ValueError, RuntimeError)
+    with usage_errors(*forged, told=f"{folder} does not fit: its random states are no such ({{}})"):
+        set_random_states({k[len(own) :]: v for k, v in states.items() if k.startswith(own)}, training.device)
     barrier()
     return state["ranks"][rank()]
 
@@ -259,7 +263,7 @@ def load_checkpoint(folder: Path, training: Training) -> dict[str, Any]:
 def _load_momentum(momentum: torch.nn.Module, state: dict[str, Any]) -> None:
     try:
         momentum.load_state_dict(state)
-    except RuntimeError as error:  # on many lines
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:  # on many lines, or made up
         reason = " ".join(str(error).split())
         raise UsageError(f"the momentum encoders or queues are of another model or size: {reason}") from error
 
@@ -324,7 +328,10 @@ def read_state(
             that some would be lost or seen twice.
     """
     state = _whole_state(folder)
-    if data := manifest_changes(state["manifest"]):
+    made_up = (LookupError, TypeError, AttributeError)
+    with usage_errors(*made_up, told=f"{folder} is damaged (the manifest of {STATE}: {{}}): {_another(folder)}"):
+        data = manifest_changes(state["manifest"])
+    if data:
         raise UsageError(
             f"the data is not what {folder} was trained on: {told(data)}. Bring the old data back, or start a new run "
             f"from the model in {folder.parent / 'last'}"
@@ -341,17 +348,24 @@ def read_state(
 def _whole_state(folder: Path) -> dict[str, Any]:
     """The `state.json` of a checkpoint of which everything is there."""
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = read_json(folder / STATE)
         of_format = state["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"{folder} is damaged ({STATE} can't be read): {_another(folder)}") from error
     if of_format != FORMAT:
         raise UsageError(
             f"{folder} is of format {of_format}, this version reads {FORMAT}: use the version that wrote it"
         )
     damaged = [f"{STATE} has no {name!r}" for name in ENTRIES if name not in state]
+    damaged += [
+        f"{name!r} of {STATE} is a {type(state[name]).__name__}"
+        for name, kind in _KINDS.items()
+        if name in state and not isinstance(state[name], kind)
+    ]
+    if damaged:
+        raise UsageError(f"{folder} is damaged ({'; '.join(damaged)}): {_another(folder)}")
     if state.get("checksum", _checksum(state)) != _checksum(state):
-        damaged.append(f"the checksum of {STATE} is another")
+        damaged = [f"the checksum of {STATE} is another"]
     damaged += _damage(folder, state)
     if damaged:
         raise UsageError(f"{folder} is damaged ({'; '.join(damaged)}): {_another(folder)}")
