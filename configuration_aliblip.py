@@ -46,10 +46,15 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+# So that a configuration from somebody else can't ask for more than any machine has.
+_MOST = {"num_hidden_layers": 1000, "image_size": 2**14, "hidden_size": 2**16, "image_text_hidden_size": 2**16}
+
+
 def _check_positive_int(owner: str, **values: int) -> None:
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{owner}.{name} is {value!r}: it must be a whole number of at least 1")
+        most = _MOST.get(name, 2**24)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise ValueError(f"{owner}.{name} is {value!r}: it must be a whole number from 1 to {most}")
 
 
 def _check_rate(owner: str, **values: float) -> None:

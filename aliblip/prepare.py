@@ -13,7 +13,6 @@ of --workers. See docs/preparing.md.
 from __future__ import annotations
 
 import importlib.util
-import json
 import shlex
 from collections.abc import Sequence
 from functools import partial
@@ -26,6 +25,7 @@ from aliblip.data.sources import require_usable_row
 from aliblip.data.splits import TRAIN
 from aliblip.models.loading import build_processor
 from aliblip.runtime.arguments import parse
+from aliblip.runtime.files import read_json
 from aliblip.runtime.installation import install_hint
 from aliblip.runtime.mistakes import UsageError, main_with_usage_errors
 from aliblip.training.tokenizer import check_trained_tokenizer, learn_tokenizer, save_trained_tokenizer
@@ -114,7 +114,7 @@ def prepare(data: PrepareDataArguments, args: PrepareArguments) -> int:
             print(line)
     else:
         print(f"{work.output_dir} is prepared already, from this data and with these flags")
-    known = json.loads((Path(work.output_dir) / PREPARED).read_text(encoding="utf-8"))
+    known = read_json(Path(work.output_dir) / PREPARED)
     print("\n".join(summary(known["counts"])))
     print(f"written: {work.output_dir}")
     tokenizer = work.output_dir / TOKENIZER if args.train_tokenizer else args.tokenizer_name

@@ -330,10 +330,10 @@ def test_files_that_cannot_be_read_are_mistakes(blip_folder, original_file, voca
     assert f"can't load the model {weights.parent}" in error(weights.parent)
     configuration = copy("configuration") / "config.json"
     configuration.write_text("{")
-    assert f"config.json of {configuration.parent} is not JSON" in error(configuration.parent)
+    assert f"config.json of {configuration.parent} can't be read" in error(configuration.parent)
     settings = copy("settings") / "processor_config.json"
     settings.write_text("{")
-    assert f"processor_config.json of {settings.parent} is not JSON" in error(settings.parent)
+    assert f"processor_config.json of {settings.parent} can't be read" in error(settings.parent)
     assert "no tokenizer at 'nowhere/else'" in error(blip_folder, tokenizer_name="nowhere/else")
     heads = {**HEADS, "vision_config": '{"num_attention_heads": 5}'}
     message = error(original_file, tokenizer_name=str(vocabulary), **heads)

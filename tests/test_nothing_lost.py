@@ -12,10 +12,12 @@ import tiny
 import torch
 from accelerate.state import AcceleratorState
 from runs import TINY, log_of, trained_in_process, write_split
+from safetensors.torch import save
 from transformers import AutoModel
 
 import train
 from aliblip.runtime.mistakes import UsageError
+from aliblip.training import checkpoint
 from aliblip.training import run as course
 from aliblip.training.carried import read_momentum
 from modeling_aliblip import AliBlipForImageTextRetrieval
@@ -202,3 +204,38 @@ def test_the_restart_command_works_at_any_moment(flags, tmp_path, refused, capsy
     assert contents(folder / "last")["model.safetensors"] == whole["model.safetensors"]
     trained_in_process([*command, "--overwrite_output_dir"], folder)
     assert "the run starts anew" in capsys.readouterr().out
+
+
+# --- forged checkpoints -----------------------------------------------------------------------------------------------
+
+FORGED = {
+    "files": [],
+    "checksums": "all",
+    "ranks": {"0": {}},
+    "momentum": [1],
+    "order": 7,
+    "manifest": {},
+    "arguments": None,
+    "step": "four",
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_forged_state_with_a_right_checksum_is_refused_in_one_line(name, copied, refused):
+    file = copied / "checkpoint-4" / "state.json"
+    state = json.loads(file.read_text()) | {name: FORGED[name]}
+    file.write_text(json.dumps(state | {"checksum": checkpoint._checksum(state)}))
+    told = refused(copied, "--resume_from_checkpoint", "last")
+    assert "checkpoint-4 is damaged (" in told and name in told and "--resume_from_checkpoint" in told
+
+
+def test_a_state_nested_without_end_and_states_of_other_things_are_refused_in_one_line(copied, refused):
+    file = copied / "checkpoint-4" / "state.json"
+    state = json.loads(file.read_text())
+    (copied / "checkpoint-4" / "ranks.safetensors").write_bytes(save({"0.python": torch.zeros(3)}))
+    del state["checksums"], state["checksum"]
+    size = (copied / "checkpoint-4" / "ranks.safetensors").stat().st_size
+    file.write_text(json.dumps(state | {"files": state["files"] | {"ranks.safetensors": size}}))
+    assert "does not fit: its random states" in refused(copied, "--resume_from_checkpoint", "last")
+    file.write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    assert "state.json can't be read" in refused(copied, "--resume_from_checkpoint", "last")

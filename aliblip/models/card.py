@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from aliblip.retrieval.metrics import RECALL_AT
 from aliblip.retrieval.results import DIRECTION_NAMES, EVALUATIONS
-from aliblip.runtime.files import write_text
+from aliblip.runtime.files import read_json, write_text
 from aliblip.runtime.mistakes import usage_errors
 from aliblip.runtime.sameness import weights_of
 
@@ -182,7 +182,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     with usage_errors(OSError, ValueError, told=f"{path} can't be read ({{}}): repair or remove it"):
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
 
 
 def _public(value: Any) -> Any:

@@ -5,7 +5,6 @@ Checkpoints, evaluations, logs and lists of rows stay here. A failed upload is t
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -24,6 +23,7 @@ from tqdm.auto import tqdm
 
 from aliblip.models.card import CARD, write_card
 from aliblip.runtime.arguments import option
+from aliblip.runtime.files import read_json
 from aliblip.runtime.mistakes import UsageError, first_line, usage_errors
 from aliblip.runtime.retries import WAITS, may_pass, retried, trouble_of
 
@@ -91,7 +91,7 @@ def check_folder(folder: Path) -> None:
             "a run"
         )
     with usage_errors(OSError, ValueError, told=f"{folder / 'config.json'} can't be read ({{}}): give a trained model"):
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        model_type = read_json(folder / "config.json").get("model_type")
     if model_type != "aliblip":
         raise UsageError(f"{folder} holds a model of type {model_type!r}: convert it first, with aliblip.convert")
 

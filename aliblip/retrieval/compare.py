@@ -6,7 +6,6 @@
 Differences have 95 % intervals of a paired bootstrap over products. Recalls are fractions, printed in percent.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from aliblip.retrieval.metrics import RECALL_AT, RESAMPLES, bootstrap_means, hits, interval
 from aliblip.retrieval.rankings import read_ranks
 from aliblip.retrieval.results import DIRECTION_NAMES, RANKINGS
+from aliblip.runtime.files import read_json
 from aliblip.runtime.mistakes import UsageError, first_line
 
 
@@ -55,9 +55,9 @@ def check_comparable(other: Path) -> None:
 
 def _results_of(path: Path) -> dict:
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = read_json(path)
         results["model"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"{path} is not a results.json of evaluate_retrieval.py ({first_line(error)})") from error
     return results
 

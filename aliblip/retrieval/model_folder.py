@@ -9,7 +9,6 @@ models on the way. Here nobody is asked, and everything is loaded by the classes
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +16,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from PIL import Image
 from transformers import AutoTokenizer, BertTokenizer, BlipImageProcessorPil, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 from aliblip.retrieval.adapters import merged
+from aliblip.runtime.files import read_json
 from aliblip.runtime.mistakes import UsageError, usage_errors
+from configuration_aliblip import AliBlipConfig
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
 
@@ -39,17 +40,18 @@ __all__ = [
 ]
 
 DEFAULT_MAX_LENGTH = 35
-# What transformers raises where a folder or Hub name does not hold what it should, and for damaged files of it; and our
-# Hub files, for a configuration that no model can be built from and for weights that do not fit.
-LOADING_ERRORS = (OSError, ValueError, ImportError, SafetensorError)
+# What transformers, tokenizers, safetensors and torch raise where the files of a folder or Hub name are not there,
+# damaged or made up: anything at all (a KeyError for an unknown activation, a bare Exception for half a tokenizer). So
+# only the one call that reads them may stand inside.
+LOADING_ERRORS = (Exception,)
 
 _SETTINGS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 # Classes that ours stand for: what a folder says of them is never looked at.
 _OURS = ("AutoConfig", "AutoModel", "AutoProcessor")
-_MOST_BYTES = 32 * 2**20  # of a file of settings; the largest, of tokenizers with very many added tokens, have a few
 # Of several scripts, with capitals and signs; and one that is cut.
 _PROBES = ("red cup", "Café T-Shirt 2x, 红色 кружка XXL", "a " * 600)
-_DAMAGED = "it is damaged, bring it back"
+# Four bits are the least that a parameter is stored in. What differs by less is told by the names of the weights.
+_MOST_PER_BYTE, _SLACK = 4, 2**20
 
 
 def load_folder(
@@ -75,18 +77,31 @@ def load_folder(
         raise UsageError(f"there is no folder {name}: give the folder of a model, its name on the Hub, or a .pth file")
     check_no_code(name)
     with usage_errors(*LOADING_ERRORS, told=f"can't load the model {name}: {{}}"):
+        _check_size(name, AliBlipConfig.from_pretrained(name, trust_remote_code=False))
         model = AliBlipForImageTextRetrieval.from_pretrained(
             name, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
         )
     model = merged(model)
-    with usage_errors(*LOADING_ERRORS, told=f"can't load the processor of {name}: {{}}"):
-        tokenizer = with_tokenizer or AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        settings = read_settings(name, "processor_config.json")
-        max_length = settings.get("max_length", DEFAULT_MAX_LENGTH)
-        processor = AliBlipProcessor(load_image_processor(name), tokenizer, max_length=max_length)
+    processor = _load_processor(name, with_tokenizer, model.config.vision_config.image_size)
+    longest = model.config.text_config.max_position_embeddings
+    if processor.max_length > longest:
+        raise UsageError(f"max_length of {name} is {processor.max_length}: its model takes at most {longest} tokens")
     check_vocabulary(name, processor, model.config.text_config.vocab_size, model.config.enc_token_id)
     check_tokenizer(name, processor)
     return model, processor
+
+
+def _load_processor(name: str, tokenizer: PreTrainedTokenizerFast | None, side: int) -> AliBlipProcessor:
+    """The processor of a folder for photos of `side` pixels, tried on one."""
+    with usage_errors(*LOADING_ERRORS, told=f"can't load the processor of {name}: {{}}"):
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        max_length = read_settings(name, "processor_config.json").get("max_length", DEFAULT_MAX_LENGTH)
+        processor = AliBlipProcessor(load_image_processor(name), tokenizer, max_length=max_length)
+        processor.image_processor.size = {"height": side, "width": side}  # whatever it says: the model takes no other
+        pixels = processor(images=[Image.new("RGB", (9, 9))], return_tensors="pt")["pixel_values"]
+    if pixels.shape != (1, 3, side, side) or not pixels.isfinite().all():
+        raise UsageError(f"the processor of {name} makes {tuple(pixels.shape)} of a photo, not (1, 3, {side}, {side})")
+    return processor
 
 
 def load_image_processor(name: str) -> BlipImageProcessorPil:
@@ -103,12 +118,40 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerFast:
 
     Raises:
         UsageError: it brings code of its own.
-        OSError, ValueError, ImportError: there is none, or it can't be read (`LOADING_ERRORS`).
+        Exception: there is none, or it can't be read (`LOADING_ERRORS`).
     """
     if os.path.isfile(name):
         return BertTokenizer(vocab=name)
     check_no_code(name)
     return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+
+
+def _check_size(name: str, config: AliBlipConfig) -> None:
+    """Refuse a configuration of a model so large that these weights can't be its own, before it takes the memory."""
+    size = _bytes_of_weights(name)
+    if size is None:
+        return
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in AliBlipForImageTextRetrieval(config).parameters())
+    if parameters > _MOST_PER_BYTE * size + _SLACK:
+        raise UsageError(
+            f"config.json of {name} describes a model of {parameters:,} parameters, its weights have {size:,} bytes: "
+            "they do not belong together, or one of them is damaged"
+        )
+
+
+def _bytes_of_weights(name: str) -> int | None:
+    """Of the files of weights of a folder or Hub name; None: there are none that are known."""
+    if os.path.isdir(name):
+        files = [*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]
+    else:
+        shards = read_settings(name, "model.safetensors.index.json").get("weight_map")
+        names = set(shards.values()) if isinstance(shards, dict) else {"model.safetensors"}
+        try:
+            files = [Path(cached_file(name, file)) for file in names]
+        except OSError:  # told when the model is loaded
+            return None
+    return sum(file.stat().st_size for file in files) or None
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -141,24 +184,15 @@ def read_settings(name: str, file: str) -> dict[str, Any]:
     """A JSON file of a folder or Hub name; empty if there is none.
 
     Raises:
-        UsageError: it is very large, nested very deeply, or not a JSON object.
+        UsageError: it is damaged: very large, nested very deeply, or not a JSON object.
     """
     try:
         path = Path(name, file) if os.path.isdir(name) else Path(cached_file(name, file))
-        if path.stat().st_size > _MOST_BYTES:
-            raise UsageError(f"{file} of {name} has {path.stat().st_size:,} bytes, too many for settings: {_DAMAGED}")
-        settings = json.loads(path.read_text("utf-8"))
+        return read_json(path)
     except OSError:  # not there; what can't be reached at all is told when the model is loaded
         return {}
-    except UsageError:
-        raise
-    except RecursionError:
-        raise UsageError(f"{file} of {name} is nested too deeply for settings: {_DAMAGED}") from None
     except ValueError as error:
-        raise UsageError(f"{file} of {name} is not JSON ({error}): {_DAMAGED}") from None
-    if not isinstance(settings, dict):
-        raise UsageError(f"{file} of {name} holds a {type(settings).__name__}, not settings by name: {_DAMAGED}")
-    return settings
+        raise UsageError(f"{file} of {name} can't be read ({error}): it is damaged, bring it back") from None
 
 
 def _entries(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -224,9 +258,12 @@ def check_tokenizer(source: str, processor: AliBlipProcessor) -> None:
                 "take a BERT tokenizer, or add this template to the post_processor of its tokenizer.json"
             )
     with TemporaryDirectory() as folder:
+        # Of a full disk tokenizers makes a bare Exception.
+        told = f"the tokenizer of {source} can't be saved for a try in {folder} ({{}}): make room there, or set TMPDIR"
+        with usage_errors(Exception, told=told):
+            tokenizer.save_pretrained(folder)
         told = f"the tokenizer of {source} can't be loaded again once it is saved ({{}}): take a BERT tokenizer"
         with usage_errors(*LOADING_ERRORS, told=told):
-            tokenizer.save_pretrained(folder)
             again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             again = AliBlipProcessor(tokenizer=again, max_length=processor.max_length)
     if (_written(again), again.enc_token_id) != (written, processor.enc_token_id):

@@ -9,7 +9,6 @@ products.
 """
 
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
@@ -25,7 +24,7 @@ from torch import Tensor
 from aliblip.retrieval.metrics import RECALL_AT, RESAMPLES, bootstrap_means, hits, interval, summarize_ranks
 from aliblip.retrieval.rankings import MATRIX, Retrieval, Side, final_order, ranks_of, write_rankings
 from aliblip.runtime.distributed import world_size
-from aliblip.runtime.files import write_json, write_json_lines
+from aliblip.runtime.files import read_json, write_json, write_json_lines
 from aliblip.runtime.mistakes import UsageError
 from aliblip.runtime.sameness import changes, told
 
@@ -321,8 +320,8 @@ def check_results_of_others(output_dir: Path, model_name: str, dataset_name: str
     if not path.is_file():
         return
     try:
-        before = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        before = read_json(path)
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path} can't be read as results: give another --output_dir") from error
     if changed := changes(before, now := {"model": model_name, "dataset": dataset_name, "split": split}, names=now):
         raise UsageError(

@@ -186,7 +186,7 @@ class Facts:
                 facts = replace(cls(**known), columns=tuple(found.get("columns", ())))
                 facts._check(schema)
                 return facts
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UsageError(f"the gallery {uri} is damaged ({first_line(error)}): build it again") from error
         raise UsageError(f"the gallery {uri} has the format {version!r}, this code reads {FORMAT}: build it again")
 

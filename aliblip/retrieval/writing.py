@@ -26,7 +26,7 @@ from aliblip.retrieval.setup import Setup, names_of_photos, open_data, open_titl
 from aliblip.retrieval.submission import LONGEST_LIST, submission_rows, verify_submission, write_submission
 from aliblip.runtime.distributed import launched_rank
 from aliblip.runtime.files import write_json
-from aliblip.runtime.mistakes import UsageError
+from aliblip.runtime.mistakes import UsageError, usage_errors
 
 
 def write(retrieval: Retrieval, results: dict, setup: Setup) -> int:
@@ -40,7 +40,11 @@ def write(retrieval: Retrieval, results: dict, setup: Setup) -> int:
     print("seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in retrieval.seconds.items()))
     if retrieval.skipped:
         print(f"{len(retrieval.skipped)} unusable rows were left out: {output_dir / 'skipped.jsonl'}")
-    written = write_results(output_dir, retrieval, results)
+    told = (
+        f"the results can't be written into {output_dir} ({{}}): make room, and type the same command again; it goes on"
+    )
+    with usage_errors(OSError, told=told):
+        written = write_results(output_dir, retrieval, results)
     print(f"written: {written[0]}" + "".join(f", {path.name}" for path in written[1:]))
     if setup.weights is not None and "mean_recall" in results:
         _keep_beside_the_model(results, output_dir, Path(options.model_name_or_path))

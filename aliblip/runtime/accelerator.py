@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
-import json
 import os
 import platform
 import warnings
@@ -35,6 +34,7 @@ from accelerate.utils import (
 
 from aliblip.runtime.distributed import launched_world_size
 from aliblip.runtime.extensions import release_left_locks
+from aliblip.runtime.files import read_json
 from aliblip.runtime.mistakes import UsageError, usage_errors
 
 __all__ = [
@@ -303,9 +303,8 @@ def _deepspeed_config() -> tuple[dict[str, Any], str]:
         with usage_errors(ImportError, ValueError, told="the launcher's deepspeed_config can't be used ({})"):
             return DeepSpeedPlugin().deepspeed_config, "the launcher's deepspeed_config"
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file), path
-    except (OSError, json.JSONDecodeError) as error:
+        return read_json(path), path
+    except (OSError, ValueError) as error:
         raise UsageError(
             f"cannot read the DeepSpeed configuration {path} ({error}): the path is taken from the folder in "
             "which the launcher was started"

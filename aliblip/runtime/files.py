@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 
 # Ends the names of files that a killed process left half written.
 PARTIAL = ".partial"
+# Of a file of settings, results or state; no run writes one of a tenth of it.
+MOST_JSON_BYTES = 256 * 2**20
 
 
 @contextmanager
@@ -90,6 +92,25 @@ def _end_of_lines(file: BinaryIO) -> int:
         file.write(b"\n")
         return size + 1
     return size - len(cut)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file of settings or results, whoever wrote it.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: no JSON, no object, nested without end, or of a size that no such file has.
+    """
+    path = Path(path)
+    if path.stat().st_size > MOST_JSON_BYTES:
+        raise ValueError(f"it has {path.stat().st_size:,} bytes")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds a {type(found).__name__} and no names with values")
+    return found
 
 
 def read_json_lines(path: Path) -> list[dict]:
@@ -210,6 +231,7 @@ __all__ = [
     "append_json_line",
     "checksum_of",
     "new_file",
+    "read_json",
     "read_json_lines",
     "repair",
     "write_bytes",

@@ -36,8 +36,12 @@ class Mistakes(UsageError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says first, for a `UsageError`."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """What an error of a library says first, for a `UsageError`; with its kind where it says nothing else."""
+    told, kind = str(error).strip(), type(error).__name__
+    if not told:
+        return kind
+    says_nothing = isinstance(error, (LookupError, TypeError, AttributeError))  # "'name'" or so
+    return f"{kind}: {told.splitlines()[0]}" if says_nothing else told.splitlines()[0]
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from aliblip.runtime.distributed import is_main, rank, together
-from aliblip.runtime.files import checksum_of, write_bytes, write_json
+from aliblip.runtime.files import checksum_of, read_json, write_bytes, write_json
 from aliblip.runtime.mistakes import UsageError
 from aliblip.runtime.sameness import changes, told
 
@@ -66,8 +66,8 @@ class Parts:
         if not file.is_file():
             return
         try:
-            before = dict(json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            before = read_json(file)
+        except (OSError, ValueError) as error:
             raise UsageError(f"{file} can't be read: remove the folder {self.folder} to start anew") from error
         if changed := changes(before, self.made_from, names=self.made_from):
             raise UsageError(

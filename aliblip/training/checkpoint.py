@@ -38,7 +38,7 @@ from torch import Tensor
 
 from aliblip.data.order import facts_of
 from aliblip.runtime.distributed import all_gather_objects, barrier, broadcast_object, is_main, rank, world_size
-from aliblip.runtime.files import NewFolder, checksum_of, write_json, write_tensors
+from aliblip.runtime.files import NewFolder, checksum_of, read_json, write_json, write_tensors
 from aliblip.runtime.mistakes import UsageError, usage_errors
 from aliblip.runtime.sameness import Change, changes, told
 from aliblip.training.step import (
@@ -170,6 +170,8 @@ ENTRIES = (
     *("files", "ranks", "momentum", "order", "manifest", "arguments"),
     *("step", "left_out", "left_out_in_a_row", "average_is_due", "best_mean_recall"),
 )
+_KINDS = {"files": dict, "checksums": dict, "ranks": list, "momentum": dict, "order": dict, "manifest": dict}
+_KINDS |= {"arguments": dict} | {field.name: (int, float) for field in fields(Progress)}
 
 
 @dataclass
@@ -270,12 +272,14 @@ def load_checkpoint(folder: Path, training: Training) -> list[dict[str, Any]]:
         states = _tensors(folder, "ranks")
     except UsageError as error:
         raise UsageError(f"{folder} does not fit: {error}") from error
-    if len(state["ranks"]) == world_size():
-        set_random_states(_of_rank(states, rank()), training.device)
-    else:
-        drawn_from = f"{state['order']['seed']} {state['step']} {rank()} {world_size()}"
-        set_seed(int.from_bytes(hashlib.blake2b(drawn_from.encode(), digest_size=4).digest(), "big") >> 1)
-    load_loss_scale_state(training.scaler, _of_rank(states, 0))  # the same on all
+    forged = (LookupError, TypeError, ValueError, RuntimeError)
+    with usage_errors(*forged, told=f"{folder} does not fit: its random states are no such ({{}})"):
+        if len(state["ranks"]) == world_size():
+            set_random_states(_of_rank(states, rank()), training.device)
+        else:
+            drawn_from = f"{state['order']['seed']} {state['step']} {rank()} {world_size()}"
+            set_seed(int.from_bytes(hashlib.blake2b(drawn_from.encode(), digest_size=4).digest(), "big") >> 1)
+        load_loss_scale_state(training.scaler, _of_rank(states, 0))  # the same on all
     barrier()
     return state["ranks"]
 
@@ -288,7 +292,7 @@ def _of_rank(states: dict[str, Tensor], number: int) -> dict[str, Tensor]:
 def _load_momentum(momentum: torch.nn.Module, state: dict[str, Any]) -> None:
     try:
         momentum.load_state_dict(state)
-    except RuntimeError as error:  # on many lines
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:  # on many lines, or made up
         reason = " ".join(str(error).split())
         raise UsageError(f"the momentum encoders or queues are of another model or size: {reason}") from error
 
@@ -337,7 +341,7 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path:
 def order_of(folder: Path) -> dict[str, Any] | None:
     """What the order of the rows of a checkpoint depends on; None where it can't be read, which `read_state` tells."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        order = json.loads((folder / STATE).read_text(encoding="utf-8"))["order"]
+        order = read_json(folder / STATE)["order"]
         facts_of(order)
         return order
     return None
@@ -362,7 +366,10 @@ def read_state(
             that some would be lost or seen twice.
     """
     state = _whole_state(folder)
-    if data := manifest_changes(state["manifest"]):
+    made_up = (LookupError, TypeError, AttributeError)
+    with usage_errors(*made_up, told=f"{folder} is damaged (the manifest of {STATE}: {{}}): {_another(folder)}"):
+        data = manifest_changes(state["manifest"])
+    if data:
         raise UsageError(
             f"the data is not what {folder} was trained on: {told(data)}. Bring the old data back, or start a new run "
             f"from the model in {folder.parent / 'last'}"
@@ -379,17 +386,24 @@ def read_state(
 def _whole_state(folder: Path) -> dict[str, Any]:
     """The `state.json` of a checkpoint of which everything is there."""
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = read_json(folder / STATE)
         of_format = state["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"{folder} is damaged ({STATE} can't be read): {_another(folder)}") from error
     if of_format != FORMAT:
         raise UsageError(
             f"{folder} is of format {of_format}, this version reads {FORMAT}: use the version that wrote it"
         )
     damaged = [f"{STATE} has no {name!r}" for name in ENTRIES if name not in state]
+    damaged += [
+        f"{name!r} of {STATE} is a {type(state[name]).__name__}"
+        for name, kind in _KINDS.items()
+        if name in state and not isinstance(state[name], kind)
+    ]
+    if damaged:
+        raise UsageError(f"{folder} is damaged ({'; '.join(damaged)}): {_another(folder)}")
     if state.get("checksum", _checksum(state)) != _checksum(state):
-        damaged.append(f"the checksum of {STATE} is another")
+        damaged = [f"the checksum of {STATE} is another"]
     damaged += _damage(folder, state)
     if damaged:
         raise UsageError(f"{folder} is damaged ({'; '.join(damaged)}): {_another(folder)}")

@@ -1,0 +1,173 @@
+"""Files of somebody else that are damaged or made up: one line that names them, no traceback, and no gigabytes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+from safetensors.torch import save_file
+
+from aliblip.models.loading import load_pretrained
+from aliblip.models.upload import check_folder
+from aliblip.retrieval import writing
+from aliblip.retrieval.compare import check_comparable
+from aliblip.retrieval.results import check_results_of_others
+from aliblip.retrieval.writing import write
+from aliblip.runtime.mistakes import UsageError
+from aliblip.training.building import build_config
+from aliblip.training.carried import read_momentum
+
+DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
+# Deep enough for what copies it, and not for what reads it.
+DEEP_LIST = json.loads("[" * 900 + "]" * 900)
+
+
+def put(name: str, content: str | bytes):
+    return lambda folder: (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def half(name: str):
+    return lambda folder: (folder / name).write_bytes(
+        (folder / name).read_bytes()[: (folder / name).stat().st_size // 2]
+    )
+
+
+def settings(*tower: str, **fields):
+    """Fields of config.json, or of a tower in it."""
+
+    def change(folder: Path) -> None:
+        content = json.loads((folder / "config.json").read_text())
+        place = content
+        for name in tower:
+            place = place[name]
+        place.update(fields)
+        (folder / "config.json").write_text(json.dumps(content))
+
+    return change
+
+
+def long_titles(folder: Path) -> None:
+    content = json.loads((folder / "processor_config.json").read_text())
+    (folder / "processor_config.json").write_text(json.dumps(content | {"max_length": 1_000_000}))
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04no pickle")
+
+
+DAMAGE = {
+    "half the weights": (half("model.safetensors"), "can't load the model"),
+    "no bytes of weights": (put("model.safetensors", b""), "can't load the model"),
+    "a header of a terabyte": (put("model.safetensors", (2**40).to_bytes(8, "little") + b"{}"), "can't load the model"),
+    "no pickle": (pickled, "can't load the model"),
+    "config.json without end": (put("config.json", DEEP), "config.json of .* nested too deeply"),
+    "config.json nested in one place": (settings(more=DEEP_LIST), "can't load the model"),
+    "config.json is a list": (put("config.json", "[1]"), "config.json of .* holds a list"),
+    "config.json is no text": (put("config.json", b"\xff\xfe\0"), "config.json of .* can't be read"),
+    "tokenizer.json without end": (put("tokenizer.json", DEEP), "can't load the processor"),
+    "half of tokenizer.json": (half("tokenizer.json"), "can't load the processor"),
+    "tokenizer.json is empty": (put("tokenizer.json", "{}"), "can't load the processor"),
+    "tokenizer.json is a list": (put("tokenizer.json", "[]"), "can't load the processor"),
+    "tokenizer_config.json without end": (put("tokenizer_config.json", DEEP), "tokenizer_config.json of .* too deeply"),
+    "numbers for names": (
+        put("processor_config.json", '{"max_length": "x", "image_processor": 7}'),
+        "can't load the processor",
+    ),
+    "titles of a million tokens": (long_titles, "max_length of .* is 1000000"),
+    "a tower that is a word": (settings(vision_config="x"), "vision_config is a str"),
+    "an unknown activation": (settings("vision_config", hidden_act="nope"), "KeyError: 'nope'"),
+    "a list for an activation": (settings("text_config", hidden_act=["x"]), "TypeError: unhashable"),
+    "an unknown type": (settings(dtype="nope"), "no attribute 'nope'"),
+    "ten million layers": (settings("vision_config", num_hidden_layers=10**7), "from 1 to 1000"),
+    "ten million layers of text": (settings("text_config", num_hidden_layers=10**7), "from 1 to 1000"),
+    "16 million pixels": (settings("vision_config", image_size=16_000_000), "image_size is 16000000"),
+    "ten billion words": (settings("text_config", vocab_size=10**10), "vocab_size is 10000000000"),
+    "a width of ten billion": (settings(image_text_hidden_size=10**10), "image_text_hidden_size is 10000000000"),
+    "within all bounds, and 12 billion parameters": (
+        settings("vision_config", num_hidden_layers=60, hidden_size=4096, intermediate_size=16_384),
+        r"describes a model of 12,\d\d\d,\d\d\d,\d\d\d parameters, its weights have",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("damaged") / "whole"
+    processor = tiny.processor()
+    tiny.model(vocab_size=len(processor.tokenizer)).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_model_is_told_in_one_line(whole, tmp_path, case):
+    damage, message = DAMAGE[case]
+    folder = Path(shutil.copytree(whole, tmp_path / "model"))
+    damage(folder)
+    with pytest.raises(UsageError, match=message) as told:
+        load_pretrained(str(folder))
+    assert "\n" not in str(told.value) and str(folder) in str(told.value)
+
+
+def test_photos_have_the_size_of_the_model_whatever_the_processor_says(whole, tmp_path):
+    folder = Path(shutil.copytree(whole, tmp_path / "model"))
+    content = json.loads((folder / "processor_config.json").read_text())
+    content["image_processor"]["size"] = {"height": 10**8, "width": 10**8}
+    (folder / "processor_config.json").write_text(json.dumps(content))
+    assert load_pretrained(str(folder))[1].image_size == 32
+
+
+def test_a_configuration_to_train_from_is_read_with_the_same_care(whole, tmp_path):
+    folder = Path(shutil.copytree(whole, tmp_path / "model"))
+    names = ("vision_config", "text_config", "image_size", "image_text_hidden_size", "temperature_init")
+    args = SimpleNamespace(config_name=str(folder), **dict.fromkeys(names))
+    for damage in (
+        put("config.json", DEEP),
+        settings(more=DEEP_LIST),
+        settings("text_config", num_hidden_layers=10**7),
+    ):
+        shutil.copy(whole / "config.json", folder)
+        damage(folder)
+        with pytest.raises(UsageError) as told:
+            build_config(args, tiny.processor(), [])
+        assert "\n" not in str(told.value)
+
+
+def test_half_the_momentum_is_told_in_one_line(tmp_path):
+    save_file(tiny.model().state_dict(), tmp_path / "momentum.safetensors")
+    half("momentum.safetensors")(tmp_path)
+    with pytest.raises(UsageError, match="momentum.safetensors is no safetensors file") as told:
+        read_momentum(tmp_path)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("content", [DEEP, "[1]", "{", "7"])
+def test_results_and_configurations_that_are_none_are_told_in_one_line(whole, tmp_path, content):
+    folder = Path(shutil.copytree(whole, tmp_path / "model"))
+    for name in ("results.json", "config.json"):
+        (folder / name).write_text(content)
+    for read in (
+        lambda: check_comparable(folder / "results.json"),
+        lambda: check_results_of_others(folder, "model", "data", "test"),
+        lambda: check_folder(folder),
+    ):
+        with pytest.raises(UsageError) as told:
+            read()
+        assert "\n" not in str(told.value) and str(folder) in str(told.value)
+
+
+def test_results_that_find_no_room_are_told_in_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writing, "write_results", full)
+    monkeypatch.setattr(writing, "format_table", lambda results: "")
+    setup = SimpleNamespace(options=None, output_dir=tmp_path)
+    with pytest.raises(UsageError, match=f"can't be written into {tmp_path} .*No space left.*: make room"):
+        write(SimpleNamespace(seconds={}, skipped=[]), {}, setup)
