@@ -19,7 +19,7 @@ from transformers import AutoModel
 import evaluate_retrieval
 import train
 from aliblip import convert
-from aliblip.models import adapters
+from aliblip.retrieval import adapters
 from aliblip.models.loading import load_pretrained
 from aliblip.runtime.mistakes import UsageError
 from aliblip.training import lora
