@@ -6,24 +6,34 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from aliblip.retrieval.plan import image_flops, image_kv_flops, match_flops, text_flops, tokens_per_image
+from aliblip.training.arguments import TrainingArguments
+from aliblip.training.freezing import frozen_parts
 
 
 def training_flops(
-    config, title_tokens: float, queue_size: int, frozen: Iterable[str] = (), adapters: bool = False
+    config,
+    title_tokens: float,
+    queue_size: int,
+    pairs: int = 3,
+    *,
+    frozen: Iterable[str] = (),
+    adapters: bool = False,
 ) -> int:
     """Operations of the matrix products that one sample of a step needs, whatever way they are computed.
 
-    Forward: `image + text + image_kv + 3 match + 4 * 2 K E`, with the pairs of ITM (the own one, a negative photo, a
-    negative title) and the similarities of ITC against K queue slots in E dimensions. The backward pass takes twice as
-    much for what is trained: once for the gradient of the weights, once for that of what comes in. A frozen part has
-    none for its weights, and none at all if nothing below it is trained. The momentum encoders go forward only:
-    `image + text`. What is computed a second time (gradient checkpointing) and what pads a batch is work without a use
-    and is left out, as MFU asks for (https://arxiv.org/abs/2204.02311, appendix B). Two operations a multiply-add.
+    Forward: `image + text + image_kv + pairs * match + 4 * 2 K E`, with the pairs of ITM (the own one, a negative
+    photo, a negative title) and the similarities of ITC against K queue slots in E dimensions. The backward pass takes
+    twice as much for what is trained: once for the gradient of the weights, once for that of what comes in. A frozen
+    part has none for its weights, and none at all if nothing below it is trained. The momentum encoders go forward
+    only: `image + text`. What is computed a second time (gradient checkpointing) and what pads a batch is work without
+    a use and is left out, as MFU asks for (https://arxiv.org/abs/2204.02311, appendix B). Two operations a
+    multiply-add.
 
     Args:
         config: an `AliBlipConfig`.
         title_tokens: mean length of a title in tokens.
         queue_size: slots of the queue.
+        pairs: of ITM, of each row.
         frozen: parts that are not trained, see `aliblip.training.freezing`.
         adapters: small matrices beside those of the model are trained instead. They count as nothing, but gradients
             pass through everything above the first of them, which is nearly all.
@@ -32,17 +42,23 @@ def training_flops(
     image, text = image_flops(config), text_flops(config, length)
     image_kv, match = image_kv_flops(config), match_flops(config, length)
     similarities = 2 * queue_size * config.image_text_hidden_size
-    forward = 2 * (image + text) + image_kv + 3 * match + 4 * similarities
+    forward = 2 * (image + text) + image_kv + pairs * match + 4 * similarities
     if adapters:
-        return forward + image + text + image_kv + 3 * match + 4 * similarities
+        return forward + image + text + image_kv + pairs * match + 4 * similarities
     if not frozen:
-        return forward + 2 * (image + text + image_kv + 3 * match + 2 * similarities)
+        return forward + 2 * (image + text + image_kv + pairs * match + 2 * similarities)
     backward = 2 * image * ("vision" not in frozen) + 2 * text * ("text" not in frozen)
     backward += image_kv * (("cross_attention" not in frozen) + ("vision" not in frozen))
-    backward += 3 * sum(_match_layer_backward(config, length, layer, frozen) for layer in range(_depth(config)))
+    backward += pairs * sum(_match_layer_backward(config, length, layer, frozen) for layer in range(_depth(config)))
     if not {"vision", "text", "projections"} <= frozen:
         backward += 4 * similarities
     return forward + backward
+
+
+def sample_flops(config, args: TrainingArguments, title_tokens: float) -> int:
+    """`training_flops` of a run with these arguments."""
+    frozen, adapters = frozen_parts(args.freeze), args.lora_rank is not None
+    return training_flops(config, title_tokens, args.queue_size, frozen=frozen, adapters=adapters)
 
 
 @dataclass(frozen=True)
@@ -97,4 +113,4 @@ def _depth(config) -> int:
     return config.text_config.num_hidden_layers
 
 
-__all__ = ["training_flops"]
+__all__ = ["sample_flops", "training_flops"]

@@ -57,8 +57,7 @@ from aliblip.training.checkpoint import (
 from aliblip.training.compiling import CompiledTowers
 from aliblip.training.evaluations import evaluations_of
 from aliblip.training.feed import Feed
-from aliblip.training.flops import training_flops
-from aliblip.training.freezing import frozen_parts
+from aliblip.training.flops import sample_flops
 from aliblip.training.meters import Meters, peak_tflops_of
 from aliblip.training.momentum import Targets
 from aliblip.training.objective import ObjectiveOutput
@@ -161,9 +160,8 @@ class Run:
         """Of this process."""
         device, precision = self.accelerator.device, self.accelerator.mixed_precision
         peak = peak_tflops_of(device, precision, self.args.peak_tflops)
-        config, slots = self.training.model.config, self.args.queue_size
-        frozen, adapters = frozen_parts(self.args.freeze), self.args.lora_rank is not None
-        return Meters(device, lambda tokens: training_flops(config, tokens, slots, frozen, adapters), peak)
+        config, args = self.training.model.config, self.args
+        return Meters(device, lambda tokens: sample_flops(config, args, tokens), peak)
 
     # --- the begin ----------------------------------------------------------------------------------------------------
 
