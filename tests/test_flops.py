@@ -37,9 +37,9 @@ def test_training_flops_are_those_that_torch_counts(rows, length, queue, negativ
 def test_patches_that_are_left_out_take_nothing(frozen):
     model = tiny.model(vision_config={"hidden_size": 64}, text_config={"hidden_size": 48, "intermediate_size": 96})
     freeze(model, frozen)
-    told = training_flops(model.config, 9, 32, frozen, patch_dropout=0.5)
+    told = training_flops(model.config, 9, 32, frozen=frozen, patch_dropout=0.5)
     assert counted(model, 4, 9, 32, patch_dropout=0.5) == pytest.approx(told, rel=0.03)
-    assert told < training_flops(model.config, 9, 32, frozen)
+    assert told < training_flops(model.config, 9, 32, frozen=frozen)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_frozen_parts_take_what_torch_counts(frozen):
     text = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3}
     model = tiny.model(vision_config={"hidden_size": 64}, text_config=text)
     freeze(model, frozen)
-    told = training_flops(model.config, 13, 64, frozen)
+    told = training_flops(model.config, 13, 64, frozen=frozen)
     assert counted(model, 4, 13, 64) == pytest.approx(told, rel=0.03)
     assert told < training_flops(model.config, 13, 64)
 
@@ -67,5 +67,5 @@ def test_frozen_parts_take_what_torch_counts(frozen):
 def test_nothing_is_counted_as_frozen_of_a_model_that_is_trained():
     config = tiny.config()
     everything = training_flops(config, 13, 64)
-    only_the_head = training_flops(config, 13, 64, ["itm_head"])
+    only_the_head = training_flops(config, 13, 64, frozen=["itm_head"])
     assert only_the_head == pytest.approx(everything, rel=0.001)  # both ways of counting say the same

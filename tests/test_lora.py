@@ -19,8 +19,8 @@ from transformers import AutoModel
 import evaluate_retrieval
 import train
 from aliblip import convert
-from aliblip.retrieval import adapters
 from aliblip.models.loading import load_pretrained
+from aliblip.retrieval import adapters
 from aliblip.runtime.mistakes import UsageError
 from aliblip.training import lora
 from aliblip.training.arguments import ModelArguments, TrainingArguments

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from aliblip.retrieval.plan import image_flops, image_kv_flops, match_flops, text_flops, tokens_per_image
 from aliblip.training.arguments import TrainingArguments
 from aliblip.training.freezing import frozen_parts
 from aliblip.training.patches import patches_kept
 
-__all__ = ["flops_options", "pairs_of_a_row", "training_flops"]
+__all__ = ["pairs_of_a_row", "sample_flops", "training_flops"]
 
 
 def pairs_of_a_row(itm_negatives: int, itm_queue_titles: int) -> int:
@@ -19,24 +18,27 @@ def pairs_of_a_row(itm_negatives: int, itm_queue_titles: int) -> int:
     return 1 + 2 * itm_negatives + itm_queue_titles
 
 
-def flops_options(args: TrainingArguments) -> dict[str, Any]:
-    """What of a run's arguments `training_flops` asks for."""
-    return {
-        "frozen": frozen_parts(args.freeze),
-        "adapters": args.lora_rank is not None,
-        "pairs": pairs_of_a_row(args.itm_negatives, args.itm_queue_titles),
-        "patch_dropout": args.patch_dropout,
-    }
+def sample_flops(config, args: TrainingArguments, title_tokens: float) -> int:
+    """`training_flops` of a run with these arguments."""
+    return training_flops(
+        config,
+        title_tokens,
+        args.queue_size,
+        pairs_of_a_row(args.itm_negatives, args.itm_queue_titles),
+        frozen=frozen_parts(args.freeze),
+        adapters=args.lora_rank is not None,
+        patch_dropout=args.patch_dropout,
+    )
 
 
 def training_flops(
     config,
     title_tokens: float,
     queue_size: int,
-    frozen: Iterable[str] = (),
-    *,
-    adapters: bool = False,
     pairs: int = 3,
+    *,
+    frozen: Iterable[str] = (),
+    adapters: bool = False,
     patch_dropout: float = 0.0,
 ) -> int:
     """Operations of the matrix products that one sample of a step needs, whatever way they are computed.
@@ -52,8 +54,8 @@ def training_flops(
         config: an `AliBlipConfig`.
         title_tokens: mean length of a title in tokens.
         queue_size: slots of the queue.
-        frozen: parts that are not trained, see `aliblip.training.freezing`.
         pairs: of ITM, of each row.
+        frozen: parts that are not trained, see `aliblip.training.freezing`.
         patch_dropout: share of the patches that the trained tower leaves out.
         adapters: small matrices beside those of the model are trained instead. They count as nothing, but gradients
             pass through everything above the first of them, which is nearly all.

@@ -14,7 +14,7 @@ from aliblip.retrieval.evaluation import DEFAULT_K_RERANK
 from aliblip.retrieval.plan import memory_plan
 from aliblip.training.checkpoint import checkpoints
 from aliblip.training.evaluations import evaluations_of
-from aliblip.training.flops import flops_options, training_flops
+from aliblip.training.flops import sample_flops
 from aliblip.training.memory import State
 from aliblip.training.setup import Start
 
@@ -33,7 +33,7 @@ class TrainingPlan:
         total_steps: of the whole run.
         epochs: of the whole run.
         rows_per_step: rows of a step.
-        sample_flops: operations for one row in a step, `training_flops`.
+        sample_flops: operations for one row in a step, `sample_flops`.
         evaluations: that are due.
         evaluation_flops: operations of one of them.
     """
@@ -83,7 +83,7 @@ def training_plan(start: Start, title_tokens: float) -> TrainingPlan:
         total_steps=start.total_steps,
         epochs=start.total_steps / per_epoch,
         rows_per_step=args.gradient_accumulation_steps * start.processes * args.per_device_train_batch_size,
-        sample_flops=training_flops(config, title_tokens, args.queue_size, **flops_options(args)),
+        sample_flops=sample_flops(config, args, title_tokens),
         evaluations=evaluations,
         evaluation_flops=evaluation_flops,
     )

@@ -57,7 +57,7 @@ from aliblip.training.checkpoint import (
 from aliblip.training.compiling import CompiledTowers
 from aliblip.training.evaluations import evaluations_of
 from aliblip.training.feed import Feed
-from aliblip.training.flops import flops_options, training_flops
+from aliblip.training.flops import sample_flops
 from aliblip.training.meters import Meters, peak_tflops_of
 from aliblip.training.momentum import Targets
 from aliblip.training.objective import ObjectiveOutput
@@ -162,9 +162,8 @@ class Run:
         """Of this process."""
         device, precision = self.accelerator.device, self.accelerator.mixed_precision
         peak = peak_tflops_of(device, precision, self.args.peak_tflops)
-        config, slots = self.training.model.config, self.args.queue_size
-        options = flops_options(self.args)
-        return Meters(device, lambda tokens: training_flops(config, tokens, slots, **options), peak)
+        config, args = self.training.model.config, self.args
+        return Meters(device, lambda tokens: sample_flops(config, args, tokens), peak)
 
     # --- the begin ----------------------------------------------------------------------------------------------------
 
@@ -474,8 +473,9 @@ class Run:
 
     def _set_fusion_weight(self) -> None:
         """Match logits that the listwise loss has trained are on the scale of ITC's logits, similarity / temperature:
-        by their sum such a model orders what it finds. Others keep the weight of their configuration."""
-        if self.args.itm_listwise:
+        by their sum such a model orders what it finds. Others keep the weight of their configuration, and so do
+        adapters, which are saved without one."""
+        if self.args.itm_listwise and self.args.lora_rank is None:
             model = self.training.model
             model.config.fusion_weight = round(1.0 / fp32_value(model.temp).item(), 4)
 
