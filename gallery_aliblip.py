@@ -124,7 +124,8 @@ class MemoryGallery:
         return len(self.items)
 
     def __repr__(self) -> str:
-        return f"MemoryGallery of {len(self):,} {self.kind} items, {self.vectors.shape[1]} wide"
+        what = "photos" if self.kind == "image" else "titles"
+        return f"MemoryGallery of {len(self):,} {what}, {self.vectors.shape[1]} wide"
 
     def snapshot(self) -> "MemoryGallery":
         """Itself, since it never changes."""

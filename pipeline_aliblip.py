@@ -194,7 +194,7 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
         if kind is None:
             raise ValueError("there is nothing to search in: give gallery= a Gallery, its folder, or a list of items")
         if direction is not None and not direction.endswith(kind):
-            raise ValueError(f"direction is {direction!r}, but the gallery holds {kind} items")
+            raise ValueError(f"direction is {direction!r}, but the gallery holds {kind}s")
         if query_column is not None:
             query = query[query_column]
         if query is None or isinstance(query, (bool, int, float)):

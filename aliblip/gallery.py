@@ -75,7 +75,9 @@ class GalleryDataArguments(DataArguments):
 class GalleryArguments:
     """How to build or change a gallery."""
 
-    model_name_or_path: str | None = option(None, "Folder or Hub name of the model, or an original file (required).")
+    model_name_or_path: str | None = option(
+        None, "Folder or Hub name of the model, or an original file (required to build and to put rows in)."
+    )
     tokenizer_name: str | None = option(
         None, "Folder, vocab.txt or Hub name (default: the model's own; for original files bert-base-uncased)."
     )

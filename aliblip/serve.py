@@ -32,6 +32,7 @@ import dataclasses
 import importlib.util
 import os
 import re
+import socket
 import tempfile
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,7 @@ from aliblip.retrieval.page_search import MAX_RERANK, MAX_TOP_K, Searcher
 from aliblip.retrieval.tables import is_address, library
 from aliblip.runtime.arguments import check_range, json_mapping, option, parse
 from aliblip.runtime.installation import install_hint
-from aliblip.runtime.mistakes import UsageError, first_line, main_with_usage_errors
+from aliblip.runtime.mistakes import UsageError, first_line, main_with_usage_errors, usage_errors
 from pipeline_aliblip import AliBlipImageTextRetrievalPipeline
 
 
@@ -138,6 +139,21 @@ def check(options: ServeArguments) -> None:
         max_upload_mb=(options.max_upload_mb, 1, 512),
     )
     _check_gallery(options)
+
+
+def check_address(options: ServeArguments) -> None:
+    """Whether the page can listen where it is to, before a model is loaded for it.
+
+    Raises:
+        UsageError: the port is taken, or the name is not one of this machine.
+    """
+    name = options.server_name or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1"
+    told = f"can't start the server on {name} ({{}}): give another --server_port or --server_name"
+    with usage_errors(OSError, told=told):
+        family, kind, _, _, address = socket.getaddrinfo(name, options.server_port or 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
 
 
 def _check_gallery(options: ServeArguments) -> None:
@@ -236,10 +252,11 @@ def tell(searcher: Searcher, options: ServeArguments) -> None:
     print(f"below the photos: {', '.join(searcher.show_columns) or 'the id'}; filters: {filters or 'none'}")
     reason = searcher.unreadable()
     if reason is not None:
+        or_folder = "" if "neither" in reason else ", or give the folder of its photos as --photo_root"
         no_match = "" if gallery.has_tokens or not options.rerank else " Nor can titles be re-ranked without them."
         print(
-            f"note: the photos of this gallery can't be shown: {reason}. Build it with python -m aliblip.gallery "
-            f"--thumbnails 384, or give their folder as --photo_root.{no_match}"
+            f"note: the photos of this gallery can't be shown: {reason}. Build it with thumbnails (python -m "
+            f"aliblip.gallery --thumbnails 384, thumbnails=True in Python){or_folder}.{no_match}"
         )
     print(end="", flush=True)
 
@@ -291,13 +308,20 @@ def from_environment(options: ServeArguments) -> ServeArguments:
 def main() -> int:
     (options,) = parse([ServeArguments], description=__doc__)
     options = from_environment(options)
+    check(options)
+    check_address(options)
     searcher = open_searcher(options)
     blocks = drawn(searcher, options)
     try:
-        blocks.launch(server_name=options.server_name, server_port=options.server_port)
+        # Gradio's own lines propose what is no flag here.
+        blocks.launch(
+            server_name=options.server_name, server_port=options.server_port, quiet=True, prevent_thread_lock=True
+        )
     except OSError as error:  # a port that is taken, a name that is not ours; then Gradio tells of its own settings
         told = first_line(error).split(". ")[0]
         raise UsageError(f"can't start the server ({told}): give another --server_port or --server_name") from error
+    print(f"Running on {blocks.local_url} (Ctrl-C ends it)", flush=True)
+    blocks.block_thread()
     return 0
 
 

@@ -77,7 +77,7 @@ def test_build_equals_embedding_by_hand(model, processor, paths, built):
         {"row": BROKEN, "name": paths[BROKEN], "reason": "the file is not an image of a known format"}
     ]
     assert len(built) == COUNT - 1 and built.has_tokens and built.kind == "image" and built.width == 16
-    assert f"Gallery of 20 image items, 16 wide, with image tokens: {built.uri}" == repr(built)
+    assert f"Gallery of 20 photos, 16 wide, with image tokens: {built.uri}" == repr(built)
     built.check_model(Encoder(model, processor).fingerprint)
 
 
@@ -307,7 +307,9 @@ def test_places_that_hold_something_else(nothing_is_embedded, paths, built, tmp_
         for overwrite in (False, True):
             with pytest.raises(UsageError, match=message):
                 build(paths, place, overwrite=overwrite)
-    with pytest.raises(UsageError, match="holds a gallery: give a new place .uri., or overwrite=True to replace it"):
+    with pytest.raises(
+        UsageError, match="give a new place .uri., put rows into it .upsert., or overwrite=True to replace it"
+    ):
         build(paths, built.uri)
     assert (tmp_path / "thesis" / "thesis.txt").read_text() == "years of work"
 

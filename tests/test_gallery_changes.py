@@ -166,7 +166,7 @@ def test_changes_that_are_refused_change_nothing(paths, built, tmp_path):
         ({}, "remove takes either ids or where"),
         ({"ids": ["a"], "where": "price < 3"}, "remove takes either ids or where"),
         ({"ids": "sku-1"}, "ids is 'sku-1': give a list"),
-        ({"ids": [3]}, "the gallery's ids are text"),
+        ({"ids": [3]}, "3 is no id of this gallery: its ids are text"),
         ({"where": "colour = 3"}, "the filter 'colour = 3' can't be used"),
         ({"where": {}}, "the filter is empty"),
         ({"where": " "}, "the filter is empty"),
@@ -261,7 +261,7 @@ def test_optimize_joins_pieces_and_removes_old_versions(tmp_path):
     }
     assert len(follower.search(unit_vectors(1), 99)[0]) == 50
     snapshot._cache._kept = None
-    with pytest.raises(UsageError, match="has been removed by optimize"):
+    with pytest.raises(UsageError, match="is no longer there, optimize.. removes old ones"):
         snapshot.search(unit_vectors(1), 3)
     gallery.optimize()  # nothing to do
 

@@ -73,7 +73,7 @@ def test_the_command_gives_the_same_gallery_with_any_number_of_processes(saved, 
     assert "20 rows: no index of the vectors, exact search is fast enough; indexed for filters: " in one.stdout
     assert f"  skipped row {BROKEN}, '005.png': the file is not an image of a known format" in one.stdout
     assert (
-        f"Gallery of 20 image items, 16 wide, with image tokens: {tmp_path / 'one'}; rows that could not be used: 1"
+        f"Gallery of 20 photos, 16 wide, with image tokens: {tmp_path / 'one'}; rows that could not be used: 1"
         in one.stdout
     )
     assert printed[-1] == f"next: python -m aliblip.serve --model_name_or_path {saved} --gallery {tmp_path / 'one'}"
@@ -89,8 +89,8 @@ def test_the_command_gives_the_same_gallery_with_any_number_of_processes(saved, 
         assert columns[0].equals(columns[1]), name
     again = run_command(*command(*given, "--output_dir", tmp_path / "one"))
     assert again.returncode == 2 and again.stderr.strip().splitlines()[-1] == (
-        f"aliblip.gallery: error: {tmp_path / 'one'} holds a gallery: give a new place (--output_dir), or "
-        "--overwrite_output_dir to replace it"
+        f"aliblip.gallery: error: {tmp_path / 'one'} holds a gallery: give a new place (--output_dir), "
+        "put rows into it (--upsert), or --overwrite_output_dir to replace it"
     )
 
 
@@ -110,14 +110,14 @@ def test_a_folder_of_photos_then_changes(saved, paths, catalogue, tmp_path, caps
     given = [*model, "--data_files", tmp_path / "new.jsonl", "--image_dir", Path(paths[0]).parent, "--id_column", "id"]
     assert main(command(*given, "--output_dir", place, "--upsert")) == 0
     printed = capsys.readouterr().out
-    assert f"rows of the data: 2; Gallery of 20 image items, 16 wide: {place}" in printed
+    assert f"rows of the data: 2; Gallery of 20 photos, 16 wide: {place}" in printed
     assert "rows inserted: 1; replaced: 1; columns that the gallery does not have, which are left out: x (1)" in printed
-    assert "Gallery of 21 image items" in printed
+    assert "Gallery of 21 photos" in printed
 
     assert main(["--output_dir", str(place), "--remove_where", "id IN ('new', '001.png') OR id = 'none'"]) == 0
-    assert capsys.readouterr().out == f"rows removed: 2; Gallery of 19 image items, 16 wide: {place}\n"
+    assert capsys.readouterr().out == f"rows removed: 2; Gallery of 19 photos, 16 wide: {place}\n"
     assert main(["--output_dir", str(place), "--optimize"]) == 0
-    assert capsys.readouterr().out == f"optimized: Gallery of 19 image items, 16 wide: {place}\n"
+    assert capsys.readouterr().out == f"optimized: Gallery of 19 photos, 16 wide: {place}\n"
     assert len(made) == 19
 
 

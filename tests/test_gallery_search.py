@@ -178,7 +178,7 @@ def test_values_sample_get_and_count(tmp_path):
     assert [row["id"] for row in gallery.get(["item 7", "nowhere", "item 2"])] == ["item 7", "item 2"]
     assert len(gallery.get([f"item {n}" for n in range(300)] * 5)) == 1500
     assert gallery.count() == 300 and gallery.count({"few": None}) == 100 == gallery.count("few IS NULL")
-    with pytest.raises(UsageError, match="can't be used"):
+    with pytest.raises(UsageError, match="3 is no id of this gallery: its ids are text"):
         gallery.get([3])
 
 

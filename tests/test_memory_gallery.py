@@ -64,7 +64,7 @@ def test_photos_equal_embedding_by_hand(encoder, paths):
     torch.testing.assert_close(gallery.vectors[: COUNT - 1], vectors, atol=1e-5, rtol=0)
     assert gallery.items[BROKEN] == {"id": paths[GOOD[BROKEN]], "path": paths[GOOD[BROKEN]]}
     assert gallery.skipped == [{"id": paths[BROKEN], "reason": "the file is not an image of a known format"}]
-    assert len(gallery) == COUNT - 1 and repr(gallery) == "MemoryGallery of 20 image items, 16 wide"
+    assert len(gallery) == COUNT - 1 and repr(gallery) == "MemoryGallery of 20 photos, 16 wide"
     hits = gallery.search(vectors[:2], 3)[0]
     assert hits[0]["id"] == hits[0]["path"] == paths[0] and hits[0]["itc"] == pytest.approx(1, abs=1e-5)
     again = MemoryGallery.build(encoder, paths)

@@ -278,7 +278,7 @@ def test_filters_and_columns(pipe, paths, titles, tmp_path):
 def test_mistakes(pipe, paths, titles, gallery, text_gallery, tmp_path):
     for call, message in (
         ({}, "nothing to search in: give gallery="),
-        ({"gallery": gallery, "direction": "image-to-text"}, "'image-to-text', but the gallery holds image items"),
+        ({"gallery": gallery, "direction": "image-to-text"}, "'image-to-text', but the gallery holds images"),
         ({"gallery": gallery, "direction": "sideways"}, "choose one of text-to-image, image-to-text"),
         ({"gallery": gallery, "top_k": 0}, "top_k is 0: give a whole number of at least 1"),
         ({"gallery": gallery, "rerank": -1}, "rerank is -1"),

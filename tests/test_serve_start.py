@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import re
 import shutil
+import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,7 +67,7 @@ def test_a_second_start_takes_the_kept_gallery_and_notices_other_photos(photos, 
     assert (options.model_name_or_path, options.top_k, options.rerank) == (str(model), 7, 64)
     first = serve.open_searcher(options)
     told = capsys.readouterr().out
-    assert "9 image items" in told and "unusable photos, left out: 1" in told
+    assert "9 photos" in told and "unusable photos, left out: 1" in told
     assert "below the photos: the id; filters: none" in told and "can't be shown" not in told
     before, wanted = files(photos.kept), first.by_title(TITLES[3], 3, 6).results
     assert before
@@ -303,6 +304,19 @@ def test_bad_flags_are_told_before_anything_is_loaded(given, message, tmp_path, 
     fine = {"model_name_or_path": str(tmp_path), "gallery": str(tmp_path)}
     with pytest.raises(UsageError, match=re.escape(message)):
         serve.open_searcher(ServeArguments(**(fine | given)))
+
+
+def test_a_place_where_the_page_can_not_listen_is_told_before_anything_is_loaded():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for options in ({"server_port": port}, {"server_name": "198.51.100.7"}):
+            with pytest.raises(
+                UsageError, match="can't start the server on .*: give another --server_port or --server_n"
+            ):
+                serve.check_address(ServeArguments(**options))
+    serve.check_address(ServeArguments(server_port=port))
 
 
 def test_without_gradio_one_line_says_what_to_install(monkeypatch):

@@ -22,12 +22,13 @@ def why_missing(path: str) -> str:
     """That the file of a photo is missing, where it was looked for, and what is there instead."""
     folder, name = os.path.split(path)
     told = f"{MISSING}: {path}"
-    if not os.path.isdir(folder):
+    if not os.path.isdir(folder or os.curdir):
         there = folder
         while there and not os.path.isdir(there):
             missing, there = there, os.path.dirname(there)
         return f"{told}; there is no folder {missing}{_archives(there or '.')}"
     stem, ending = os.path.splitext(name)
+    folder = folder or os.curdir
     names = _names_in(folder, os.stat(folder).st_mtime_ns)
     if (same := names.get(_key(name))) is not None:
         how = "whose letters are stored otherwise" if same.lower() != name.lower() else "with other capitals"

@@ -91,6 +91,8 @@ def _undecoded(request: Request, rows: Iterable[Any]) -> tuple[Sequence[Any], An
             f"{request.name} is a {_kind_of(rows)}: give a list of dictionaries (a DataFrame's to_dict('records'), a "
             "table's to_pylist())"
         )
+    if not is_of_datasets and not isinstance(rows, Iterable) and not hasattr(rows, "__getitem__"):
+        raise UsageError(f"{request.name} is {rows!r}: give a list or a data set")
     if not is_of_datasets:
         return (rows if hasattr(rows, "__len__") and hasattr(rows, "__getitem__") else list(rows)), None
     if not hasattr(rows, "__len__"):

@@ -43,6 +43,7 @@ from aliblip.retrieval.tables import (
     ID,
     ITEMS,
     KINDS,
+    LARGEST_THUMBNAIL,
     PATH,
     PHOTO_ROOT,
     SKIPPED,
@@ -53,6 +54,7 @@ from aliblip.retrieval.tables import (
     WRITER_LOCK,
     Facts,
     changed,
+    enough_room,
     indexed_columns,
     is_address,
     is_conflict,
@@ -65,7 +67,7 @@ from aliblip.retrieval.tables import (
     tidy_uri,
 )
 from aliblip.runtime.distributed import is_main, rank, together, world_size
-from aliblip.runtime.mistakes import UsageError
+from aliblip.runtime.mistakes import UsageError, usage_errors
 from aliblip.runtime.owners import OWNER, Owner
 from aliblip.runtime.parts import Parts
 from encoder_aliblip import TOKEN_TYPE, fingerprint
@@ -177,7 +179,7 @@ class Build:
     def _check_place(self) -> None:
         """Refuse a place that holds something else, or a gallery that is not to be replaced."""
         # A build that has not come to its end may have been killed after its commit.
-        is_begun = (self.parts_dir / f"{BUILD}.json").is_file()
+        is_begun = os.path.isfile(self.parts_dir / f"{BUILD}.json")
         check_place(self.uri, self.overwrite or is_begun, self.storage_options, self.flag)
 
     def _check_ids(self) -> bool:
@@ -245,6 +247,7 @@ class Build:
         """
         with ExitStack() as stack:
             together(True, lambda: stack.enter_context(self._alone()), "begin the build")  # collective
+            stack.enter_context(enough_room())
             return self._run(model, processor, progress, before_end)
 
     def _run(self, model, processor, progress: bool, before_end: Callable[[], None] | None) -> Lost:
@@ -322,7 +325,8 @@ class Build:
         if is_address(self.uri):
             place = Path(tempfile.gettempdir(), f"aliblip-{_digest(self.uri)}{OWNER}")
         else:
-            os.makedirs(self.uri, exist_ok=True)
+            with usage_errors(OSError, told=f"the folder {self.uri} can't be made ({{}}): give another place"):
+                os.makedirs(self.uri, exist_ok=True)
             place = Path(self.uri, OWNER)
         with Owner.of(self.uri, "a build of the gallery", tell=logger.warning, place=place):
             yield
@@ -533,8 +537,11 @@ def check_options(
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise UsageError(f"{flag(name)} is {value!r}: give a whole number of at least {least}")
-    if not isinstance(thumbnails, (bool, int)) or not (isinstance(thumbnails, bool) or 16 <= thumbnails <= 4096):
-        raise UsageError(f"{flag('thumbnails')} is {thumbnails!r}: give the longest side, 16 to 4096 pixels")
+    is_side = isinstance(thumbnails, int) and 16 <= thumbnails <= LARGEST_THUMBNAIL
+    if not (isinstance(thumbnails, bool) or is_side):
+        raise UsageError(
+            f"{flag('thumbnails')} is {thumbnails!r}: give the longest side, 16 to {LARGEST_THUMBNAIL} pixels"
+        )
     if kind == "text" and (store_tokens or thumbnails):
         name, what = ("store_tokens", "image tokens") if store_tokens else ("thumbnails", "thumbnails")
         raise UsageError(f"{flag(name)}: titles have no {what}, leave it out")
@@ -552,14 +559,16 @@ def check_place(
         _refuse_something_else(Path(uri))
     if not overwrite and table_exists(uri, storage_options=storage_options):
         raise UsageError(
-            f"{uri} holds a gallery: give a new place ({flag('uri')}), or {flag('overwrite', True)} to replace it"
+            f"{uri} holds a gallery: give a new place ({flag('uri')}), put rows into it ({flag('upsert')}), or "
+            f"{flag('overwrite', True)} to replace it"
         )
 
 
 def _refuse_something_else(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file: give a folder")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
+        there = next(place for place in (folder, *folder.parents) if os.path.exists(place))
+        if not os.path.isdir(there):
+            raise UsageError(f"{there} is a file: give a folder, in another place")
         return
     ours = (f"{ITEMS}.lance", f"{SKIPPED}.lance", BUILD)
     found = [path.name for path in folder.iterdir() if path.name != WRITER_LOCK and not path.name.startswith(OWNER)]
@@ -672,6 +681,8 @@ def _unit_table(
         columns[TEXT] = pa.array(taken(unit.texts), pa.string())
     if facts.thumbnail_side is not None:
         columns[THUMBNAIL] = pa.array(taken(unit.thumbnails), pa.binary())
+    for name in schema.names:  # somebody else's, of which no row knows
+        columns.setdefault(name, pa.nulls(len(chosen), schema.field(name).type))
     if facts.token_shape is not None:
         bits = taken(unit.image_tokens[unit.photo]).contiguous().view(torch.int16).numpy().reshape(-1)
         columns[TOKENS] = pa.FixedSizeListArray.from_arrays(pa.array(bits), schema.field(TOKENS).type.list_size)

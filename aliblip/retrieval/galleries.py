@@ -68,17 +68,21 @@ from aliblip.retrieval.tables import (
     Facts,
     LanceMissing,
     changed,
+    enough_room,
     indexed_columns,
     is_address,
+    is_damage,
+    is_from_lance,
     lance_options,
     library,
     one_writer,
     open_dataset,
+    reason_of,
     tidy_uri,
 )
 from aliblip.retrieval.upserting import UpsertReport, merged, upserted
 from aliblip.retrieval.vector_rows import as_rows, write_vectors
-from aliblip.retrieval.views import AT_ONCE, IndexReport, View, checked_queries, ids_column, photo_at
+from aliblip.retrieval.views import AT_ONCE, IndexReport, View, checked_ids, checked_queries, photo_at
 from aliblip.retrieval.where import Where, literal
 from aliblip.runtime.installation import install_hint
 from aliblip.runtime.mistakes import UsageError
@@ -156,6 +160,8 @@ class Gallery:
             UsageError: no gallery, one that was not built to its end, an unknown version; LanceDB is not installed.
         """
         library()
+        if version is not None and (isinstance(version, bool) or not isinstance(version, int) or version < 1):
+            raise UsageError(f"version is {version!r}: give the number of one, see Gallery.versions()")
         from_hub = is_hub_name(uri)
         place = downloaded(uri, revision, token) if from_hub else tidy_uri(uri)
         if from_hub or is_download(place):
@@ -327,7 +333,7 @@ class Gallery:
         view = self._now()
         tokens = ", with image tokens" if self.has_tokens else ""
         index = f", index {view.index.kind}" if view.index else ""
-        return f"Gallery of {view.rows:,} {self.kind} items, {self.width} wide{tokens}{index}: {self.uri}"
+        return f"Gallery of {view.rows:,} {view.facts.items}, {self.width} wide{tokens}{index}: {self.uri}"
 
     @property
     def kind(self) -> str:
@@ -443,20 +449,28 @@ class Gallery:
 
     def _reading(self, work: Any) -> Any:
         """Do `work(view)`; once more where the files of that version have meanwhile been removed."""
-        try:
-            return work(self._now())
-        except UsageError:
-            raise
-        except (OSError, ValueError) as error:  # Arrow makes ValueErrors of some of Lance's
-            if "not found" not in str(error).lower():
+        for is_last in (self._pinned is not None, True):
+            try:
+                return work(self._now())
+            except UsageError:
                 raise
-            if self._pinned is not None:
-                raise UsageError(
-                    f"version {self._pinned} of the gallery {self.uri} has been removed by optimize(): open it again"
-                ) from error
-        with self._lock:  # the folder may hold another gallery by now
-            self._view, self._cache = None, VectorCache()
-        return work(self._now())
+            except (OSError, ValueError, RuntimeError) as error:  # Arrow makes ValueErrors of some of Lance's
+                is_gone = "not found" in str(error).lower()
+                if not is_from_lance(error) or not (is_gone or is_damage(error)):
+                    raise
+                if is_gone and self._pinned is not None:
+                    raise UsageError(
+                        f"version {self._pinned} of the gallery {self.uri} is no longer there, optimize() removes old "
+                        "ones: open the gallery again"
+                    ) from error
+                if is_last or not is_gone:
+                    raise UsageError(
+                        f"files of the gallery {self.uri} are gone or damaged ({reason_of(error)}): open an older "
+                        "version, or build it again"
+                    ) from error
+            with self._lock:  # the folder may hold another gallery by now
+                self._view, self._cache = None, VectorCache()
+        raise AssertionError("the last try returns or raises")
 
     def count(self, where: Where | None = None, values: Mapping[str, Any] | None = None) -> int:
         """How many items a filter leaves."""
@@ -473,7 +487,7 @@ class Gallery:
         Raises:
             UsageError: an unknown column, or an id of another type.
         """
-        ids = list(ids)
+        ids = checked_ids(ids, self._now().schema)
 
         def got(view: View) -> list[dict[str, Any]]:
             found = view.with_ids(ids, view.names(columns))
@@ -575,7 +589,10 @@ class Gallery:
         positions, tokens = self._reading(lambda view: view.take_tokens(wanted))
         places = {position: place for place, position in enumerate(positions)}
         if missing := [hit[ID] for hit in hits if int(hit["position"]) not in places]:
-            raise UsageError(f"the item {missing[0]!r} is no longer in the gallery: search again")
+            raise UsageError(
+                f"the item {missing[0]!r} is no longer in the gallery, or has no image tokens (upsert_vectors() puts "
+                "none in): search again, or with rerank=0"
+            )
         return tokens[[places[position] for position in wanted]]
 
     def _original(self, hit: Mapping[str, Any]):
@@ -634,23 +651,24 @@ class Gallery:
         if model is None or processor is None:
             raise UsageError("upsert needs model and processor, or encoder: give those that the gallery was built with")
         self.check_model(fingerprint(model, processor) if encoder is None else encoder.fingerprint)
-        report = upserted(
-            source,
-            self.uri,
-            view.schema,
-            view.facts,
-            view.photo_root,
-            model,
-            processor,
-            id_column=id_column,
-            batch_size=batch_size,
-            dtype=dtype,
-            num_workers=num_workers,
-            duplicates=duplicates,
-            progress=progress,
-            storage_options=self._options,
-            flag=flag,
-        )
+        with enough_room():
+            report = upserted(
+                source,
+                self.uri,
+                view.schema,
+                view.facts,
+                view.photo_root,
+                model,
+                processor,
+                id_column=id_column,
+                batch_size=batch_size,
+                dtype=dtype,
+                num_workers=num_workers,
+                duplicates=duplicates,
+                progress=progress,
+                storage_options=self._options,
+                flag=flag,
+            )
         if report.skipped or report.lost.told():
             logger.warning(str(report))
         self._tell_of_many_fragments()
@@ -696,7 +714,7 @@ class Gallery:
         view = self._writable()
         text = None
         if ids is not None:
-            ids = ids_column(ids, view.schema)
+            ids = pa.array(list(dict.fromkeys(checked_ids(ids, view.schema))), view.schema.field(ID).type)
         elif not where:
             raise UsageError("the filter is empty: give a condition")
         else:
@@ -745,8 +763,10 @@ class Gallery:
         Raises:
             UsageError: an unknown kind or column, too few rows for the kind.
         """
+        if isinstance(measure_recall, bool) or not isinstance(measure_recall, int) or measure_recall < 0:
+            raise UsageError(f"measure_recall is {measure_recall!r}: give a number of vectors, or 0")
         view, start = self._writable(), time.perf_counter()
-        names = view.names(list(columns))[1:]
+        names = view.names(columns)[1:]
         if not vectors:
             settings = None
         elif settings is None:
@@ -785,6 +805,8 @@ class Gallery:
 
         Call it after many changes. Searches and changes go on meanwhile.
         """
+        if not isinstance(keep, timedelta) or keep < timedelta(0):
+            raise UsageError(f"keep is {keep!r}: give a timedelta, such as timedelta(days=7)")
         self._writable()
         compact(self.uri, self._options)
 
@@ -824,7 +846,7 @@ class Gallery:
         """Upload the gallery as it is now as a data set of the Hub, and return the commit's address. All its columns
         go with it. Tried again where the Hub or the connection fails."""
         view = self._now()
-        message = commit_message or f"A gallery of {view.rows:,} {view.facts.kind} items"
+        message = commit_message or f"A gallery of {view.rows:,} {view.facts.items}"
         options = {"private": private, "token": token, "message": message, "of_source": self._options}
         return push(view.dataset, view.facts, repo_id, **options)
 
@@ -852,5 +874,6 @@ class Gallery:
                 else.
         """
         place = tidy_uri(uri)
-        write_vectors(rows, place, kind=kind, model=model, overwrite=overwrite, storage_options=storage_options)
+        with enough_room():
+            write_vectors(rows, place, kind=kind, model=model, overwrite=overwrite, storage_options=storage_options)
         return cls.open(place, storage_options=storage_options)

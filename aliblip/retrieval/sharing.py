@@ -21,13 +21,14 @@ from aliblip.retrieval.tables import (
     PHOTO_ROOT,
     SKIPPED,
     Facts,
+    enough_room,
     is_address,
     lance_options,
     open_dataset,
     table_exists,
     table_uri,
 )
-from aliblip.runtime.mistakes import UsageError
+from aliblip.runtime.mistakes import UsageError, usage_errors
 from aliblip.runtime.retries import retried
 
 __all__ = ["check_foreign", "downloaded", "is_download", "is_hub_name", "push", "save_copy"]
@@ -126,10 +127,12 @@ def save_copy(
     place = Path(uri)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise UsageError(f"{uri} holds something else: give a new or an empty folder")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    folder = tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent)
+    with usage_errors(OSError, told=f"the folder {uri} can't be made ({{}}): give another place"):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent)
     try:
-        _clone(dataset, facts, folder, of_source)
+        with enough_room():
+            _clone(dataset, facts, folder, of_source)
         os.chmod(folder, 0o755)
         os.replace(folder, place)
     finally:
@@ -163,27 +166,33 @@ def push(
     """Upload one version as a data set of the Hub; the address of the commit."""
     api = HfApi(token=token)
     what = f"the upload to {name}"
-    retried(lambda: api.create_repo(name, repo_type="dataset", private=private, exist_ok=True), what=what)
+    # Each version of the library brings its HTTP client with errors of its own.
+    refused = (
+        f"{what} failed ({{}}): look at the name, at HF_TOKEN, which has to be one that writes, and at the network"
+    )
+    with usage_errors(Exception, told=refused):
+        retried(lambda: api.create_repo(name, repo_type="dataset", private=private, exist_ok=True), what=what)
     facts = replace(facts, is_foreign=True)  # for whoever opens it
     with tempfile.TemporaryDirectory() as folder:
         copied = _clone(dataset, facts, folder, of_source)
         card = _CARD.format(
             name=name,
             count=f"{copied.count_rows():,}",
-            what="photos" if facts.kind == "image" else "titles",
+            what=facts.items,
             columns=", ".join(f"`{field.name}` ({field.type})" for field in copied.schema),
             model=f"Fingerprint of the model: `{facts.model}`." if facts.model else "",
             thumbnails="" if facts.thumbnail_side is None else "Thumbnails are in the table.",
         )
         Path(folder, "README.md").write_text(card, encoding="utf-8")
-        commit = retried(
-            lambda: api.upload_folder(
-                repo_id=name,
-                repo_type="dataset",
-                folder_path=folder,
-                commit_message=message,
-                delete_patterns=[*_FILES, "*.npy", "*.jsonl", "*.safetensors", "*.index", "gallery.json"],
-            ),
-            what=what,
-        )
+        with usage_errors(Exception, told=refused):
+            commit = retried(
+                lambda: api.upload_folder(
+                    repo_id=name,
+                    repo_type="dataset",
+                    folder_path=folder,
+                    commit_message=message,
+                    delete_patterns=[*_FILES, "*.npy", "*.jsonl", "*.safetensors", "*.index", "gallery.json"],
+                ),
+                what=what,
+            )
     return str(commit)

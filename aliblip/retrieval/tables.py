@@ -15,6 +15,7 @@ Lance's threads do not survive a fork: a process that was forked from one that h
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -32,7 +33,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from aliblip.runtime.installation import install_hint
-from aliblip.runtime.mistakes import UsageError, first_line
+from aliblip.runtime.mistakes import UsageError, first_line, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +64,12 @@ __all__ = [
     "LanceMissing",
     "aligned",
     "changed",
+    "enough_room",
     "indexed_columns",
     "is_address",
     "is_conflict",
+    "is_damage",
+    "is_from_lance",
     "lance_options",
     "library",
     "one_writer",
@@ -78,6 +82,7 @@ __all__ = [
 
 FORMAT = 2  # 1 was the folder of gallery.json
 KINDS = ("image", "text")
+LARGEST_THUMBNAIL = 4096
 ITEMS, SKIPPED = "items", "skipped"
 ID, VECTOR, PATH, TEXT, THUMBNAIL, TOKENS = "id", "vector", "path", "text", "thumbnail", "image_tokens"
 # The folder that relative paths of photos are of, on the machine that built the gallery.
@@ -157,6 +162,11 @@ class Facts:
     is_foreign: bool = False
     index: dict[str, Any] | None = None
 
+    @property
+    def items(self) -> str:
+        """What the items are, for people."""
+        return "photos" if self.kind == "image" else "titles"
+
     def in_metadata(self, schema: pa.Schema) -> pa.Schema:
         """The schema with these facts."""
         return schema.with_metadata({**(schema.metadata or {}), _METADATA: json.dumps(self.as_json()).encode()})
@@ -192,6 +202,26 @@ class Facts:
 
     def _check(self, schema: pa.Schema) -> None:
         """Compare with the table: both may come from somebody else."""
+        kinds = {
+            "width": int,
+            "model": (str, type(None)),
+            "ids": str,
+            "id_column": (str, type(None)),
+            "renamed": dict,
+            "thumbnail_side": (int, type(None)),
+            "build": str,
+            "skipped": int,
+            "is_foreign": bool,
+            "index": (dict, type(None)),
+        }
+        wrong = [name for name, kind in kinds.items() if not isinstance(getattr(self, name), kind)]
+        wrong += ["columns"] * (not all(isinstance(name, str) for name in self.columns))
+        wrong += ["renamed"] * (not all(isinstance(name, str) for name in self.renamed.values()))
+        wrong += ["ids"] * (self.ids not in ("column", "name", "row"))
+        if not wrong and self.thumbnail_side is not None and not 1 <= self.thumbnail_side <= LARGEST_THUMBNAIL:
+            wrong = ["thumbnail_side"]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is {shortened(repr(getattr(self, wrong[0])), 80)}")
         vector = schema.field(VECTOR).type
         if self.kind not in KINDS or not pa.types.is_fixed_size_list(vector) or vector.list_size != self.width:
             raise ValueError(f"kind {self.kind!r}, width {self.width!r}, vectors of the type {vector}")
@@ -199,13 +229,11 @@ class Facts:
             raise ValueError(f"vectors of the type {vector}")
         if self.token_shape is not None:
             patches, width = (int(size) for size in self.token_shape)
-            if schema.field(TOKENS).type != pa.list_(pa.int16(), patches * width):
+            if min(patches, width) < 1 or schema.field(TOKENS).type != pa.list_(pa.int16(), patches * width):
                 raise ValueError(f"image tokens of the type {schema.field(TOKENS).type}")
         missing = [name for name in (ID, *self.columns) if name not in schema.names]
-        if missing or not isinstance(self.renamed, dict):
-            raise ValueError(f"the columns {', '.join(missing)} are missing")
-        if self.index is not None and not isinstance(self.index, dict):
-            raise ValueError("the settings of the index can't be read")
+        if missing or {ID, VECTOR} & set(self.columns):
+            raise ValueError(f"the columns {', '.join(missing) or 'of the data'} are not those of the table")
 
 
 # --- places -----------------------------------------------------------------------------------------------------------
@@ -218,8 +246,8 @@ def is_address(uri: str) -> bool:
 
 def tidy_uri(uri: str | os.PathLike) -> str:
     """A gallery's place as it is kept: a folder's absolute path (`~` is the home folder), or an address."""
-    text = os.fspath(uri)
-    if not isinstance(text, str) or not text.strip():
+    text = os.fspath(uri) if isinstance(uri, os.PathLike) else uri
+    if not isinstance(text, str) or not text.strip() or "\0" in text:
         raise UsageError(f"the gallery's place is {uri!r}: give a folder, or an address such as s3://bucket/gallery")
     text = text.removeprefix("file://")
     return text.rstrip("/") if is_address(text) else str(Path(text).expanduser().absolute())
@@ -241,12 +269,24 @@ def open_dataset(uri: str, name: str = ITEMS, version: int | None = None, storag
     except (OSError, ValueError, RuntimeError) as error:
         if "not found" in str(error).lower():
             raise UsageError(_not_there(uri, version)) from error
-        raise UsageError(f"the gallery {uri} can't be opened: {reason_of(error)}") from error
+        if not is_address(uri) and os.path.isfile(uri):
+            raise UsageError(f"{uri} is a file: give the folder of a gallery") from error
+        raise UsageError(f"the gallery {shortened(uri)} can't be opened: {reason_of(error)}") from error
 
 
 def reason_of(error: BaseException) -> str:
     """What an error of Lance says to a user: without the place in its source."""
-    return re.sub(r",\s*/\S+\.rs:\d+(:\d+)?.*$", "", first_line(error).removeprefix("Invalid user input: "))
+    return shortened(re.sub(r",\s*/\S+\.rs:\d+(:\d+)?.*$", "", first_line(error).removeprefix("Invalid user input: ")))
+
+
+def is_from_lance(error: BaseException) -> bool:
+    """Whether an error was raised within Lance, which names the place in its source, rather than by us."""
+    return re.search(r"\.rs:\d+", str(error)) is not None
+
+
+def is_damage(error: BaseException) -> bool:
+    """Whether Lance could not read its own files; not whether it could not do what was asked for."""
+    return isinstance(error, OSError) or any(word in str(error) for word in ("LanceError(IO)", "Corrupt", "corrupt"))
 
 
 def lance_options(storage_options: Mapping | None) -> dict[str, str] | None:
@@ -311,7 +351,10 @@ def changed(change: Callable[[], T], tries: int = _TRIES) -> T:
     """
     for number in range(1, tries + 1):
         try:
-            return change()
+            with enough_room():
+                return change()
+        except UsageError:
+            raise
         except (OSError, RuntimeError, ValueError) as error:
             if number == tries or not is_conflict(error):
                 raise
@@ -322,6 +365,21 @@ def changed(change: Callable[[], T], tries: int = _TRIES) -> T:
 def is_conflict(error: BaseException) -> bool:
     """Whether another writer was faster."""
     return any(words in str(error).lower() for words in _CONFLICTS)
+
+
+@contextmanager
+def enough_room() -> Iterator[None]:
+    """Tell of a full disk in one line: every change is made whole or not at all, so there is nothing to repair."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        if getattr(error, "errno", None) != errno.ENOSPC and "No space left on device" not in str(error):
+            raise
+        raise UsageError(
+            "the disk is full, and the gallery is as it was: make room, and call the same again"
+        ) from error
 
 
 TELL_AFTER_SECONDS = 5  # of waiting for another writer

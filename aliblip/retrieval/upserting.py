@@ -18,7 +18,7 @@ from aliblip.data.rows import Source
 from aliblip.retrieval.building import collator_of, embedded_rows, some_of
 from aliblip.retrieval.embedding import EmbeddedUnit, embedded_units, undisturbed
 from aliblip.retrieval.table_columns import FromTool, KeptColumns, Lost
-from aliblip.retrieval.tables import ID, Facts, aligned, changed, one_writer, open_dataset
+from aliblip.retrieval.tables import ID, OWN_COLUMNS, Facts, aligned, changed, one_writer, open_dataset
 from aliblip.runtime.distributed import broadcast_object, is_main, rank, together, world_size
 from aliblip.runtime.mistakes import UsageError
 from aliblip.runtime.units import gather_units, own_units
@@ -134,6 +134,7 @@ def _kept(source: Source, schema: pa.Schema, facts: Facts, id_column: str | None
         raise UsageError(f"{source.name} has no column {column!r} with the gallery's ids: there are {there}")
     data_names = {kept: name for name, kept in facts.renamed.items()}
     names = {data_names.get(kept, kept): kept for kept in facts.columns}
+    names |= {name: name for name in schema.names if name not in (*facts.columns, *OWN_COLUMNS)}  # added by LanceDB
     types = {name: schema.field(kept).type for name, kept in names.items()}
     column = column if ids == "column" else None
     return KeptColumns(names, types, ids, column, schema.field(ID).type, from_texts=source.has_texts_alone)

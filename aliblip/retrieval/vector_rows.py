@@ -53,17 +53,27 @@ def write_vectors(
         build=secrets.token_hex(6),
     )
     ids: list[pa.Array] = []
+    mistakes: list[UsageError] = []
 
     def converted() -> Iterator[pa.RecordBatch]:
         for batch in _batches(rows):
-            table = as_rows(pa.Table.from_batches([batch]), schema, names)
+            try:
+                table = as_rows(pa.Table.from_batches([batch]), schema, names)
+            except UsageError as error:
+                mistakes.append(error)
+                raise
             ids.extend(table.column(ID).chunks)
             yield from table.to_batches()
 
     options = lance_options(storage_options)
     reader = pa.RecordBatchReader.from_batches(schema, converted())
     place = table_uri(uri, ITEMS)
-    fragments = write_fragments(reader, place, schema=schema, mode="overwrite", storage_options=options)
+    try:
+        fragments = write_fragments(reader, place, schema=schema, mode="overwrite", storage_options=options)
+    except OSError:
+        if mistakes:  # which Lance gives back as an error of its own, with the traceback as text
+            raise mistakes[0] from None
+        raise
     total = sum(map(len, ids))
     if not total:
         raise UsageError("no rows given: a gallery has at least one")
@@ -89,6 +99,8 @@ def as_rows(table: pa.Table, schema: pa.Schema, names: Mapping[str, str]) -> pa.
     Raises:
         UsageError: no ids or vectors, a column that the schema has not, values of other types or that are not finite.
     """
+    if not isinstance(table, pa.Table):
+        raise UsageError(f"the rows are a {type(table).__name__}: give an Arrow table")
     columns = {names.get(name, name): table.column(name) for name in table.column_names}
     for name in (ID, VECTOR):
         if name not in columns or columns[name].null_count:

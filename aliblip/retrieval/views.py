@@ -20,15 +20,16 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from aliblip.data.collate import printable
 from aliblip.data.rows import Row, decode
 from aliblip.retrieval.exact import FEW_CHOSEN, VectorCache, search_exactly
 from aliblip.retrieval.indexing import FEW_MATCHES, IndexSettings, nearest, recall
 from aliblip.retrieval.tables import ID, PHOTO_ROOT, THUMBNAIL, TOKENS, VECTOR, Facts, indexed_columns, reason_of
 from aliblip.retrieval.where import Where, columns_told, filter_of
-from aliblip.runtime.mistakes import UsageError, first_line
+from aliblip.runtime.mistakes import UsageError, shortened, usage_errors
 from encoder_aliblip import TOKEN_TYPE
 
-__all__ = ["IndexReport", "View", "checked_queries", "ids_column", "photo_at"]
+__all__ = ["IndexReport", "View", "checked_ids", "checked_queries", "photo_at"]
 
 # Columns that only come if they are asked for by name, and that never come.
 _LARGE, _HIDDEN = (THUMBNAIL,), (VECTOR, TOKENS)
@@ -152,8 +153,8 @@ class View:
             except (OSError, ValueError, RuntimeError) as again:
                 if "not found" in str(again).lower():
                     raise
-                told = f"the filter {where!r} can't be used ({reason_of(again)}); {columns_told(self.searchable)}"
-                raise UsageError(told) from error
+                told = f"the filter {shortened(repr(where))} can't be used ({reason_of(again)})"
+                raise UsageError(f"{told}; {columns_told(self.searchable)}") from error
             raise
 
     # --- search -------------------------------------------------------------------------------------------------------
@@ -241,8 +242,10 @@ class View:
         return found
 
     def take_tokens(self, positions: Sequence[int]) -> tuple[list[int], Tensor]:
-        """Image tokens (n, P, D) bf16 of rows, and the positions that they are of; those that are gone are missing."""
+        """Image tokens (n, P, D) bf16 of rows, and the positions that they are of; rows that are gone or have no tokens
+        are missing."""
         table = self._at(dict.fromkeys(positions), [TOKENS])
+        table = table.filter(table.column(TOKENS).is_valid())
         bits = table.column(TOKENS).combine_chunks().flatten().to_numpy(zero_copy_only=False)
         tokens = torch.from_numpy(bits.reshape(len(table), *self.facts.token_shape).copy()).view(TOKEN_TYPE)
         return table.column("_rowid").to_pylist(), tokens
@@ -287,7 +290,8 @@ def checked_queries(vectors: Tensor, width: int) -> Tensor:
     Raises:
         UsageError: another width, or values that are not finite.
     """
-    queries = torch.as_tensor(vectors).detach().cpu().float()
+    with usage_errors(TypeError, ValueError, RuntimeError, told="the queries are no vectors ({}): give (Q, E) numbers"):
+        queries = torch.as_tensor(vectors).detach().cpu().float()
     if queries.dim() == 1:
         queries = queries[None]
     if queries.dim() != 2 or queries.shape[1] != width:
@@ -297,20 +301,22 @@ def checked_queries(vectors: Tensor, width: int) -> Tensor:
     return queries.contiguous()
 
 
-def ids_column(ids: Iterable[str | int], schema: pa.Schema) -> pa.Array:
-    """Ids as a column, each once.
+def checked_ids(ids: Iterable[str | int], schema: pa.Schema) -> list[str | int]:
+    """Ids as the gallery has them, in their order.
 
     Raises:
         UsageError: they are of another type than the gallery's.
     """
-    if isinstance(ids, (str, bytes, int)):
-        raise UsageError(f"ids is {ids!r}: give a list")
-    kind = schema.field(ID).type
-    try:
-        return pa.array(list(dict.fromkeys(ids)), kind)
-    except (pa.ArrowException, TypeError, OverflowError) as error:
-        what = "text" if pa.types.is_string(kind) else "whole numbers"
-        raise UsageError(f"the gallery's ids are {what}: give such ({first_line(error)})") from error
+    if isinstance(ids, (str, bytes, int, Mapping)) or not isinstance(ids, Iterable):
+        raise UsageError(f"ids is {shortened(repr(ids))}: give a list")
+    is_text = pa.types.is_string(schema.field(ID).type)
+    ids = [value.item() if isinstance(value, np.generic) else value for value in ids]
+    for value in ids:
+        is_whole = isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+        if not (isinstance(value, str) if is_text else is_whole):
+            what = "text" if is_text else "whole numbers of 64 bits"
+            raise UsageError(f"{shortened(repr(value))} is no id of this gallery: its ids are {what}")
+    return list(map(printable, ids)) if is_text else ids
 
 
 def photo_at(path: str):

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from aliblip.data.collate import printable
 from aliblip.runtime.mistakes import UsageError
 
 __all__ = ["Where", "column_name", "columns_told", "filter_of", "literal"]
@@ -40,7 +41,7 @@ def filter_of(where: Where | None, values: Mapping[str, Any] | None, schema: pa.
         schema: of the columns that may be named.
 
     Raises:
-        UsageError: a column, a placeholder or a value that there is not, or a value of no known type.
+        UsageError: a column or a placeholder that is not there, or a value of no known type.
     """
     if where is None or (isinstance(where, Mapping) and not where):
         if values:
@@ -168,7 +169,8 @@ def literal(value: Any, name: str = "") -> str:
     if isinstance(value, int):
         if not -(2**63) <= value < 2**64:
             raise UsageError(f"the value {value} of {name!r} has more than 64 bits: give it as text")
-        return str(value)
+        # Of the least number SQL takes what follows the sign for a number too large.
+        return f"(-{2**63 - 1} - 1)" if value == -(2**63) else str(value)
     if isinstance(value, float):
         if not math.isfinite(value):
             raise UsageError(f"the value of {name!r} is {value}: give a finite number")
@@ -177,7 +179,7 @@ def literal(value: Any, name: str = "") -> str:
     if isinstance(value, decimal.Decimal) and value.is_finite():
         return f"{value:f}"
     if isinstance(value, str):
-        return "'" + value.encode("utf-8", "replace").decode("utf-8").replace("'", "''") + "'"
+        return "'" + printable(value).replace("'", "''") + "'"
     if isinstance(value, (bytes, bytearray, memoryview)):
         return f"X'{bytes(value).hex()}'"
     if isinstance(value, datetime.datetime):

@@ -44,6 +44,11 @@ def first_line(error: BaseException) -> str:
     return f"{kind}: {told.splitlines()[0]}" if says_nothing else told.splitlines()[0]
 
 
+def shortened(text: str, length: int = 300) -> str:
+    """Text for a message, which stays a line whatever was given."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
 @contextmanager
 def usage_errors(*kinds: type[Exception], told: str = "{}") -> Iterator[None]:
     """Make a `UsageError` of what a library raises for something that the user named.
@@ -99,4 +104,4 @@ def _shows_tracebacks() -> bool:
     return os.environ.get(TRACEBACK_VARIABLE, "") not in ("", "0")
 
 
-__all__ = ["Mistakes", "UsageError", "first_line", "main_with_usage_errors", "usage_errors"]
+__all__ = ["Mistakes", "UsageError", "first_line", "main_with_usage_errors", "shortened", "usage_errors"]
