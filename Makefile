@@ -40,7 +40,7 @@ demo: $(VENV)/.installed
 	@$(LAUNCH) train.py --config recipes/demo.yaml
 	@echo "3/3 evaluating"
 	@$(LAUNCH) evaluate_retrieval.py --model_name_or_path demo/output/best --data_dir demo/catalogue \
-		--split_name test --tune_fusion validation --k_rerank 8,16,32 --slices product_type,pattern \
+		--split_name test --k_rerank 8,16,32 --slices product_type,pattern \
 		--output_dir demo/output/evaluation --overwrite_output_dir \
 		--contact_sheet demo/output/contact_sheet.png --report demo/output/report.html
 	@$(BIN)/python demo/what_next.py --started $(STARTED) --python $(BIN)/python

@@ -20,7 +20,7 @@ A product is one choice of each attribute:
 
 23,040 products are possible. A quarter of the combinations of type, colour and pattern is kept for validation and
 test: no photo to train on shows any of them, so both ask to put together what was learnt apart. Validation chooses the
-epoch and the fusion weight, test is measured. Each of their products has a twin in its split, which differs in exactly
+epoch, test is measured. Each of their products has a twin in its split, which differs in exactly
 one attribute. Titles are written as sellers write them, in several word orders,
 with synonyms and advertising; only those to train on have typing errors or leave something out, so that each
 validation title describes one photo of its split and no other.

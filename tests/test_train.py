@@ -290,8 +290,9 @@ def test_a_dead_matching_head_is_told_once():
 
 def test_it_is_told_once_when_the_matching_head_wakes_up():
     head = MatchingHead(1000, 0)
-    accuracies = [0.0, 0.1, 0.49, 0.52, 0.3, 0.9]
-    assert [step for step, value in enumerate(accuracies) if head.wakes_up(step, value)] == [3] and head.awake_at == 3
+    accuracies = [(1.0, 0.0), (0.6, 0.4), (0.0, 1.0), (0.49, 0.9), (0.9, None), (0.52, 0.8), (0.3, 0.9), (0.9, 0.9)]
+    assert [step for step, values in enumerate(accuracies) if head.wakes_up(step, *values)] == [5]
+    assert head.awake_at == 5
 
 
 def test_a_young_matching_head_is_left_alone():

@@ -165,11 +165,11 @@ class MatchingHead:
     def __init__(self, total_steps: int, warmup_steps: int):
         self.young_until = max(STEPS_TO_BE_YOUNG, total_steps / 4, warmup_steps)
         self.lines = 0  # in a row that look dead
-        self.awake_at: int | None = None  # step of the first line in which half of the true pairs are called a match
+        self.awake_at: int | None = None  # step of the first line in which it tells half of the true pairs
 
-    def wakes_up(self, step: int, accuracy_positive: float) -> bool:
-        """Judge one log line; True once in a run."""
-        if self.awake_at is not None or accuracy_positive < 0.5:
+    def wakes_up(self, step: int, accuracy_positive: float | None, accuracy_negative: float | None) -> bool:
+        """Judge one log line; True once in a run. A head that calls everything a match, as a new one may, sleeps."""
+        if self.awake_at is not None or (accuracy_positive or 0.0) < 0.5 or (accuracy_negative or 0.0) < 2 / 3:
             return False
         self.awake_at = step
         return True
@@ -220,7 +220,8 @@ class Log:
             entries = [entry for entry in read_json_lines(self.file) if entry["step"] <= first_step]
             entries = [entry for entry in entries if entry["step"] < first_step or "evaluation" not in entry]
             for entry in entries:  # whether it woke up before is in these lines, and told
-                self.matching_head.wakes_up(entry["step"], entry.get("itm_accuracy_positive") or 0.0)
+                accuracies = (entry.get(f"itm_accuracy_{side}") for side in ("positive", "negative"))
+                self.matching_head.wakes_up(entry["step"], *accuracies)
             tell_if_not_written(self.file.name, lambda: write_json_lines(self.file, entries))
         self._restart()
 
@@ -302,8 +303,11 @@ class Log:
             more += f" loss_scale {entry['loss_scale']:.0f}" if "loss_scale" in entry else ""
             self.tell(LINE.format(**entry, negative="none" if negative is None else f"{negative:.2f}") + more)
             loss_pairs, accuracy = entry.get("loss_pairs", entry["loss_itm"]), entry["itm_accuracy_positive"]
-            if self.matching_head.wakes_up(step, accuracy):
-                self.tell(f"the matching head is awake since step {step}: it calls half of the true pairs a match")
+            if self.matching_head.wakes_up(step, accuracy, negative):
+                self.tell(
+                    f"the matching head is awake since step {step}: it calls half of the true pairs a match, and at "
+                    "most a third of the others"
+                )
             if self.matching_head.looks_dead(step, loss_pairs, accuracy):
                 self.tell(
                     f"warning: ITM's pair loss sits at {ITM_PRIOR_LOSS:.4f} since {LINES_TO_BE_DEAD} log lines: the "
