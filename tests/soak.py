@@ -171,12 +171,14 @@ def soak_elastic(number: int, scratch: Path, flags: list, seed: int) -> dict:
 def soak_owned(number: int, scratch: Path, flags: list) -> dict:
     """A second run in the folder of a living one; whether it is refused, and the first ends as if nothing had been."""
     config, folder, different = LAUNCHERS[number % len(LAUNCHERS)], scratch / f"owned{number}", []
-    going = BackgroundRun(config, folder, flags)
+    going = BackgroundRun(config, folder, flags, ALIBLIP_PAUSE="2")  # it lives until the second one has been refused
     going.wait_until(lambda: going.step() >= 1)
     how = ["--resume_from_checkpoint", "last"] if number % 2 else ["--overwrite_output_dir", "true"]
     second = run([sys.executable, ROOT / "train.py", *flags, *how, "--output_dir", folder])
     if second.returncode != 2 or "is in use by train.py (process " not in second.stderr:
-        different.append(f"the second one was not refused: {second.stderr[-300:]}")
+        different.append(
+            f"the second one was not refused: {second.returncode} {(second.stdout + second.stderr)[-300:]}"
+        )
     if going.wait(300):
         different.append("the first one did not end well")
     whole = scratch / f"alone{number}"

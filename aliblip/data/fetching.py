@@ -157,7 +157,10 @@ def read_address(address: str, most_bytes: int) -> bytes:
 def _get(address: str, most_bytes: int, end: float, private: bool, whatever: bool = False) -> bytes:
     sockets: list[socket.socket] = []
     opener = urllib.request.build_opener(*_handlers(private, sockets, end))
-    request = urllib.request.Request(_quoted(address), headers={"User-Agent": USER_AGENT, "Accept": "image/*"})
+    headers = {"User-Agent": USER_AGENT, "Accept": "image/*"}
+    if whatever:  # no more than that is wanted, and most servers can give a part
+        headers["Range"] = f"bytes=0-{most_bytes - 1}"
+    request = urllib.request.Request(_quoted(address), headers=headers)
     # A server that gives a byte now and then keeps every read from its own limit.
     watchdog = threading.Timer(max(end - time.monotonic(), 0), _hang_up, [sockets])
     watchdog.daemon = True

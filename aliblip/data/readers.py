@@ -193,7 +193,7 @@ class _Wait:
         now, sign = time.monotonic(), _sign_of_life(self.reader.process.pid)
         if sign != self._sign:
             self._sign, self._seen = sign, now
-        reading = f", which reads {self.reader.place}" if self.reader.place else ""
+        reading = f", which reads {self.reader.place}," if self.reader.place else ""
         asked = stop_asked()
         if asked is not None and now - self._began > SECONDS_AFTER_A_SIGNAL:
             raise UsageError(
@@ -202,7 +202,7 @@ class _Wait:
             )
         if now - self._seen > self.patience:
             raise UsageError(
-                f"{self.reader}{reading}, has done nothing for {now - self._seen:.0f} seconds: a file system that does "
+                f"{self.reader}{reading} has done nothing for {now - self._seen:.0f} seconds: a file system that does "
                 "not answer, or a stopped process. See to it, and go on with --resume_from_checkpoint last"
             )
 
