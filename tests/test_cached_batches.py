@@ -13,6 +13,7 @@ import aliblip.training.cached
 from aliblip.runtime.distributed import rank
 from aliblip.runtime.mistakes import UsageError
 from aliblip.training.arguments import TrainingArguments
+from aliblip.training.cached import match_in_chunks
 from aliblip.training.momentum import MomentumState
 from aliblip.training.objective import RetrievalObjective
 from aliblip.training.setup import check_cached_batch_size
@@ -66,6 +67,29 @@ def assert_equal_steps(one, other, rtol: float = 1e-4, atol: float = 1e-6) -> No
 @pytest.mark.parametrize("several", [False, True])  # negatives a row, and titles of the queue
 def test_loss_and_gradients_are_those_of_one_pass(cached, several):
     assert_equal_steps(step(cached, several=several), step(None, several=several))
+
+
+@pytest.mark.parametrize(("images", "titles"), [(1, 1), (2, 3)])
+def test_pairs_of_several_negatives_are_matched_in_their_order(images, titles):
+    rows, sizes = 5, (5, 5 * images, 5 * titles)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(9, 3, 2, generator=generator)  # the own 5, and 4 others
+    own = torch.arange(rows)
+    negative = torch.randint(0, 9, (rows * images,), generator=generator)
+    index = torch.cat([own, negative, own.repeat_interleave(titles)])
+    ids = torch.randint(0, 50, (sum(sizes), 4), generator=generator)
+    lengths, asked = list(range(sum(sizes))), []
+
+    def match(tokens, ids, mask, index, longest):
+        asked.append(len(tokens))
+        image = tokens[index].flatten(1).sum(dim=1)
+        return torch.stack([image, ids.sum(dim=1) + mask.sum(dim=1) + torch.tensor(longest)], dim=1)
+
+    expected = match(tokens, ids, ids % 2, index, lengths)
+    asked.clear()
+    found = match_in_chunks(match, 2, tokens.requires_grad_(), ids, ids % 2, index, sizes, lengths)
+    torch.testing.assert_close(found, expected)
+    assert asked == [2 + 2 * images, 2 + 2 * images, 1 + images]  # the photos that a chunk needs
 
 
 def test_rows_computed_again_have_the_dropout_of_the_first_time(monkeypatch):
