@@ -40,6 +40,11 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
+def one_line(error: BaseException, most: int = 300) -> str:
+    """All that an error says, on one line of at most so many characters."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 @contextmanager
 def usage_errors(*kinds: type[Exception], told: str = "{}") -> Iterator[None]:
     """Make a `UsageError` of what a library raises for something that the user named.
@@ -77,4 +82,4 @@ def main_with_usage_errors(name: str, main: Callable[[], int | None]) -> None:
         sys.exit(2)
 
 
-__all__ = ["Mistakes", "UsageError", "first_line", "main_with_usage_errors", "usage_errors"]
+__all__ = ["Mistakes", "UsageError", "first_line", "main_with_usage_errors", "one_line", "usage_errors"]
