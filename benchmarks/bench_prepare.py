@@ -7,9 +7,10 @@ Draws the competition's layout, a train.json beside a folder of photos, of which
 in fifty a smaller copy of another. It is prepared by one worker three times, by real processes: a quarter of it; the
 whole; and the whole once more, killed (SIGKILL) while it reads, compares and writes, and started again by the same
 command each time. Both whole catalogues must be equal to the last byte. Time is that of the processor, of all
-processes together; memory is what they hold at most, shared pages counted once (Linux). The numbers for more rows are
-a line through the quarter and the whole, phase by phase; those of the index and of comparing bend upwards as they do
-between both. The last line is the time with three kills by that without.
+processes together; memory is what they hold at most, shared pages counted once (Linux), and what of it is their own:
+pages of files that are mapped, such as the index, the system takes back when it needs them. The numbers for more rows
+are a line through the quarter and the whole, phase by phase; those of the index and of comparing bend upwards as they
+do between both. The last line is the time with three kills by that without.
 """
 
 from __future__ import annotations
@@ -83,11 +84,12 @@ def measured(folder: Path, rows: int) -> dict:
     if files_of(folder / "whole") != before:
         raise RuntimeError("the catalogue of the run that was killed is another one")
     for name, run in {**runs, "with three kills": killed}.items():
-        print(f"{name}: {run.seconds:.0f} s ({run.told()}), {run.memory / 1e9:.2f} GB at most", flush=True)
+        print(f"{name}: {run.seconds:.0f} s ({run.told()}), {run.held()}", flush=True)
     whole = runs["whole"]
     print(f"{rows / whole.seconds:.0f} photos a second and core", flush=True)
     projection = projected(runs["quarter"], whole, rows // 4, rows)
-    print(f"{PROJECTED:,} rows: {projection['hours']:.1f} hours of a core, {projection['gigabytes']:.1f} GB")
+    hours, gigabytes = projection["hours"], projection["own_gigabytes"]
+    print(f"{PROJECTED:,} rows: {hours:.1f} hours of a core, {gigabytes:.1f} GB of their own")
     return {
         "rows": rows,
         "photos": f"{SIZE[0]} x {SIZE[1]} JPEG, --max_side {MAX_SIDE}, one worker",
@@ -149,23 +151,30 @@ class Run:
     Attributes:
         seconds: of the processor.
         phases: the same by phases; "open" is what lies before them.
-        memory: bytes at most.
+        memory, own: bytes at most, with pages of mapped files and without.
         kills: by phase, the share of its tasks that was done.
     """
 
     seconds: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
     memory: int = 0
+    own: int = 0
     kills: dict[str, float] = field(default_factory=dict)
 
     def __add__(self, other: Run) -> Run:
         names = dict.fromkeys([*self.phases, *other.phases])
         phases = {name: self.phases.get(name, 0.0) + other.phases.get(name, 0.0) for name in names}
         kills = self.kills | other.kills
-        return Run(self.seconds + other.seconds, phases, max(self.memory, other.memory), kills)
+        memory, own = max(self.memory, other.memory), max(self.own, other.own)
+        return Run(self.seconds + other.seconds, phases, memory, own, kills)
 
     def table(self) -> dict:
-        return {"seconds": self.seconds, "phases": self.phases, "gigabytes": self.memory / 1e9}
+        return {
+            "seconds": self.seconds,
+            "phases": self.phases,
+            "gigabytes": self.memory / 1e9,
+            "own_gigabytes": self.own / 1e9,
+        }
 
     def told(self) -> str:
         return ", ".join(f"{name} {seconds:.0f}" for name, seconds in self.phases.items())
@@ -197,7 +206,8 @@ def prepare(table: Path, photos: Path, output_dir: Path, kill: tuple[str, float]
         raise RuntimeError(f"the command ended before it could be killed in the phase {kill[0]}")
     if process.returncode and kill is None:
         raise RuntimeError(f"the command failed: {log.read_text()}")
-    run.phases, run.memory, run.seconds = watched.phases, watched.memory, sum(watched.phases.values())
+    run.phases, run.seconds = watched.phases, sum(watched.phases.values())
+    run.memory, run.own = watched.memory, watched.own
     return run
 
 
@@ -208,10 +218,10 @@ class _Watched:
         self._process, self._work = psutil.Process(process.pid), work
         self._seconds: dict[int, float] = {}  # of each process, the last that was seen
         self.phases: dict[str, float] = {}
-        self.memory = 0
+        self.memory = self.own = 0
 
     def look(self) -> None:
-        processes, memory = [], 0
+        processes, memory, own = [], 0, 0
         try:
             processes = [self._process, *self._process.children(recursive=True)]
         except psutil.Error:
@@ -219,14 +229,15 @@ class _Watched:
         for process in processes:
             try:
                 times = process.cpu_times()
-                memory += getattr(process.memory_full_info(), "pss", 0)
-            except psutil.Error:
+                held = _held(process.pid)
+            except (psutil.Error, OSError):
                 continue
+            memory, own = memory + held.get("Pss", 0), own + held.get("Pss_Anon", 0)
             spent = times.user + times.system
             phase = self._phase()
             self.phases[phase] = self.phases.get(phase, 0.0) + spent - self._seconds.get(process.pid, 0.0)
             self._seconds[process.pid] = spent
-        self.memory = max(self.memory, memory)
+        self.memory, self.own = max(self.memory, memory), max(self.own, own)
 
     def _phase(self) -> str:
         begun = [phase for phase in PHASES if (self._work / "logs" / phase).is_dir()]
@@ -246,6 +257,12 @@ class _Watched:
         return len(list(notes.iterdir())) / tasks
 
 
+def _held(pid: int) -> dict[str, int]:
+    """Bytes of memory that a process holds, by the names of Linux."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    return {name: int(size.split()[0]) * 1024 for name, size in (line.split(":") for line in lines)}
+
+
 # --- more rows --------------------------------------------------------------------------------------------------------
 
 
@@ -259,9 +276,9 @@ def projected(quarter: Run, whole: Run, few: int, many: int) -> dict[str, float]
             seconds[phase] = other * (PROJECTED / many) ** power
         else:
             seconds[phase] = line(few, one, many, other)
-    memory = line(few, quarter.memory, many, whole.memory) / 1e9
     phases = {name: value / 3600 for name, value in seconds.items()}
-    return {"hours": sum(phases.values()), "hours_of_phases": phases, "gigabytes": memory}
+    own = line(few, quarter.own, many, whole.own) / 1e9
+    return {"hours": sum(phases.values()), "hours_of_phases": phases, "own_gigabytes": own}
 
 
 def line(few: int, one: float, many: int, other: float) -> float:

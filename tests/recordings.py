@@ -1,7 +1,7 @@
 """Recordings of the published training code: where they lie, and how one becomes small enough to be committed.
 
-`tests/reference/one_rank` is in every clone. `ALIBLIP_REFERENCE_DIR` (default: `../shared/reference`) names a folder of
-whole recordings, which are used too. `tests/reference/README.md` says what the files hold.
+`tests/reference/one_rank` is in every clone. `ALIBLIP_REFERENCE_DIR` (default: `shared/reference` beside the
+checkout) names a folder of whole recordings, which are used too. `tests/reference/README.md` says what the files hold.
 
     python tests/recordings.py WHOLE_RECORDING tests/reference/one_rank
 """

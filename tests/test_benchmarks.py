@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import ROOT, assert_succeeded, run
 
-from benchmarks import bench_full, bench_gallery, bench_retrieval, bench_search, bench_step
+from benchmarks import bench_full, bench_gallery, bench_prepare, bench_retrieval, bench_search, bench_step
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +86,15 @@ def test_the_plan_of_the_full_scale(capsys):
     told = capsys.readouterr().out
     assert "50,000 images x 20,000 titles, the 128 best of each re-ranked" in told
     assert "one H200 in bf16 at 40 % of its 989 TFLOP/s (assumed)" in told
+
+
+def test_the_projection_of_preparing():
+    quarter = bench_prepare.Run(phases={"read": 10.0, "compare": 10.0}, own=10**9)
+    whole = bench_prepare.Run(phases={"read": 40.0, "compare": 160.0}, own=2 * 10**9)
+    found = bench_prepare.projected(quarter, whole, 25_000, 100_000)
+    assert found["own_gigabytes"] == pytest.approx(2 + 3.9e6 / 75_000)
+    assert found["hours_of_phases"]["read"] * 3600 == pytest.approx(40 * 40)  # a line
+    assert found["hours_of_phases"]["compare"] * 3600 == pytest.approx(160 * 40**2)  # four times the rows, 16 the time
 
 
 def test_step_against_the_plain_way(tmp_path, capsys, accelerate_as_before):

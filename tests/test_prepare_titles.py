@@ -104,6 +104,11 @@ def test_a_tokenizer_is_learned_from_what_is_trained_on(catalogue, tmp_path, cap
     # Training reads the shards, and takes the tokenizer for no table.
     source = open_source(data_dir=str(tmp_path / "out"), split="train")
     assert [row.text for row in source.read_range(0, source.num_rows)] == titles
+    told = "\n".join(source.told)
+    files = len(list((tmp_path / "out" / "data").glob("train-*")))
+    assert "found: " in told and f"read: {files} of them, as README.md says" in told
+    assert "left: files of the split 'test': 1 (data/test-00000-of-00001.parquet)" in told
+    assert "files that README.md does not name: 5 (duplicates.parquet, rejected.parquet" in told
 
 
 def test_alike_after_the_cut_is_that_of_the_obvious_way():

@@ -21,7 +21,6 @@ __all__ = [
     "Roles",
     "choose_columns",
     "listed",
-    "one_line",
     "similar_name",
 ]
 
@@ -232,8 +231,3 @@ def listed(names: Iterable[str]) -> str:
     names = list(names)
     more = f" and {len(names) - MOST_LISTED:,} more" if len(names) > MOST_LISTED else ""
     return (", ".join(f"'{name}'" for name in names[:MOST_LISTED]) or "none") + more
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, on one line of at most 300 characters."""
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -6,6 +6,7 @@ table = table_in(json.loads(text))             # COCO, Karpathy's files, columns
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections import Counter
@@ -98,6 +99,10 @@ class RepeatedKey(ValueError):
     """An object of a JSON text has a key twice."""
 
 
+_ONCE = json.JSONDecoder(strict=False, object_pairs_hook=_each_key_once)
+_ANY = json.JSONDecoder(strict=False)
+
+
 def _record(data: bytes, begin: int, place: str, is_whole: bool = True) -> JsonRecord:
     value, problem, not_utf8 = None, None, None
     try:
@@ -122,47 +127,77 @@ def _lines(stream: Any, position: int) -> Iterator[JsonRecord]:
 
 
 class _Text:
-    """A stream as text of one character per byte, so that places are byte offsets; read as it is needed.
+    """A stream as text, read as it is needed; bytes that are not UTF-8 are lone surrogates in it.
 
     Attributes:
-        text: what is held, from byte `begin` on.
+        text: what is held.
         ended: whether that is the rest of the stream.
     """
 
     def __init__(self, stream: Any, begin: int):
-        self._stream, self.begin, self.text, self.ended = stream, begin, "", False
-        self.newlines = 0  # before `begin`
+        self._stream, self.text, self.ended = stream, "", False
+        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        self._character, self._byte = 0, begin  # a place of the text that is known as a place of the file
+        self._newlines = 0  # before the text
         self.more(0)
 
     def more(self, position: int) -> None:
         """Read on, twice as much each time, and let go what is before `position`, which then is 0."""
-        self.newlines += self.text.count("\n", 0, position)
-        self.begin += position
+        self.byte_of(position)
+        self._character = 0
+        self._newlines += self.text.count("\n", 0, position)
         kept = self.text[position:]
         data = self._stream.read(max(READ_BYTES, len(kept)))
         self.ended = not data
-        self.text = kept + data.decode("latin-1")
+        self.text = kept + self._decoder.decode(data, final=self.ended)
 
     def bytes(self, begin: int, end: int) -> bytes:
-        return self.text[begin:end].encode("latin-1")
+        return self.text[begin:end].encode("utf-8", "surrogateescape")
+
+    def byte_of(self, position: int) -> int:
+        """Where in the file a character lies, which is not before the last one that was asked for."""
+        self._byte += len(self.bytes(self._character, position))
+        self._character = position
+        return self._byte
 
     def line_of(self, position: int) -> int:
-        return self.newlines + self.text.count("\n", 0, position) + 1
+        return self._newlines + self.text.count("\n", 0, position) + 1
 
 
-def _decode(source: _Text, position: int) -> tuple[int, int]:
-    """(begin, end) of the value at a position, after reading on as far as it needs."""
-    decoder = json.JSONDecoder(strict=False)
+# In place of a value: its text has to be looked at again, for what is wrong with it.
+_AGAIN = object()
+
+
+def _decode(source: _Text, position: int) -> tuple[int, int, Any]:
+    """(begin, end, value) of the value at a position, after reading on as far as it needs."""
+    decoder = _ONCE
     while True:
         try:
-            _, end = decoder.raw_decode(source.text, position)
+            value, end = decoder.raw_decode(source.text, position)
             if end < len(source.text) or source.ended:  # a number could go on
-                return position, end
+                return position, end, value if decoder is _ONCE else _AGAIN
+        except RepeatedKey:  # where it ends, another one tells
+            decoder = _ANY
+            continue
         except (json.JSONDecodeError, RecursionError):
             if source.ended:
                 raise
         source.more(position)
         position = 0
+
+
+def _found(source: _Text, begin: int, end: int, value: Any, place: str, is_whole: bool) -> JsonRecord:
+    """The record of a value."""
+    first = source.byte_of(begin)
+    if value is not _AGAIN:
+        try:
+            last = first + len(source.text[begin:end].encode())
+        except UnicodeEncodeError:  # bytes that are not UTF-8
+            value = _AGAIN
+        else:
+            source.byte_of(end)
+            return JsonRecord(first, last, value, None, is_whole)
+    return _record(source.bytes(begin, end), first, place, is_whole)
 
 
 def _after_gap(source: _Text, position: int) -> int:
@@ -178,9 +213,9 @@ def _list_items(source: _Text, name: str) -> Iterator[JsonRecord]:
     try:
         position = _after_gap(source, position)
         while source.text[position : position + 1] != "]":
-            begin, end = _decode(source, position)
+            begin, end, value = _decode(source, position)
             number += 1
-            yield _record(source.bytes(begin, end), source.begin + begin, f"element {number:,}", is_whole=False)
+            yield _found(source, begin, end, value, f"element {number:,}", is_whole=False)
             position = _after_gap(source, end)
             if source.text[position : position + 1] == ",":
                 position = _after_gap(source, position + 1)
@@ -200,7 +235,7 @@ def _objects(source: _Text, name: str) -> Iterator[JsonRecord]:
     while position < len(source.text):
         number += 1
         try:
-            begin, end = _decode(source, position)
+            begin, end, value = _decode(source, position)
         except (json.JSONDecodeError, RecursionError) as error:
             if number == 1:
                 return
@@ -208,7 +243,7 @@ def _objects(source: _Text, name: str) -> Iterator[JsonRecord]:
             raise UsageError(
                 f"{name} is not valid JSON: object {number:,} (line {line}) is damaged: repair or rewrite it"
             ) from None
-        yield _record(source.bytes(begin, end), source.begin + begin, f"object {number:,}")
+        yield _found(source, begin, end, value, f"object {number:,}", is_whole=True)
         position = _after_gap(source, end)
         if source.text[position : position + 1] == ",":
             position = _after_gap(source, position + 1)

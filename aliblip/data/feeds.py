@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 from xml.parsers import expat
 
-from aliblip.runtime.mistakes import UsageError
+from aliblip.runtime.mistakes import UsageError, one_line
 
 __all__ = ["FEED_NAMESPACE", "feed_items", "is_xml"]
 
@@ -54,7 +54,7 @@ def feed_items(stream: Any, name: str, encoding: str | None = None) -> Iterator[
     except (expat.ExpatError, ValueError, LookupError) as error:  # the last two of an encoding
         if isinstance(error, UsageError):
             raise
-        raise UsageError(f"{name} is no whole XML ({' '.join(str(error).split())}): get the file again") from None
+        raise UsageError(f"{name} is no whole XML ({one_line(error)}): get the file again") from None
     yield from reader.taken()
 
 

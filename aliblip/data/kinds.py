@@ -12,7 +12,10 @@ from aliblip.data.feeds import FEED_NAMESPACE, is_xml
 from aliblip.data.tables import PACKINGS, TABLES
 from reading_aliblip import HEIC_BRANDS, IMAGE_FORMATS
 
-__all__ = ["HEIC", "PACKED_TARS", "kind_by_content", "kind_by_name", "skipped_folder"]
+__all__ = ["HEAD_BYTES", "HEIC", "PACKED_TARS", "kind_by_content", "kind_by_name", "kind_of_head", "skipped_folder"]
+
+# By which a file is known.
+HEAD_BYTES = 4096
 
 PARQUET = (".parquet", ".parq", ".pq")
 HEIC = (".heic", ".heif", ".hif")
@@ -117,9 +120,13 @@ def kind_by_content(path: str) -> str:
     """The kind that the first bytes of a file tell: as `kind_by_name`, or "other"."""
     try:
         with open(path, "rb") as stream:
-            head = stream.read(4096)
+            return kind_of_head(stream.read(HEAD_BYTES))
     except OSError:
         return "unreadable"
+
+
+def kind_of_head(head: bytes) -> str:
+    """The same of the first `HEAD_BYTES` bytes of a file."""
     if not head:
         return "empty"
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import unicodedata
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 __all__ = ["ENDINGS", "MISSING", "why_missing"]
 
@@ -37,6 +37,8 @@ def why_missing(path: str) -> str:
         return f"{told}; there is '{same}', without the blanks around its name"
     if (same := names.get(_key(unquote(name)))) is not None:
         return f"{told}; there is '{same}': write names as the files have them, and not as in addresses"
+    if (same := names.get(_key(quote(name)))) is not None:
+        return f"{told}; there is '{same}': in a file: address write its % as %25, or write its name alone"
     for other in ENDINGS:
         for candidate in (_key(f"{stem}{other}"), _key(f"{name}{other}")):
             if (same := names.get(candidate)) is not None:

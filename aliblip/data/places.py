@@ -13,11 +13,11 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from aliblip.data.missing import ENDINGS
 from aliblip.data.rows import path_inside
-from aliblip.data.values import embedded_photo, is_address, photo_in
+from aliblip.data.values import embedded_photo, is_address, local_path, photo_in
 
 __all__ = ["Place", "find_place", "folders_below", "folders_beside"]
 
@@ -41,6 +41,7 @@ class Place:
         unicode: the form of Unicode, "NFC" or "NFD", that names of files have and those of the table have not: archives
             of a Mac hold "ö" as two characters.
         is_numbered: whether a name ends in the number of its title, "a.jpg#0", as those of Flickr8k do.
+        is_quoted: whether names are written as in addresses, "a%20b.jpg" for the file "a b.jpg".
         is_own: whether the table is the user's, on this machine. Another's table names no places of a private network,
             and none in buckets, for which this machine may have keys.
         host: the server that the table comes from, which it may always name.
@@ -52,6 +53,7 @@ class Place:
     ending: str = ""
     is_numbered: bool = False
     unicode: str = ""
+    is_quoted: bool = False
     is_own: bool = True
     host: str = ""
     fetch: bool = False
@@ -86,25 +88,27 @@ class Place:
             return None, name, "the image is a data URI that can't be decoded"
         if self.is_own and re.match(r"(?:s3|gs|gcs|az|abfs|hf)://", text):
             return (text, text, None) if self.fetch else (None, text, NOT_FETCHED)
-        text = text.removeprefix("file://")
+        name = text
+        text = local_path(text)
+        if self.is_quoted and text == name:
+            text = unquote(text, errors="surrogateescape")
         if self.folder is None:
             return None, text, "the image is a path, and no image folder was given (--image_dir)"
         if os.path.isabs(text) and "\0" not in text and "://" not in self.folder:
             path = os.path.normpath(text)
             if any(path.startswith(f"{root.rstrip('/')}/") for root in self.roots):
-                return path, text, None
+                return path, name, None
             told = f"the image file name leads outside the image folder ({self.folder}): give --image_dir the folder"
             return None, text, f"{told} that holds {text[:200]}"
-        return self._find_inside(text)
+        path, problem = self._find_inside(text)
+        return path, name, problem
 
-    def _find_inside(self, text: str) -> tuple[Any, str | None, str | None]:
-        name = text
+    def _find_inside(self, text: str) -> tuple[Any, str | None]:
         if self.is_numbered and (match := _NUMBERED.fullmatch(text)) is not None:
             text = match.group(1)
         if self.unicode:
             text = unicodedata.normalize(self.unicode, text)
-        path, problem = path_inside(self.folder, text + self.ending if text.strip() else text)
-        return path, name, problem
+        return path_inside(self.folder, text + self.ending if text.strip() else text)
 
 
 def find_place(names: Sequence[Any], place: Place, *others: Iterable[str]) -> tuple[Place, str | None]:
@@ -124,6 +128,8 @@ def find_place(names: Sequence[Any], place: Place, *others: Iterable[str]) -> tu
     here = [place, replace(place, is_numbered=True), *(replace(place, ending=ending) for ending in ENDINGS)]
     if not all(name.isascii() for name in names if isinstance(name, str)):
         here += [replace(place, unicode=form) for form in ("NFD", "NFC")]
+    if any("%" in name for name in names if isinstance(name, str)):
+        here.append(replace(place, is_quoted=True))
     counts = [_found(candidate, names) for candidate in here]
     if max(counts):
         best = here[counts.index(max(counts))]
@@ -166,6 +172,7 @@ def _told(place: Place, best: Place) -> str | None:
     parts += [f"'{best.ending}' is added to their names"] if best.ending else []
     parts += ["letters with marks are stored otherwise in their names"] if best.unicode else []
     parts += ["the number behind their names is left out"] if best.is_numbered else []
+    parts += ["their names are written as in addresses (%20)"] if best.is_quoted else []
     return ", ".join(parts)
 
 

@@ -17,7 +17,6 @@ noted by datatrove when it is done.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import json
 import os
@@ -63,6 +62,7 @@ from aliblip.data.prepare_steps import (
 from aliblip.data.prepare_tasks import Inputs
 from aliblip.data.remote import is_remote
 from aliblip.runtime.files import PARTIAL, write_json
+from aliblip.runtime.interrupts import hear_of_the_parents_end
 from aliblip.runtime.mistakes import UsageError
 from aliblip.runtime.owners import OWNER, Owner
 from aliblip.runtime.parts import FINGERPRINT, Parts
@@ -82,15 +82,14 @@ _FLAGS = (
     *("fetch_mb", "fetch_private", "rows_per_task", "tokenizer_name", "max_length"),
     *("train_tokenizer", "tokenizer_vocab_size", "tokenizer_titles"),
 )
-_PR_SET_PDEATHSIG = 1  # of Linux' prctl
 _in_a_pipeline = False
 
 
 def _end_with_the_parent() -> None:
-    """In a fork: let the system end it when the command is killed (Linux), since nobody would wait for it any more, and
-    the command that goes on would meet it."""
-    if _in_a_pipeline and sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    """In a fork: let the system end it when the command is killed, since nobody would wait for it any more, and the
+    command that goes on would meet it."""
+    if _in_a_pipeline:
+        hear_of_the_parents_end(signal.SIGKILL)
 
 
 if hasattr(os, "register_at_fork"):

@@ -35,6 +35,7 @@ import numpy as np
 
 from aliblip.data.remote import is_remote
 from aliblip.runtime.distributed import launched_rank
+from aliblip.runtime.mistakes import one_line
 
 __all__ = [
     "CHUNK_ROWS",
@@ -419,8 +420,7 @@ def tell_sources(
         try:
             found = report(source)
         except OSError as error:
-            reason = " ".join(str(error).split())[:300]
-            tell(f"warning: {source.name} ({source.split}): the products were not counted ({reason})")
+            tell(f"warning: {source.name} ({source.split}): the products were not counted ({one_line(error)})")
             continue
         reports[-1] = found
         for line in found.lines():

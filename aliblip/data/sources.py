@@ -21,12 +21,13 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from aliblip.data.columns import ALL, Asked, Reading, Request, listed, one_line
+from aliblip.data.columns import ALL, Asked, Reading, Request, listed
+from aliblip.data.folders import Survey
 from aliblip.data.local import Found, expanded, find_files, find_in_folder, is_metadata, kind_of_files
 from aliblip.data.missing import MISSING
 from aliblip.data.parquet import open_parquet
@@ -34,8 +35,9 @@ from aliblip.data.photos import open_photos, open_sided
 from aliblip.data.records import open_metadata, open_records
 from aliblip.data.remote import RemoteReadError, is_remote, read_patiently
 from aliblip.data.rows import Source, decode
+from aliblip.data.values import local_path
 from aliblip.data.webdataset import open_tars
-from aliblip.runtime.mistakes import UsageError
+from aliblip.runtime.mistakes import UsageError, one_line
 from reading_aliblip import UnusableItem
 
 __all__ = ["ALL", "Reading", "open_source", "require_usable_row"]
@@ -117,6 +119,7 @@ def open_source(
     Raises:
         UsageError: in one line, what was given, what is there, and what to do.
     """
+    data_dir, image_dir, data_files = _local(data_dir), _local(image_dir), _local(data_files)
     asked = Asked(image_column, caption_column, product_id_column, other_columns, sides, fetch=fetch_photos)
     given = _given(dataset_name, dataset_config_name, data_dir, data_files, split)
     name, found = given.name, _find(given, any_split, cache_dir, asked, reading)
@@ -218,6 +221,15 @@ class _Given:
         return os.path.join(self.dataset_name or "", self.data_dir or "")
 
 
+def _local(given: Any) -> Any:
+    """What was given, in which file: URLs are paths."""
+    if isinstance(given, dict):
+        return {split: _local(files) for split, files in given.items()}
+    if isinstance(given, (list, tuple)):
+        return [_local(each) for each in given]
+    return local_path(given) if isinstance(given, str) else given
+
+
 def _given(dataset_name: str | None, config: str | None, data_dir: str | None, data_files: Any, split: str) -> _Given:
     if dataset_name is None and data_dir is None and data_files is None:
         raise UsageError("no data given: set --dataset_name, --data_dir or --data_files")
@@ -265,7 +277,29 @@ def _find_by_datasets(given: _Given, any_split: bool, cache_dir: str | None, ask
     address = next(filter(is_remote, [*hub, *(given.files or []), given.data_dir or ""]), "")
     builder = _builder(given.name, loader, options, address)
     files, split = _files_of_split(builder, given.name, given.split, any_split)
-    return _of_builder(builder, given.name, files, split)
+    found = _of_builder(builder, given.name, files, split)
+    if given.files is None and os.path.isdir(given.folder):
+        found.told += _told_configuration(given.folder, builder, split)
+    return found
+
+
+def _told_configuration(folder: str, builder: Any, split: str) -> Iterator[str]:
+    """What a local folder holds whose README.md says which files are read: those, and what is left."""
+    survey = Survey.of(os.path.realpath(folder))
+    yield f"found: {survey.found}"
+    named = {
+        str(name): {os.path.relpath(os.path.realpath(file), survey.root) for file in files}
+        for name, files in builder.config.data_files.items()
+    }
+    yield f"read: {len(named.get(split, ())):,} of them, as README.md says"
+    for name, files in named.items():
+        if name != split:
+            survey.leave(f"files of the split '{name}'", min(files), len(files))
+    every = set().union(*named.values())
+    for files in survey.data.values():
+        for file in sorted(set(files) - every):
+            survey.leave("files that README.md does not name", file)
+    yield from (f"left: {reason}: {entry.told()}" for reason, entry in survey.left.items())
 
 
 def _of_builder(builder: Any, name: str, files: list[str], split: str) -> Found:

@@ -46,7 +46,7 @@ from aliblip.data.remote import is_remote, open_file, resumed
 from aliblip.data.shop_forms import feed_notes, is_shopify, merchant_product, shopify_rows
 from aliblip.data.storage import Blocks, Spans
 from aliblip.data.values import Facts, looks_like_photo_name
-from aliblip.runtime.mistakes import UsageError
+from aliblip.runtime.mistakes import UsageError, one_line
 
 __all__ = [
     "PACKINGS",
@@ -225,7 +225,7 @@ def _unpacking(file: str, raw: Any) -> Iterator[None]:
         raw.seek(0)
         if is_packed(raw.read(8)) is None:
             raise
-        raise UsageError(f"{file} can't be unpacked ({' '.join(str(error).split())[:200]}): repair it") from error
+        raise UsageError(f"{file} can't be unpacked ({one_line(error, 200)}): repair it") from error
 
 
 def is_table_of_text(file: str, reading: Reading, roles: Roles) -> bool:
@@ -263,7 +263,7 @@ def _first_keys(head: bytes) -> list[str]:
 def _raw(file: str) -> Iterator[Any]:
     """The file as a binary stream that can be sought; a remote one is copied to the disk for as long."""
     if not is_remote(file):
-        with open(file.removeprefix("file://"), "rb") as stream:
+        with open(file, "rb") as stream:
             yield stream
         return
 

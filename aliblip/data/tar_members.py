@@ -25,10 +25,11 @@ from typing import Any, NamedTuple, TypeVar
 
 from aliblip.data.columns import CAPTION_NAMES, similar_name
 from aliblip.data.encodings import unicode_of
+from aliblip.data.kinds import kind_of_head
 from aliblip.data.products import shown
 from aliblip.data.remote import open_file, resumed
 from aliblip.data.values import titles_of
-from aliblip.runtime.mistakes import UsageError
+from aliblip.runtime.mistakes import UsageError, one_line
 
 __all__ = [
     "CAPTION_FIELDS",
@@ -260,7 +261,7 @@ class _Walk:
         except UsageError:
             raise
         except damages as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = one_line(error, 200)
             if isinstance(error, EOFError):
                 raise self._refusal(f"is cut off: the {self.compression} stream has no end") from None
             if not self.offset:
@@ -331,7 +332,7 @@ class _Walk:
         if ending in TEXT_FIELDS or ending in wanted.captions:
             place = wanted.captions.index(ending) if ending in wanted.captions else len(wanted.captions)
             return member._replace(kind=TEXT, titles=(place, 1) if member.length else None)
-        if _is_photo(self._read(stream, member, 32)):
+        if kind_of_head(self._read(stream, member, 32)) in ("photo", "heic"):
             return member._replace(kind=PHOTO)
         return member
 
@@ -367,14 +368,3 @@ def _value_or_bytes(ending: str, data: bytes) -> Any:
         return value_of(ending, data)
     except ValueError:
         return data
-
-
-def _is_photo(head: bytes) -> bool:
-    """By the first bytes, for names that do not say it."""
-    if head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")):
-        return True
-    if head.startswith(b"RIFF"):
-        return head[8:12] == b"WEBP"
-    if head[4:8] == b"ftyp":
-        return head[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"avif", b"avis")
-    return head.startswith(b"BM") and head[6:10] == b"\0\0\0\0"

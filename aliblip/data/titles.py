@@ -19,6 +19,7 @@ import numpy as np
 from aliblip.data.remote import is_remote
 from aliblip.data.rows import Row, Source
 from aliblip.runtime.distributed import launched_rank
+from aliblip.runtime.mistakes import one_line
 from reading_aliblip import UnusableItem, clean_title
 
 __all__ = ["TitleReport", "look_at_titles", "tell_cut_titles", "title_report", "titles_of"]
@@ -172,8 +173,7 @@ def tell_cut_titles(source: Source, look: Callable[[], TitleReport], tell: Calla
     try:
         found = look()
     except OSError as error:
-        reason = " ".join(str(error).split())[:300]
-        tell(f"warning: {source.name} ({source.split}): the length of titles was not looked at ({reason})")
+        tell(f"warning: {source.name} ({source.split}): the length of titles was not looked at ({one_line(error)})")
         return
     for line in found.cut_lines():
         tell(line)

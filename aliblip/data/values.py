@@ -18,13 +18,14 @@ import re
 from array import array
 from collections import Counter
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 __all__ = [
     "Facts",
     "embedded_photo",
     "is_address",
     "listed_text",
+    "local_path",
     "looks_like_photo_name",
     "photo_in",
     "photos_of",
@@ -48,6 +49,8 @@ _BASE64 = re.compile(r"(/9j/|iVBORw0|R0lGOD|UklGR|Qk[0-9A-Za-z]|SUkqA|TU0AK|AAAA
 _BASE64_TEXT = re.compile(r"[A-Za-z0-9+/\s]{100,}={0,2}\s*")
 _DATA_URI = re.compile(r"data:[^,]{0,200},", re.IGNORECASE)
 _ADDRESS = re.compile(r"https?://[^/\s]", re.IGNORECASE)
+# With this machine's name or none; and two slashes before a path that is no whole one, as people write it.
+_FILE_URL = re.compile(r"file:(?://localhost(?=/)|//|(?=/))", re.IGNORECASE)
 _NEXT_ADDRESS = re.compile(r"\s*[,;|\s]\s*(?=https?://)", re.IGNORECASE)
 _PHOTO_NAME = re.compile(r"\S.*\.(?:jpe?g|jfif|png|webp|gif|bmp|tiff?|avif|jp2|hei[cf])(?:#\d+)?", re.IGNORECASE)
 _ODD_PATH = re.compile(r"\\|//|(?:^|/)\.\.?(?:/|$)")
@@ -56,6 +59,14 @@ _ODD_PATH = re.compile(r"\\|//|(?:^|/)\.\.?(?:/|$)")
 def is_address(value: Any) -> bool:
     """Whether a value is the http(s) address of one thing."""
     return isinstance(value, str) and _ADDRESS.match(value.strip()) is not None
+
+
+def local_path(text: str) -> str:
+    """The path that a file: URL means, "/a b.jpg" for "file:///a%20b.jpg"; any other text as it is."""
+    if (match := _FILE_URL.match(text)) is None:
+        return text
+    path = unquote(text[match.end() :], errors="surrogateescape")  # names of files need not be in UTF-8
+    return path[1:] if re.match(r"/[A-Za-z]:[\\/]", path) else path
 
 
 def looks_like_photo_name(text: str) -> bool:
@@ -220,8 +231,9 @@ class Facts:
                 if len(self.hosts) < 1000:
                     self.hosts[urlsplit(part.strip()).netloc] += 1
             elif len(part) < LONGEST_NAME and not _holds_photo(part):
-                self.names.append(hash(plain_name(part)))
-                self.absolute += part.startswith("/")
+                path = local_path(part)
+                self.names.append(hash(plain_name(path)))
+                self.absolute += path.startswith("/")
                 self._keep(part)
 
     def _keep(self, name: Any) -> None:

@@ -70,7 +70,7 @@ from aliblip.runtime.distributed import is_main, rank, together, world_size
 from aliblip.runtime.mistakes import UsageError, usage_errors
 from aliblip.runtime.owners import OWNER, Owner
 from aliblip.runtime.parts import Parts
-from encoder_aliblip import TOKEN_TYPE, fingerprint
+from encoder_aliblip import TOKEN_TYPE, fingerprint, is_finite
 
 __all__ = ["BUILD", "Build", "BuildPlan", "EmbeddedRows", "check_options", "check_place", "embedded_rows", "in_python"]
 
@@ -695,7 +695,7 @@ def vector_column(vectors: Tensor, schema: pa.Schema) -> pa.Array:
     Raises:
         UsageError: values that are not finite.
     """
-    if not torch.stack(vectors.aminmax()).isfinite().all():
+    if not is_finite(vectors):
         raise UsageError("the vectors are not all finite: the model's weights or its precision are broken")
     return pa.FixedSizeListArray.from_arrays(
         pa.array(vectors.contiguous().numpy().reshape(-1)), schema.field(VECTOR).type.list_size

@@ -14,7 +14,6 @@ from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 
-from aliblip.data.columns import one_line
 from aliblip.retrieval.building import read_skipped, write_skipped
 from aliblip.retrieval.tables import (
     ITEMS,
@@ -28,7 +27,7 @@ from aliblip.retrieval.tables import (
     table_exists,
     table_uri,
 )
-from aliblip.runtime.mistakes import UsageError, usage_errors
+from aliblip.runtime.mistakes import UsageError, one_line, usage_errors
 from aliblip.runtime.retries import retried
 
 __all__ = ["check_foreign", "downloaded", "is_download", "is_hub_name", "push", "save_copy"]

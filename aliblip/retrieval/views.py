@@ -27,7 +27,7 @@ from aliblip.retrieval.indexing import FEW_MATCHES, IndexSettings, nearest, reca
 from aliblip.retrieval.tables import ID, PHOTO_ROOT, THUMBNAIL, TOKENS, VECTOR, Facts, indexed_columns, reason_of
 from aliblip.retrieval.where import Where, columns_told, filter_of
 from aliblip.runtime.mistakes import UsageError, shortened, usage_errors
-from encoder_aliblip import TOKEN_TYPE
+from encoder_aliblip import TOKEN_TYPE, is_finite
 
 __all__ = ["IndexReport", "View", "checked_ids", "checked_queries", "photo_at"]
 
@@ -296,7 +296,7 @@ def checked_queries(vectors: Tensor, width: int) -> Tensor:
         queries = queries[None]
     if queries.dim() != 2 or queries.shape[1] != width:
         raise UsageError(f"queries of shape {tuple(queries.shape)} given, the gallery takes (Q, {width})")
-    if queries.numel() and not torch.stack(queries.aminmax()).isfinite().all():
+    if not is_finite(queries):
         raise UsageError("the queries are not all finite: the model's weights or its precision are broken")
     return queries.contiguous()
 

@@ -76,14 +76,19 @@ class StopSignals:
         return signal.Signals(number) if number else None
 
 
+def hear_of_the_parents_end(number: signal.Signals) -> None:
+    """Let the system send this process a signal when its parent dies (Linux)."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+
+
 def _hear_of_the_launchers_end() -> None:
-    """Let the system send SIGUSR1 when the launcher dies (Linux).
+    """Hear SIGUSR1 when the launcher dies.
 
     `accelerate launch` of one process does not pass SIGTERM on: it dies, and would leave this process training for
     nobody. torchrun passes it on, but not when it is killed itself.
     """
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGUSR1), 0, 0, 0)
+    hear_of_the_parents_end(signal.SIGUSR1)
 
 
 def let_the_trainer_decide() -> None:
@@ -93,4 +98,4 @@ def let_the_trainer_decide() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-__all__ = ["STOP_SIGNALS", "StopSignals", "let_the_trainer_decide", "stop_asked"]
+__all__ = ["STOP_SIGNALS", "StopSignals", "hear_of_the_parents_end", "let_the_trainer_decide", "stop_asked"]

@@ -49,6 +49,11 @@ def shortened(text: str, length: int = 300) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
+def one_line(error: BaseException, most: int = 300) -> str:
+    """All that an error says, on one line of at most so many characters."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 @contextmanager
 def usage_errors(*kinds: type[Exception], told: str = "{}") -> Iterator[None]:
     """Make a `UsageError` of what a library raises for something that the user named.
@@ -104,4 +109,4 @@ def _shows_tracebacks() -> bool:
     return os.environ.get(TRACEBACK_VARIABLE, "") not in ("", "0")
 
 
-__all__ = ["Mistakes", "UsageError", "first_line", "main_with_usage_errors", "shortened", "usage_errors"]
+__all__ = ["Mistakes", "UsageError", "first_line", "main_with_usage_errors", "one_line", "shortened", "usage_errors"]

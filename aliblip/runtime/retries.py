@@ -33,6 +33,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from aliblip.runtime.mistakes import one_line
+
 __all__ = ["WAITS", "GaveUp", "Tries", "Trouble", "may_pass", "retried", "sleep_about", "trouble_of"]
 
 # Seconds before the second, third ... try.
@@ -101,7 +103,7 @@ def _trouble_of_one(error: BaseException) -> Trouble | None:
     status = _status(error)
     if status is not None:
         message = getattr(error, "message", "")  # of aiohttp, whose text also repeats the address
-        reason = f"{status} {message}" if message else _first_words(error)
+        reason = f"{status} {message}" if message else one_line(error)
         return Trouble(status in (408, 429) or status >= 500, reason, status)
     if isinstance(error, ValueError) and ("range requests" in str(error) or "seek streaming" in str(error)):
         return Trouble(False, "its server can't give parts of a file (HTTP Range), which streaming needs")
@@ -110,9 +112,9 @@ def _trouble_of_one(error: BaseException) -> Trouble | None:
     is_offline = "OfflineModeIsEnabled" in f"{type(error).__name__} {error}"
     is_of_the_uploader = type(error).__module__ == "hf_xet"  # which has a kind of its own only for what it refuses
     if isinstance(error, (GaveUp, ssl.SSLCertVerificationError)) or is_offline or is_of_the_uploader:
-        return Trouble(False, _first_words(error))
+        return Trouble(False, one_line(error))
     if isinstance(error, _connection_errors()) or _is_network_error(error):
-        return Trouble(True, _first_words(error))
+        return Trouble(True, one_line(error))
     return None
 
 
@@ -145,10 +147,6 @@ def _status(error: BaseException) -> int | None:
     else:
         value = getattr(response, "status_code", getattr(error, "status", None))
     return value if isinstance(value, int) and 400 <= value < 600 else None
-
-
-def _first_words(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def sleep_about(seconds: float) -> None:
