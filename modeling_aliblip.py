@@ -27,15 +27,15 @@ from transformers import AttentionInterface, GradientCheckpointingLayer, PreTrai
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 try:
-    from .configuration_aliblip import AliBlipConfig
+    from .configuration_aliblip import AliBlipConfig, AliBlipTextConfig, AliBlipVisionConfig
     from .losses_aliblip import hard_negatives, itc_loss, itm_loss, itm_pairs, listwise_loss, positives, soft_targets
 except ImportError:
     if __package__:  # inside a package (the Hub cache) a failure is real
         raise
-    from configuration_aliblip import AliBlipConfig
+    from configuration_aliblip import AliBlipConfig, AliBlipTextConfig, AliBlipVisionConfig
     from losses_aliblip import hard_negatives, itc_loss, itm_loss, itm_pairs, listwise_loss, positives, soft_targets
 
 # (key, value) of one cross-attention layer for N images, each (N, H, P, C); an `ImageKV` holds one pair per text layer.
@@ -262,6 +262,8 @@ class AliBlipVisionModel(AliBlipPreTrainedModel):
     """Pre-norm ViT (https://arxiv.org/abs/2010.11929) without a pooler: pixels (B, 3, height, width) -> tokens (B, P,
     D)."""
 
+    config_class = AliBlipVisionConfig
+
     def __init__(self, config):
         super().__init__(config)
         self.embeddings = AliBlipVisionEmbeddings(config)
@@ -450,6 +452,9 @@ class AliBlipTextModel(AliBlipPreTrainedModel):
 
     With `image_kv` every layer also attends to the image tokens of its pair; without, it is a text-only encoder.
     """
+
+    config_class = AliBlipTextConfig
+    main_input_name = "input_ids"
 
     def __init__(self, config):
         super().__init__(config)
@@ -674,6 +679,7 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
         tokens = self.text_encoder(input_ids, image_kv=image_kv, first_only=True, packed=packed)  # (M, D)
         return self.itm_head(tokens)
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor,
@@ -720,7 +726,7 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
             )
         itm_logits = loss = None
         if paired:
-            own = torch.arange(len(image_embeds), device=device)
+            own = torch.arange(image_embeds.shape[0], device=device)  # a len() would make an exported batch a constant
             image_index, text_index, pairs = own, own, None
             if return_loss:
                 product_id = own if product_id is None else product_id.to(device)
@@ -743,7 +749,7 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
             mask = None if attention_mask is None else attention_mask[text_index]
             image_kv = self.project_image_kv(image.last_hidden_state)
             pair_logits = self.match(input_ids[text_index], mask, image_kv, image_index)
-            itm_logits = pair_logits[: len(own)]
+            itm_logits = pair_logits[: own.shape[0]]
             if return_loss:
                 pair_logits = pair_logits.to(device)
                 loss = itc + itm_loss(pair_logits, pairs.is_match, pairs.weight)

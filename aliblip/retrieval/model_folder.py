@@ -16,6 +16,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from PIL import Image
 from transformers import AutoTokenizer, BertTokenizer, BlipImageProcessorPil, PreTrainedTokenizerFast
 from transformers.utils import cached_file
@@ -164,6 +166,13 @@ def check_no_code(name: str) -> None:
         UsageError: with the file and what it names.
     """
     for file in _SETTINGS:
+        if not os.path.isdir(name) and not constants.HF_HUB_OFFLINE:
+            try:
+                hf_hub_download(name, file)
+            except (LocalEntryNotFoundError, HFValidationError):  # not reached, or no name: told when it is loaded
+                return
+            except (OSError, HfHubHTTPError):
+                pass
         for key, value in _entries(read_settings(name, file)):
             named = None
             if key == "auto_map":

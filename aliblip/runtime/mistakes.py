@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
+from aliblip.runtime.caches import cache_hint
 from aliblip.runtime.distributed import launched_rank
 from aliblip.runtime.quiet import quiet_libraries
 
@@ -36,7 +37,10 @@ class Mistakes(UsageError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says first, for a `UsageError`; with its kind where it says nothing else."""
+    """What an error of a library says first, for a `UsageError`; with its kind where it says nothing else, and of a
+    cache that can't be used what to do about it."""
+    if hint := cache_hint(error):
+        return hint
     told, kind = str(error).strip(), type(error).__name__
     if not told:
         return kind
@@ -85,13 +89,22 @@ def main_with_usage_errors(name: str, main: Callable[[], int | None]) -> None:
     try:
         with nullcontext() if _shows_tracebacks() else _no_questions():
             sys.exit(main())
+    except OSError as error:  # wherever a library met it
+        if not (hint := cache_hint(error)):
+            raise
+        _end(name, UsageError(hint))
     except UsageError as error:
-        if launched_rank() != 0:
-            time.sleep(SECONDS_FOR_THE_FIRST_PROCESS)
-        if _shows_tracebacks():
-            traceback.print_exc()
-        print(f"{name}: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _end(name, error)
+
+
+def _end(name: str, error: UsageError) -> None:
+    """Tell a mistake, and end with exit code 2."""
+    if launched_rank() != 0:
+        time.sleep(SECONDS_FOR_THE_FIRST_PROCESS)
+    if _shows_tracebacks():
+        traceback.print_exc()
+    print(f"{name}: error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 @contextmanager
