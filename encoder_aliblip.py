@@ -64,8 +64,7 @@ class Encoder:
         return {name: value for name, value in vars(self).items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._lock = threading.Lock()
+        vars(self).update(state, _lock=threading.Lock())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -93,9 +92,8 @@ class Encoder:
     @torch.no_grad()
     def embed_titles(self, titles: Sequence[str]) -> Tensor:
         """Unit vectors (N, E) fp32 on the CPU."""
-        return finite(
-            embed_texts(self.model, *self.tokenize(titles), self.dtype).cpu(), "vectors of titles", self.model
-        )
+        vectors = embed_texts(self.model, *self.tokenize(titles), self.dtype)
+        return finite(vectors.cpu(), "vectors of titles", self.model)
 
 
 # Its tokens change with lower-casing, accents, scripts and the treatment of marks.

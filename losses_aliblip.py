@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 
 
 def positives(product_id: Tensor, key_id: Tensor, key_valid: Tensor | None = None) -> Tensor:
@@ -43,8 +43,7 @@ def soft_targets(positive: Tensor, momentum_logits: Tensor | None = None, alpha:
     Returns:
         (B, K) fp32, every row sums to 1.
     """
-    hard = positive.float()
-    hard = hard / hard.sum(dim=1, keepdim=True)
+    hard = positive.float() / positive.sum(dim=1, keepdim=True)
     if momentum_logits is None or alpha == 0.0:
         return hard
     return alpha * F.softmax(momentum_logits.float(), dim=1) + (1.0 - alpha) * hard
@@ -56,12 +55,7 @@ def itc_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def hard_negatives(
-    similarity: Tensor,
-    excluded: Tensor,
-    count: int = 1,
-    *,
-    hardest: bool = False,
-    generator: torch.Generator | None = None,
+    similarity: Tensor, excluded: Tensor, count: int = 1, *, hardest: bool = False, generator: Generator | None = None
 ) -> tuple[Tensor, Tensor]:
     """Some negatives for each row, all different, drawn one after the other with probability softmax(similarity) over
     the candidates that are left.
@@ -90,8 +84,7 @@ def hard_negatives(
         probability = F.softmax(allowed, dim=1).nan_to_num(nan=1.0)
         if count > 1:  # candidates so far below the best that theirs is 0 in fp32 come after it, but they come
             probability = probability.clamp(min=torch.finfo(torch.float32).tiny)
-        # What torch.multinomial does without replacement, but not its checks: for these a GPU would have to be waited
-        # for.
+        # As torch.multinomial does without replacement, but without its checks, which would wait for a GPU.
         order = probability / torch.empty_like(probability).exponential_(1.0, generator=generator)
     if count == 1:
         index = order.argmax(dim=1, keepdim=True)
@@ -117,9 +110,9 @@ class MatchPairs(NamedTuple):
     """The M pairs of an ITM step: every row with itself, with its n negative images, and with its m negative texts.
 
     `image_index`, `text_index` (M,) int64; `is_match` (M,) bool; `weight` (M,) fp32 of the pair loss: 1 for the own
-    pairs, and 1 for all negatives of a row and side together, so that however many there are a match is one pair in
-    three; 0 for the pairs that stand where a row has no possible negative. They are kept since their number would have
-    to be read from the device. `sizes`: (B, B n, B m), how many of each kind, in this order, row by row.
+    pairs, and 1 for all negatives of a row and side together: a match is one pair in three, however many there are.
+    Where a row has no negative it is 0 (to leave the pair out, its number would have to be read from the device).
+    `sizes`: (B, B n, B m), how many of each kind, in this order, row by row.
     """
 
     image_index: Tensor
@@ -140,16 +133,11 @@ def itm_pairs(negative_image: Tensor, image_exists: Tensor, negative_text: Tenso
     """
     (rows, images), texts = negative_image.shape, negative_text.shape[1]
     own = torch.arange(rows, device=negative_image.device)
-    image_index = torch.cat([own, negative_image.flatten(), _each(own, texts)])
-    text_index = torch.cat([own, _each(own, images), negative_text.flatten()])
+    image_index = torch.cat([own, negative_image.flatten(), own[:, None].expand(-1, texts).flatten()])
+    text_index = torch.cat([own, own[:, None].expand(-1, images).flatten(), negative_text.flatten()])
     weight = torch.cat([torch.ones_like(own), _shares(image_exists), _shares(text_exists)]).float()
     is_match = torch.arange(image_index.shape[0], device=own.device) < rows
     return MatchPairs(image_index, text_index, is_match, weight, (rows, rows * images, rows * texts))
-
-
-def _each(rows: Tensor, times: int) -> Tensor:
-    """(B,) -> (B times,): every row so many times, one after the other."""
-    return rows if times == 1 else rows.repeat_interleave(times)
 
 
 def _shares(exists: Tensor) -> Tensor:
@@ -183,13 +171,4 @@ def listwise_loss(scores: Tensor, pairs: MatchPairs) -> Tensor:
     return total / counted.clamp(min=1)
 
 
-__all__ = [
-    "MatchPairs",
-    "hard_negatives",
-    "itc_loss",
-    "itm_loss",
-    "itm_pairs",
-    "listwise_loss",
-    "positives",
-    "soft_targets",
-]
+__all__ = ["hard_negatives", "itc_loss", "itm_loss", "itm_pairs", "listwise_loss", "positives", "soft_targets"]

@@ -15,14 +15,12 @@ the text-only pass keeps `[CLS]`. Callers never swap tokens.
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, GradientCheckpointingLayer, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -584,25 +582,6 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.text_encoder.embeddings.word_embeddings = value
 
-    def set_checkpointed_layers(self, vision: int | None = None, text: int | None = None) -> None:
-        """Recompute the activations of the last `vision` ViT layers and the last `text` BERT layers in the backward
-        pass;
-        None: all, 0: none. Finer than transformers' all-or-nothing switch, which works too.
-
-        Raises:
-            ValueError: more layers than the tower has.
-        """
-        for name, layers, wanted in (
-            ("vision", self.vision_model.encoder.layers, vision),
-            ("text", self.text_encoder.encoder.layer, text),
-        ):
-            wanted = len(layers) if wanted is None else wanted
-            if not 0 <= wanted <= len(layers):
-                raise ValueError(f"{wanted} {name} layers to checkpoint: the model has {len(layers)}")
-            for i, layer in enumerate(layers):
-                layer.gradient_checkpointing = i >= len(layers) - wanted
-                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-
     def resize_image(self, image_size: int) -> None:
         """Make the model take photos of `image_size` pixels: interpolates the position embedding, in place, once.
 
@@ -694,15 +673,12 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
         """Photos and titles to similarities and, for pairs, match logits.
 
         Fine-tuning with `transformers.Trainer`: the collator adds `"return_loss": True` to every batch, then training
-        and evaluation have a loss (of the batch of one process). LoRA of PEFT: `target_modules=["qkv", "projection",
-        "query", "key", "value"]` are the attention projections of the ViT and those of the BERT, cross-attention
-        included; `modules_to_save=["vision_proj", "text_proj", "itm_head"]` trains the heads as well.
+        and evaluation have a loss (of the batch of one process).
 
         Args:
             pixel_values: (images, 3, height, width).
             input_ids, attention_mask: (titles, L).
-            product_id: (B,) int64; rows of equal id are positives of each other. None: every row is a product of its
-                own.
+            product_id: (B,) int64; rows of equal id are positives of each other. None: every row has its own.
             return_loss: also the in-batch loss, ITC + ITM with hard negatives on both sides: drawn by similarity in
                 training mode, the most similar ones in evaluation mode, where nothing is drawn. It has no momentum
                 encoders and no queue: for full training use `train.py`.

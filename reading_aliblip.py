@@ -38,12 +38,6 @@ except ImportError:
 # whole process, since `catch_warnings` in several threads can leave a process without any warnings.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-# Pillow keeps pictures in blocks of 16 MB, which the heap of a thread keeps for itself once they are free: a gigabyte
-# for each of a server's threads. Larger ones go back to the system.
-if Image is not None and "PILLOW_BLOCK_SIZE" not in os.environ:
-    with contextlib.suppress(AttributeError):
-        Image.core.set_block_size(64 * 2**20)
-
 # Pillow warns above this size and refuses only above twice as much; a product photo of 90 megapixels is an attack or a
 # mistake.
 MAX_PIXELS = 89_478_485
@@ -112,14 +106,10 @@ def clean_title(value: Any) -> str:
     # Lone surrogates (half an emoji) can't be encoded, and would make the tokenizer fail for the whole batch.
     # Stripped before it is cut: a title that begins with very many blanks would seem to be empty.
     text = value.strip()[:MAX_TITLE_CHARACTERS].encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
-    if not any(_is_visible(character) for character in text):
+    # Not separators, controls, format characters, unassigned ones, nor combining marks with nothing below them.
+    if all(unicodedata.category(character)[0] in "ZCM" for character in text):
         raise UnusableItem("the title is empty" if not value else "the title has no visible character")
     return text
-
-
-def _is_visible(character: str) -> bool:
-    # Separators, controls, format characters, unassigned ones, and combining marks with nothing below them.
-    return unicodedata.category(character)[0] not in "ZCM"
 
 
 def fetch(address: str, most_bytes: int) -> bytes:
@@ -182,7 +172,7 @@ def _decode(held: contextlib.ExitStack, value: Any, fetch=fetch, suffices=None, 
             if told is not None:
                 told(f"{image.size} ".encode() + image.tobytes())
             return image
-        data = _open_image(value, fetch)
+        data = open_image(value, fetch)
         if told is not None:
             told(data.getvalue())
         with Image.open(data, formats=_formats()) as image:
@@ -217,31 +207,7 @@ def _formats() -> list[str]:
     return [name for name in IMAGE_FORMATS if name in Image.OPEN]
 
 
-def read_bytes(value: Any, fetch: Callable[[str, int], bytes] = fetch) -> bytes:
-    """The file of a photo as it is stored, of bytes, a path or an address, without a look at what it holds.
-
-    Args:
-        fetch: as for `read_photo`.
-
-    Raises:
-        UnusableItem: with a plain reason; no other exception leaves this function.
-    """
-    if isinstance(value, dict) and set(value) <= {"bytes", "path"}:
-        value = value.get("bytes") or value.get("path")
-    if value is None:
-        raise UnusableItem("the image is null")
-    try:
-        return _open_image(value, fetch).getvalue()
-    except UnusableItem:
-        raise
-    except FileNotFoundError:
-        raise MissingFile("the image file is missing") from None
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UnusableItem(f"the image can't be read ({type(error).__name__}: {reason})") from None
-
-
-def _open_image(value: Any, fetch: Callable[[str, int], bytes]) -> io.BytesIO:
+def open_image(value: Any, fetch: Callable[[str, int], bytes]) -> io.BytesIO:
     if isinstance(value, (bytes, bytearray, memoryview)):
         data = bytes(value)
     elif isinstance(value, (str, os.PathLike)):
@@ -412,7 +378,7 @@ __all__ = [
     "UnusableItem",
     "clean_title",
     "decoded_photo",
-    "read_bytes",
+    "open_image",
     "read_photo",
     "reads_heic",
 ]

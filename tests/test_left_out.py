@@ -8,6 +8,7 @@ import torch
 
 from aliblip.runtime.mistakes import UsageError
 from aliblip.training.arguments import TrainingArguments
+from aliblip.training.building import set_checkpointed_layers
 from aliblip.training.momentum import MomentumState
 from aliblip.training.objective import RetrievalObjective
 from aliblip.training.patches import drop_patches, patches_kept
@@ -72,7 +73,7 @@ def gradients_of(unpad: bool, attention: str, *, slack: bool = False, **options)
     model = tiny.model(text_config={"num_hidden_layers": 3})
     model.set_attn_implementation(attention)
     if options.pop("checkpointed", False):
-        model.set_checkpointed_layers(0, 2)
+        set_checkpointed_layers(model, 0, 2)
     momentum = MomentumState(model, queue_size=12, embedding_size=16)
     objective = RetrievalObjective(model, hardest_negatives=True, unpad=unpad, **options).train()
     batch = tiny.batch(7, length=12)

@@ -60,9 +60,7 @@ def flags(data, base) -> list:
 
 def adapted(flags: list, folder: Path) -> None:
     """`trained_in_process` of a model that brings its own shape."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("runs.TINY", TRAINED)
-        trained_in_process(flags, folder)
+    trained_in_process(flags, folder, TRAINED)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import tiny
 import torch
 from helpers import ROOT
 
+from aliblip.training.building import set_checkpointed_layers
 from aliblip.training.freezing import freeze
 from aliblip.training.memory import Work, activations, largest_batch, state_of, training_memory
 from aliblip.training.momentum import MomentumState
@@ -55,7 +56,7 @@ def test_activations_are_those_that_autograd_keeps(attention, dropout, dtype, ch
     model = tiny.model(image_size=64, vision_config={"num_hidden_layers": 3}, text_config=text)
     model.set_attn_implementation(attention)
     if any(checkpointed):
-        model.set_checkpointed_layers(*checkpointed)
+        set_checkpointed_layers(model, *checkpointed)
     work = Work(LENGTH, LENGTH, bf16=dtype is not None, attention=attention, checkpointed=checkpointed)
     told = activations(model.config, state_of(model.config, QUEUE), work, ROWS)
     assert 0.97 < told / kept_by_autograd(model, attention, dtype) < 1.13

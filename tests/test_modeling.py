@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import BlipConfig, BlipForImageTextRetrieval
 
 import modeling_aliblip as modeling
+from aliblip.training.building import set_checkpointed_layers
 from configuration_aliblip import AliBlipConfig
 from modeling_aliblip import AliBlipForImageTextRetrieval
 
@@ -188,7 +189,7 @@ def test_gradient_checkpointing_changes_no_gradient(layers):
     batch = tiny.batch()
     loss, expected = gradients(tiny.model(**changes), batch)
     model = tiny.model(**changes)
-    model.set_checkpointed_layers(*layers)
+    set_checkpointed_layers(model, *layers)
     on = [
         layer.gradient_checkpointing
         for layer in (*model.vision_model.encoder.layers, *model.text_encoder.encoder.layer)
@@ -200,10 +201,12 @@ def test_gradient_checkpointing_changes_no_gradient(layers):
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
     with pytest.raises(ValueError, match="5 vision layers to checkpoint: the model has 2"):
-        model.set_checkpointed_layers(5, 0)
+        set_checkpointed_layers(model, 5, 0)
 
 
-@pytest.mark.parametrize("enable", ["set_checkpointed_layers", "gradient_checkpointing_enable"])
+@pytest.mark.parametrize(
+    "enable", [set_checkpointed_layers, modeling.AliBlipForImageTextRetrieval.gradient_checkpointing_enable]
+)
 def test_attention_over_titles_takes_the_same_kernels_when_it_is_computed_again(enable, monkeypatch):
     """As on a GPU: without cuDNN's kernels, and without those that are switched off."""
     attend, seen = modeling.attend, []
@@ -218,7 +221,7 @@ def test_attention_over_titles_takes_the_same_kernels_when_it_is_computed_again(
     monkeypatch.setattr(modeling, "any_shape", lambda _: any_shape(torch.device("cuda")))
     monkeypatch.setattr(modeling, "attend", watched)
     model, kernels = tiny.model(), torch.backends.cuda
-    getattr(model, enable)()
+    enable(model)
     before = kernels.cudnn_sdp_enabled(), kernels.flash_sdp_enabled(), kernels.math_sdp_enabled()
     with sdpa_kernel([SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION]):
         gradients(model, tiny.batch())

@@ -203,7 +203,7 @@ def test_a_gallery_whose_photos_cannot_be_shown_says_so_at_the_start(model, tmp_
     searcher = serve.open_searcher(options)
     (told,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
     assert f"can't be shown: the image file is missing: {tmp_path / 'photos'}/" in told
-    assert ".png. Build it with python -m aliblip.gallery --thumbnails" in told
+    assert ".png. Build it with thumbnails (python -m aliblip.gallery --thumbnails" in told
     assert "--photo_root. Nor can titles be re-ranked without them." in told
     # The page answers all the same, by what needs no photo, and says so.
     found = searcher.by_title(TITLES[0], 3, 4)

@@ -17,6 +17,7 @@ import os
 import posixpath
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -32,7 +33,13 @@ from aliblip.data.missing import why_missing
 from aliblip.data.products import CHUNK_ROWS, ProductIds, content_id, own_id, photo_id_of, product_id_of, shown
 from aliblip.data.remote import RemoteReadError, is_remote, read_file, resumed
 from aliblip.runtime.mistakes import UsageError
-from reading_aliblip import MissingFile, UnusableItem, clean_title, read_bytes, read_photo
+from reading_aliblip import MissingFile, UnusableItem, clean_title, open_image, read_photo
+
+# Pillow keeps pictures in blocks of 16 MB, which the heap of a thread keeps for itself once they are free: a gigabyte
+# for each of a server's threads. Larger ones go back to the system.
+if "PILLOW_BLOCK_SIZE" not in os.environ:
+    with suppress(AttributeError):
+        Image.core.set_block_size(64 * 2**20)
 
 __all__ = [
     "Example",
@@ -139,11 +146,27 @@ def stored_photo(row: Row, fetch: Callable[[str, int], bytes] | None = None) -> 
     if row.problem is not None:
         raise UnusableItem(row.problem)
     try:
-        return read_bytes(row.image, fetch or _fetch)
+        return _read_bytes(row.image, fetch or _fetch)
     except MissingFile:
         if not isinstance(row.image, str) or is_remote(row.image):
             raise
         raise MissingFile(why_missing(row.image)) from None
+
+
+def _read_bytes(value: Any, fetch: Callable[[str, int], bytes]) -> bytes:
+    if isinstance(value, dict) and set(value) <= {"bytes", "path"}:
+        value = value.get("bytes") or value.get("path")
+    if value is None:
+        raise UnusableItem("the image is null")
+    try:
+        return open_image(value, fetch).getvalue()
+    except UnusableItem:
+        raise
+    except FileNotFoundError:
+        raise MissingFile("the image file is missing") from None
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UnusableItem(f"the image can't be read ({type(error).__name__}: {reason})") from None
 
 
 def _fetch(address: str, most_bytes: int) -> bytes:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
 from aliblip.data.augment import TrainAugmentation
@@ -250,6 +252,25 @@ def build_optimizer(model: AliBlipForImageTextRetrieval, args: TrainingArguments
         eps=args.adam_epsilon,
         fused=True,
     )
+
+
+def set_checkpointed_layers(
+    model: AliBlipForImageTextRetrieval, vision: int | None = None, text: int | None = None
+) -> None:
+    """Recompute the activations of the last `vision` ViT layers and the last `text` BERT layers in the backward pass;
+    None: all, 0: none. Finer than transformers' all-or-nothing switch, which works too.
+
+    Raises:
+        ValueError: more layers than the tower has.
+    """
+    towers = (("vision", model.vision_model.encoder.layers, vision), ("text", model.text_encoder.encoder.layer, text))
+    for name, layers, wanted in towers:
+        wanted = len(layers) if wanted is None else wanted
+        if not 0 <= wanted <= len(layers):
+            raise ValueError(f"{wanted} {name} layers to checkpoint: the model has {len(layers)}")
+        for number, layer in enumerate(layers):
+            layer.gradient_checkpointing = number >= len(layers) - wanted
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
 def build_objective(

@@ -52,6 +52,7 @@ from aliblip.training.building import (
     carried_momentum,
     check_shape,
     read_backbones,
+    set_checkpointed_layers,
 )
 from aliblip.training.checkpoint import Progress, checkpoints, find_checkpoint, order_of, read_state
 from aliblip.training.evaluations import check_early_stopping
@@ -735,8 +736,8 @@ def check_model(model: AliBlipForImageTextRetrieval, processor: AliBlipProcessor
         raise UsageError(f"--max_length is {processor.max_length}: the model takes at most {longest} tokens")
     if args.gradient_checkpointing:
         with usage_errors(ValueError):  # more layers than it has
-            model.set_checkpointed_layers(
-                args.gradient_checkpointing_vision_layers, args.gradient_checkpointing_text_layers
+            set_checkpointed_layers(
+                model, args.gradient_checkpointing_vision_layers, args.gradient_checkpointing_text_layers
             )
 
 
