@@ -134,6 +134,13 @@ def test_an_adapter_is_loaded_measured_and_merged(whole, base, data, tmp_path, m
     assert measured["mean_recall"] == pytest.approx(told["mean_recall"])
 
 
+@pytest.mark.parametrize("named", [None, 3, ""])
+def test_an_adapter_that_names_no_model_is_refused(named, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": named}))
+    with pytest.raises(UsageError, match="adapter_config.json of .* names no model"):
+        load_pretrained(str(tmp_path))
+
+
 @needs_peft
 def test_under_zero2_in_bf16_adapters_are_trained_and_saved_in_fp32(flags, base, tmp_path):
     folder = tmp_path / "run"

@@ -67,4 +67,4 @@ def merged(model: AliBlipForImageTextRetrieval) -> AliBlipForImageTextRetrieval:
     return plain.train(model.training)
 
 
-__all__ = ["add_lora", "has_peft", "is_adapted", "is_adapter", "merged"]
+__all__ = ["ADAPTER", "add_lora", "has_peft", "is_adapted", "is_adapter", "merged"]

@@ -22,7 +22,7 @@ from PIL import Image
 from transformers import AutoTokenizer, BertTokenizer, BlipImageProcessorPil, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
-from aliblip.retrieval.adapters import merged
+from aliblip.retrieval.adapters import ADAPTER, merged
 from aliblip.runtime.files import read_json
 from aliblip.runtime.mistakes import UsageError, usage_errors
 from configuration_aliblip import AliBlipConfig
@@ -78,8 +78,14 @@ def load_folder(
     if _is_a_path(name) and not os.path.exists(name):  # for transformers it would be a wrong name on the Hub
         raise UsageError(f"there is no folder {name}: give the folder of a model, its name on the Hub, or a .pth file")
     check_no_code(name)
+    whole = read_settings(name, ADAPTER).get("base_model_name_or_path", name)  # of an adapter the model that it names
+    if not isinstance(whole, str) or not whole:
+        raise UsageError(f"{ADAPTER} of {name} names no model: it is damaged, bring it back")
+    if whole != name:
+        check_no_code(whole)
+    with usage_errors(*LOADING_ERRORS, told=f"can't load the model {whole}: {{}}"):
+        _check_size(whole, AliBlipConfig.from_pretrained(whole, trust_remote_code=False))
     with usage_errors(*LOADING_ERRORS, told=f"can't load the model {name}: {{}}"):
-        _check_size(name, AliBlipConfig.from_pretrained(name, trust_remote_code=False))
         model = AliBlipForImageTextRetrieval.from_pretrained(
             name, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
         )
