@@ -18,6 +18,7 @@ from reading_aliblip import MAX_PIXELS, UnusableItem, decoded_photo, read_photo
 # Pillow's own blocks.
 TOGETHER = """
 import resource, sys, threading
+import aliblip.data.rows  # which has Pillow give large blocks back
 import reading_aliblip
 import tiny
 from encoder_aliblip import Encoder

@@ -87,7 +87,9 @@ def test_the_tokenizer_goes_with_the_model_and_with_the_run(trained, monkeypatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(setup, "learn_tokenizer", None)
     groups = parse(train.GROUPS, [*flags, "--resume_from_checkpoint", "last"])[:4]
-    resumed = setup.set_up(*groups).processor.tokenizer
+    again = setup.set_up(*groups)
+    again.owner.release()
+    resumed = again.processor.tokenizer
     assert torch.equal(tokenizer_bytes(resumed), tokenizer_bytes(kept))
     (folder / "trained_tokenizer").rename(folder / "elsewhere")
     with pytest.raises(UsageError, match="the tokenizer that the run to go on with has learned: bring it back, or"):

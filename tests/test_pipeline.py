@@ -305,7 +305,7 @@ def test_mistakes(pipe, paths, titles, gallery, text_gallery, tmp_path):
 
 
 def test_a_title_is_never_opened_as_a_file(pipe, paths, gallery, monkeypatch):
-    monkeypatch.setattr(reading_aliblip, "_open_image", None)
+    monkeypatch.setattr(reading_aliblip, "open_image", None)
     for title in (paths[0], "http://127.0.0.1/cup.png", "/etc/hostname"):
         assert pipe(title, gallery=gallery)
 

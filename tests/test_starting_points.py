@@ -44,7 +44,9 @@ RUN = TINY[TINY.index("--queue_size") :]  # without what describes a model from 
 
 def set_up(*flags) -> train.Setup:
     groups = [ModelArguments, TrainDataArguments, TrainingArguments, HubArguments]
-    return train.set_up(*parse(groups, [*RUN, *map(str, flags)]))
+    made = train.set_up(*parse(groups, [*RUN, *map(str, flags)]))
+    made.owner.release()  # as a run does at its end
+    return made
 
 
 def assert_everything_trains(setup: train.Setup) -> None:

@@ -191,7 +191,7 @@ def test_the_momentum_encoders_move_under_zero2_in_bf16(two_process_runs):
     # at which a LayerNorm begins. Of the embedding tables a step touches only the rows of its words.
     weights = [name for name in early if early[name].dim() > 1 and "embeddings" not in name]
     weights = [name for name in weights if name.startswith("encoders.")]
-    assert len(weights) > 30
+    assert len(weights) >= 30  # of the demo's two towers
     for name in weights:
         moved = (late[name] != early[name]).float().mean().item()
         assert moved > 0.5, (name, moved)
