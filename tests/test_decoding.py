@@ -32,7 +32,9 @@ used = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 threads = [threading.Thread(target=encoder.pixels, args=(sys.argv[2],)) for _ in range(6)]
 [thread.start() for thread in threads]
 [thread.join() for thread in threads]
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - used)
+# Not `ru_maxrss`, which begins at what the process had that started this one.
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM:"))
+print(int(peak.split()[1]) * 1024 - used)
 """
 
 
