@@ -71,9 +71,9 @@ def peak_memory_gb(device: torch.device) -> float:
     of the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    with suppress(OSError, StopIteration):  # Linux; what `resource` says begins at what the process had that started it
-        with open("/proc/self/status", encoding="ascii", errors="replace") as lines:
-            return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024 / 1e9
+    # Linux: what `resource` says begins at what the process had that started this one.
+    with suppress(OSError, StopIteration), open("/proc/self/status", encoding="ascii", errors="replace") as lines:
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024 / 1e9
     try:
         import resource
     except ImportError:  # Windows, where psutil knows it
