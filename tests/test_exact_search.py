@@ -136,6 +136,26 @@ def test_more_rows_are_looked_at_until_no_other_can_be_better(tmp_path, monkeypa
     assert asked == [(1, 12), (1, 96), (1, 768)] and read[-1] == 5000
 
 
+def test_what_is_kept_of_another_version_is_quick_to_search(tmp_path, monkeypatch):
+    gallery = Gallery.from_vectors(vector_table(unit_vectors(2000, WIDTH), price=[1] * 2000), tmp_path / "g")
+    monkeypatch.setattr(exact, "QUICKLY_READ_BYTES", 10 * WIDTH * 4)
+
+    def is_quick() -> bool:
+        view = gallery.refresh()._now()
+        return view.cache.is_quick(view.dataset, view.rows, WIDTH)
+
+    assert not is_quick()
+    gallery.search(unit_vectors(1, WIDTH), 5)
+    gallery.create_index(columns=["price"], quiet=True)  # another version, of the same files
+    assert is_quick()
+    gallery.upsert_vectors(
+        vector_table(unit_vectors(10, WIDTH, seed=7), [f"new {n}" for n in range(10)], price=[2] * 10)
+    )
+    assert is_quick()
+    gallery.upsert_vectors(vector_table(unit_vectors(1, WIDTH, seed=8), ["one more"], price=[2]))
+    assert not is_quick()
+
+
 def test_a_new_version_costs_its_new_rows(tmp_path, read):
     gallery = Gallery.from_vectors(vector_table(unit_vectors(2000, WIDTH), price=[1] * 2000), tmp_path / "g")
     query = unit_vectors(1, WIDTH, seed=5)

@@ -9,6 +9,7 @@ import tarfile
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from tars import (
     COUNT,
     LAYOUTS,
@@ -167,6 +168,18 @@ def test_each_question_has_a_kept_index_of_its_own(tmp_path, monkeypatch):
         assert_pairs(source)
         assert report(source).products == COUNT // 2
     assert len(scans) == 2
+
+
+def test_who_looks_through_a_tar_already_is_waited_for_and_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tar_index, "TELL_AFTER_SECONDS", 0.05)
+    monkeypatch.setattr(tar_index, "LONGEST_LOOK_SECONDS", 0.1)
+    lock = str(tmp_path / "index.lock")
+    with FileLock(lock), pytest.raises(UsageError, match=r"another process has held .*index.lock for"):  # noqa: SIM117
+        with tar_index._alone(lock, "a.tar"):
+            raise AssertionError("two at once")
+    assert "waiting for another process that looks through a.tar" in capsys.readouterr().out
+    with tar_index._alone(lock, "a.tar"):
+        pass
 
 
 def test_the_digest_of_a_tar_as_it_should_be_has_not_changed(tmp_path):

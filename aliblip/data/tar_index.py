@@ -18,7 +18,6 @@ from typing import Any
 
 import fsspec
 import numpy as np
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -26,7 +25,7 @@ from aliblip.data.remote import read_patiently, storage_options
 from aliblip.data.tar_members import Wanted, compression_of, read_members
 from aliblip.data.tar_samples import Members
 from aliblip.runtime.files import write_bytes
-from aliblip.runtime.mistakes import UsageError
+from aliblip.runtime.locks import acquired
 
 __all__ = ["TarIndex", "indexed_tar"]
 
@@ -128,18 +127,17 @@ def indexed_tar(file: str, index_dir: str | None, wanted: Wanted) -> TarIndex:
 
 @contextmanager
 def _alone(lock_file: str, file: str) -> Iterator[None]:
-    lock = FileLock(lock_file)
-    try:
-        lock.acquire(timeout=TELL_AFTER_SECONDS)
-    except Timeout:
-        print(f"waiting for another process that looks through {file} (its lock: {lock_file})", flush=True)
-        try:
-            lock.acquire(timeout=LONGEST_LOOK_SECONDS)
-        except Timeout:
-            raise UsageError(
-                f"another process has held {lock_file} for {LONGEST_LOOK_SECONDS / 3600:.0f} hours: end it, and start "
-                "again"
-            ) from None
+    lock = acquired(
+        lock_file,
+        tell_after=TELL_AFTER_SECONDS,
+        longest=LONGEST_LOOK_SECONDS,
+        tell=lambda: print(
+            f"waiting for another process that looks through {file} (its lock: {lock_file})", flush=True
+        ),
+        mistake=lambda: (
+            f"another process has held {lock_file} for {LONGEST_LOOK_SECONDS / 3600:.0f} hours: end it, and start again"
+        ),
+    )
     try:
         yield
     finally:

@@ -136,10 +136,12 @@ class VectorCache:
             return pieces
 
     def is_quick(self, dataset, rows: int, width: int) -> bool:
-        """Whether `of` takes little time: a version's pieces are kept, or are few enough, and near enough, to read."""
+        """Whether `of` takes little time: what it has to read is not kept of another version, but small and near."""
         if self._version == dataset.version:
             return True
-        is_small = rows * width * 4 <= QUICKLY_READ_BYTES and not is_address(dataset.uri)
+        known = {piece.files for piece in self._pieces}
+        new = sum(part.count_rows() for part in dataset.get_fragments() if _files_of(part) not in known)
+        is_small = new * width * 4 <= QUICKLY_READ_BYTES and not (new and is_address(dataset.uri))
         return is_small and self._form(dataset, rows, width) is not None
 
     def _form(self, dataset, rows: int, width: int) -> tuple[bool, bool] | None:
@@ -162,10 +164,14 @@ def _form_of(piece: Piece) -> tuple[bool, bool]:
     return piece.vectors is not None, piece.codes is not None
 
 
+def _files_of(fragment) -> tuple[str, ...]:
+    about = fragment.metadata
+    return str(about.id), *(file.path for file in about.files), str(getattr(about, "overlays", ""))
+
+
 def _read(dataset, fragment, width: int, known: dict[tuple[str, ...], Piece], vectors: bool, codes: bool) -> Piece:
     """A piece of a table: what is known of it without the rows that are gone, or all of it."""
-    about = fragment.metadata
-    files = (str(about.id), *(file.path for file in about.files), str(getattr(about, "overlays", "")))
+    files = _files_of(fragment)
     if files in known:
         piece = known[files].without_others(_positions(dataset, None, [fragment]))
         if piece is not None:  # not an older version, with rows that what is known has lost

@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
-from filelock import FileLock, Timeout
 
 from aliblip.runtime.installation import install_hint
+from aliblip.runtime.locks import acquired
 from aliblip.runtime.mistakes import UsageError, first_line, shortened
 
 logger = logging.getLogger(__name__)
@@ -400,18 +400,18 @@ def one_writer(uri: str) -> Iterator[bool]:
     if is_address(uri):
         yield False
         return
-    lock = FileLock(os.path.join(uri, WRITER_LOCK))
+    file = os.path.join(uri, WRITER_LOCK)
     try:
-        try:
-            lock.acquire(timeout=TELL_AFTER_SECONDS)
-        except Timeout:
-            logger.warning("another process or thread changes %s: waiting for it", uri)
-            lock.acquire(timeout=LONGEST_CHANGE_SECONDS)
-    except Timeout:
-        raise UsageError(
-            f"{uri} has been changed by another process for {LONGEST_CHANGE_SECONDS / 60:.0f} minutes: see which one "
-            f"holds {lock.lock_file}, or try again later"
-        ) from None
+        lock = acquired(
+            file,
+            tell_after=TELL_AFTER_SECONDS,
+            longest=LONGEST_CHANGE_SECONDS,
+            tell=lambda: logger.warning("another process or thread changes %s: waiting for it", uri),
+            mistake=lambda: (
+                f"{uri} has been changed by another process for {LONGEST_CHANGE_SECONDS / 60:.0f} minutes: see which "
+                f"one holds {file}, or try again later"
+            ),
+        )
     except (OSError, NotImplementedError):
         yield False
         return
