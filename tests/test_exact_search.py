@@ -156,6 +156,43 @@ def test_what_is_kept_of_another_version_is_quick_to_search(tmp_path, monkeypatc
     assert not is_quick()
 
 
+def test_what_a_filter_leaves_is_looked_up_once_for_each_version(tmp_path, monkeypatch):
+    gallery = Gallery.from_vectors(vector_table(unit_vectors(2000, WIDTH), price=list(range(2000))), tmp_path / "g")
+    monkeypatch.setattr(views, "FEW_MATCHES", 0)
+    looked_up, plain = [], exact._positions
+    monkeypatch.setattr(exact, "_positions", lambda *given: (looked_up.append(given[1]), plain(*given))[1])
+    query = unit_vectors(3, WIDTH, seed=5)
+
+    def ids(where):
+        return [[hit["id"] for hit in hits] for hits in gallery.search(query, 5, where=where)]
+
+    found = {where: ids(where) for where in ("price < 200", "price < 1500")}  # a few, copied, and most
+    del looked_up[:]
+    assert {where: ids(where) for where in found} == found and not looked_up
+    view = gallery._now()
+    for where, best in found.items():
+        by_table = exact.search_exactly(view.dataset, query, 5, rows=view.rows, where=where)
+        assert [[f"item {position}" for position in positions] for positions, _ in by_table] == best
+    gallery.remove([found["price < 200"][0][0]])
+    assert (
+        ids("price < 200")[0] == ids("price < 200 OR price < 0")[0] and ids("price < 200")[0] != found["price < 200"][0]
+    )
+    assert looked_up.count("(price < 200)") == 1
+
+
+def test_what_is_remembered_of_filters_takes_a_part_of_the_memory_of_all_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(views, "FEW_MATCHES", 0)
+    gallery = Gallery.from_vectors(vector_table(unit_vectors(2000, WIDTH), price=list(range(2000))), tmp_path / "g")
+    for start in range(0, 1600, 20):
+        gallery.search(unit_vectors(1, WIDTH, seed=2), 5, where=f"price >= {start} AND price < {start + 400}")
+    kept = gallery._cache._left
+    assert 0 < len(kept) <= 2000 * WIDTH * exact.FEW_CHOSEN / (400 * WIDTH)
+    assert list(kept)[-1][1].startswith("(price >= 1580")
+    for start in range(100):
+        gallery.search(unit_vectors(1, WIDTH, seed=2), 5, where=f"price = {start}")
+    assert len(gallery._cache._left) == exact._FILTERS
+
+
 def test_a_new_version_costs_its_new_rows(tmp_path, read):
     gallery = Gallery.from_vectors(vector_table(unit_vectors(2000, WIDTH), price=[1] * 2000), tmp_path / "g")
     query = unit_vectors(1, WIDTH, seed=5)
@@ -219,7 +256,7 @@ def test_what_is_kept_follows_from_the_memory(room, pays, address, form, tmp_pat
 def test_a_processor_that_multiplies_bytes_wrong_or_slowly_compares_vectors(monkeypatch):
     monkeypatch.undo()
     plain, pays = torch._int_mm, exact.codes_pay.__wrapped__
-    monkeypatch.setattr(exact, "_seconds", lambda work: 1.0 if "_int_mm" in work.__code__.co_names else 2.0)
+    monkeypatch.setattr(exact, "_shortest", lambda by_codes, by_vectors: [1.0, 2.0])
     assert pays()
 
     def saturating(codes, query):
@@ -228,7 +265,7 @@ def test_a_processor_that_multiplies_bytes_wrong_or_slowly_compares_vectors(monk
     monkeypatch.setattr(torch, "_int_mm", saturating)
     assert not pays()
     monkeypatch.setattr(torch, "_int_mm", plain)
-    monkeypatch.setattr(exact, "_seconds", lambda work: 1.0)
+    monkeypatch.setattr(exact, "_shortest", lambda by_codes, by_vectors: [1.0, 1.0])
     assert not pays()
     monkeypatch.delattr(torch, "_int_mm")
     assert not pays()

@@ -32,7 +32,7 @@ from aliblip.retrieval.plan import available_memory
 from aliblip.retrieval.tables import VECTOR, is_address
 from retrieval_aliblip import GALLERY_CHUNK, QUERY_BLOCK, order_by_score, running_top_k
 
-__all__ = ["FEW_CHOSEN", "MEMORY_SHARE", "SMALL_BYTES", "VectorCache", "search_exactly"]
+__all__ = ["FEW_CHOSEN", "MEMORY_SHARE", "SMALL_BYTES", "VectorCache", "rows_left", "search_exactly"]
 
 # Vectors of a table that is not larger are kept as they are, and compared in less time than reading a row takes.
 SMALL_BYTES = 2**25
@@ -46,6 +46,8 @@ _FEWEST_KEPT = 0.75
 # A smaller share of all rows is copied in less time than the others are compared.
 FEW_CHOSEN = 0.25
 _CODES_CHUNK = 65536
+# So many filters are remembered with what they leave: the next query, or the next page of results, has the same.
+_FILTERS = 16
 _LARGEST_CODE = 127
 # Rows whose true scores are computed at first, as a multiple of k, and how many times as many at the next try.
 _CANDIDATES, _FEWEST_CANDIDATES, _MORE = 4, 64, 8
@@ -95,15 +97,41 @@ class Piece:
         """A copy of some rows, which are (n,) bool."""
         numbers = torch.from_numpy(np.flatnonzero(rows))
         parts = {name: getattr(self, name) for name in ("vectors", "codes", "scales")}
-        some = {name: None if part is None else part[numbers] for name, part in parts.items()}
+        some = {name: None if part is None else part.index_select(0, numbers) for name, part in parts.items()}
         return replace(self, positions=self.positions[rows], kept=None, **some)
 
-    def chosen(self, allowed: np.ndarray | None) -> np.ndarray | None:
-        """(n,) bool, the kept rows at allowed positions; None: all."""
-        if allowed is None:
-            return self.kept
+    def chosen(self, allowed: np.ndarray) -> np.ndarray:
+        """(n,) bool, the kept rows at allowed positions."""
         found = np.isin(self.positions, allowed)
         return found if self.kept is None else found & self.kept
+
+    @property
+    def size(self) -> int:
+        """Bytes of its vectors and codes."""
+        return sum(part.nbytes for part in (self.vectors, self.codes) if part is not None)
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a filter leaves of a table.
+
+    Attributes:
+        rows: how many.
+        pieces: where they are searched among; None: not yet known.
+        chosen: (n,) bool of each piece, its rows that are left; None: all of it.
+    """
+
+    rows: int
+    pieces: tuple[Piece, ...] | None = None
+    chosen: tuple[np.ndarray | None, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes that are kept for it alone."""
+        return sum(
+            piece.size if some is None else some.nbytes
+            for piece, some in zip(self.pieces or (), self.chosen, strict=True)
+        )
 
 
 class VectorCache:
@@ -113,6 +141,7 @@ class VectorCache:
     def __init__(self):
         self._lock = threading.Lock()
         self._version, self._pieces = -1, ()
+        self._left: dict[tuple[int, str], Left] = {}  # by version and filter, the last asked for at the end
 
     def __getstate__(self) -> dict:
         return {}
@@ -135,6 +164,20 @@ class VectorCache:
                 self._version, self._pieces = dataset.version, pieces
             return pieces
 
+    def left(self, dataset, where: str) -> Left | None:
+        """What is known of a filter that was asked for lately."""
+        with self._lock:
+            return self._left.get((dataset.version, where))
+
+    def keep_left(self, dataset, where: str, left: Left) -> None:
+        """Remember what a filter leaves, in place of what others left, in a part of the memory of all rows."""
+        with self._lock:
+            whole = sum(piece.size for piece in self._pieces)
+            self._left.pop((dataset.version, where), None)
+            self._left[dataset.version, where] = left
+            while len(self._left) > _FILTERS or sum(one.size for one in self._left.values()) > FEW_CHOSEN * whole:
+                del self._left[next(iter(self._left))]
+
     def is_quick(self, dataset, rows: int, width: int) -> bool:
         """Whether `of` takes little time: what it has to read is not kept of another version, but small and near."""
         if self._version == dataset.version:
@@ -146,12 +189,7 @@ class VectorCache:
 
     def _form(self, dataset, rows: int, width: int) -> tuple[bool, bool] | None:
         """Whether to keep vectors, and whether to keep codes; None: neither fits."""
-        used = sum(
-            part.numel() * part.element_size()
-            for piece in self._pieces
-            for part in (piece.vectors, piece.codes)
-            if part is not None
-        )
+        used = sum(piece.size for piece in self._pieces)
         room, codes, vectors = MEMORY_SHARE * (available_memory() + used), rows * width, rows * width * 4
         if vectors <= SMALL_BYTES or not codes_pay():
             return (True, False) if vectors <= room else None
@@ -215,18 +253,21 @@ def codes_pay() -> bool:
             torch.equal(torch._int_mm(codes, one).float(), vectors @ one.float())
             for one in (query, -query, query.abs(), -query.abs())
         )
-        return right and _seconds(lambda: torch._int_mm(codes, query)) < 0.7 * _seconds(lambda: vectors @ query.float())
+        by_codes, by_vectors = _shortest(lambda: torch._int_mm(codes, query), lambda: vectors @ query.float())
+        return right and by_codes < 0.7 * by_vectors
     except (AttributeError, RuntimeError):  # a torch, or a processor, that has it not
         return False
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    taken = []
-    for _ in range(5):
-        start = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+def _shortest(*works: Callable[[], object]) -> list[float]:
+    """Seconds of each, the least of many in turn: other work on the machine makes some of them ten times as long."""
+    taken = np.empty((30, len(works)))
+    for times in taken:
+        for number, work in enumerate(works):
+            start = time.perf_counter()
+            work()
+            times[number] = time.perf_counter() - start
+    return taken.min(axis=0).tolist()
 
 
 # --- search -----------------------------------------------------------------------------------------------------------
@@ -239,16 +280,38 @@ def search_exactly(
     pieces = None if cache is None else cache.of(dataset, rows, queries.shape[1])
     if not pieces:
         return _by_vectors(queries, k, lambda: _chunks(dataset, where, queries.shape[1]))
-    allowed = None if where is None else _positions(dataset, where)
-    chosen = [piece.chosen(allowed) for piece in pieces]
-    if allowed is not None and pieces[0].codes is not None and len(allowed) < FEW_CHOSEN * rows:
-        pieces, chosen = [piece.only(some) for piece, some in zip(pieces, chosen, strict=True)], [None] * len(pieces)
+    if where is None:
+        chosen = [piece.kept for piece in pieces]
+    else:
+        left = rows_left(dataset, where, cache, pieces, rows)
+        pieces, chosen = left.pieces, left.chosen
     if pieces[0].codes is None:
         return _by_vectors(queries, k, lambda: _kept_chunks(pieces, chosen))
     found: Found = []
     for block in queries.split(QUERY_BLOCK):
         found += _ByCodes(dataset, pieces, chosen).best(block, k, where)
     return found
+
+
+def rows_left(dataset, where: str, cache: VectorCache, pieces: Sequence[Piece] | None = None, rows: int = 0) -> Left:
+    """What a filter leaves, as it was found before, or looked up.
+
+    Args:
+        pieces, rows: of the table, where they are to be searched; None: only their number is asked for.
+    """
+    left = cache.left(dataset, where)
+    if left is None and pieces is None:
+        left = Left(dataset.count_rows(where))
+        cache.keep_left(dataset, where, left)
+    elif left is None or (left.pieces is None and pieces is not None):
+        allowed = _positions(dataset, where)
+        chosen = [piece.chosen(allowed) for piece in pieces]
+        if len(allowed) < FEW_CHOSEN * rows:
+            pieces = [piece.only(some) for piece, some in zip(pieces, chosen, strict=True)]
+            chosen = [None] * len(pieces)
+        left = Left(len(allowed), tuple(pieces), tuple(chosen))
+        cache.keep_left(dataset, where, left)
+    return left
 
 
 def _by_vectors(queries: Tensor, k: int, chunks: Callable[[], Iterable[tuple[np.ndarray, Tensor]]]) -> Found:
@@ -397,7 +460,7 @@ def _kept_chunks(pieces: Sequence[Piece], chosen: list[np.ndarray | None]) -> It
             if in_order:
                 yield piece.positions[some], piece.vectors[some]
             else:
-                yield piece.positions[rows[some]], piece.vectors[torch.from_numpy(rows[some])]
+                yield piece.positions[rows[some]], piece.vectors.index_select(0, torch.from_numpy(rows[some]))
 
 
 def _chunks(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from aliblip.data.collate import printable
 from aliblip.data.rows import Row, decode
-from aliblip.retrieval.exact import FEW_CHOSEN, VectorCache, search_exactly
+from aliblip.retrieval.exact import FEW_CHOSEN, VectorCache, rows_left, search_exactly
 from aliblip.retrieval.indexing import FEW_MATCHES, IndexSettings, nearest, recall
 from aliblip.retrieval.tables import ID, PHOTO_ROOT, THUMBNAIL, TOKENS, VECTOR, Facts, indexed_columns, reason_of
 from aliblip.retrieval.where import Where, columns_told, filter_of
@@ -190,7 +190,7 @@ class View:
             raise UsageError("the gallery has no index: call create_index(), or leave approximate out")
         share = 1.0
         if where is not None:
-            matches = self.dataset.count_rows(where)
+            matches = rows_left(self.dataset, where, self.cache).rows
             if matches <= FEW_MATCHES:  # read in less time than what is kept of all rows is looked through
                 return search_exactly(self.dataset, queries, k, rows=self.rows, where=where)
             share = matches / self.rows
