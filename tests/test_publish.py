@@ -318,6 +318,9 @@ def publisher(hub):
     made.told = told
     yield made
     hub.gate.set()
+    # A thread that asks a hub that is gone closes the connections of the others: huggingface_hub has them in common.
+    with made._changed:
+        assert made._changed.wait_for(lambda: not made._busy and made._waiting is None, timeout=60)
 
 
 def weights(hub) -> list[bytes]:
