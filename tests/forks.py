@@ -58,9 +58,10 @@ class Forked:
 
 
 class _Server:
-    """The server, and the line to it: a JSON object for a JSON value."""
+    """The server, and the line to it: a JSON object for a JSON value. Safe from many threads."""
 
     def __init__(self, env: Mapping[str, str]):
+        self._lock = threading.Lock()  # one question at a time: an answer does not say whose it is
         ours, theirs = socket.socketpair()
         self._line, self._file = ours, ours.makefile("r")
         self._process = subprocess.Popen(
@@ -74,8 +75,9 @@ class _Server:
         atexit.register(self.close)
 
     def ask(self, **request):
-        self._line.sendall((json.dumps(request) + "\n").encode())
-        answer = self._file.readline()
+        with self._lock:
+            self._line.sendall((json.dumps(request) + "\n").encode())
+            answer = self._file.readline()
         assert answer, f"the server of forks is gone: {self._process.poll()}"
         return json.loads(answer)
 
@@ -86,6 +88,7 @@ class _Server:
 
 
 _servers: dict[int, _Server] = {}  # by the process that uses it: one that pytest forked has none yet
+_starting = threading.Lock()
 
 
 def start(
@@ -103,9 +106,10 @@ def start(
     """
     command = [str(part) for part in command]
     assert command[0] == sys.executable and (command[1] == "-m" or not command[1].startswith("-")), command
-    if os.getpid() not in _servers:
-        _servers[os.getpid()] = _Server(base)
-    server = _servers[os.getpid()]
+    with _starting:
+        if os.getpid() not in _servers:
+            _servers[os.getpid()] = _Server(base)
+        server = _servers[os.getpid()]
     where = {"cwd": str(cwd), "stdout": str(stdout), "stderr": str(stderr)}
     return Forked(server, command, server.ask(start=command[1:], env=dict(env), **where))
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from forks import FORK_RANKS
@@ -41,6 +42,14 @@ def test_once_started_it_has_its_files_and_hears_signals(script, tmp_path):
         assert process.poll() is None
         os.kill(process.pid, number)
         assert process.wait(30) == -number
+
+
+def test_threads_get_the_answers_to_their_own_questions(script, tmp_path):
+    def code_of(number):
+        return run_forked([*script, str(number)], env={"GIVEN": "value"}, cwd=tmp_path).returncode
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(code_of, range(24))) == list(range(24))
 
 
 RANK = """
