@@ -4,6 +4,7 @@
     python benchmarks/bench_step.py --recipe recipes/products_tiny.yaml       # a small model, batch 32
     python benchmarks/bench_step.py --sides "with cached"                     # beside ours, this alone
     python benchmarks/bench_step.py --recipe recipes/products_tiny.yaml --negatives 1,4,8,16
+    python benchmarks/bench_step.py --recipe recipes/products_tiny.yaml --growth
     python benchmarks/bench_step.py --tiny                                    # seconds, to try it
 
 The plain way is the published one in our own words: eager attention, titles padded to 35 tokens, keys and values of a
@@ -14,11 +15,16 @@ fp32 with fixed threads; titles have 6 to 20 tokens. Before anything is measured
 dropout and with the hardest negatives, have to agree to 1e-4. In the table each technique is off while the others are
 on; then each option of `train.py` that changes how much is computed is on beside them. The ratio is the seconds of the
 plain step over those of ours, of medians; CPU time is in the table too, since other work on the machine disturbs that
-less.
+less. Operations and memory no other work disturbs: the memory is the most that a step's tensors take at a time, beside
+weights, averages and the optimizer's state.
 
 `--negatives` compares nothing with the plain way: it tells what a step costs with so many negative photos of each title
-and negative titles of each photo, and the listwise loss, against the published step of one; the memory is what autograd
-keeps. The ratio is the seconds of the last over those of the published step.
+and negative titles of each photo, and the listwise loss, against the published step of one. The ratio is the seconds of
+the last over those of the published step.
+
+`--growth` tells how a step's cost grows with the rows of the batch, the tokens of the titles, the side of the photos
+and the slots of the queue, one at a time from the recipe's. The ratio is the CPU time of a row in the largest batch
+over that in the recipe's.
 """
 
 from __future__ import annotations
@@ -28,9 +34,11 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -39,6 +47,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import aliblip.training.objective
@@ -100,14 +110,21 @@ def main(command_line: list[str] | None = None) -> None:
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--recipe", type=Path, help="size, batch and queue of this recipe")
     arguments.add_argument("--negatives", type=lambda given: [int(part) for part in given.split(",")])
+    arguments.add_argument("--growth", action="store_true", help="cost by batch, titles, photos and queue")
     arguments.add_argument("--tiny", action="store_true", help="a tiny model: shows that it runs, measures nothing")
     arguments.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="of the table (default: all)")
     args = arguments.parse_args(command_line)
     torch.set_num_threads(args.threads)
     recipe = BASE if args.recipe is None else yaml.safe_load(args.recipe.read_text())
+    recipe = TINY if args.tiny else recipe
     accelerator = build_accelerator(max_grad_norm=1.0, per_device_train_batch_size=1)
-    trained = Trained(accelerator, TINY if args.tiny else recipe)
     settings = {name: str(value) for name, value in vars(args).items() if name != "json"}
+    if args.growth:
+        report = measure_growth(accelerator, recipe, args.rounds)
+        end(accelerator)
+        finish("growth", tell_growth(report), {"growth": report, "settings": settings}, args.json)
+        return
+    trained = Trained(accelerator, recipe)
     if args.negatives:
         report = measure_negatives(trained, args.negatives, args.rounds)
         end(accelerator)
@@ -117,10 +134,10 @@ def main(command_line: list[str] | None = None) -> None:
     end(accelerator)
     ours = report["sides"]["ours"]
     for name, side in report["sides"].items():
-        wall, processor, flops = (side[key] / ours[key] for key in ("seconds", "cpu_seconds", "flops"))
+        wall, processor, flops, memory = (side[key] / ours[key] for key in COSTS)
         print(
             f"{name:<22} {side['seconds']:8.3f} s, {wall:5.2f} times ours, {processor:5.2f} by CPU time, "
-            f"{flops:5.2f} by FLOPs; losses within {side['largest_difference']:.1e}"
+            f"{flops:5.2f} by FLOPs, {memory:5.2f} by memory; losses within {side['largest_difference']:.1e}"
         )
     last = args.sides[-1] if "plain" not in args.sides else "plain"
     ratio = report["sides"][last]["seconds"] / ours["seconds"]
@@ -128,55 +145,61 @@ def main(command_line: list[str] | None = None) -> None:
 
 
 def measure(trained: Trained, rounds: int, names: set[str]) -> dict:
-    """Seconds, FLOPs and the agreement of each side. Whatever differs is refused before anything is measured."""
+    """Costs and the agreement of each side. Whatever differs is refused before anything is measured."""
     losses, sides = {}, {}
     compared = {name: techniques for name, techniques in SIDES.items() if name in names}
     for name, techniques in compared.items():
         losses[name], flops = trained.losses(techniques)
-        sides[name] = {"flops": flops, "seconds_of_rounds": [], "cpu_seconds_of_rounds": []}
+        sides[name] = {"flops": flops}
     for name, of_side in losses.items():
         pairs = zip(of_side, losses["ours"], strict=True)
         difference = max(abs(one - other) / abs(other) for one, other in pairs)
         if not (difference < AGREEMENT or SIDES[name].patch_dropout):
             raise RuntimeError(f"{name}: the losses differ by {difference:.2g}: {of_side} and {losses['ours']}")
         sides[name]["largest_difference"] = difference
+    steps = {name: partial(trained.step, techniques) for name, techniques in compared.items()}
+    for name, measured in costs_of(steps, rounds).items():
+        sides[name] |= measured
+    return {"sides": sides, "rows": trained.rows, "losses": losses["ours"], "parameters": trained.parameters}
+
+
+COSTS = {"seconds": "time", "cpu_seconds": "CPU time", "flops": "FLOPs", "peak_bytes": "memory"}
+
+
+def costs_of(steps: dict[str, Callable[[], float]], rounds: int) -> dict[str, dict]:
+    """Memory and seconds of steps, which take turns."""
+    costs = {}
+    for name, step in steps.items():
+        with PeakMemory() as memory:
+            step()
+        costs[name] = {"peak_bytes": memory.peak, "seconds_of_rounds": [], "cpu_seconds_of_rounds": []}
     for _ in range(rounds):
-        for name, techniques in compared.items():
+        for name, step in steps.items():
             wall, processor = time.perf_counter(), time.process_time()
-            trained.step(techniques)
-            sides[name]["seconds_of_rounds"].append(time.perf_counter() - wall)
-            sides[name]["cpu_seconds_of_rounds"].append(time.process_time() - processor)
-    for side in sides.values():
-        side["seconds"] = statistics.median(side["seconds_of_rounds"])
-        side["cpu_seconds"] = statistics.median(side["cpu_seconds_of_rounds"])
-    rows = trained.batch["product_id"].shape[0]
-    return {"sides": sides, "rows": rows, "losses": losses["ours"], "parameters": trained.parameters}
+            step()
+            costs[name]["seconds_of_rounds"].append(time.perf_counter() - wall)
+            costs[name]["cpu_seconds_of_rounds"].append(time.process_time() - processor)
+    for cost in costs.values():
+        cost["seconds"] = statistics.median(cost["seconds_of_rounds"])
+        cost["cpu_seconds"] = statistics.median(cost["cpu_seconds_of_rounds"])
+    return costs
 
 
-COSTS = {"seconds": "time", "cpu_seconds": "CPU time", "flops": "FLOPs", "kept": "memory"}
+def flops_of(step: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
 
 
 def measure_negatives(trained: Trained, counts: list[int], rounds: int) -> dict:
-    """Seconds, FLOPs and memory of a step with so many negatives, and of the published step."""
-    rows = trained.batch["product_id"].shape[0]
-    if max(counts) >= rows:
-        raise SystemExit(f"--negatives {max(counts)}: a batch of {rows} rows has {rows - 1} at most")
+    """Costs of a step with so many negatives, and of the published step."""
+    if max(counts) >= trained.rows:
+        raise SystemExit(f"--negatives {max(counts)}: a batch of {trained.rows} rows has {trained.rows - 1} at most")
     ways = {"published": {}, **{str(count): {"itm_negatives": count, "itm_listwise": 1.0} for count in counts}}
-    sides = {name: {"seconds_of_rounds": [], "cpu_seconds_of_rounds": []} for name in ways}
-    for name, options in ways.items():
-        with FlopCounterMode(display=False) as counter:
-            trained.step(OURS, **options)
-        sides[name] |= {"flops": counter.get_total_flops(), "kept": kept_by_autograd(trained, options)}
-    for _ in range(rounds):
-        for name, options in ways.items():
-            wall, processor = time.perf_counter(), time.process_time()
-            trained.step(OURS, **options)
-            sides[name]["seconds_of_rounds"].append(time.perf_counter() - wall)
-            sides[name]["cpu_seconds_of_rounds"].append(time.process_time() - processor)
-    for side in sides.values():
-        side["seconds"] = statistics.median(side["seconds_of_rounds"])
-        side["cpu_seconds"] = statistics.median(side["cpu_seconds_of_rounds"])
-    return {"published": sides.pop("published"), "negatives": sides, "rows": rows}
+    steps = {name: partial(trained.step, OURS, **options) for name, options in ways.items()}
+    flops = {name: flops_of(step) for name, step in steps.items()}
+    sides = {name: {"flops": flops[name], **measured} for name, measured in costs_of(steps, rounds).items()}
+    return {"published": sides.pop("published"), "negatives": sides, "rows": trained.rows}
 
 
 def tell_negatives(published: dict, negatives: dict[str, dict], **_) -> float:
@@ -187,20 +210,68 @@ def tell_negatives(published: dict, negatives: dict[str, dict], **_) -> float:
     return side["seconds"] / published["seconds"]
 
 
-def kept_by_autograd(trained: Trained, options: dict) -> int:
-    """Bytes that the backward pass of a step reads, weights left out."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in trained.model.parameters()}
-    kept: dict[int, tuple[int, Tensor]] = {}
+def measure_growth(accelerator, recipe: dict, rounds: int) -> dict[str, dict[str, dict]]:
+    """Costs of a step by what is changed of the recipe, and to which value."""
+    rows, size, queue = (recipe[name] for name in ("per_device_train_batch_size", "image_size", "queue_size"))
+    changes = {
+        "per_device_train_batch_size": [rows // 2, rows, 2 * rows, 4 * rows],
+        "title_tokens": [8, 16, 32],
+        "image_size": [size, 2 * size, 3 * size],
+        "queue_size": [queue, 8 * queue, 64 * queue],
+    }
+    report: dict[str, dict[str, dict]] = {}
+    for name, values in changes.items():
+        report[name] = {}
+        for value in values:
+            trained = Trained(accelerator, {**recipe, name: value})
+            step = partial(trained.step, OURS)
+            step()  # makes the optimizer's state
+            flops = flops_of(step)
+            report[name][str(value)] = {"flops": flops, **costs_of({"step": step}, rounds)["step"]}
+            accelerator.free_memory()
+    return report
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no other takes its place
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        trained.step(OURS, **options)
-    return sum(size for size, _ in kept.values())
+def tell_growth(report: dict[str, dict[str, dict]]) -> float:
+    """A line of each value; the ratio of the batches."""
+    for name, values in report.items():
+        for value, cost in values.items():
+            print(
+                f"{name:<28} {value:>6} {cost['cpu_seconds']:8.3f} s of CPU time, {cost['flops'] / 1e9:8.2f} GFLOPs, "
+                f"{cost['peak_bytes'] / 1e6:8.1f} MB"
+            )
+    _, (own, usual), *_, (many, large) = report["per_device_train_batch_size"].items()
+    return large["cpu_seconds"] / int(many) / (usual["cpu_seconds"] / int(own))
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made inside its `with` block; `peak` is the most at a time. What an
+    operator needs for itself while it runs is not seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(out):
+            number = storage._cdata
+            if number not in given and number not in self._known:  # a view, or a result in place, is nothing new
+                self._known.add(number)
+                self.held += storage.nbytes()
+                self.peak = max(self.peak, self.held)
+                weakref.finalize(storage, self._freed, number, storage.nbytes())
+        return out
+
+    def _freed(self, number: int, size: int) -> None:
+        self._known.discard(number)
+        self.held -= size
+
+
+def _storages(values) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 class Trained:
@@ -224,7 +295,8 @@ class Trained:
         self.in_batch_itc = recipe.get("in_batch_itc", 0.0)
         optimizer = torch.optim.AdamW(parameter_groups(self.model, 0.05), lr=1e-5, fused=True)
         self.optimizer = accelerator.prepare(optimizer)
-        self.batch = random_batch(recipe["per_device_train_batch_size"], recipe["image_size"])
+        self.rows = recipe["per_device_train_batch_size"]
+        self.batch = random_batch(self.rows, recipe["image_size"], recipe.get("title_tokens"))
         self._start = copy.deepcopy((self.model.state_dict(), self.momentum.state_dict()))
 
     def losses(self, techniques: Techniques, steps: int = 2) -> tuple[list[float], int]:
@@ -233,10 +305,10 @@ class Trained:
         self.model.load_state_dict(model)
         self.momentum.load_state_dict(momentum)
         self.optimizer.optimizer.state.clear()
-        losses = [self.step(techniques, exact=True) for _ in range(steps - 1)]
-        with FlopCounterMode(display=False) as counter:
-            losses.append(self.step(techniques, exact=True))
-        return losses, counter.get_total_flops()
+        losses: list[float] = []
+        for _ in range(steps):
+            flops = flops_of(lambda: losses.append(self.step(techniques, exact=True)))
+        return losses, flops
 
     def step(self, techniques: Techniques, exact: bool = False, **options) -> float:
         """One step of one side; its loss. `options` are further ones of the objective."""
@@ -248,7 +320,7 @@ class Trained:
             self.plain_model if plain_pairs else self.model,
             hardest_negatives=exact,
             in_batch_itc=self.in_batch_itc,
-            cached_batch_size=max(len(self.batch["product_id"]) // 4, 1) if techniques.cached else None,
+            cached_batch_size=max(self.rows // 4, 1) if techniques.cached else None,
             unpad=techniques.unpad,
             **options,
         ).train(not exact)
@@ -270,10 +342,11 @@ class Trained:
         return output.loss.item()
 
 
-def random_batch(rows: int, image_size: int) -> dict[str, Tensor]:
-    """Photos, and titles as long as the longest of them."""
+def random_batch(rows: int, image_size: int, tokens: int | None = None) -> dict[str, Tensor]:
+    """Photos, and titles as long as the longest of them; or all of so many tokens."""
     generator = torch.Generator().manual_seed(1)
-    lengths = torch.randint(LENGTHS[0], LENGTHS[1] + 1, (rows,), generator=generator)
+    shortest, longest = LENGTHS if tokens is None else (tokens, tokens)
+    lengths = torch.randint(shortest, longest + 1, (rows,), generator=generator)
     mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
     return {
         "pixel_values": torch.randn(rows, 3, image_size, image_size, generator=generator),

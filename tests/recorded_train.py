@@ -19,15 +19,16 @@ from aliblip.runtime.mistakes import main_with_usage_errors
 from aliblip.training.objective import RetrievalObjective
 
 pulse.SILENT_AFTER = float(os.environ.get("ALIBLIP_SILENT", pulse.SILENT_AFTER))
-plain_epoch, plain_forward = TrainLoader.epoch, RetrievalObjective.forward
+plain_batches, plain_forward = TrainLoader.batches, RetrievalObjective.forward
 breaking = {int(batch) for batch in os.environ.get("ALIBLIP_BREAK", "").split()}
 place = {"epoch": 0, "batch": 0, "is_last_rank": True}
 
 
-def epoch(self, epoch, start_step=0):
+def batches(self, start, stop):
     place["is_last_rank"] = self.rank == self.world_size - 1
     with Path(os.environ["ALIBLIP_ROWS"], f"rows-rank{self.rank}.jsonl").open("a") as file:
-        for index, batch in enumerate(plain_epoch(self, epoch, start_step), start_step):
+        for number, batch in enumerate(plain_batches(self, start, stop), start):
+            epoch, index = divmod(number, self.steps_per_epoch)
             time.sleep(float(os.environ.get("ALIBLIP_PAUSE", "0")))
             place.update(epoch=epoch, batch=index)
             entry = {"rank": self.rank, "epoch": epoch, "batch": index, "rows": batch["row"].tolist()}
@@ -46,7 +47,7 @@ def forward(self, batch, targets, alpha):
     return output
 
 
-TrainLoader.epoch, RetrievalObjective.forward = epoch, forward
+TrainLoader.batches, RetrievalObjective.forward = batches, forward
 
 if __name__ == "__main__":
     main_with_usage_errors("train.py", train.main)

@@ -9,7 +9,15 @@ import pytest
 import torch
 from helpers import ROOT, assert_succeeded, run
 
-from benchmarks import bench_full, bench_gallery, bench_prepare, bench_retrieval, bench_search, bench_step
+from benchmarks import (
+    bench_full,
+    bench_gallery,
+    bench_loader,
+    bench_prepare,
+    bench_retrieval,
+    bench_search,
+    bench_step,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +127,38 @@ def test_what_more_negatives_cost(tmp_path, accelerate_as_before):
     table = json.loads(file.read_text())
     one, four = (table["negatives"][count] for count in "14")
     assert one["flops"] == pytest.approx(table["published"]["flops"], rel=0.1)  # the lists alone take next to nothing
-    assert four["flops"] > 1.3 * one["flops"] and four["kept"] > 1.3 * one["kept"]
+    assert four["flops"] > 1.3 * one["flops"] and four["peak_bytes"] > 1.1 * one["peak_bytes"]
+
+
+def test_how_a_step_grows(tmp_path, capsys, accelerate_as_before):
+    file = tmp_path / "table.json"
+    bench_step.main(["--tiny", "--rounds", "1", "--threads", "1", "--growth", "--json", str(file)])
+    table = json.loads(file.read_text())
+    assert capsys.readouterr().out.splitlines()[-1] == f"growth ratio={table['ratio']:.4g}"
+    for name, values in table["growth"].items():
+        for cost in ("flops", "peak_bytes"):
+            grown = [side[cost] for side in values.values()]
+            assert grown == sorted(grown) and grown[-1] > grown[0], (name, cost)
+    flops = [side["flops"] for side in table["growth"]["per_device_train_batch_size"].values()]
+    assert flops[2] == pytest.approx(2 * flops[1], rel=0.15)
+
+
+def test_the_memory_of_a_step_is_the_most_that_lives_at_a_time():
+    size, given = 4000, torch.ones(1000)
+    with bench_step.PeakMemory() as memory:
+        given * 2
+        assert (memory.held, memory.peak) == (0, size)
+        one = given + 1
+        one.view(10, 100).mul_(2)
+        given.mul_(2)
+        assert (memory.held, memory.peak) == (size, size)
+        two = one * 3
+        del one
+        assert (memory.held, memory.peak) == (size, 2 * size)
+        del two
+        weight = given.clone().requires_grad_()
+        weight.mul(2).exp().sum().backward()
+        assert memory.held == 2 * size and 3 * size < memory.peak < 6 * size  # the weight and its gradient are left
 
 
 def test_step_refuses_sides_that_differ(monkeypatch, accelerate_as_before):
@@ -128,6 +167,32 @@ def test_step_refuses_sides_that_differ(monkeypatch, accelerate_as_before):
     monkeypatch.setattr(bench_step, "draw_one_by_one", wrong)
     with pytest.raises(RuntimeError, match="plain: the losses differ by "):
         bench_step.main(["--tiny", "--rounds", "1", "--threads", "1"])
+
+
+SMALL = ["--count", "2", "--rounds", "1", "--image_size", "32"]
+
+
+def test_the_loaders_work_for_a_photo(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "table.json"
+    monkeypatch.setattr(bench_loader, "MEGAPIXELS", (0.05, 0.1))
+    bench_loader.main([*SMALL, "--json", str(file)])
+    table = json.loads(file.read_text())
+    assert capsys.readouterr().out.splitlines()[-1] == f"loader ratio={table['ratio']:.4g}"
+    assert [size["photos"] for size in table["sizes"]] == ["0.05 megapixels", "0.1 megapixels"]
+    assert table["settings"]["image_size"] == 32 and {"machine", "versions", "commit"} <= set(table)
+
+
+def test_what_the_border_of_two_epochs_costs(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "table.json"
+    monkeypatch.setattr(bench_loader, "MEGAPIXELS", (0.05, 0.1))
+    borders = ["--borders", "--epochs", "3", "--batch_size", "2", "--step_seconds", "0"]
+    bench_loader.main([*SMALL, *borders, "--json", str(file)])
+    table = json.loads(file.read_text())
+    assert capsys.readouterr().out.splitlines()[-1] == f"epoch_border ratio={table['ratio']:.4g}"
+    assert table["steps_per_epoch"] == 2 and [len(way["borders"]) for way in table["ways"].values()] == [2, 2]
+    monkeypatch.setattr(bench_loader, "going_on", lambda loader, epochs: loader.batches(2, 2 + 2 * epochs))
+    with pytest.raises(RuntimeError, match="the two ways do not give the same rows"):
+        bench_loader.main([*SMALL, *borders])
 
 
 def test_the_script_for_a_gpu_in_small(tmp_path):

@@ -1,9 +1,13 @@
 """Loaders: the order, the position, equal steps for every rank, and holes that shift nothing."""
 
+import gc
 import json
 import multiprocessing
+import os
 import random
+import time
 import tracemalloc
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -26,7 +30,7 @@ from aliblip.data.collate import Collator, Normalisation, NoUsableRow, as_bytes,
 from aliblip.data.loader import EvalLoader, TrainLoader
 from aliblip.data.manifest import DataFile
 from aliblip.data.order import EpochOrder, Layout, default_window, most_partitions
-from aliblip.data.rows import decode
+from aliblip.data.rows import Row, decode
 from aliblip.data.sources import open_source
 from aliblip.runtime.mistakes import UsageError
 
@@ -233,6 +237,71 @@ def test_every_start_step_is_the_tail_of_the_epoch(workers):
             assert all(torch.equal(a[key], b[key]) for key in a if key != "skipped")
     with pytest.raises(ValueError, match="steps 0 to 12"):
         loader.epoch(2, start_step=13)
+
+
+@pytest.mark.parametrize("workers", [0, 2, 3])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_batches_are_those_of_the_epochs_one_after_the_other(workers, accumulation):
+    options = {"augment": TrainAugmentation(8), "window": 12, "accumulation": accumulation}
+    bad = {4, 5, 30, 77}
+    alone = loader_of(MemorySource(UNEVEN, bad), rank=1, world=2, **options)
+    loader = loader_of(MemorySource(UNEVEN, bad), rank=1, world=2, workers=workers, **options)
+    steps = loader.steps_per_epoch
+    expected = [batch for epoch in range(3) for batch in alone.epoch(epoch)]
+    assert len(expected) == 3 * steps
+    for start, stop in ((0, 3 * steps), (steps - 1, 2 * steps + 1), (steps, 2 * steps), (5, 5)):
+        found = list(loader.batches(start, stop))
+        assert len(found) == stop - start
+        for one, other in zip(found, expected[start:stop], strict=True):
+            assert one.keys() == other.keys() and one["skipped"] == other["skipped"]
+            assert all(torch.equal(one[key], other[key]) for key in one if key != "skipped")
+
+
+class Watched(MemorySource):
+    """Leaves a file for every read, with the process that does it."""
+
+    def __init__(self, folder, sizes):
+        super().__init__(sizes)
+        self.folder = folder
+
+    def _read(self, shard, start, stop):
+        self.folder.joinpath(f"{os.getpid()}-{time.monotonic_ns()}").touch()
+        return super()._read(shard, start, stop)
+
+    def readers(self):
+        """Of each process the number of its reads."""
+        return Counter(file.name.split("-")[0] for file in self.folder.iterdir())
+
+
+def test_readers_go_on_to_the_next_epoch_before_it_is_asked_for(tmp_path):
+    loader = loader_of(Watched(tmp_path, [100]), workers=2, window=1000, partitions=2)
+    steps = loader.steps_per_epoch
+    reads = [
+        sum(len(loader.order(epoch).window_segments(partition, 0)) for partition in range(2)) for epoch in range(3)
+    ]
+    batches = loader.batches(0, 3 * steps)
+    for epoch in range(2):
+        for _ in range(steps):
+            next(batches)
+        # All rows of an epoch are one window. Nobody asks for a batch now, and the next one is read.
+        end = time.monotonic() + 60
+        while loader.source.readers().total() < sum(reads[: epoch + 2]) and time.monotonic() < end:
+            time.sleep(0.01)
+        assert loader.source.readers().total() == sum(reads[: epoch + 2]), "the next epoch, and no other"
+        assert len(multiprocessing.active_children()) == 2
+    assert len(list(batches)) == steps
+    assert len(loader.source.readers()) == 2, "the same processes in all epochs"
+    assert not multiprocessing.active_children()
+
+
+def test_nothing_is_held_of_an_epoch_that_is_through():
+    loader = loader_of(MemorySource(UNEVEN), window=1000)
+    last = loader.steps_per_epoch - 1
+    held = {}
+    for number, _ in enumerate(loader.batches(0, last + 2)):
+        if number in (0, last, last + 1):
+            held[number] = sum(type(one) is Row for one in gc.get_objects())
+    assert held == {0: 100, last: 0, last + 1: 0}  # the window; none behind the last batch, and behind the run's
 
 
 def test_order_changes_with_epoch_and_seed_only():

@@ -6,6 +6,7 @@ import io
 import json
 import shlex
 import sys
+from multiprocessing import active_children
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,8 @@ from runs import TINY, log_of, photo, steps_of, trained_in_process, write_split
 from safetensors.torch import load_file
 
 import train
+from aliblip.data import loader
+from aliblip.data.readers import Readers
 from aliblip.retrieval.arguments import EvaluationArguments, EvaluationDataArguments
 from aliblip.runtime.arguments import parse
 from aliblip.runtime.mistakes import UsageError
@@ -104,6 +107,22 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(whole_run, catalogue, tmp_p
     assert resumed == {number: values for number, values in uninterrupted.items() if number > step}
     first, second = (AliBlipForImageTextRetrieval.from_pretrained(f / "last") for f in (whole, tmp_path / "run"))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_the_readers_of_a_run_last_over_its_epochs(catalogue, tmp_path, monkeypatch):
+    started = []
+
+    class Counted(Readers):
+        def __init__(self, works, *args):
+            super().__init__(works, *args)
+            started.extend([(type(works[0]).__name__, len(works))] if works else [])
+
+    monkeypatch.setattr(loader, "Readers", Counted)
+    flags = [*catalogue, "--num_train_epochs", 3, "--dataloader_num_workers", 2, "--max_skipped_fraction", 0.2]
+    trained_in_process(flags, tmp_path / "run")
+    assert started == [("_TrainReader", 2), *[("_EvalReader", 2)] * 3]
+    assert not active_children()
+    assert max(steps_of(tmp_path / "run")) == 15
 
 
 def test_resuming_with_another_order_of_rows_is_refused(whole_run, mistakes):

@@ -20,7 +20,7 @@ from runs import TINY, write_split
 import train
 from aliblip.runtime.arguments import parse
 from aliblip.runtime.interrupts import StopSignals
-from aliblip.training import step
+from aliblip.training import objective, step
 from aliblip.training.progress import RunStatus
 from aliblip.training.run import Run
 from aliblip.training.setup import meet, set_up
@@ -31,8 +31,8 @@ ONE_RANK = {"waits": 1, "waits with a log line": 2, "operators": 1001}
 SEVERAL_RANKS = {"waits": 1, "waits with a log line": 3, "operators": 1077}
 # How many of its photos' tokens each rank sends to which other, which the host has to know.
 NEGATIVES_FROM_ALL = {"waits": 2, "waits with a log line": 4, "operators": 1129}
-CACHED = {"waits": 1, "waits with a log line": 2, "operators": 2390}
-LEFT_OUT = {"waits": 1, "waits with a log line": 2, "operators": 1076}
+SEVERAL_FROM_ALL = {"waits": 1, "waits with a log line": 3, "operators": 1153}
+SEVERAL_FETCHED = {"waits": 2, "waits with a log line": 4, "operators": 1176}
 TWO_BATCHES = {"waits": 1, "waits with a log line": 2, "operators": 2070}
 
 
@@ -101,14 +101,26 @@ def test_waits_and_operators_of_a_step_of_two_batches(flags, tmp_path, monkeypat
     check(walk(flags, tmp_path, monkeypatch), TWO_BATCHES)
 
 
-def test_waits_and_operators_of_a_step_that_computes_rows_again(flags, tmp_path, monkeypatch, accelerate_as_before):
-    check(walk([*flags, "--cached_batch_size", 5], tmp_path, monkeypatch), CACHED)
+SEVERAL = ["--itm_negatives", 4, "--itm_queue_titles", 8, "--itm_listwise", 1]
+# Of one rank, beside ONE_RANK: the same waits, and so many operators.
+LISTS, CEILING = ["--itm_listwise_itc", "true"], ["--itm_negative_ceiling", 0.9]
+LEFT_OUT = ["--patch_dropout", 0.5, "--unpad", "true"]
+OPTIONS = {
+    "cached": (["--cached_batch_size", 5], 2390),
+    "unpad": (["--unpad", "true"], 1067),
+    "patch dropout": (["--patch_dropout", 0.5], 1010),
+    "patch dropout and unpad": (LEFT_OUT, 1076),
+    "several negatives": (SEVERAL, 1101),
+    "several negatives, lists with ITC": ([*SEVERAL, *LISTS], 1110),
+    "several negatives, lists with ITC, a ceiling": ([*SEVERAL, *LISTS, *CEILING], 1116),
+    "all of them": ([*SEVERAL, *LISTS, *CEILING, *LEFT_OUT, "--cached_batch_size", 5], 2745),
+}
 
 
-def test_waits_and_operators_of_a_step_that_leaves_out_patches_and_padding(
-    flags, tmp_path, monkeypatch, accelerate_as_before
-):
-    check(walk([*flags, "--patch_dropout", 0.5, "--unpad", "true"], tmp_path, monkeypatch), LEFT_OUT)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_waits_and_operators_of_a_step_with_an_option(option, flags, tmp_path, monkeypatch, accelerate_as_before):
+    more, operators = OPTIONS[option]
+    check(walk([*flags, *more], tmp_path, monkeypatch), {**ONE_RANK, "operators": operators})
 
 
 def test_waits_and_operators_of_a_step_with_several_ranks(
@@ -123,6 +135,16 @@ def test_waits_and_operators_of_a_step_with_negatives_from_all_ranks(
 ):
     flags = [*flags, "--negatives_from_all_ranks", "true", "--in_batch_itc", 0.5]
     check(walk(flags, tmp_path, monkeypatch), NEGATIVES_FROM_ALL)
+
+
+@pytest.mark.parametrize("ranks, limits", [(2, SEVERAL_FROM_ALL), (6, SEVERAL_FETCHED)])
+def test_waits_and_operators_of_a_step_with_several_negatives_from_all_ranks(
+    ranks, limits, flags, tmp_path, monkeypatch, accelerate_as_before, group_of_one
+):
+    """On more ranks than a row has negatives the chosen photos' tokens travel, on fewer those of all."""
+    monkeypatch.setattr(objective, "world_size", lambda: ranks)
+    flags = [*flags, "--negatives_from_all_ranks", "true", *SEVERAL, *LISTS, *CEILING]
+    check(walk(flags, tmp_path, monkeypatch), limits)
 
 
 def waits_of(act) -> int:

@@ -1,18 +1,19 @@
 """Loaders that own their order and their position.
 
     loader = TrainLoader(source, collator, batch_size=32, seed=42, rank=rank(), world_size=world_size(), num_workers=2)
-    for batch in loader.epoch(epoch=3, start_step=100):  # goes on where an epoch stopped after 100 batches
+    for batch in loader.batches(start=2100, stop=5000):  # goes on where a run stopped after 2,100 batches
         ...
 
 The order of an epoch (`aliblip.data.order`) is a function of the seed, the epoch, the row counts of the shards and the
 layout of a step; the position in it is a count. Readers keep no state of the order: that count is all that has to be
 saved. Each process reads the partitions of its rank, and each of its readers some of these: a batch is put together of
-what the readers have for it. Memory: one window of undecoded rows per partition (paths only, for folders).
+what the readers have for it. They go on from one epoch to the next, so that its first batches are ready when the last
+one of the epoch before is taken. Memory: one window of undecoded rows per partition (paths only, for folders).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ MOST_SPARES = 64
 
 
 class TrainLoader:
-    """Batches of one rank, epoch by epoch.
+    """Batches of one rank, epoch after epoch.
 
     Every rank takes equally many batches of `batch_size`, and no row comes twice in an epoch, on whatever rank. The
     rows of a step, `accumulation` batches of every rank, depend on the layout, the seed, the epoch and the shards, and
@@ -116,31 +117,33 @@ class TrainLoader:
         """The order of an epoch, for all ranks."""
         return EpochOrder(self._shard_rows, self.layout, seed=self.seed, epoch=epoch)
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[dict[str, Any]]:
-        """Batches of this rank from batch `start_step` to the end; windows consumed whole are not read again.
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[dict[str, Any], None, None]:
+        """The batches of one epoch, from batch `start_step` on; see `batches`.
 
         Raises:
             ValueError: `start_step` lies outside the epoch.
         """
-        if epoch < 0 or not 0 <= start_step <= self.steps_per_epoch:
-            raise ValueError(
-                f"epoch {epoch}, step {start_step}: an epoch of this data has steps 0 to {self.steps_per_epoch}"
-            )
-        return self._batches(epoch, start_step)
+        steps = self.steps_per_epoch
+        if epoch < 0 or not 0 <= start_step <= steps:
+            raise ValueError(f"epoch {epoch}, step {start_step}: an epoch of this data has steps 0 to {steps}")
+        return self.batches(epoch * steps + start_step, (epoch + 1) * steps)
 
-    def _batches(self, epoch: int, start_step: int) -> Iterator[dict[str, Any]]:
-        todo = range(start_step, self.steps_per_epoch)
-        works = [_TrainReader(self, epoch, todo, reader) for reader in range(max(self.num_workers, 1))]
+    def batches(self, start: int, stop: int) -> Generator[dict[str, Any], None, None]:
+        """Batches of this rank, counted from the beginning of the first epoch: `start` is the first one, `stop` the one
+        after the last. The readers begin with the first, and end when this generator does or is closed; windows
+        consumed whole before `start` are not read."""
+        todo = range(start, stop)
+        works = [_TrainReader(self, todo, reader) for reader in range(max(self.num_workers, 1))]
         pin = torch.cuda.is_available()
         with _Deliveries(works, self.num_workers, PARTS_AHEAD, self.source) as deliveries:
-            for step in todo:
-                owners = self.readers_of(step)
+            for number in todo:
+                owners = self.readers_of(number % self.steps_per_epoch)
                 parts = []
                 for reader in np.unique(owners).tolist():
                     of, part = deliveries.take(reader)
                     # Position is a count, so a part of another batch would make every later resume wrong.
-                    if of != step:
-                        raise RuntimeError(f"reader {reader} delivered a part of batch {of} where {step} was due")
+                    if of != number:
+                        raise RuntimeError(f"reader {reader} delivered a part of batch {of} where {number} was due")
                     parts.append((torch.from_numpy(np.flatnonzero(owners == reader)), part))
                 yield _put_together(parts, self._padding, pin)
 
@@ -151,7 +154,8 @@ class TrainLoader:
         return getattr(tokenizer, "pad_token_id", None) or 0
 
     def slots(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Where the rows of a batch of this rank lie: partition, turn of the epoch and place in the turn, of each."""
+        """Where the rows of a batch of this rank lie, the batch counted from the beginning of its epoch: partition,
+        turn of the epoch and place in the turn, of each."""
         layout, own = self.layout, len(self.partitions)
         number, batch = divmod(step, self.accumulation)
         turn, rest = np.divmod(np.arange(self.batch_size) + batch * self.batch_size, own * layout.rows)
@@ -159,7 +163,7 @@ class TrainLoader:
         return self.partitions.start + partition, number * layout.turns + turn, row
 
     def readers_of(self, step: int) -> np.ndarray:
-        """Which reader has each row of a batch: one for each partition, or lane of a partition."""
+        """Which reader has each row of a batch of an epoch: one for each partition, or lane of a partition."""
         partition, turn, _ = self.slots(step)
         stream = (partition - self.partitions.start) * self.layout.lanes
         if self._lanes is not None:
@@ -259,33 +263,50 @@ class EvalLoader:
 
 
 class _TrainReader:
-    """(batch, part of it) for those batches of a rank of which one reader has rows."""
+    """(batch, part of it) for those batches of a rank of which one reader has rows, numbered as in `batches`."""
 
-    def __init__(self, loader: TrainLoader, epoch: int, todo: range, reader: int):
-        self.loader, self.epoch, self.todo, self.reader = loader, epoch, todo, reader
+    def __init__(self, loader: TrainLoader, todo: range, reader: int):
+        self.loader, self.todo, self.reader = loader, todo, reader
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        loader, order = self.loader, self.loader.order(self.epoch)
-        lanes = loader.layout.lanes
-        windows: dict[tuple[int, int], tuple[int, list[Row]]] = {}  # the open one of each partition and lane
-        for step in self.todo:
-            own = np.flatnonzero(loader.readers_of(step) == self.reader)
-            if not len(own):
-                continue
-            chosen: list[Row] = []
-            places: list[tuple[list[Row], int]] = []  # the window of each, and where its turn begins
-            for partition, turn, row in zip(*(values[own].tolist() for values in loader.slots(step)), strict=True):
-                window, index = order.place(partition, turn)
-                stream = partition, window % lanes
-                if stream not in windows or windows[stream][0] != window:
-                    windows.pop(stream, None)  # freed before the next one is read: one window in memory, not two
-                    windows[stream] = window, self._read(order, partition, window)
-                rows, begin = windows[stream][1], index * loader.layout.rows
-                chosen.append(rows[begin + row])
-                places.append((rows, begin + row))
-            yield step, self._collate(chosen, places)
+        begin, per_epoch = self.todo.start, self.loader.steps_per_epoch
+        while begin < self.todo.stop:
+            epoch = begin // per_epoch
+            end = min((epoch + 1) * per_epoch, self.todo.stop)
+            first = epoch * per_epoch
+            for step, part in self._parts(epoch, range(begin - first, end - first)):
+                yield first + step, part
+            begin = end
 
-    def _collate(self, chosen: list[Row], places: list[tuple[list[Row], int]]) -> dict[str, Any]:
+    def _parts(self, epoch: int, steps: range) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Of one epoch. No window outlives it: those of two epochs are never in memory together."""
+        order = self.loader.order(epoch)
+        windows: dict[tuple[int, int], tuple[int, list[Row]]] = {}  # the open one of each partition and lane
+        for step in steps:
+            own = np.flatnonzero(self.loader.readers_of(step) == self.reader)
+            if len(own):
+                part = self._part(order, windows, epoch, step, own)
+                if step == steps[-1]:
+                    windows.clear()
+                yield step, part
+
+    def _part(self, order: EpochOrder, windows: dict, epoch: int, step: int, own: np.ndarray) -> dict[str, Any]:
+        """What this reader has of a batch: the rows in the slots `own`."""
+        lanes = self.loader.layout.lanes
+        chosen: list[Row] = []
+        places: list[tuple[list[Row], int]] = []  # the window of each, and where its turn begins
+        for partition, turn, row in zip(*(values[own].tolist() for values in self.loader.slots(step)), strict=True):
+            window, index = order.place(partition, turn)
+            stream = partition, window % lanes
+            if stream not in windows or windows[stream][0] != window:
+                windows.pop(stream, None)  # freed before the next one is read: one window in memory, not two
+                windows[stream] = window, self._read(order, partition, window)
+            rows, begin = windows[stream][1], index * self.loader.layout.rows
+            chosen.append(rows[begin + row])
+            places.append((rows, begin + row))
+        return self._collate(epoch, chosen, places)
+
+    def _collate(self, epoch: int, chosen: list[Row], places: list[tuple[list[Row], int]]) -> dict[str, Any]:
         size = self.loader.layout.rows
 
         def spares(slot: int) -> Iterable[Row]:
@@ -300,7 +321,7 @@ class _TrainReader:
             yield from source.read_range(0, max(number + MOST_SPARES - source.num_rows, 0))
 
         try:
-            return self.loader.collator(chosen, epoch=self.epoch, fill=True, spares=spares)
+            return self.loader.collator(chosen, epoch=epoch, fill=True, spares=spares)
         except NoUsableRow as error:
             name = self.loader.source.name
             raise NoUsableRow(

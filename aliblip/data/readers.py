@@ -22,6 +22,7 @@ import pickle
 import signal
 import socket
 import struct
+import sys
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,6 +45,9 @@ PATIENCE, PATIENCE_REMOTE = 45.0, 180.0
 SECONDS_AFTER_A_SIGNAL = 10.0
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_TO_END = 5.0
+# A copy of this process is there at once, whatever is Python's default (since 3.14 another): a new one would import
+# torch and all else first, for seconds.
+START_METHOD = "fork" if sys.platform.startswith("linux") else "spawn"
 
 ITEM, END, ERROR, PLACE = b"I", b"E", b"X", b"P"
 _HEAD = struct.Struct("<cQQ")  # kind, bytes of the pickled part, bytes in the memory that is passed beside it
@@ -126,7 +130,7 @@ class _Reader:
         self.number, self.place = number, ""
         self.channel, theirs = socket.socketpair()
         self.channel.settimeout(SECONDS_BETWEEN_LOOKS)
-        context = multiprocessing.get_context()
+        context = multiprocessing.get_context(START_METHOD)
         self.process: BaseProcess = context.Process(target=_read, args=(work, theirs, ahead, os.getpid()), daemon=True)
         self.process.start()
         theirs.close()  # else its end would not be heard, by this process or by readers that are started later

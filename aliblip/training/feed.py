@@ -1,6 +1,6 @@
 """Batches on their way from the loader to the device.
 
-feed = Feed(loader.epoch(epoch), device)
+feed = Feed(loader.batches(start, stop), device)
 batch = feed.take()
 ...give the device its work...
 feed.fetch()  # the next one is copied while the device works
@@ -20,7 +20,7 @@ ON_DEVICE = ("pixel_values", "input_ids", "attention_mask", "product_id", "photo
 
 
 class Feed:
-    """The batches of an epoch, where they are computed with.
+    """The batches of a run, where they are computed with.
 
     On a GPU a batch can be fetched ahead: it is copied from pinned memory on a stream of its own, while the device
     computes. On a CPU there is nothing to copy, and a batch is read when it is taken.

@@ -22,7 +22,7 @@ import dataclasses
 import math
 import shlex
 from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -78,7 +78,6 @@ NOT_OF_THE_TRAINING = ("resume_from_checkpoint", "output_dir", "overwrite_output
 class Step:
     """An optimizer step: what it begins with, and what its micro-batches leave for its end."""
 
-    feed: Feed
     average_is_due: bool  # False after a step that was left out: the average has followed the one before
     taken: int  # steps before this one that changed something; schedules count these
     learning_rate: float
@@ -150,11 +149,16 @@ class Run:
         self._write_what_it_is()
         self._announce()
         self._before = self._position()
+        # The readers begin with the first batch, and last until the run leaves.
+        batches = self.args.gradient_accumulation_steps
+        self._batches = setup.loader.batches(self.progress.step * batches, setup.total_steps * batches)
+        self._feed = Feed(self._batches, accelerator.device)
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *error) -> None:
+        self._batches.close()
         self._tell_profile(self.profiler.finish())
         self.log.close()
 
@@ -279,23 +283,20 @@ class Run:
         if self.ended_early:
             return
         last = min(self.setup.total_steps, (epoch + 1) * per_epoch)
-        first_batch = (self.progress.step - epoch * per_epoch) * self.args.gradient_accumulation_steps
-        with closing(self.setup.loader.epoch(epoch, start_step=first_batch)) as batches:
-            feed = Feed(batches, self.accelerator.device)
-            while self.progress.step < last and not self.stopped_by and not self.ended_early:
-                with self.log.paused():
-                    self.profiler.begin_step(last - self.progress.step, per_epoch)
-                yield self._begin_step(feed)
+        while self.progress.step < last and not self.stopped_by and not self.ended_early:
             with self.log.paused():
-                self._tell_profile(self.profiler.finish())
+                self.profiler.begin_step(last - self.progress.step, per_epoch)
+            yield self._begin_step()
+        with self.log.paused():
+            self._tell_profile(self.profiler.finish())
 
-    def _begin_step(self, feed: Feed) -> Step:
+    def _begin_step(self) -> Step:
         progress = self.progress
         average_is_due, progress.average_is_due = progress.average_is_due, False  # the loop lets it follow at once
         if not progress.left_out_in_a_row:
             self._before = self._position()
         taken = progress.step - progress.left_out
-        return Step(feed, average_is_due, taken, self.setup.learning_rate(taken))
+        return Step(average_is_due, taken, self.setup.learning_rate(taken))
 
     def _position(self) -> tuple[Progress, dict[str, Tensor]]:
         """Counters, random states, and in fp16 the loss scale: with the state of the training, which a step that is
@@ -309,7 +310,7 @@ class Run:
         accumulation = self.args.gradient_accumulation_steps
         batches_per_epoch = self.setup.steps_per_epoch * accumulation
         for micro_step in range(accumulation):
-            batch = step.feed.take()
+            batch = self._feed.take()
             self.skipped.add(batch)
             alpha = alpha_schedule(self.args.alpha, step.taken * accumulation + micro_step, batches_per_epoch)
             # Another title of the same photo is no negative, whatever its product is called.
@@ -321,8 +322,8 @@ class Run:
         step.targets = step.targets or targets
         step.rows.append(batch["row"])
         self.log.add_batch(output)
-        self.log.meters.add(batch["row"].shape[0], sum(batch["title_lengths"]), step.feed.waited)
-        step.feed.fetch()
+        self.log.meters.add(batch["row"].shape[0], sum(batch["title_lengths"]), self._feed.waited)
+        self._feed.fetch()
 
     def after_step(self, step: Step, output: ObjectiveOutput, outcome: Outcome) -> None:
         """All that is due once the weights have moved, or were kept from it."""
