@@ -5,12 +5,12 @@
 
 Draws the competition's layout, a train.json beside a folder of photos, of which one in a hundred is no photo and one
 in fifty a smaller copy of another. It is prepared by one worker three times, by real processes: a quarter of it; the
-whole; and the whole once more, killed (SIGKILL) while it reads, compares and writes, and started again by the same
-command each time. Both whole catalogues must be equal to the last byte. Time is that of the processor, of all
-processes together; memory is what they hold at most, shared pages counted once (Linux), and what of it is their own:
-pages of files that are mapped, such as the index, the system takes back when it needs them. The numbers for more rows
-are a line through the quarter and the whole, phase by phase; those of the index and of comparing bend upwards as they
-do between both. The last line is the time with three kills by that without.
+whole; and, but for --no_kills, the whole once more, killed (SIGKILL) while it reads, compares and writes, and started
+again by the same command each time. Both whole catalogues must be equal to the last byte. Time is that of the
+processor, of all processes together; memory is what they hold at most, shared pages counted once (Linux), and what of
+it is their own: pages of files that are mapped, such as the index, the system takes back when it needs them. The
+numbers for more rows are a line through the quarter and the whole, phase by phase; those of the index and of comparing
+bend upwards as they do between both. The last line is the time with three kills by that without (1 with --no_kills).
 """
 
 from __future__ import annotations
@@ -55,16 +55,18 @@ def main(command_line: list[str] | None = None) -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--rows", type=int, default=100_000)
     arguments.add_argument("--folder", type=Path, help="where it lies meanwhile (default: a temporary folder)")
+    arguments.add_argument("--no_kills", action="store_true", help="leave out the third run")
     args = arguments.parse_args(command_line)
     folder = Path(tempfile.mkdtemp(dir=args.folder, prefix="prepare-"))
     try:
-        table = measured(folder, args.rows)
+        table = measured(folder, args.rows, kills=not args.no_kills)
     finally:
         shutil.rmtree(folder)
-    finish("prepare", table["with_three_kills"]["seconds"] / table["whole"]["seconds"], table, args.json)
+    last = table.get("with_three_kills", table["whole"])
+    finish("prepare", last["seconds"] / table["whole"]["seconds"], table, args.json)
 
 
-def measured(folder: Path, rows: int) -> dict:
+def measured(folder: Path, rows: int, kills: bool = True) -> dict:
     start = time.process_time()
     size = draw(folder / "data", rows)
     print(f"{rows:,} rows drawn, {size / 1e6:,.0f} MB, {time.process_time() - start:.0f} s", flush=True)
@@ -73,8 +75,37 @@ def measured(folder: Path, rows: int) -> dict:
         "quarter": prepare(quarter, folder / "data/photos", folder / "quarter"),
         "whole": prepare(folder / "data/train.json", folder / "data/photos", folder / "whole"),
     }
-    before = files_of(folder / "whole")
     told = json.loads((folder / "whole/prepared.json").read_text())["counts"]
+    killed = disturbed(folder) if kills else None
+    for name, run in (runs | ({"with three kills": killed} if kills else {})).items():
+        print(f"{name}: {run.seconds:.0f} s ({run.told()}), {run.held()}", flush=True)
+    whole = runs["whole"]
+    print(f"{rows / whole.seconds:.0f} photos a second and core", flush=True)
+    projection = projected(runs["quarter"], whole, rows // 4, rows)
+    hours, gigabytes = projection["hours"], projection["own_gigabytes"]
+    print(f"{PROJECTED:,} rows: {hours:.1f} hours of a core, {gigabytes:.1f} GB of their own")
+    table = {
+        "rows": rows,
+        "photos": f"{SIZE[0]} x {SIZE[1]} JPEG, --max_side {MAX_SIDE}, one worker",
+        "bytes": size,
+        "counts": told,
+        "quarter": runs["quarter"].table(),
+        "whole": whole.table(),
+        "photos_per_second_and_core": rows / whole.seconds,
+        "projection": {"rows": PROJECTED, **projection},
+    }
+    if kills:
+        table["with_three_kills"] = {**killed.table(), "kills": killed.kills, "equal_to_the_last_byte": True}
+    return table
+
+
+def disturbed(folder: Path) -> Run:
+    """The whole once more, killed in each phase.
+
+    Raises:
+        RuntimeError: another catalogue comes of it.
+    """
+    before = files_of(folder / "whole")
     shutil.rmtree(folder / "whole")
     # The folder is called the same, since the card says how it is called.
     killed = Run()
@@ -83,24 +114,7 @@ def measured(folder: Path, rows: int) -> dict:
     killed += prepare(folder / "data/train.json", folder / "data/photos", folder / "whole")
     if files_of(folder / "whole") != before:
         raise RuntimeError("the catalogue of the run that was killed is another one")
-    for name, run in {**runs, "with three kills": killed}.items():
-        print(f"{name}: {run.seconds:.0f} s ({run.told()}), {run.held()}", flush=True)
-    whole = runs["whole"]
-    print(f"{rows / whole.seconds:.0f} photos a second and core", flush=True)
-    projection = projected(runs["quarter"], whole, rows // 4, rows)
-    hours, gigabytes = projection["hours"], projection["own_gigabytes"]
-    print(f"{PROJECTED:,} rows: {hours:.1f} hours of a core, {gigabytes:.1f} GB of their own")
-    return {
-        "rows": rows,
-        "photos": f"{SIZE[0]} x {SIZE[1]} JPEG, --max_side {MAX_SIDE}, one worker",
-        "bytes": size,
-        "counts": told,
-        "quarter": runs["quarter"].table(),
-        "whole": whole.table(),
-        "photos_per_second_and_core": rows / whole.seconds,
-        "with_three_kills": {**killed.table(), "kills": killed.kills, "equal_to_the_last_byte": True},
-        "projection": {"rows": PROJECTED, **projection},
-    }
+    return killed
 
 
 # --- the catalogue ----------------------------------------------------------------------------------------------------
@@ -152,6 +166,7 @@ class Run:
         seconds: of the processor.
         phases: the same by phases; "open" is what lies before them.
         memory, own: bytes at most, with pages of mapped files and without.
+        own_of_phases: the latter by phases.
         kills: by phase, the share of its tasks that was done.
     """
 
@@ -159,6 +174,7 @@ class Run:
     phases: dict[str, float] = field(default_factory=dict)
     memory: int = 0
     own: int = 0
+    own_of_phases: dict[str, int] = field(default_factory=dict)
     kills: dict[str, float] = field(default_factory=dict)
 
     def __add__(self, other: Run) -> Run:
@@ -166,7 +182,8 @@ class Run:
         phases = {name: self.phases.get(name, 0.0) + other.phases.get(name, 0.0) for name in names}
         kills = self.kills | other.kills
         memory, own = max(self.memory, other.memory), max(self.own, other.own)
-        return Run(self.seconds + other.seconds, phases, memory, own, kills)
+        owns = {name: max(self.own_of_phases.get(name, 0), other.own_of_phases.get(name, 0)) for name in phases}
+        return Run(self.seconds + other.seconds, phases, memory, own, owns, kills)
 
     def table(self) -> dict:
         return {
@@ -174,10 +191,14 @@ class Run:
             "phases": self.phases,
             "gigabytes": self.memory / 1e9,
             "own_gigabytes": self.own / 1e9,
+            "own_gigabytes_of_phases": {name: own / 1e9 for name, own in self.own_of_phases.items()},
         }
 
     def told(self) -> str:
         return ", ".join(f"{name} {seconds:.0f}" for name, seconds in self.phases.items())
+
+    def held(self) -> str:
+        return f"{self.memory / 1e9:.2f} GB, {self.own / 1e9:.2f} GB of their own"
 
 
 def prepare(table: Path, photos: Path, output_dir: Path, kill: tuple[str, float] | None = None) -> Run:
@@ -207,7 +228,7 @@ def prepare(table: Path, photos: Path, output_dir: Path, kill: tuple[str, float]
     if process.returncode and kill is None:
         raise RuntimeError(f"the command failed: {log.read_text()}")
     run.phases, run.seconds = watched.phases, sum(watched.phases.values())
-    run.memory, run.own = watched.memory, watched.own
+    run.memory, run.own, run.own_of_phases = watched.memory, watched.own, watched.own_of_phases
     return run
 
 
@@ -219,6 +240,7 @@ class _Watched:
         self._seconds: dict[int, float] = {}  # of each process, the last that was seen
         self.phases: dict[str, float] = {}
         self.memory = self.own = 0
+        self.own_of_phases: dict[str, int] = {}
 
     def look(self) -> None:
         processes, memory, own = [], 0, 0
@@ -238,6 +260,8 @@ class _Watched:
             self.phases[phase] = self.phases.get(phase, 0.0) + spent - self._seconds.get(process.pid, 0.0)
             self._seconds[process.pid] = spent
         self.memory, self.own = max(self.memory, memory), max(self.own, own)
+        phase = self._phase()
+        self.own_of_phases[phase] = max(self.own_of_phases.get(phase, 0), own)
 
     def _phase(self) -> str:
         begun = [phase for phase in PHASES if (self._work / "logs" / phase).is_dir()]

@@ -275,6 +275,13 @@ def test_titles_that_the_tokenizer_does_not_know(examined, tmp_path, caption, ki
     assert of_validation[0] == "ok" and line[0] == kind and "'чайник'" in line[1] and "--tokenizer_name" in line[1]
 
 
+def test_where_the_tokenizer_is_from(examined, tmp_path):
+    file = tmp_path / "vocab.txt"  # of which a tokenizer knows no name
+    file.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "cup"]))
+    _, groups = examined("--tokenizer_name", file)
+    assert any(f"tokens, from {file}; titles are cut at" in text for _, text in groups["model"])
+
+
 def test_titles_that_are_cut(examined):
     _, groups = examined("--max_length", "4")
     train, alike, validation = (text for kind, text in groups["titles"] if kind == "warning")

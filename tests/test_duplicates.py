@@ -1,6 +1,7 @@
 """Duplicates that are planted are found, and products that only look alike are not."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -9,6 +10,7 @@ from PIL import Image, ImageDraw
 from prepare_case import draw, encoded, needs_prepare, picture, rows_of
 
 from aliblip.prepare import main
+from aliblip.runtime.files import mapped_array
 
 pytestmark = needs_prepare
 
@@ -134,6 +136,21 @@ def test_the_pairs_are_the_same_however_the_photos_are_cut_into_blocks(planted, 
     found = several.pairs(0, len(thumbs))
     both = set(zip(found.first.tolist(), found.second.tolist(), strict=True))
     assert len(both & set(zip(whole.first.tolist(), whole.second.tolist(), strict=True))) >= 0.95 * len(whole)
+
+
+def test_an_index_is_the_same_in_memory_and_on_the_disk(planted, tmp_path, monkeypatch):
+    from aliblip.data import duplicates
+
+    monkeypatch.setattr(duplicates, "_SEVERAL", 100)
+    monkeypatch.setattr(duplicates, "_LIST", 32)
+    thumbs = np.concatenate([planted[0], np.zeros((3, 48, 48, 3), np.uint8)])  # some are blank
+    indices = [duplicates.Index.of(thumbs), duplicates.Index.of(thumbs, partial(mapped_array, tmp_path))]
+    for name in duplicates.Index._ARRAYS:
+        first, second = (getattr(index, name) for index in indices)
+        assert first.dtype == second.dtype and np.array_equal(first, second), name
+    assert isinstance(indices[1].descriptors, np.memmap) and len(indices[1].centres) > 1
+    assert list(tmp_path.iterdir()) == []
+    assert len(duplicates.Index.of(thumbs[:0], partial(mapped_array, tmp_path))) == 0
 
 
 def test_other_colours_and_blank_photos_are_no_duplicates():

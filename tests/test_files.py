@@ -6,6 +6,7 @@ import os
 import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,6 +15,7 @@ from aliblip.runtime import files
 from aliblip.runtime.files import (
     NewFolder,
     append_json_line,
+    mapped_array,
     read_json_lines,
     repair,
     write_json_lines,
@@ -148,3 +150,13 @@ def test_a_line_that_lacks_its_end_alone_stays(tmp_path):
     file.write_bytes(b'{"a": 1}\n{"a": 2}')
     append_json_line(file, {"a": 3})
     assert file.read_bytes() == b'{"a": 1}\n{"a": 2}\n{"a": 3}\n'
+
+
+def test_a_mapped_array_has_room_from_the_start_and_leaves_nothing(tmp_path):
+    array = mapped_array(tmp_path, (3, 4), np.float32)
+    array[:] = 7
+    assert array.sum() == 84 and isinstance(array, np.memmap) and list(tmp_path.iterdir()) == []
+    assert mapped_array(tmp_path, (0, 4), np.int64).shape == (0, 4)
+    with pytest.raises(OSError):
+        mapped_array(tmp_path, (2**50, 1024), np.int8)
+    assert list(tmp_path.iterdir()) == []

@@ -46,7 +46,7 @@ def test_numbers_of_a_csv_file_are_numbers(paths, tmp_path, caplog):
     assert kinds == {"id": "string", "price": "double", "stock": "int64", "code": "string", "note": "string"}
     told = [gallery.get(["7", "8", "9"])[n][name] for name in ("price", "stock", "code") for n in range(3)]
     assert told == [12.5, 9.0, -1.5, 3, None, None, "0100", "200", "300"]
-    assert "columns whose texts are all numbers are numbers in the gallery: price, stock" in caplog.text
+    assert "numbers, since all of their texts are: price, stock" in caplog.text
     assert gallery.count("price < :most AND stock = 3", {"most": 20}) == 1
     # Rows of another file are put in with numbers too, and what is none is told; a gallery of numbered ids takes them.
     (tmp_path / "more.csv").write_text(f"image,id,price,stock,code\n{paths[3]},0010,7,1.5,1\n")

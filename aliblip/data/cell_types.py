@@ -2,7 +2,11 @@
 
 kind, note = joined_type("price", pa.null(), [1, 2.5, None])      # float64
 value = fitting_value(7, pa.string())                              # "7"
-kind = type_of_texts(pa.null(), ["12.50", "", "7"])                # float64: a CSV file has texts alone
+
+A CSV file has texts alone. Which of its columns are numbers follows from all of their texts, in any order:
+
+likeness = like_texts(Likeness.BLANK, ["12.50", "", "7"])          # DECIMAL
+types, told = types_of_texts({"price": likeness}, ids=["sku"])     # float64
 value = number_in("12.50")                                         # 12.5
 """
 
@@ -10,7 +14,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from enum import IntEnum
 from typing import Any
 
 import pyarrow as pa
@@ -19,19 +24,37 @@ from aliblip.data.collate import printable
 
 __all__ = [
     "NOT_OF_THE_TYPE",
+    "Likeness",
     "array_of",
     "fitting_value",
+    "is_number",
     "joined_type",
+    "like_texts",
     "number_in",
     "storable",
-    "type_of_texts",
+    "types_of_texts",
     "unified_type",
 ]
 
 # Numbers as people write prices and counts. Leading zeros, signs of plus and more digits than numbers have: codes.
 _WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,17})")
 _DECIMAL = re.compile(r"-?(0|[1-9][0-9]{0,14})[.][0-9]+")
-_TEXT_TYPES = (pa.null(), pa.int64(), pa.float64(), pa.string())
+# 12,50 or 1.234,56 or 1,234.56: no number here, but meant as one.
+_WITH_COMMAS = re.compile(
+    r"-?([0-9]+,[0-9]+|[0-9]{1,3}([. '\u00a0\u202f][0-9]{3})+(,[0-9]+)?|[0-9]{1,3}(,[0-9]{3})+([.][0-9]+)?)"
+)
+# Digits of a whole number. All of a column with as many as codes have, such as EANs and phone numbers, are codes;
+# beyond those of numbers a fraction beside it could not be kept.
+_CODE_DIGITS, _NUMBER_DIGITS = 10, 15
+# The last word of a column's name that says that it holds codes, whatever they look like.
+_CODE_WORDS = frozenset(
+    (
+        *("id", "ids", "uid", "uuid", "guid", "productid", "itemid", "articleid", "groupid", "categoryid", "sku"),
+        *("skus", "ean", "gtin", "upc", "isbn", "asin", "mpn", "barcode", "code", "codes", "key", "handle"),
+        *("phone", "telephone", "tel", "mobile", "fax", "zip", "zipcode", "postcode", "plz"),
+    )
+)
+_NUMBERED = frozenset({"number", "nr", "no"})  # "article number", but not "number"
 
 # What Arrow raises for values that it can't make a column of.
 NOT_OF_THE_TYPE = (pa.ArrowException, TypeError, ValueError, OverflowError, UnicodeError)
@@ -120,13 +143,78 @@ def number_in(text: Any) -> Any:
     return text if plain else None
 
 
-def type_of_texts(kind: pa.DataType, texts: Iterable[Any]) -> pa.DataType:
-    """The type of a column of a file that holds texts alone: numbers where all texts that are not blank are numbers.
+def is_number(kind: pa.DataType) -> bool:
+    """Whether a column of this type can be compared with numbers."""
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
+
+
+class Likeness(IntEnum):
+    """What all texts of a column read like; that of texts together is the highest of their own."""
+
+    BLANK = 0
+    CODE = 1  # whole numbers, so long that they are none
+    WHOLE = 2
+    DECIMAL = 3
+    COMMAS = 4  # 1.234,56
+    TEXT = 5
+
+
+def like_texts(before: Likeness, texts: Iterable[str | None]) -> Likeness:
+    """What texts, and those before them, read like together."""
+    return max([before, *map(_likeness, set(texts))])
+
+
+def _likeness(text: str | None) -> Likeness:
+    plain = (text or "").strip()
+    if not plain:
+        return Likeness.BLANK
+    if _WHOLE.fullmatch(plain):
+        digits = len(plain.lstrip("-"))
+        if digits > _NUMBER_DIGITS:
+            return Likeness.TEXT
+        return Likeness.CODE if digits >= _CODE_DIGITS else Likeness.WHOLE
+    if _DECIMAL.fullmatch(plain):
+        return Likeness.DECIMAL
+    return Likeness.COMMAS if _WITH_COMMAS.fullmatch(plain) else Likeness.TEXT
+
+
+def types_of_texts(
+    columns: Mapping[str, Likeness], ids: Collection[str | None] = ()
+) -> tuple[dict[str, pa.DataType], list[str]]:
+    """The types of columns of a file that holds texts alone, and what is to be told of them.
+
+    Numbers become numbers, but for ids and codes: nobody compares these by size, and the next file may have one with
+    letters or leading zeros.
 
     Args:
-        kind: of the values before these; null where there were none.
+        columns: name -> what all of its texts read like.
+        ids: columns that are known to hold ids.
     """
-    found = {type(number_in(text)) for text in texts}
-    others = [_TEXT_TYPES[3] for one in found if one not in (int, float, type(None))]
-    kinds = [kind, *([pa.int64()] if int in found else []), *([pa.float64()] if float in found else []), *others]
-    return max(kinds, key=_TEXT_TYPES.index)
+    types, codes = dict.fromkeys(columns, pa.string()), []
+    for name, likeness in columns.items():
+        is_code = name in ids or likeness == Likeness.CODE or _is_called_code(name)
+        if is_code and Likeness.BLANK < likeness < Likeness.COMMAS:
+            codes.append(name)
+        elif likeness in (Likeness.WHOLE, Likeness.DECIMAL):
+            types[name] = pa.int64() if likeness == Likeness.WHOLE else pa.float64()
+    numbers = [name for name in columns if is_number(types[name])]
+    commas = [name for name, likeness in columns.items() if likeness == Likeness.COMMAS]
+    told = []
+    if numbers:
+        told.append(f"numbers, since all of their texts are: {', '.join(numbers)}")
+    if codes:
+        told.append(f"texts, since ids and codes are no numbers: {', '.join(codes)}")
+    if commas:
+        told.append(
+            f"texts, since their numbers have commas or gaps: {', '.join(commas)} (write 1234.56 to compare them with "
+            "numbers)"
+        )
+    return types, told
+
+
+def _is_called_code(name: str) -> bool:
+    """Whether a column is called as ids and codes are: "ean", "productId", "article_number"."""
+    words = [word.lower() for word in re.findall(r"[A-Z]?[^\W\d_A-Z]+|[A-Z]+(?![^\W\d_A-Z])", name)]
+    if not words:
+        return False
+    return words[-1] in _CODE_WORDS or (len(words) > 1 and words[-1] in _NUMBERED)

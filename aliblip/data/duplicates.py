@@ -16,9 +16,10 @@ Legend: n photos, m queries, p pairs, d numbers of a descriptor.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -63,6 +64,10 @@ _HUE, _HUE_WEIGHT = 20.0, 3.0
 _AT_ONCE = 512
 
 
+# Makes an array of a shape and a type.
+Empty = Callable[[tuple[int, ...], Any], np.ndarray]
+
+
 @dataclass(frozen=True)
 class Pairs:
     """Pairs of photos, each once.
@@ -101,12 +106,13 @@ def exact_pairs(keys: np.ndarray) -> Pairs:
 
 def groups_of(count: int, *pairs: Pairs) -> np.ndarray:
     """(count,) int64: the lowest number among those that an item hangs together with."""
-    parent = list(range(count))
+    parent: dict[int, int] = {}  # of those that have one
 
     def root(item: int) -> int:
-        while parent[item] != item:
-            parent[item] = parent[parent[item]]
-            item = parent[item]
+        while (above := parent.get(item)) is not None:
+            if (higher := parent.get(above)) is not None:
+                parent[item] = higher
+            item = above
         return item
 
     for found in pairs:
@@ -114,7 +120,10 @@ def groups_of(count: int, *pairs: Pairs) -> np.ndarray:
             a, b = root(first), root(second)
             if a != b:
                 parent[max(a, b)] = min(a, b)
-    return np.array([root(item) for item in range(count)], dtype=np.int64)
+    groups = np.arange(count, dtype=np.int64)
+    for item in parent:
+        groups[item] = root(item)
+    return groups
 
 
 def joined_groups(thumbs: np.ndarray, pairs: Pairs, similarity: float) -> Pairs:
@@ -168,27 +177,35 @@ class Index:
 
     @classmethod
     @threadpool_limits.wrap(limits=1)  # so that nothing depends on the number of cores
-    def of(cls, thumbs: np.ndarray) -> Index:
-        """Look at all photos once."""
+    def of(cls, thumbs: np.ndarray, empty: Empty = np.empty) -> Index:
+        """Look at all photos once.
+
+        Args:
+            empty: makes the arrays that have a descriptor of each photo, 256 bytes; such as in mapped files.
+        """
         count = len(thumbs)
-        sample = _blurred(thumbs[np.linspace(0, max(count - 1, 0), min(count, _SAMPLE)).astype(np.int64)])
+        chosen = np.linspace(0, max(count - 1, 0), min(count, _SAMPLE)).astype(np.int64)
+        sample = np.concatenate([_blurred(thumbs[piece]) for piece in _pieces(chosen)] or [_blurred(thumbs)])
         mean = sample.mean(0) if len(sample) else np.zeros(_BLUR * _BLUR * 3, np.float32)
         axes = np.linalg.eigh((sample - mean).T @ (sample - mean))[1][:, ::-1][:, :_WIDTH].astype(np.float32)
-        descriptors, is_blank = np.empty((count, _WIDTH), np.float32), np.empty(count, bool)
+        descriptors, is_blank = empty((count, _WIDTH), np.float32), np.empty(count, bool)
         for start in range(0, count, 4096):
             piece = thumbs[start : start + 4096]
             descriptors[start : start + 4096] = _unit((_blurred(piece) - mean) @ axes)
             is_blank[start : start + 4096] = _grey(piece).std(axis=(1, 2)) < BLANK
         order = np.flatnonzero(~is_blank)
-        centres = _centres(descriptors[order], 1 if len(order) < _SEVERAL else len(order) // _LIST)
+        centres = _centres(descriptors, order, 1 if len(order) < _SEVERAL else len(order) // _LIST)
         lists = np.empty(len(order), np.int64)
         for start in range(0, len(order), 4096):
             lists[start : start + 4096] = (descriptors[order[start : start + 4096]] @ centres.T).argmax(1)
         by_list = np.argsort(lists, kind="stable")
         edges = np.searchsorted(lists[by_list], np.arange(len(centres) + 1))
         order = order[by_list]
+        sorted_ = empty((len(order), _WIDTH), np.float32)
+        for start in range(0, len(order), 4096):
+            sorted_[start : start + 4096] = descriptors[order[start : start + 4096]]
         arrays = {"thumbs": thumbs, "mean": mean, "axes": axes, "centres": centres, "order": order, "edges": edges}
-        return cls(**arrays, descriptors=descriptors[order])
+        return cls(**arrays, descriptors=sorted_)
 
     def save(self, folder: Path) -> None:
         """Write all arrays but the thumbs, whose file is `thumbs.npy` there."""
@@ -276,11 +293,12 @@ class Index:
         return np.take_along_axis(photos, best, 1), np.take_along_axis(near, best, 1)
 
 
-def _centres(descriptors: np.ndarray, count: int) -> np.ndarray:
+def _centres(descriptors: np.ndarray, photos: np.ndarray, count: int) -> np.ndarray:
     """(count, d): the centres of lists, by k-means over some of the photos."""
-    if count == 1 or not len(descriptors):
+    if count == 1 or not len(photos):
         return np.zeros((1, _WIDTH), np.float32)
-    sample = descriptors[np.linspace(0, len(descriptors) - 1, min(len(descriptors), 48 * count)).astype(np.int64)]
+    chosen = np.linspace(0, len(photos) - 1, min(len(photos), 48 * count)).astype(np.int64)
+    sample = descriptors[photos[chosen]]
     centres = sample[np.linspace(0, len(sample) - 1, count).astype(np.int64)].copy()
     for _ in range(8):
         lists = np.concatenate([(piece @ centres.T).argmax(1) for piece in _pieces(sample)])

@@ -10,7 +10,7 @@ The photos are written first, piece by piece, so that memory does not grow with 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from aliblip.data.cell_types import NOT_OF_THE_TYPE, fitting_value, joined_type, storable
+from aliblip.data.cell_types import (
+    NOT_OF_THE_TYPE,
+    Likeness,
+    fitting_value,
+    joined_type,
+    like_texts,
+    storable,
+    types_of_texts,
+)
 from aliblip.data.collate import printable
 from aliblip.data.prepare_photos import THUMB_SIDE, PreparedPhoto
 from aliblip.runtime.files import new_file
@@ -39,8 +47,9 @@ __all__ = [
 
 # Begins the names of the data's own columns among the facts.
 OTHER = "other:"
-# Of such a column, in the metadata of its field: what is to be told of it.
-NOTE = b"told"
+# Of such a column, in the metadata of its field: what is to be told of it; and of data that has texts alone, what all
+# of its texts read like. These stay texts in the parts: whether they are numbers depends on those of all parts.
+NOTE, LIKENESS = b"told", b"likeness"
 # Photos that are written at once, and are one row group then.
 GROUP_BYTES, GROUP_ROWS = 8 * 2**20, 256
 
@@ -86,15 +95,18 @@ class PartWriter:
         folder: of all parts.
         task: its number.
         types: of the data's columns, where it has types; others follow from the values.
+        has_texts_alone: whether all values are texts, see `Source`.
 
     Raises:
         UsageError: of all methods: the disk does not take it.
     """
 
-    def __init__(self, folder: Path, task: int, types: pa.Schema | None = None):
+    def __init__(self, folder: Path, task: int, types: pa.Schema | None = None, has_texts_alone: bool = False):
         self._folder, self._task, self._types = folder, task, types
+        self._has_texts_alone = has_texts_alone
         self._facts: list[dict[str, Any]] = []
         self._others: list[Mapping[str, Any]] = []
+        self._rejected: list[Mapping[str, Any]] = []
         self._photos: list[tuple[int, bytes]] = []
         self._size = 0
         self._stack = ExitStack()
@@ -138,10 +150,11 @@ class PartWriter:
         if self._size >= GROUP_BYTES or len(self._photos) >= GROUP_ROWS:
             self._flush()
 
-    def reject(self, fact: Mapping[str, Any], reason: str) -> None:
-        """A row that is not kept."""
+    def reject(self, fact: Mapping[str, Any], reason: str, others: Mapping[str, Any]) -> None:
+        """A row that is not kept. Its texts count for what those of a column read like, as in the data itself."""
         self._facts.append({**fact, "reason": printable(reason)})
         self._others.append({})
+        self._rejected.append(others)
 
     def _flush(self) -> None:
         if self._photos:
@@ -154,9 +167,15 @@ class PartWriter:
         facts = pa.Table.from_pylist(self._facts, schema=FACTS)
         names = dict.fromkeys(name for row in self._others for name in row)
         names |= dict.fromkeys(self._types.names if self._types is not None else ())
+        if self._has_texts_alone:  # else a column of rejected rows would be one without values
+            names |= dict.fromkeys(name for row in self._rejected for name in row)
         for name in names:
             column, note = self._column(name)
-            field = pa.field(f"{OTHER}{name}", column.type, metadata={NOTE: note} if note else None)
+            metadata = {NOTE: note} if note else {}
+            if self._has_texts_alone:
+                texts = (row.get(name) for row in (*self._others, *self._rejected))
+                metadata[LIKENESS] = like_texts(Likeness.BLANK, texts).name
+            field = pa.field(f"{OTHER}{name}", column.type, metadata=metadata or None)
             facts = facts.append_column(field, column)
         return facts
 
@@ -176,24 +195,46 @@ def column_of(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
         return pa.array([fitting_value(value, kind) for value in values], kind)
 
 
-def unified_others(folder: Path, count: int) -> tuple[dict[str, pa.DataType], list[str]]:
-    """The types of the data's columns over all parts, and what is to be told of them."""
+def unified_others(
+    folder: Path, count: int, ids: Collection[str | None] = (), unused: Collection[str | None] = ()
+) -> tuple[dict[str, pa.DataType], list[str]]:
+    """The types of the data's columns over all parts, and what is to be told of them.
+
+    Args:
+        ids: columns that are known to hold ids.
+        unused: columns that are written under names of ours: no word of whether their texts are numbers.
+    """
     found: dict[str, pa.DataType] = {}
+    likeness: dict[str, Likeness] = {}
     notes: dict[str, str] = {}
     for task in range(count):
         for field in pq.read_schema(facts_file(folder, task)):
-            if not field.name.startswith(OTHER) or field.name.removeprefix(OTHER) in notes:
+            if not field.name.startswith(OTHER):
                 continue
-            name = field.name.removeprefix(OTHER)
-            kind, note = joined_type(name, found.get(name, pa.null()), pa.nulls(0, field.type))
-            found[name] = kind
-            note = note or (field.metadata or {}).get(NOTE, b"").decode()
-            notes |= {name: note} if note else {}
+            name, metadata = field.name.removeprefix(OTHER), field.metadata or {}
+            found.setdefault(name, pa.null())
+            if LIKENESS in metadata:
+                read = Likeness[metadata[LIKENESS].decode()]
+                likeness[name] = max(read, likeness.get(name, read))
+            else:
+                _join(found, notes, name, field.type, metadata.get(NOTE, b"").decode())
+    types, told = types_of_texts({name: like for name, like in likeness.items() if name not in unused}, ids)
+    for name, kind in types.items():
+        _join(found, notes, name, pa.null() if likeness[name] == Likeness.BLANK else kind)
     for name, kind in found.items():
         if pa.types.is_floating(kind) and _has_long_numbers(folder, count, f"{OTHER}{name}"):
             found[name] = pa.string()
             notes[name] = f"the column {name!r} holds fractions, and whole numbers too long beside them: kept as text"
-    return {name: storable(kind) for name, kind in found.items()}, list(notes.values())
+    return {name: storable(kind) for name, kind in found.items()}, [*told, *notes.values()]
+
+
+def _join(found: dict[str, pa.DataType], notes: dict[str, str], name: str, kind: pa.DataType, note: str = "") -> None:
+    """Let a column's type be one for further values; text, with a note, where there is none."""
+    if name in notes:
+        return
+    found[name], remark = joined_type(name, found[name], pa.nulls(0, kind))
+    if note := remark or note:
+        notes[name] = note
 
 
 def _has_long_numbers(folder: Path, count: int, column: str) -> bool:

@@ -88,7 +88,7 @@ class Facts:
         names: dict[str, int] = {}
         rejected: Counter = Counter()
         total, stated, cleaned = 0, False, 0
-        pieces: list[tuple[np.ndarray, ...]] = []
+        columns: list[list[np.ndarray]] = [[] for _ in range(10)]
         for table in read_facts(folder / PARTS, tasks, [*_COLUMNS, *_KEYS]):
             total += len(table)
             rejected.update(reason for reason in table["reason"].to_pylist() if reason is not None)
@@ -102,11 +102,16 @@ class Facts:
             )
             cleaned += len(table) - table["caption_given"].null_count
             digests = np.frombuffer(b"".join(table["digest"].to_pylist()), _DIGEST)
-            columns = [table[name].to_numpy() for name in ("width", "height", "bytes_given", "bytes")]
+            sizes = [table[name].to_numpy() for name in ("width", "height", "bytes_given", "bytes")]
             keys = [np.array([key(title) for title in titles], np.int64) for key in (title_key, words_key)]
             numbers = np.array(numbers, np.int16)
-            pieces.append((table["row"].to_numpy(), numbers, np.array(products, np.int64), digests, *keys, *columns))
-        arrays = [np.concatenate(column) for column in zip(*pieces, strict=True)]
+            pieces = (table["row"].to_numpy(), numbers, np.array(products, np.int64), digests, *keys, *sizes)
+            for column, piece in zip(columns, pieces, strict=True):
+                column.append(piece)
+        arrays = []
+        for column in columns:  # one after the other, so that little is held twice
+            arrays.append(np.concatenate(column))
+            column.clear()
         if not len(arrays[0]):
             told = "; ".join(f"{reason} ({count:,})" for reason, count in rejected.most_common(3))
             raise UsageError(f"none of the {total:,} rows can be used: {told}")
@@ -225,7 +230,8 @@ def decide(
     if args.merged:
         told.append(f"{merged:,} products are merged with others by {' and '.join(args.merged)}")
         told += _large_group(product)
-    types, notes = unified_others(folder / PARTS, len(tasks))
+    ids = {columns.product_id for columns in selected}
+    types, notes = unified_others(folder / PARTS, len(tasks), ids, _written_as_ours(facts, selected))
     names, extra, renamed = _names(types, facts, selected)
     types = {name: _decodable(kind) for name, kind in types.items()}
     plan, rows, counts = _shards(facts, product, sides, args)
@@ -258,7 +264,7 @@ def _sides(folder: Path, tasks: int, facts: Facts, keys: np.ndarray, args: Prepa
     if args.split_by == "product":
         return by_product(keys, shares_of(args.split_shares), args.seed)
     if args.split_by == "time":
-        times = np.array([time_of_value(value) for value in _cells(folder, tasks, args.split_column)], np.float64)
+        times = np.fromiter(map(time_of_value, _cells(folder, tasks, args.split_column)), np.float64)
         return by_time(keys, times, shares_of(args.split_shares))
     if args.split_by == "column":
         named = [split_of_value(value) for value in _cells(folder, tasks, args.split_column)]
@@ -291,17 +297,23 @@ def _decodable(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
+def _written_as_ours(facts: Facts, selected: Sequence[Columns]) -> set[str | None]:
+    """The data's columns that `caption` and `product_id` hold already."""
+    ids = {columns.product_id for columns in selected}
+    return {columns.caption for columns in selected} | (ids & {"product_id"} if not facts.stated else set())
+
+
 def _names(
     types: dict[str, pa.DataType], facts: Facts, selected: Sequence[Columns]
 ) -> tuple[dict[str, str], list[str], list[str]]:
     """What the data's columns are called, which of our own come beside them, and what is to be told of it."""
-    captions, ids = {columns.caption for columns in selected}, {columns.product_id for columns in selected}
+    ours = _written_as_ours(facts, selected)
     own = {"image", "caption", "product_id", "source_row"}
     extra = ["caption_given"] if facts.cleaned else []
     told: list[str] = []
     names: dict[str, str] = {}
     for name in types:
-        if name in captions or (name in ids and name == "product_id" and not facts.stated):
+        if name in ours:
             if name not in own:
                 told.append(f"the data's column '{name}' is called 'caption'")
             continue

@@ -26,6 +26,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ from aliblip.data.prepare_steps import (
 )
 from aliblip.data.prepare_tasks import Inputs
 from aliblip.data.remote import is_remote
-from aliblip.runtime.files import PARTIAL, write_json
+from aliblip.runtime.files import PARTIAL, mapped_array, write_json
 from aliblip.runtime.interrupts import hear_of_the_parents_end
 from aliblip.runtime.mistakes import UsageError
 from aliblip.runtime.owners import OWNER, Owner
@@ -226,8 +227,8 @@ class Preparation:
 
     def _tidy(self) -> None:
         """Remove what a killed process left half written, and notes of tasks whose output is gone."""
-        for partial in self.work.rglob(f".*{PARTIAL}"):
-            partial.unlink()
+        for unfinished in self.work.rglob(f".*{PARTIAL}"):
+            unfinished.unlink()
         self._forget("read", [[facts_file(self.work / PARTS, n)] for n in range(len(self.tasks))])
 
     def _forget(self, phase: str, outputs: Sequence[Sequence[Path]]) -> None:
@@ -265,10 +266,11 @@ class Preparation:
         folder = self.work / INDEX
         thumbs = folder / "thumbs.npy"
         if not (folder / "index.json").is_file():
-            folder.mkdir(exist_ok=True)
-            write_thumbs(self.work, len(self.tasks), self.facts.row[places], thumbs)
-            Index.of(np.load(thumbs, mmap_mode="r")).save(folder)
-            write_json(folder / "index.json", {"photos": len(places)})
+            with written_to(folder):
+                folder.mkdir(exist_ok=True)
+                write_thumbs(self.work, len(self.tasks), self.facts.row[places], thumbs)
+                Index.of(np.load(thumbs, mmap_mode="r"), partial(mapped_array, folder)).save(folder)
+                write_json(folder / "index.json", {"photos": len(places)})
         sizes = [min(BLOCK, len(places) - start) for start in range(0, len(places), BLOCK)]
         self._forget("compare", [[pairs_file(folder, number)] for number in range(len(sizes))])
         if not self._run("compare", [ComparePhotos(folder, self.args.duplicate_similarity)], sizes, "photo"):

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from aliblip.data.cell_types import is_number, number_in
 from aliblip.data.prepare_parts import OTHER, column_of, facts_file, read_photos, written_to
 from aliblip.runtime.files import new_file, write_bytes, write_json
 
@@ -208,4 +209,7 @@ def _cast(facts: pa.Table, name: str, kind: pa.DataType) -> pa.Array:
     column = _joined(facts[name])
     if column.type == kind:
         return column
-    return column_of(column.to_pylist(), kind)
+    values = column.to_pylist()
+    if is_number(kind) and pa.types.is_string(column.type):  # of data that has texts alone
+        values = list(map(number_in, values))
+    return column_of(values, kind)

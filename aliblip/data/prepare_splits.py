@@ -58,7 +58,7 @@ def by_product(keys: np.ndarray, shares: Mapping[str, float], seed: int) -> Side
         UsageError: a split stays empty.
     """
     unique, inverse = np.unique(keys, return_inverse=True)
-    draws = np.array([_draw(key, seed) for key in unique.tolist()])
+    draws = np.fromiter((_draw(int(key), seed) for key in unique), np.float64, len(unique))
     names, edges = [TRAIN, *shares], np.cumsum(list(shares.values()))
     side = np.searchsorted(edges, draws, side="right")  # those beyond the last edge are train
     side = np.where(side == len(shares), 0, side + 1)[inverse.reshape(-1)].astype(np.int16)

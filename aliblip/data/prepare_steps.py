@@ -177,7 +177,7 @@ class WriteParts(Step):
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         source = self.inputs.sources()[self.inputs.tasks(self.rows_per_task)[rank].source]
-        with PartWriter(self.folder, rank, source.schema_of_others()) as writer:
+        with PartWriter(self.folder, rank, source.schema_of_others(), source.has_texts_alone) as writer:
             for document in data:
                 self._write(writer, document)
                 yield document
@@ -186,7 +186,7 @@ class WriteParts(Step):
         known, row = document.metadata, document.metadata["row"]
         fact = {"row": known["number"], "split": known["split"], "name": known["name"]}
         if "reason" in known:
-            writer.reject(fact | {"name": fact["name"] or printable(row.name)}, known["reason"])
+            writer.reject(fact | {"name": fact["name"] or printable(row.name)}, known["reason"], row.others)
             return
         stated = row.stored_id if product_id_of(row.stored_id) is not None else None
         fact |= {"caption": document.text, "caption_given": known["given"], "product_id": row.product_id}

@@ -5,8 +5,8 @@
     batch = kept.batch(schema, rows, ...)
 
 Types are those of the data where it has any (Parquet, `datasets`). Otherwise they follow from all values of records and
-Python rows, whose reading costs little, and from the first values of tars. CSV files hold texts alone: a column of
-them whose texts are all numbers has numbers, unless its values are the ids.
+Python rows, whose reading costs little, and from the first values of tars. CSV files hold texts alone: which of their
+columns are numbers, `aliblip.data.cell_types` says.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ import pyarrow.parquet as pq
 
 from aliblip.data.cell_types import (
     NOT_OF_THE_TYPE,
+    Likeness,
     array_of,
     fitting_value,
+    is_number,
     joined_type,
+    like_texts,
     number_in,
     storable,
-    type_of_texts,
+    types_of_texts,
 )
 from aliblip.data.collate import printable
 from aliblip.data.parquet import ParquetSource
@@ -136,7 +139,7 @@ class KeptColumns:
         arrays = {}
         for name, kept in self.names.items():
             values = [row.get(name) for row in others]
-            if self.from_texts and _is_number(schema.field(kept).type):
+            if self.from_texts and is_number(schema.field(kept).type):
                 values = list(map(number_in, values))
             try:
                 arrays[kept] = array_of(values, schema.field(kept).type)
@@ -177,10 +180,6 @@ class Lost:
         return lines
 
 
-def _is_number(kind: pa.DataType) -> bool:
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
-
-
 def _counted(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} ({count:,})" for name, count in counts.items())
 
@@ -208,7 +207,7 @@ def kept_columns(
     Raises:
         UsageError: a column that is not there, or one of ids that are neither text nor whole numbers.
     """
-    found = _types(source)
+    found, likeness = _types(source)
     for name in columns or ():
         if name not in found and name not in source.columns:
             raise UsageError(
@@ -220,8 +219,10 @@ def kept_columns(
         )
     notes: list[str] = []
     ids, id_column = _where_ids_come_from(source, id_column, found, kind)
-    if source.has_texts_alone and id_column is not None:  # of which the next file may have one that is no number
-        found[id_column] = (pa.string(), "")
+    texts = {name: like for name, like in likeness.items() if columns is None or name in columns}
+    types, told = types_of_texts(texts, (id_column, source.selected.product_id))
+    found |= {name: (kind, "") for name, kind in types.items()}
+    notes += told
     kept = {}
     for name, (type_, note) in found.items():
         if columns is None or name in columns:
@@ -229,8 +230,6 @@ def kept_columns(
             kept[name] = type_
     names = table_names(kept, id_column, kind)
     notes += [f"the column {name!r} is called {names[name]!r} in the gallery" for name in names if names[name] != name]
-    if source.has_texts_alone and (numbers := [name for name, type_ in kept.items() if _is_number(type_)]):
-        notes.append(f"columns whose texts are all numbers are numbers in the gallery: {', '.join(numbers)}")
     id_type = pa.string() if ids == "name" else pa.int64()
     if ids == "column":
         id_type = _id_type(source, id_column, found[id_column][0], flag)
@@ -283,22 +282,24 @@ def table_names(columns: Iterable[str], id_column: str | None, kind: str) -> dic
     return names
 
 
-def _types(source: Source) -> dict[str, tuple[pa.DataType, str]]:
-    """The type of each column of a source, and what is to be told of it."""
+def _types(source: Source) -> tuple[dict[str, tuple[pa.DataType, str]], dict[str, Likeness]]:
+    """The type of each column of a source, and what is to be told of it; of texts alone, what these read like."""
     schema = source.schema_of_others()
     if schema is not None:
-        return {name: (storable(schema.field(name).type), "") for name in schema.names}
+        return {name: (storable(schema.field(name).type), "") for name in schema.names}, {}
     rows = source.read_range(0, source.num_rows if source.random_access else min(source.num_rows, SURVEYED_ROWS))
     found: dict[str, tuple[pa.DataType, str]] = {name: (pa.null(), "") for name in source.selected.others}
+    likeness = dict.fromkeys(found, Likeness.BLANK) if source.has_texts_alone else {}
     others = (row.others for row in rows if row.problem is None or row.others)
     while block := list(islice(others, _BLOCK)):
         for name in dict.fromkeys(name for row in block for name in row):
             before, note = found.get(name, (pa.null(), ""))
             if source.has_texts_alone:
-                found[name] = (type_of_texts(before, (row.get(name) for row in block)), "")
+                likeness[name] = like_texts(likeness.get(name, Likeness.BLANK), (row.get(name) for row in block))
             elif not note:  # else it is text already
                 found[name] = joined_type(name, before, [row.get(name) for row in block])
-    return {name: (storable(kind), note) for name, (kind, note) in found.items()}
+    found |= dict.fromkeys(likeness, (pa.string(), ""))
+    return {name: (storable(kind), note) for name, (kind, note) in found.items()}, likeness
 
 
 # --- ids before the work ----------------------------------------------------------------------------------------------

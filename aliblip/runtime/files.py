@@ -6,12 +6,15 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -33,6 +36,21 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def mapped_array(folder: Path, shape: tuple[int, ...], kind: Any) -> np.ndarray:
+    """An array on the disk, whose pages the system takes back when it needs memory. Its file has no name, and is gone
+    with the process.
+
+    Raises:
+        OSError: there is no room for it; it is asked for here, since to write there later would end the process.
+    """
+    size = prod(shape) * np.dtype(kind).itemsize
+    if not size or not hasattr(os, "posix_fallocate"):
+        return np.empty(shape, kind)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+        return np.memmap(file, kind, "r+", shape=shape)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -230,6 +248,7 @@ __all__ = [
     "NewFolder",
     "append_json_line",
     "checksum_of",
+    "mapped_array",
     "new_file",
     "read_json",
     "read_json_lines",

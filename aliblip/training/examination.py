@@ -309,11 +309,18 @@ class _Examination:
                 )
             tokenizer = beginning.processor.tokenizer
             self.findings.ok(
-                f"tokenizer of {len(tokenizer):,} tokens, {_origin(tokenizer)}; titles are cut "
+                f"tokenizer of {len(tokenizer):,} tokens, {self._origin(tokenizer)}; titles are cut "
                 f"at {beginning.processor.max_length} tokens"
             )
 
         self.findings.check(tell, name="size")
+
+    def _origin(self, tokenizer) -> str:
+        model_args = self.start.model_args
+        if model_args.train_tokenizer:
+            return "learned from the titles"
+        named = tokenizer.name_or_path or model_args.tokenizer_name or model_args.model_name_or_path
+        return f"from {named}"
 
     # --- data ---
 
@@ -589,10 +596,6 @@ class _Examination:
         )
         if args.push_to_hub:
             self.findings.ok(f"the Hub, {self.hub_args.hub_model_id}: the best model so far, after each evaluation")
-
-
-def _origin(tokenizer) -> str:
-    return f"from {tokenizer.name_or_path}" if tokenizer.name_or_path else "learned from the titles"
 
 
 _OTHER_TOKENIZER = "give --train_tokenizer, or a --tokenizer_name that knows these titles"
