@@ -17,7 +17,7 @@ def test_a_tower_loads_what_it_has_saved(tmp_path, tower):
         assert torch.equal(again.state_dict()[name], value), name
     batch = tiny.batch()
     given = batch["pixel_values"] if tower == "vision_model" else batch["input_ids"]
-    assert torch.equal(again(given), saved(given))
+    assert torch.equal(again(given).last_hidden_state, saved(given).last_hidden_state)
 
 
 def inputs(**changes) -> dict:

@@ -125,7 +125,7 @@ def test_first_token_alone_equals_the_first_of_all_and_has_its_gradients(attenti
         image_kv = model.project_image_kv(model.encode_image(batch["pixel_values"]))
         tokens = model.text_encoder(
             batch["input_ids"], batch["attention_mask"], image_kv, torch.arange(4).flip(0), **options
-        )
+        ).last_hidden_state
         tokens[:, 0].square().mean(dim=0).sin().sum().backward()
         return tokens, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
