@@ -417,7 +417,8 @@ class AliBlipTextLayer(GradientCheckpointingLayer):
         self,
         hidden: Tensor,
         mask: Tensor | None,
-        image_kv: tuple[Tensor, Tensor] | None = None,
+        key: Tensor | None = None,  # not as a tuple, in which reentrant checkpointing would not find them
+        value: Tensor | None = None,
         image_index: Tensor | None = None,
         first_only: bool = False,
         packed: PackedPairs | None = None,
@@ -426,11 +427,11 @@ class AliBlipTextLayer(GradientCheckpointingLayer):
         with any_shape(hidden.device):  # in the layer, so that a pass that recomputes it takes the same kernels
             if packed is not None:
                 hidden = self.attention.attend_packed_text(hidden, packed, first_only)
-                hidden = self.crossattention.attend_packed_images(hidden, image_kv, packed, first_only)
+                hidden = self.crossattention.attend_packed_images(hidden, (key, value), packed, first_only)
             else:
                 hidden = self.attention.attend_text(hidden, mask, first_only, with_attentions)
-                if image_kv is not None:
-                    hidden = self.crossattention.attend_images(hidden, image_kv, image_index, with_attentions)
+                if key is not None:
+                    hidden = self.crossattention.attend_images(hidden, (key, value), image_index, with_attentions)
         return self.output(self.intermediate(hidden), hidden)
 
 
@@ -496,9 +497,9 @@ class AliBlipTextModel(AliBlipPreTrainedModel):
         mask = None if packed is not None else self.mask_of(attention_mask, hidden, with_attentions)
         last = len(self.encoder.layer) - 1
         for i, layer in enumerate(self.encoder.layer):
-            kv = None if image_kv is None else image_kv[i]
+            kv = (None, None) if image_kv is None else image_kv[i]
             # Tokens meet in self-attention alone: of the last layer's other outputs nothing reaches the first token's.
-            hidden = layer(hidden, mask, kv, image_index, first_only and i == last, packed, with_attentions)
+            hidden = layer(hidden, mask, *kv, image_index, first_only and i == last, packed, with_attentions)
         if packed is None:
             return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=hidden, pooler_output=hidden[:, 0])
         first = hidden if first_only else hidden[packed.first]
