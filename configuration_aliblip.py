@@ -10,6 +10,7 @@ was given and what is accepted.
 """
 
 import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from transformers import BlipConfig, PreTrainedConfig
@@ -46,35 +47,40 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+_ABOVE_0 = "a number above 0", lambda value: value > 0
 # So that a configuration from somebody else can't ask for more than any machine has.
 _MOST = {"num_hidden_layers": 1000, "image_size": 2**14, "hidden_size": 2**16, "image_text_hidden_size": 2**16}
 
 
-def _check_positive_int(owner: str, **values: int) -> None:
-    for name, value in values.items():
-        most = _MOST.get(name, 2**24)
+def _wrong(config: PreTrainedConfig, name: str, accepted: str) -> ValueError:
+    owner = config.base_config_key or "config"
+    return ValueError(f"{owner}.{name} is {getattr(config, name)!r}: it must be {accepted}")
+
+
+def _check_positive_ints(config: PreTrainedConfig, *names: str) -> None:
+    for name in names:
+        value, most = getattr(config, name), _MOST.get(name, 2**24)
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            raise ValueError(f"{owner}.{name} is {value!r}: it must be a whole number from 1 to {most}")
+            raise _wrong(config, name, f"a whole number from 1 to {most}")
 
 
-def _check_rate(owner: str, **values: float) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
-            raise ValueError(f"{owner}.{name} is {value!r}: it must be a number from 0 up to, not including, 1")
+def _check_numbers(config: PreTrainedConfig, accepted: str, is_accepted: Callable[[float], bool], *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_accepted(value):
+            raise _wrong(config, name, accepted)
 
 
-def _check_heads(owner: str, hidden_size: int, num_attention_heads: int) -> None:
-    if hidden_size % num_attention_heads:
+def _check_tower(config: PreTrainedConfig, *rates: str) -> None:
+    """What the configurations of both towers have in common."""
+    heads = config.num_attention_heads
+    if config.hidden_size % heads:
         raise ValueError(
-            f"{owner}.hidden_size {hidden_size} is not divisible by num_attention_heads {num_attention_heads}: "
-            f"choose a number of heads that divides it"
+            f"{config.base_config_key}.hidden_size {config.hidden_size} is not divisible by num_attention_heads "
+            f"{heads}: choose a number of heads that divides it"
         )
-
-
-def _check_positive_number(owner: str, **values: float) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-            raise ValueError(f"{owner}.{name} is {value!r}: it must be a number above 0")
+    _check_numbers(config, "a number from 0 up to, not including, 1", lambda value: 0 <= value < 1, *rates)
+    _check_numbers(config, *_ABOVE_0, "layer_norm_eps", "initializer_range")
 
 
 class AliBlipVisionConfig(PreTrainedConfig):
@@ -99,27 +105,7 @@ class AliBlipVisionConfig(PreTrainedConfig):
         initializer_range: float = 0.02,
         **kwargs,
     ):
-        _check_positive_int(
-            "vision_config",
-            hidden_size=hidden_size,
-            num_hidden_layers=num_hidden_layers,
-            num_attention_heads=num_attention_heads,
-            image_size=image_size,
-            patch_size=patch_size,
-        )
-        intermediate_size = 4 * hidden_size if intermediate_size is None else intermediate_size
-        _check_positive_int("vision_config", intermediate_size=intermediate_size)
-        _check_heads("vision_config", hidden_size, num_attention_heads)
-        _check_rate("vision_config", attention_dropout=attention_dropout, drop_path_rate=drop_path_rate)
-        _check_positive_number("vision_config", layer_norm_eps=layer_norm_eps, initializer_range=initializer_range)
-        if image_size % patch_size:
-            nearest = max(1, round(image_size / patch_size)) * patch_size
-            raise ValueError(
-                f"image size {image_size} is not divisible by the patch size {patch_size}: "
-                f"choose a multiple of {patch_size}, for example {nearest}"
-            )
         self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.image_size = image_size
@@ -129,6 +115,17 @@ class AliBlipVisionConfig(PreTrainedConfig):
         self.attention_dropout = attention_dropout
         self.drop_path_rate = drop_path_rate
         self.initializer_range = initializer_range
+        sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+        _check_positive_ints(self, *sizes)
+        self.intermediate_size = 4 * hidden_size if intermediate_size is None else intermediate_size
+        _check_positive_ints(self, "intermediate_size")
+        _check_tower(self, "attention_dropout", "drop_path_rate")
+        if image_size % patch_size:
+            nearest = max(1, round(image_size / patch_size)) * patch_size
+            raise ValueError(
+                f"image size {image_size} is not divisible by the patch size {patch_size}: "
+                f"choose a multiple of {patch_size}, for example {nearest}"
+            )
         super().__init__(**kwargs)
 
 
@@ -156,27 +153,6 @@ class AliBlipTextConfig(PreTrainedConfig):
         pad_token_id: int = 0,
         **kwargs,
     ):
-        _check_positive_int(
-            "text_config",
-            vocab_size=vocab_size,
-            hidden_size=hidden_size,
-            encoder_hidden_size=encoder_hidden_size,
-            intermediate_size=intermediate_size,
-            num_hidden_layers=num_hidden_layers,
-            num_attention_heads=num_attention_heads,
-            max_position_embeddings=max_position_embeddings,
-        )
-        _check_heads("text_config", hidden_size, num_attention_heads)
-        _check_rate(
-            "text_config",
-            hidden_dropout_prob=hidden_dropout_prob,
-            attention_probs_dropout_prob=attention_probs_dropout_prob,
-        )
-        _check_positive_number("text_config", layer_norm_eps=layer_norm_eps, initializer_range=initializer_range)
-        if not 0 <= pad_token_id < vocab_size:
-            raise ValueError(
-                f"text_config.pad_token_id {pad_token_id} is outside the vocabulary of {vocab_size} tokens"
-            )
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.encoder_hidden_size = encoder_hidden_size
@@ -190,6 +166,13 @@ class AliBlipTextConfig(PreTrainedConfig):
         self.attention_probs_dropout_prob = attention_probs_dropout_prob
         self.initializer_range = initializer_range
         self.pad_token_id = pad_token_id
+        sizes = ("vocab_size", "hidden_size", "encoder_hidden_size", "intermediate_size", "num_hidden_layers")
+        _check_positive_ints(self, *sizes, "num_attention_heads", "max_position_embeddings")
+        _check_tower(self, "hidden_dropout_prob", "attention_probs_dropout_prob")
+        if not 0 <= pad_token_id < vocab_size:
+            raise ValueError(
+                f"text_config.pad_token_id {pad_token_id} is outside the vocabulary of {vocab_size} tokens"
+            )
         super().__init__(**kwargs)
 
 
@@ -233,22 +216,21 @@ class AliBlipConfig(PreTrainedConfig):
         self.text_config = _sub_config("text_config", AliBlipTextConfig, text_config)
         # One truth: cross-attention reads the image tokens as wide as the ViT makes them.
         self.text_config.encoder_hidden_size = self.vision_config.hidden_size
-        _check_positive_int("config", image_text_hidden_size=image_text_hidden_size)
-        _check_positive_number("config", temperature_init=temperature_init, initializer_range=initializer_range)
+        self.image_text_hidden_size = image_text_hidden_size
+        self.temperature_init = temperature_init
+        self.initializer_range = initializer_range
+        self.fusion_weight = fusion_weight
+        _check_positive_ints(self, "image_text_hidden_size")
+        _check_numbers(self, *_ABOVE_0, "temperature_init", "initializer_range")
+        _check_numbers(self, "a number of at least 0", lambda value: 0 <= value < float("inf"), "fusion_weight")
+        self.fusion_weight = float(fusion_weight)
         vocab_size = self.text_config.vocab_size
         enc_token_id = vocab_size - 1 if enc_token_id is None else enc_token_id
         if isinstance(enc_token_id, bool) or not isinstance(enc_token_id, int) or not 0 <= enc_token_id < vocab_size:
             raise ValueError(
                 f"enc_token_id is {enc_token_id!r}: it must be the id of [ENC] in the vocabulary of {vocab_size} tokens"
             )
-        self.image_text_hidden_size = image_text_hidden_size
-        self.temperature_init = temperature_init
         self.enc_token_id = enc_token_id
-        self.initializer_range = initializer_range
-        is_number = isinstance(fusion_weight, (int, float)) and not isinstance(fusion_weight, bool)
-        if not is_number or not 0 <= fusion_weight < float("inf"):
-            raise ValueError(f"config.fusion_weight is {fusion_weight!r}: it must be a number of at least 0")
-        self.fusion_weight = float(fusion_weight)
         # Nothing is tied here (BERT's word embedding has no output twin without a language-model head).
         kwargs["tie_word_embeddings"] = False
         pipelines = _with_our_pipelines(kwargs.get("custom_pipelines"))
@@ -314,25 +296,16 @@ def _from_blip(config: dict[str, Any]) -> dict[str, Any]:
     no dropout)."""
     blip = BlipConfig.from_dict(config)  # what the file leaves out is a default of that class
     vision, text = blip.vision_config, blip.text_config
+    both = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
+    of_vision = (*both, "layer_norm_eps", "image_size", "patch_size", "attention_dropout")
+    of_text = (*both, "layer_norm_eps", "vocab_size", "max_position_embeddings", "initializer_range", "pad_token_id")
     taken = {
         "vision_config": {
             **training_defaults(vision.hidden_size, vision.num_hidden_layers),
-            **{
-                name: getattr(vision, name)
-                for name in (
-                    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size"),
-                    *("patch_size", "hidden_act", "layer_norm_eps", "attention_dropout"),
-                )
-            },
+            **{name: getattr(vision, name) for name in of_vision},
         },
         "text_config": {
-            **{
-                name: getattr(text, name)
-                for name in (
-                    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-                    *("max_position_embeddings", "hidden_act", "layer_norm_eps", "initializer_range", "pad_token_id"),
-                )
-            },
+            **{name: getattr(text, name) for name in of_text},
             "hidden_dropout_prob": text.hidden_dropout_prob or 0.1,
             "attention_probs_dropout_prob": text.attention_probs_dropout_prob or 0.1,
         },

@@ -22,13 +22,13 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 try:
-    from .modeling_aliblip import weights_not_finite
+    from .modeling_aliblip import is_finite, weights_not_finite
     from .reading_aliblip import clean_title, decoded_photo
     from .retrieval_aliblip import embed_images, embed_texts
 except ImportError:
     if __package__:  # inside a package (the Hub cache) a failure is real
         raise
-    from modeling_aliblip import weights_not_finite
+    from modeling_aliblip import is_finite, weights_not_finite
     from reading_aliblip import clean_title, decoded_photo
     from retrieval_aliblip import embed_images, embed_texts
 
@@ -169,9 +169,7 @@ def _loaded_from(model, weights: dict[str, Tensor]) -> dict[str, Tensor] | None:
     found = {}
     for path in _files_of(model):
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118  (not a dict)
-                if name in weights:
-                    found[name] = file.get_tensor(name)
+            found |= {name: file.get_tensor(name) for name in file.keys() if name in weights}  # noqa: SIM118
     is_all = found and all(name in found or _rounds_to_bf16(value) for name, value in weights.items())
     if not is_all or not all(_is_rounding(weights[name], full) for name, full in found.items()):
         return None
@@ -199,12 +197,6 @@ def _is_rounding(value: Tensor, full: Tensor) -> bool:
     step = full.float().abs().reshape(len(full), -1).amax(dim=1) / 127
     error = (value.dequantize().detach().cpu().float() - full.float()).abs().reshape(len(full), -1).amax(dim=1)
     return bool((error <= step).all())
-
-
-def is_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite."""
-    # By the extremes, through which NaN comes too: isfinite of everything would make a copy of it.
-    return not values.numel() or bool(torch.stack(values.aminmax()).isfinite().all())
 
 
 def finite(values: Tensor, name: str, model) -> Tensor:

@@ -24,8 +24,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, GradientCheckpointingLayer, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling, BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 try:
     from .configuration_aliblip import AliBlipConfig, AliBlipTextConfig, AliBlipVisionConfig
@@ -82,14 +83,18 @@ def _eager_attention(module, query, key, value, attention_mask, scaling, dropout
     return (weights @ value).transpose(1, 2), weights
 
 
-def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention by the implementation that the configuration names; (B, H, L, C) -> (B, L, D)."""
-    attention = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, _eager_attention)
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, with_attentions: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Attention by the implementation that the configuration names, or `with_attentions` by the plain one, which alone
+    tells them; (B, H, L, C) -> (B, L, D) and the attentions (B, H, L, keys)."""
+    name = "eager" if with_attentions else module.config._attn_implementation
+    attention = ALL_ATTENTION_FUNCTIONS.get_interface(name, _eager_attention)
     dropout = module.dropout if module.training else 0.0
-    context, _ = attention(
+    context, attentions = attention(
         module, query, key, value, mask, scaling=query.shape[-1] ** -0.5, dropout=dropout, is_causal=False
     )
-    return context.flatten(2)  # (B, L, H, C) -> (B, L, D)
+    return context.flatten(2), attentions  # (B, L, H, C) -> (B, L, D)
 
 
 def any_shape(device: torch.device) -> AbstractContextManager:
@@ -212,9 +217,10 @@ class AliBlipVisionAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.projection = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, with_attentions: bool) -> tuple[Tensor, Tensor | None]:
         query, key, value = (split_heads(part, self.heads) for part in self.qkv(hidden).chunk(3, dim=-1))
-        return self.projection(attend(self, query, key, value, None))
+        context, attentions = attend(self, query, key, value, None, with_attentions)
+        return self.projection(context), attentions
 
 
 class AliBlipVisionMLP(nn.Module):
@@ -237,40 +243,44 @@ class AliBlipVisionLayer(GradientCheckpointingLayer):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.drop_path = DropPath(drop_path_rate)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        hidden = hidden + self.drop_path(self.self_attn(self.layer_norm1(hidden)))
+    def forward(self, hidden: Tensor, with_attentions: bool = False) -> Tensor:
+        hidden = hidden + self.drop_path(self.self_attn(self.layer_norm1(hidden), with_attentions)[0])
         return hidden + self.drop_path(self.mlp(self.layer_norm2(hidden)))
-
-
-class AliBlipVisionEncoder(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        depth = config.num_hidden_layers
-        self.layers = nn.ModuleList(
-            AliBlipVisionLayer(config, config.drop_path_rate * i / max(1, depth - 1)) for i in range(depth)
-        )
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        for layer in self.layers:
-            hidden = layer(hidden)
-        return hidden
 
 
 class AliBlipVisionModel(AliBlipPreTrainedModel):
     """Pre-norm ViT (https://arxiv.org/abs/2010.11929) without a pooler: pixels (B, 3, height, width) -> tokens (B, P,
-    D)."""
+    D) as `last_hidden_state`, the class token as `pooler_output`. The last of `hidden_states` is not normalised yet."""
 
     config_class = AliBlipVisionConfig
+    input_modalities = ("image",)
+    _input_embed_layer = "patch_embedding"
+    _can_record_outputs = {"hidden_states": AliBlipVisionLayer, "attentions": AliBlipVisionAttention}
 
     def __init__(self, config):
         super().__init__(config)
         self.embeddings = AliBlipVisionEmbeddings(config)
-        self.encoder = AliBlipVisionEncoder(config)
+        depth = config.num_hidden_layers
+        layers = [AliBlipVisionLayer(config, config.drop_path_rate * i / max(1, depth - 1)) for i in range(depth)]
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(layers)})
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
-    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
-        return self.post_layernorm(self.encoder(self.embeddings(pixel_values, interpolate_pos_encoding)))
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: Tensor,
+        interpolate_pos_encoding: bool = False,
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> BaseModelOutputWithPooling:
+        with_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        hidden = self.embeddings(pixel_values, interpolate_pos_encoding)
+        for layer in self.encoder.layers:
+            hidden = layer(hidden, with_attentions)
+        tokens = self.post_layernorm(hidden)
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=tokens[:, 0])
 
 
 # --- the BERT ---------------------------------------------------------------------------------------------------------
@@ -310,8 +320,8 @@ class AliBlipTextSelfAttention(nn.Module):
     def project(self, source: Tensor) -> tuple[Tensor, Tensor]:
         return split_heads(self.key(source), self.heads), split_heads(self.value(source), self.heads)
 
-    def forward(self, hidden: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        return attend(self, split_heads(self.query(hidden), self.heads), key, value, mask)
+    def forward(self, hidden: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, with_attentions: bool = False):
+        return attend(self, split_heads(self.query(hidden), self.heads), key, value, mask, with_attentions)
 
     def attend_by_title(self, queries: Tensor, hidden: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
         """Packed titles, hidden (tokens, D), each within itself: pairs of one length are a batch without padding.
@@ -328,15 +338,15 @@ class AliBlipTextSelfAttention(nn.Module):
             heads = (
                 part.view(pairs, -1, self.heads, part.shape[1] // self.heads).transpose(1, 2) for part in of_length
             )
-            contexts.append(attend(self, *heads, None).flatten(0, 1))
+            contexts.append(attend(self, *heads, None)[0].flatten(0, 1))
         return torch.cat(contexts)
 
     def attend_by_image(self, queries: Tensor, key: Tensor, value: Tensor, by_image: RowsByImage | None) -> Tensor:
         """Packed rows (rows, D), each to the tokens of its image, of N (N, H, P, C)."""
         if by_image is None:
-            return self(queries[None], key, value, None)[0]
+            return self(queries[None], key, value, None)[0][0]
         query = self.query(queries)[by_image.rows]  # (N, S, D)
-        context = attend(self, split_heads(query, self.heads), key, value, None)
+        context, _ = attend(self, split_heads(query, self.heads), key, value, None)
         return context.flatten(0, 1)[by_image.places]
 
 
@@ -359,19 +369,19 @@ class AliBlipTextAttention(nn.Module):
         self.self = AliBlipTextSelfAttention(config, source_size)
         self.output = AliBlipTextResidual(config, config.hidden_size)
 
-    def attend_text(self, hidden: Tensor, mask: Tensor | None, first_only: bool = False) -> Tensor:
+    def attend_text(self, hidden: Tensor, mask: Tensor | None, first_only: bool, with_attentions: bool) -> Tensor:
         """hidden (M, L, D) -> (M, L, D), or (M, 1, D) of the first token, which attends to all tokens as before."""
         queries = hidden[:, :1] if first_only else hidden
-        return self.output(self.self(queries, *self.self.project(hidden), mask), queries)
+        return self.output(self.self(queries, *self.self.project(hidden), mask, with_attentions)[0], queries)
 
-    def attend_images(self, hidden: Tensor, image_kv: tuple[Tensor, Tensor], image_index: Tensor) -> Tensor:
+    def attend_images(self, hidden: Tensor, image_kv, image_index: Tensor, with_attentions: bool) -> Tensor:
         """hidden (M, L, D) of the pairs, image_kv two of (N, H, P, C), image_index (M,): the image of each pair."""
         key, value = image_kv
-        if key.shape[0] == 1:
+        if key.shape[0] == 1 and not with_attentions:
             # All titles look at the same image: one dense attention of M * L queries, no copy of keys and values.
-            context = self.self(hidden.flatten(0, 1)[None], key, value, None).view_as(hidden)
+            context = self.self(hidden.flatten(0, 1)[None], key, value, None)[0].view_as(hidden)
         else:
-            context = self.self(hidden, key[image_index], value[image_index], None)
+            context = self.self(hidden, key[image_index], value[image_index], None, with_attentions)[0]
         return self.output(context, hidden)
 
     def attend_packed_text(self, hidden: Tensor, packed: PackedPairs, first_only: bool) -> Tensor:
@@ -407,62 +417,51 @@ class AliBlipTextLayer(GradientCheckpointingLayer):
         self,
         hidden: Tensor,
         mask: Tensor | None,
-        image_kv: tuple[Tensor, Tensor] | None = None,
+        key: Tensor | None = None,  # not as a tuple, in which reentrant checkpointing would not find them
+        value: Tensor | None = None,
         image_index: Tensor | None = None,
         first_only: bool = False,
         packed: PackedPairs | None = None,
+        with_attentions: bool = False,
     ) -> Tensor:
         with any_shape(hidden.device):  # in the layer, so that a pass that recomputes it takes the same kernels
             if packed is not None:
                 hidden = self.attention.attend_packed_text(hidden, packed, first_only)
-                hidden = self.crossattention.attend_packed_images(hidden, image_kv, packed, first_only)
+                hidden = self.crossattention.attend_packed_images(hidden, (key, value), packed, first_only)
             else:
-                hidden = self.attention.attend_text(hidden, mask, first_only)
-                if image_kv is not None:
-                    hidden = self.crossattention.attend_images(hidden, image_kv, image_index)
+                hidden = self.attention.attend_text(hidden, mask, first_only, with_attentions)
+                if key is not None:
+                    hidden = self.crossattention.attend_images(hidden, (key, value), image_index, with_attentions)
         return self.output(self.intermediate(hidden), hidden)
-
-
-class AliBlipTextEncoder(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.layer = nn.ModuleList(AliBlipTextLayer(config) for _ in range(config.num_hidden_layers))
-
-    def forward(
-        self,
-        hidden: Tensor,
-        mask: Tensor | None,
-        image_kv: ImageKV | None,
-        image_index: Tensor | None,
-        first_only: bool,
-        packed: PackedPairs | None = None,
-    ) -> Tensor:
-        last = len(self.layer) - 1
-        for i, layer in enumerate(self.layer):
-            kv = None if image_kv is None else image_kv[i]
-            # Tokens meet in self-attention alone: of the last layer's other outputs nothing reaches the first token's.
-            hidden = layer(hidden, mask, kv, image_index, first_only and i == last, packed)
-        return hidden
 
 
 class AliBlipTextModel(AliBlipPreTrainedModel):
     """Post-norm BERT (https://arxiv.org/abs/1810.04805) without token types and pooler: ids (B, L) -> tokens (B, L, D).
 
-    With `image_kv` every layer also attends to the image tokens of its pair; without, it is a text-only encoder.
+    With `image_kv` every layer also attends to the image tokens of its pair; without, it is a text-only encoder. The
+    first token of each title is the `pooler_output`.
     """
 
     config_class = AliBlipTextConfig
     main_input_name = "input_ids"
+    input_modalities = ("text",)
+    _input_embed_layer = "word_embeddings"
+    _can_record_outputs = {
+        "hidden_states": AliBlipTextLayer,
+        "attentions": OutputRecorder(AliBlipTextSelfAttention, index=1, layer_name="attention"),
+        "cross_attentions": OutputRecorder(AliBlipTextSelfAttention, index=1, layer_name="crossattention"),
+    }
 
     def __init__(self, config):
         super().__init__(config)
         self.embeddings = AliBlipTextEmbeddings(config)
-        self.encoder = AliBlipTextEncoder(config)
+        layers = [AliBlipTextLayer(config) for _ in range(config.num_hidden_layers)]
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
         self.post_init()
 
-    def mask_of(self, attention_mask: Tensor | None, hidden: Tensor) -> Tensor | None:
+    def mask_of(self, attention_mask: Tensor | None, hidden: Tensor, with_attentions: bool = False) -> Tensor | None:
         """(B, L) of ones and zeros in the form that the attention implementation reads."""
-        if attention_mask is None or "flash" in (self.config._attn_implementation or ""):
+        if attention_mask is None or ("flash" in (self.config._attn_implementation or "") and not with_attentions):
             return attention_mask
         # Under autocast the attention runs in the autocast type, whatever the weights are.
         autocast = torch.is_autocast_enabled(hidden.device.type)
@@ -470,6 +469,7 @@ class AliBlipTextModel(AliBlipPreTrainedModel):
         blocked = attention_mask[:, None, None, :] == 0  # (B, 1, 1, L)
         return torch.zeros_like(blocked, dtype=dtype).masked_fill(blocked, torch.finfo(dtype).min)
 
+    @capture_outputs
     def forward(
         self,
         input_ids: Tensor,
@@ -478,9 +478,12 @@ class AliBlipTextModel(AliBlipPreTrainedModel):
         image_index: Tensor | None = None,
         first_only: bool = False,
         packed: PackedPairs | None = None,
-    ) -> Tensor:
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """ids (B, L) -> tokens (B, L, D), or with `first_only` the first one alone, (B, 1, D), at less work; with
-        `packed` ids (tokens,) -> (tokens, D), or (M, D)."""
+        `packed` ids (tokens,) -> (tokens, D), or (M, D), and no attentions."""
         longest = self.embeddings.position_embeddings.num_embeddings
         given = input_ids.shape[1] if packed is None else max(length for _, length in packed.sizes)
         if given > longest:
@@ -489,10 +492,18 @@ class AliBlipTextModel(AliBlipPreTrainedModel):
         may_look = attention_mask is not None and attention_mask.device.type == "cpu"
         if may_look and not torch.compiler.is_compiling() and not attention_mask[:, 0].all():
             raise ValueError("titles are padded on the left, where the model reads their first token: pad on the right")
-        if packed is not None:
-            return self.encoder(self.embeddings(input_ids, packed.positions), None, image_kv, None, first_only, packed)
-        hidden = self.embeddings(input_ids)
-        return self.encoder(hidden, self.mask_of(attention_mask, hidden), image_kv, image_index, first_only)
+        with_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        hidden = self.embeddings(input_ids, None if packed is None else packed.positions)
+        mask = None if packed is not None else self.mask_of(attention_mask, hidden, with_attentions)
+        last = len(self.encoder.layer) - 1
+        for i, layer in enumerate(self.encoder.layer):
+            kv = (None, None) if image_kv is None else image_kv[i]
+            # Tokens meet in self-attention alone: of the last layer's other outputs nothing reaches the first token's.
+            hidden = layer(hidden, mask, *kv, image_index, first_only and i == last, packed, with_attentions)
+        if packed is None:
+            return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=hidden, pooler_output=hidden[:, 0])
+        first = hidden if first_only else hidden[packed.first]
+        return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=hidden, pooler_output=first)
 
 
 # --- retrieval --------------------------------------------------------------------------------------------------------
@@ -508,6 +519,9 @@ class AliBlipRetrievalOutput(ModelOutput):
         image_embeds: (images, E), unit vectors.
         text_embeds: (titles, E), unit vectors.
         itm_logits: (B, 2) of image i with title i, column 1 = match; None unless there are as many images as titles.
+        vision_model_output, text_model_output, multimodal_model_output: the passes of photos, titles and pairs (of the
+            loss: the B own ones come first) with the `hidden_states`, `attentions` (B, H, L, L) and `cross_attentions`
+            (B, H, L, P) of every layer that were asked for; None if none were.
     """
 
     loss: Tensor | None = None
@@ -516,6 +530,12 @@ class AliBlipRetrievalOutput(ModelOutput):
     image_embeds: Tensor | None = None
     text_embeds: Tensor | None = None
     itm_logits: Tensor | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+    text_model_output: BaseModelOutputWithPoolingAndCrossAttentions | None = None
+    multimodal_model_output: BaseModelOutputWithPoolingAndCrossAttentions | None = None
+
+    def to_tuple(self) -> tuple:
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
 class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
@@ -602,29 +622,39 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
         embeddings.grid = grid
         vision.image_size = image_size
 
+    def _asked(self, recorded: dict[str, bool | None]) -> dict[str, bool]:
+        """Arguments of a tower: what the call asks for, or else this configuration; without both it is the tower's."""
+        names = ("output_attentions", "output_hidden_states")
+        always = {name: getattr(self.config, name) for name in names if getattr(self.config, name)}
+        return always | {name: value for name, value in recorded.items() if value is not None} | {"return_dict": True}
+
     # ITC
 
+    @can_return_tuple
     def get_image_features(
-        self, pixel_values: Tensor, interpolate_pos_encoding: bool = False
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, **recorded: bool | None
     ) -> BaseModelOutputWithPooling:
-        """Photos (B, 3, height, width) -> `last_hidden_state` tokens (B, P, D), `pooler_output` unit features (B,
-        E)."""
-        tokens = self.vision_model(pixel_values, interpolate_pos_encoding)
-        features = F.normalize(self.vision_proj(tokens[:, 0]).float(), dim=-1)
-        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=features)
+        """Photos (B, 3, height, width) -> `last_hidden_state` tokens (B, P, D), `pooler_output` unit features (B, E);
+        with `output_hidden_states` and `output_attentions` also those of every layer."""
+        output = self.vision_model(pixel_values, interpolate_pos_encoding, **self._asked(recorded))
+        output.pooler_output = F.normalize(self.vision_proj(output.pooler_output).float(), dim=-1)
+        return output
 
-    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutputWithPooling:
+    @can_return_tuple
+    def get_text_features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **recorded: bool | None
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Titles (B, L) -> `last_hidden_state` tokens (B, L, D), `pooler_output` unit features (B, E); no image is
-        seen."""
-        tokens = self.text_encoder(input_ids, attention_mask)
-        features = F.normalize(self.text_proj(tokens[:, 0]).float(), dim=-1)
-        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=features)
+        seen. Also `output_hidden_states` and `output_attentions`."""
+        output = self.text_encoder(input_ids, attention_mask, **self._asked(recorded))
+        output.pooler_output = F.normalize(self.text_proj(output.pooler_output).float(), dim=-1)
+        return output
 
     # ITM
 
     def encode_image(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """Photos (N, 3, height, width) -> image tokens (N, P, D)."""
-        return self.vision_model(pixel_values, interpolate_pos_encoding)
+        return self.vision_model(pixel_values, interpolate_pos_encoding, return_dict=True).last_hidden_state
 
     def project_image_kv(self, image_tokens: Tensor) -> ImageKV:
         """Image tokens (N, P, D) -> keys and values of every cross-attention layer, each (N, H, P, C). Do it once per
@@ -638,10 +668,15 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
         Returns:
             (M, 2), column 1 = match. With N = 1 all titles share one dense attention over the image.
         """
+        return self.itm_head(self._look(input_ids, attention_mask, image_kv, image_index).pooler_output)
+
+    def _look(self, input_ids, attention_mask, image_kv, image_index, **recorded):
+        """The pass of `match`, whose last layer works on the first token alone unless all of it is recorded."""
         input_ids = input_ids.clone()
         input_ids[:, 0] = self.config.enc_token_id
-        tokens = self.text_encoder(input_ids, attention_mask, image_kv, image_index, first_only=True)  # (M, 1, D)
-        return self.itm_head(tokens[:, 0])
+        asked = self._asked(recorded)
+        first_only = not (asked.get("output_attentions") or asked.get("output_hidden_states"))
+        return self.text_encoder(input_ids, attention_mask, image_kv, image_index, first_only, **asked)
 
     def match_packed(self, input_ids: Tensor, packed: PackedPairs, image_kv: ImageKV) -> Tensor:
         """As `match`, for any titles of any of the images in one call: nothing is padded, and no keys and values are
@@ -655,8 +690,8 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
             (M, 2), column 1 = match.
         """
         input_ids = input_ids.index_fill(0, packed.first, self.config.enc_token_id)
-        tokens = self.text_encoder(input_ids, image_kv=image_kv, first_only=True, packed=packed)  # (M, D)
-        return self.itm_head(tokens)
+        output = self.text_encoder(input_ids, image_kv=image_kv, first_only=True, packed=packed, return_dict=True)
+        return self.itm_head(output.pooler_output)
 
     @can_return_tuple
     def forward(
@@ -669,6 +704,8 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         itm_negatives: int = 1,
         itm_listwise: float = 0.0,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> AliBlipRetrievalOutput:
         """Photos and titles to similarities and, for pairs, match logits.
 
@@ -684,12 +721,16 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
                 encoders and no queue: for full training use `train.py`.
             itm_negatives: hard negative images of each title, and titles of each image, in that loss.
             itm_listwise: weight in it of the listwise matching loss, see `losses_aliblip.listwise_loss`.
+            output_attentions, output_hidden_states: also what the layers of the three passes saw and gave, by default
+                as the configuration says. Attentions are computed by the plain implementation, whose results differ in
+                the last digits.
 
         Raises:
             ValueError: `return_loss` with unequal numbers of images, titles and product ids.
         """
-        image = self.get_image_features(pixel_values, interpolate_pos_encoding)
-        text = self.get_text_features(input_ids, attention_mask)
+        recorded = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        image = self.get_image_features(pixel_values, interpolate_pos_encoding, return_dict=True, **recorded)
+        text = self.get_text_features(input_ids, attention_mask, return_dict=True, **recorded)
         image_embeds, text_embeds = image.pooler_output, text.pooler_output
         device = image_embeds.device  # a `device_map` may have put projections, temperature and inputs elsewhere
         with torch.autocast(device.type, enabled=False):
@@ -700,7 +741,7 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
             raise ValueError(
                 f"{image_embeds.shape[0]} images and {text_embeds.shape[0]} titles: the loss needs as many of both"
             )
-        itm_logits = loss = None
+        itm_logits = loss = pair = None
         if paired:
             own = torch.arange(image_embeds.shape[0], device=device)  # a len() would make an exported batch a constant
             image_index, text_index, pairs = own, own, None
@@ -724,7 +765,8 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
             text_index = text_index.to(input_ids.device)
             mask = None if attention_mask is None else attention_mask[text_index]
             image_kv = self.project_image_kv(image.last_hidden_state)
-            pair_logits = self.match(input_ids[text_index], mask, image_kv, image_index)
+            pair = self._look(input_ids[text_index], mask, image_kv, image_index, **recorded)
+            pair_logits = self.itm_head(pair.pooler_output)
             itm_logits = pair_logits[: own.shape[0]]
             if return_loss:
                 pair_logits = pair_logits.to(device)
@@ -738,7 +780,20 @@ class AliBlipForImageTextRetrieval(AliBlipPreTrainedModel):
             image_embeds=image_embeds,
             text_embeds=text_embeds,
             itm_logits=itm_logits,
+            vision_model_output=_if_recorded(image),
+            text_model_output=_if_recorded(text),
+            multimodal_model_output=_if_recorded(pair),
         )
+
+
+def _if_recorded(output: ModelOutput | None) -> ModelOutput | None:
+    return output if output is not None and (output.hidden_states or output.attentions) else None
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    # By the extremes, through which NaN comes too: isfinite of everything would make a copy of it.
+    return not values.numel() or bool(torch.stack(values.aminmax()).isfinite().all())
 
 
 def weights_not_finite(model: nn.Module, most: int = 3) -> str:
@@ -747,12 +802,7 @@ def weights_not_finite(model: nn.Module, most: int = 3) -> str:
     names = [
         name
         for name, value in model.state_dict().items()
-        # By the extremes, through which NaN comes too: isfinite of everything would make a copy of it.
-        if type(value) is Tensor
-        and value.is_floating_point()
-        and not value.is_meta
-        and value.numel()
-        and not torch.stack(value.aminmax()).isfinite().all()
+        if type(value) is Tensor and value.is_floating_point() and not value.is_meta and not is_finite(value)
     ]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -15,14 +15,14 @@ fields are None.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from transformers import AutoModel, Pipeline
 
 try:
@@ -107,7 +107,7 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
             return []
         if not isinstance(queries, (str, bytes, bytearray, memoryview, dict, os.PathLike, list, Dataset)):
             if hasattr(queries, "__len__") and hasattr(queries, "__getitem__"):
-                queries = _Queries(queries)
+                queries = Subset(queries, range(len(queries)))  # a column of `datasets`: as pipelines stream
             elif hasattr(queries, "__iter__"):
                 queries = (query for query in queries)
         gallery = kwargs.get("gallery")
@@ -311,19 +311,6 @@ def _each_once(hits: list[list[dict]]) -> tuple[list[list[int]], list[dict]]:
     items = {hit["position"]: hit for found in hits for hit in found}
     number = {position: place for place, position in enumerate(sorted(items))}
     return [[number[hit["position"]] for hit in found] for found in hits], [items[position] for position in number]
-
-
-class _Queries(Dataset):
-    """A sequence that is no list, such as a column of `datasets`, in the form that pipelines stream."""
-
-    def __init__(self, queries: Sequence):
-        self._queries = queries
-
-    def __len__(self) -> int:
-        return len(self._queries)
-
-    def __getitem__(self, position: int) -> Any:
-        return self._queries[position]
 
 
 __all__ = ["AliBlipImageTextRetrievalPipeline"]

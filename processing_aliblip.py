@@ -7,6 +7,8 @@ Photos go through Pillow alone, so that the pixels do not depend on whether torc
 resize to a square, CLIP's mean and deviation. Titles go through a WordPiece tokenizer with BLIP's two tokens added.
 """
 
+from typing import Any
+
 from transformers import BlipImageProcessorPil, ProcessorMixin
 
 
@@ -66,7 +68,7 @@ class AliBlipProcessor(ProcessorMixin):
         """Side of the square that photos are resized to, in pixels."""
         return self.image_processor.size["height"]
 
-    def __call__(self, images=None, text=None, **kwargs):
+    def __call__(self, images: Any = None, text: Any = None, **kwargs):
         """Photos (PIL or arrays) and titles (str) to `pixel_values` (B, 3, H, H) and `input_ids`, `attention_mask` (B,
         L).
 

@@ -27,11 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 try:
-    from .modeling_aliblip import PackedPairs, RowsByImage
+    from .modeling_aliblip import PackedPairs, RowsByImage, is_finite
 except ImportError:
     if __package__:  # inside a package (the Hub cache) a failure is real
         raise
-    from modeling_aliblip import PackedPairs, RowsByImage
+    from modeling_aliblip import PackedPairs, RowsByImage, is_finite
 
 QUERY_BLOCK = 1024
 GALLERY_CHUNK = 16384
@@ -63,7 +63,7 @@ def embed_images(model, pixel_values: Tensor, dtype: torch.dtype | None = None) 
     """
     device = _device(model)
     with autocast(device, dtype):
-        output = model.get_image_features(pixel_values.to(device))
+        output = model.get_image_features(pixel_values.to(device), return_dict=True)
     tokens = output.last_hidden_state
     # Under autocast the last normalisation gives fp32, which the projection to keys and values would round anyway.
     return output.pooler_output.float(), tokens if dtype is None else tokens.to(dtype)
@@ -73,7 +73,7 @@ def embed_texts(model, input_ids: Tensor, attention_mask: Tensor, dtype: torch.d
     """Titles (N, L) to unit features (N, E) fp32 on the model's device."""
     device = _device(model)
     with autocast(device, dtype):
-        output = model.get_text_features(input_ids.to(device), attention_mask.to(device))
+        output = model.get_text_features(input_ids.to(device), attention_mask.to(device), return_dict=True)
     return output.pooler_output.float()
 
 
@@ -113,8 +113,7 @@ def search(queries: Tensor, gallery: Tensor, k: int, chunk_size: int = GALLERY_C
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}: give at least 1")
     for name, values in (("queries", queries), ("gallery", gallery)):
-        # By the extremes, through which NaN comes too: isfinite of the whole gallery would make copies of it.
-        if values.numel() and not torch.stack(values.aminmax()).isfinite().all():
+        if not is_finite(values):
             raise ValueError(
                 f"the {name} hold values that are not finite: the model's weights or its precision are broken"
             )
@@ -320,21 +319,15 @@ class Reranker:
             parts += [_rows_of_places(of_tokens, images * line), of_tokens]
             parts += [_rows_of_places(of_pairs, images * short_line), of_pairs]
         on_device = _to_device(torch.cat(parts), self.device).split([len(part) for part in parts])
-        ids_at, places, positions, first = on_device[:4]
-        by_image = (None, None)
-        if images > 1:
-            tokens_rows, tokens_places, pairs_rows, pairs_places = on_device[4:]
-            by_image = (
-                RowsByImage(tokens_rows.view(images, -1), tokens_places),
-                RowsByImage(pairs_rows.view(images, -1), pairs_places),
-            )
+        ids_at, places, positions, first, *lines = on_device
+        by_image = [RowsByImage(rows.view(images, -1), at) for rows, at in zip(lines[::2], lines[1::2], strict=True)]
         of_length, counts = sorted_lengths.unique_consecutive(return_counts=True)
         sizes = [
             (min(_MOST_PAIRS, count - start), length)
             for count, length in zip(counts.tolist(), of_length.tolist(), strict=True)
             for start in range(0, count, _MOST_PAIRS)
         ]
-        return ids_at, places, PackedPairs(sizes, positions, first, *by_image)
+        return ids_at, places, PackedPairs(sizes, positions, first, *(by_image or (None, None)))
 
 
 def rerank(

@@ -380,8 +380,8 @@ class PlainModel(nn.Module):
             return self.model.match(input_ids, attention_mask, image_kv, image_index)
         input_ids = input_ids.clone()
         input_ids[:, 0] = self.config.enc_token_id
-        tokens = self.model.text_encoder(input_ids, attention_mask, image_kv, image_index)
-        return self.model.itm_head(tokens[:, 0])
+        output = self.model.text_encoder(input_ids, attention_mask, image_kv, image_index)
+        return self.model.itm_head(output.pooler_output)
 
 
 def padded(batch: dict[str, Tensor]) -> dict[str, Tensor]:

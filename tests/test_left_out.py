@@ -41,7 +41,7 @@ def test_evaluations_and_momentum_encoders_see_whole_photos():
     momentum = MomentumState(model, queue_size=12, embedding_size=16, dropout=True)
     batch, plain = tiny.batch(), tiny.model().eval()
     handle = drop_patches(model, 0.5)
-    assert momentum.encoders.vision_model(batch["pixel_values"]).shape[1] == 17
+    assert momentum.encoders.encode_image(batch["pixel_values"]).shape[1] == 17
     with torch.no_grad():
         tokens = model.eval().encode_image(batch["pixel_values"])
         assert torch.equal(tokens, plain.encode_image(batch["pixel_values"]))

@@ -68,6 +68,38 @@ def test_hidden_states_and_both_heads_equal_transformers_blip(blip_and_ours):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_what_is_recorded_equals_transformers_blip(blip_and_ours, attention):
+    theirs, ours = blip_and_ours
+    theirs.set_attn_implementation("eager")  # which alone gives attentions there
+    ours.set_attn_implementation(attention)
+    batch = tiny.batch()
+    both = {"output_attentions": True, "output_hidden_states": True}
+    images, texts = batch["pixel_values"], (batch["input_ids"], batch["attention_mask"])
+    output = ours(images, *texts, **both)
+    with_enc = batch["input_ids"].clone()
+    with_enc[:, 0] = ours.config.enc_token_id
+    image = theirs.vision_model(images, **both)
+    expected = {
+        "vision_model_output": image,
+        "text_model_output": theirs.text_encoder(*texts, is_decoder=False, **both),
+        "multimodal_model_output": theirs.text_encoder(
+            with_enc, texts[1], encoder_hidden_states=image.last_hidden_state, is_decoder=False, **both
+        ),
+    }
+    for name, passed in expected.items():
+        for kind in ("hidden_states", "attentions", "cross_attentions"):
+            got, wanted = getattr(output[name], kind, ()), getattr(passed, kind, None) or ()
+            assert len(got) == len(wanted), (name, kind)
+            for layer, (one, other) in enumerate(zip(got, wanted, strict=True)):
+                torch.testing.assert_close(one, other, **CLOSE, msg=f"{kind} {layer} of {name}")
+    features = ours.get_image_features(images, **both), ours.get_text_features(*texts, **both)
+    for got, wanted in zip(features, (output.vision_model_output, output.text_model_output), strict=True):
+        assert len(got.hidden_states) == 4 and len(got.attentions) == 3
+        assert all(map(torch.equal, (*got.hidden_states, *got.attentions), (*wanted.hidden_states, *wanted.attentions)))
+
+
+@torch.no_grad()
 def test_other_resolutions_equal_transformers_blip(blip_and_ours):
     theirs, ours = blip_and_ours
     images = torch.randn(2, 3, 48, 48)
@@ -125,7 +157,7 @@ def test_first_token_alone_equals_the_first_of_all_and_has_its_gradients(attenti
         image_kv = model.project_image_kv(model.encode_image(batch["pixel_values"]))
         tokens = model.text_encoder(
             batch["input_ids"], batch["attention_mask"], image_kv, torch.arange(4).flip(0), **options
-        )
+        ).last_hidden_state
         tokens[:, 0].square().mean(dim=0).sin().sum().backward()
         return tokens, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 

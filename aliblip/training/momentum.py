@@ -157,8 +157,9 @@ class MomentumState(nn.Module):
         device_type = batch["pixel_values"].device.type
         autocast = torch.autocast(device_type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
         with autocast:
-            image = self.encoders.get_image_features(batch["pixel_values"]).pooler_output
-            text = self.encoders.get_text_features(batch["input_ids"], batch["attention_mask"]).pooler_output
+            image = self.encoders.get_image_features(batch["pixel_values"], return_dict=True).pooler_output
+            texts = batch["input_ids"], batch["attention_mask"]
+            text = self.encoders.get_text_features(*texts, return_dict=True).pooler_output
         # Clones: `enqueue` writes into the buffers before the backward pass of the next micro-batch has read them.
         return Targets(
             image.float(),

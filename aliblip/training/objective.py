@@ -209,9 +209,9 @@ class RetrievalObjective(nn.Module):
         return in_chunks(self._towers, self.cached_batch_size, *inputs)
 
     def _towers(self, pixel_values, input_ids, attention_mask, lengths: Tensor | None = None) -> tuple[Tensor, ...]:
-        image = self.model.get_image_features(pixel_values)
+        image = self.model.get_image_features(pixel_values, return_dict=True)
         if lengths is None:
-            text = self.model.get_text_features(input_ids, attention_mask).pooler_output.float()
+            text = self.model.get_text_features(input_ids, attention_mask, return_dict=True).pooler_output.float()
         else:
             text = text_features_without_padding(self.model, input_ids, attention_mask, int(lengths.sum()))
         return image.last_hidden_state, image.pooler_output.float(), text

@@ -121,7 +121,7 @@ def _layer(layer, hidden: Tensor, mask, titles: Titles, image_kv, image_index, f
 def _attended(attention, queries: Tensor, key: Tensor, value: Tensor, mask, titles: Titles, first_only: bool) -> Tensor:
     query = attention.query(queries)
     query = query[:, None] if first_only else titles.padded(query)
-    context = attend(attention, split_heads(query, attention.heads), key, value, mask)  # (M, L, D), or (M, 1, D)
+    context, _ = attend(attention, split_heads(query, attention.heads), key, value, mask)  # (M, L, D), or (M, 1, D)
     return context[:, 0] if first_only else titles.packed(context)
 
 
