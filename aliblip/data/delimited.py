@@ -11,6 +11,7 @@ inch sign), line ends of every system, and line breaks within quotes.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import re
@@ -94,16 +95,15 @@ class Record:
 
 def lines_of_bytes(stream: Iterable[bytes], encoding: str) -> Iterator[Line]:
     """Lines of a binary stream in an encoding whose line ends are single bytes."""
-    position, is_first = 0, True
+    position, is_utf8 = 0, encoding in ("utf-8", "utf-8-sig")
     for raw in stream:
         pieces = _PIECES.findall(raw) if raw.count(b"\r") > raw.endswith(b"\r\n") else (raw,)
         for piece in pieces:
             begin, position = position, position + len(piece)
-            if is_first and encoding == "utf-8-sig" and piece.startswith(b"\xef\xbb\xbf"):
+            if is_utf8 and piece.startswith(codecs.BOM_UTF8):  # of each of several files that were joined to one
                 begin, piece = begin + 3, piece[3:]
-            is_first = False
             try:
-                yield Line(begin, position, piece.decode("utf-8" if encoding == "utf-8-sig" else encoding))
+                yield Line(begin, position, piece.decode("utf-8" if is_utf8 else encoding))
             except UnicodeDecodeError:
                 yield Line(begin, position, piece.decode("latin-1"), damaged=True)
 

@@ -9,6 +9,7 @@ Links are followed, each folder once. Thumbnails of a NAS, hidden folders and th
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -34,7 +35,8 @@ REASONS = {
     "archive": "archives (unpack them to use what they hold)",
     "packed tar": "tars packed by zstd (unpack them: zstd -d)",
     "sheet": "spreadsheets (save them as CSV in UTF-8 to use them)",
-    "data": "files of other kinds of data",
+    "arrow": "Arrow files (write a data set that was saved with datasets.load_from_disk(FOLDER).to_parquet(FILE))",
+    "data": "files of other kinds of data (save tables as CSV in UTF-8, or as Parquet, to use them)",
     "drawing": "drawings and raw photos (save them as JPEG or PNG to use them)",
     "video": "videos and sound",
     "unfinished": "unfinished downloads",
@@ -143,13 +145,18 @@ class Survey:
                 yield prefix + photo, [prefix + side for side in sides]
 
     def _sided(self, folder: str) -> dict[str, list[str]]:
-        by_stem: dict[str, list[str]] = {}
+        exact: dict[str, list[str]] = {}
+        alike: dict[str, list[str]] = {}
         for side in self._sides[folder].split("\0"):
-            by_stem.setdefault(os.path.splitext(side)[0], []).append(side)
+            stem = os.path.splitext(side)[0]
+            exact.setdefault(stem, []).append(side)
+            if not stem.isascii():
+                alike.setdefault(_composed(stem), []).append(side)
         found = {}
         for name in self._photos[folder].split("\0"):
-            if (stem := os.path.splitext(name)[0]) in by_stem:
-                found[name] = sorted(by_stem[stem])
+            stem = os.path.splitext(name)[0]
+            if sides := exact.get(stem) or alike.get(_composed(stem)):
+                found[name] = sorted(sides)
         return found
 
     def leave(self, reason: str, name: str, count: int = 1) -> None:
@@ -222,8 +229,8 @@ class Survey:
 
     def _settle_sides(self, folder: str, prefix: str, photos: list[str], sides: list[str]) -> None:
         """Tell the files that belong to a photo from tables and texts of their own."""
-        stems = {os.path.splitext(photo)[0] for photo in photos}
-        own = [side for side in sides if os.path.splitext(side)[0] in stems]
+        stems = {_composed(os.path.splitext(photo)[0]) for photo in photos}
+        own = [side for side in sides if _composed(os.path.splitext(side)[0]) in stems]
         if len(own) < min(FEWEST_SIDES, len(photos) / 2):
             own = []
         taken = set(own)
@@ -250,6 +257,11 @@ class Survey:
         left = sum(entry.count for entry in self.left.values())
         parts += [f"{left:,} other{'' if left == 1 else 's'}"] if left else []
         return ", ".join(parts) or "nothing"
+
+
+def _composed(name: str) -> str:
+    """Equal for names that only store letters with marks otherwise, as archives of a Mac do."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def _count_files(folder: str) -> int:

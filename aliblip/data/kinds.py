@@ -22,8 +22,9 @@ HEIC = (".heic", ".heif", ".hif")
 ARCHIVES = (".zip", ".rar", ".7z")
 PACKED_TARS = (".tgz", ".tbz2", ".txz")
 SHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".numbers")
+ARROW = (".arrow",)  # as `datasets` saves a data set to the disk
 OTHER_DATA = (
-    *(".arrow", ".feather", ".npy", ".npz", ".pkl", ".pickle", ".h5", ".hdf5", ".db", ".sqlite", ".mdb", ".lmdb"),
+    *(".feather", ".npy", ".npz", ".pkl", ".pickle", ".h5", ".hdf5", ".db", ".sqlite", ".mdb", ".lmdb"),
     *(".tfrecord", ".bin", ".pt", ".pth", ".safetensors", ".sql", ".orc", ".avro", ".msgpack"),
 )
 DOCUMENTS = (
@@ -79,8 +80,8 @@ def skipped_folder(name: str) -> str | None:
 
 def kind_by_name(name: str) -> str | None:
     """The kind that a name tells: "photo", "heic", "parquet", "tar", "table", "text", and kinds that are not read:
-    "packed tar", "archive", "sheet", "data", "document", "drawing", "video", "unfinished", "system", "description",
-    "hidden"; None if the name says nothing."""
+    "packed tar", "archive", "sheet", "arrow", "data", "document", "drawing", "video", "unfinished", "system",
+    "description", "hidden"; None if the name says nothing."""
     lower = name.lower()
     if lower in SYSTEM_FILES or lower.startswith(("._", "~$")) or lower.startswith(".ds_store"):
         return "system"
@@ -108,6 +109,7 @@ _BY_EXTENSION = {
     **dict.fromkeys(PACKED_TARS, "tar"),
     **dict.fromkeys(ARCHIVES, "archive"),
     **dict.fromkeys(SHEETS, "sheet"),
+    **dict.fromkeys(ARROW, "arrow"),
     **dict.fromkeys(OTHER_DATA, "data"),
     **dict.fromkeys(DOCUMENTS, "document"),
     **dict.fromkeys(DRAWINGS, "drawing"),

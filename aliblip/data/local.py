@@ -13,6 +13,7 @@ import glob
 import os
 import posixpath
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -34,6 +35,7 @@ SOURCES = {"parquet": "parquet", "tar": "webdataset", "table": "records", "text"
 LFS_POINTER = b"version https://git-lfs"
 # Of both ends of files of the same size, before all of them is compared.
 END_BYTES = 2**16
+_PARTITION = re.compile(r"\w+=.*")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
@@ -108,10 +110,23 @@ def find_in_folder(folder: str, name: str, split: str, asked: Asked, reading: Re
     if kind not in ("table", "sided"):  # whose rows are compared when it is read: equal names may mean other photos
         _check_copies(paths)
     below = posixpath.commonpath([posixpath.dirname(file) for file in files]) if len(splits.files) > 1 else ""
-    found = Found(SOURCES[kind], paths, split, survey, below, [splits.told] if splits.told else [])
+    told = [*([splits.told] if splits.told else []), *_told_partitions(chosen[kind])]
+    found = Found(SOURCES[kind], paths, split, survey, below, told)
     if kind == "table" and all(map(is_metadata, paths)):
         found.kind = "metadata"
     return found
+
+
+def _told_partitions(files: Iterable[str]) -> Iterator[str]:
+    """That names of folders hold values, "color=red", as Spark and Hive write them, which are no columns here."""
+    folders = {part for file in files for part in posixpath.dirname(file).split("/") if _PARTITION.fullmatch(part)}
+    values = Counter(folder.partition("=")[0] for folder in folders)
+    for name in sorted(set(values) - {"split"}):
+        example = min(folder for folder in folders if folder.startswith(f"{name}="))
+        yield (
+            f"'{name}' in the names of folders ({example}, {count_of(values[name], 'value')}) is not read as a column: "
+            "write it into the files to use it"
+        )
 
 
 def _check_heads(files: Iterable[str]) -> None:
@@ -212,7 +227,7 @@ def _settle_texts(survey: Survey, asked: Asked, reading: Reading) -> None:
     others = [file for file in survey.data["text"] if file not in set(tables)]
     survey.data["text"] = others
     if asked.sides != "titles" or any(survey.data[kind] for kind in ("parquet", "tar", "table")):
-        survey.leave_data("text", "text files without columns")
+        survey.leave_data("text", "text files without columns (a title lies beside its photo, under the same name)")
 
 
 def _prefer_metadata(survey: Survey) -> None:

@@ -10,7 +10,7 @@ import os
 import unicodedata
 from urllib.parse import quote, unquote
 
-__all__ = ["ENDINGS", "MISSING", "why_missing"]
+__all__ = ["ENDINGS", "MISSING", "same_name", "why_missing"]
 
 MISSING = "the image file is missing"
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".JPG", ".JPEG", ".PNG")
@@ -44,6 +44,15 @@ def why_missing(path: str) -> str:
             if (same := names.get(candidate)) is not None:
                 return f"{told}; there is '{same}', with another ending"
     return told + _archives(folder)
+
+
+def same_name(path: str) -> str | None:
+    """The name of a file that is called as a path is, but for capitals and how Unicode stores its letters; or None."""
+    folder, name = os.path.split(path)
+    folder = folder or os.curdir
+    if not os.path.isdir(folder):
+        return None
+    return _names_in(folder, os.stat(folder).st_mtime_ns).get(_key(name))
 
 
 def _key(name: str) -> str:

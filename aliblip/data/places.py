@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from aliblip.data.missing import ENDINGS
+from aliblip.data.missing import ENDINGS, same_name
 from aliblip.data.rows import path_inside
 from aliblip.data.values import embedded_photo, is_address, local_path, photo_in
 
-__all__ = ["Place", "find_place", "folders_below", "folders_beside"]
+__all__ = ["Place", "find_place", "folders_below", "folders_beside", "with_ending"]
 
 # Sub-folders in which photos are looked for, if they are not where the table says.
 MOST_FOLDERS = 64
@@ -42,6 +42,8 @@ class Place:
             of a Mac hold "ö" as two characters.
         is_numbered: whether a name ends in the number of its title, "a.jpg#0", as those of Flickr8k do.
         is_quoted: whether names are written as in addresses, "a%20b.jpg" for the file "a b.jpg".
+        capitals: "upper" or "lower" where the endings of the files are so, and those of the table are not: cameras
+            write .JPG, and tables that come from Windows need not.
         is_own: whether the table is the user's, on this machine. Another's table names no places of a private network,
             and none in buckets, for which this machine may have keys.
         host: the server that the table comes from, which it may always name.
@@ -54,6 +56,7 @@ class Place:
     is_numbered: bool = False
     unicode: str = ""
     is_quoted: bool = False
+    capitals: str = ""
     is_own: bool = True
     host: str = ""
     fetch: bool = False
@@ -108,6 +111,8 @@ class Place:
             text = match.group(1)
         if self.unicode:
             text = unicodedata.normalize(self.unicode, text)
+        if self.capitals:
+            text = with_ending(text, self.capitals)
         return path_inside(self.folder, text + self.ending if text.strip() else text)
 
 
@@ -130,10 +135,13 @@ def find_place(names: Sequence[Any], place: Place, *others: Iterable[str]) -> tu
         here += [replace(place, unicode=form) for form in ("NFD", "NFC")]
     if any("%" in name for name in names if isinstance(name, str)):
         here.append(replace(place, is_quoted=True))
+    here += [replace(place, capitals=capitals) for capitals in ("upper", "lower")]
     counts = [_found(candidate, names) for candidate in here]
     if max(counts):
         best = here[counts.index(max(counts))]
         return best, _told(place, best)
+    if _are_there_otherwise(place, names):  # what is missing then is told with the name that is there
+        return place, None
     found = next(filter(None, (_found_in(folders, here, names) for folders in others)), {})
     if not found:
         return place, None
@@ -165,12 +173,26 @@ def _found(place: Place, names: Sequence[Any]) -> int:
     return sum(os.path.isfile(path) for path, _, _ in map(place.find, names) if isinstance(path, str))
 
 
+def _are_there_otherwise(place: Place, names: Sequence[Any]) -> bool:
+    """Whether most of the names are those of files of the folder, but for how they are written: then photos of the very
+    same names elsewhere are others."""
+    paths = [path for path, _, _ in map(place.find, names) if isinstance(path, str)]
+    return sum(same_name(path) is not None for path in paths) * 2 >= max(len(names), 1)
+
+
+def with_ending(name: str, capitals: str) -> str:
+    """A file's name with its ending in capitals, "upper", or in small letters, "lower"."""
+    stem, ending = os.path.splitext(name)
+    return stem + getattr(ending, capitals)()
+
+
 def _told(place: Place, best: Place) -> str | None:
     if best == place:
         return None
     parts = [f"photos are taken from {best.folder}"] if best.folder != place.folder else []
     parts += [f"'{best.ending}' is added to their names"] if best.ending else []
     parts += ["letters with marks are stored otherwise in their names"] if best.unicode else []
+    parts += [f"their endings are in {best.capitals} case, other than in the table"] if best.capitals else []
     parts += ["the number behind their names is left out"] if best.is_numbered else []
     parts += ["their names are written as in addresses (%20)"] if best.is_quoted else []
     return ", ".join(parts)

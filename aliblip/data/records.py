@@ -17,7 +17,7 @@ from aliblip.data.columns import Columns, Request, Roles, choose_columns
 from aliblip.data.folders import REASONS, Left
 from aliblip.data.listings import with_photos
 from aliblip.data.manifest import DataFile
-from aliblip.data.places import Place, find_place, folders_below, folders_beside
+from aliblip.data.places import Place, find_place, folders_below, folders_beside, with_ending
 from aliblip.data.remote import is_remote
 from aliblip.data.rows import Row, Shard, Source
 from aliblip.data.tables import NoTable, Table, Unreadable, open_table
@@ -369,6 +369,12 @@ def _relative_to(root: str, place: Place) -> Any:
     if place.unicode:
         form, relative = {"NFD": "NFC", "NFC": "NFD"}[place.unicode], _relative_to(root, replace(place, unicode=""))
         return lambda path: None if (found := relative(path)) is None else unicodedata.normalize(form, found)
+    if place.capitals:
+        capitals, relative = (
+            {"upper": "lower", "lower": "upper"}[place.capitals],
+            _relative_to(root, replace(place, capitals="")),
+        )
+        return lambda path: None if (found := relative(path)) is None else with_ending(found, capitals)
     way = os.path.relpath(os.path.abspath(place.folder), os.path.abspath(root)).replace(os.sep, "/")
     if way == ".":
         return lambda path: path

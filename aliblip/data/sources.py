@@ -21,6 +21,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -156,7 +157,18 @@ def open_source(
         raise UsageError(f"{name} can't be read: {one_line(error)}") from error
     if found.survey is not None:
         _tell_survey(source, found)
+    _tell_split_columns(source)
     return source
+
+
+def _tell_split_columns(source: Source) -> None:
+    """Say of a column that is called as one of splits that it divides nothing: rows to test on would be trained on."""
+    for column in source.columns:
+        if re.fullmatch(r"(?i)(.*[^a-z])?split", column) and not any(f"'{column}'" in line for line in source.told):
+            source.told.append(
+                f"the column '{column}' divides nothing: all rows are read as '{source.split}' (python -m "
+                f"aliblip.prepare --split_by column --split_column {shlex.quote(column)} divides them)"
+            )
 
 
 def _tell_survey(source: Source, found: Found) -> None:

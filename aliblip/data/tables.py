@@ -87,6 +87,8 @@ NAMED_LINES = 5
 # Bad lines of a file in UTF-8 are rows of their own up to this share of the lines beyond ASCII; more are an encoding.
 BAD_SHARE = 0.1
 BAD_LINES_OF_JSON = 3
+# Lines among which the names of the columns are looked for, if they are not on the first one.
+MOST_LINES_ABOVE = 10
 
 
 class NoTable(UsageError):
@@ -302,6 +304,10 @@ class _Opened:
     def name(self) -> str:
         return self.table.name
 
+    def is_known(self, name: str) -> bool:
+        """Whether a column's name is one that is looked for."""
+        return self.roles.of(name) is not None
+
     def add_digest(self) -> None:
         """Of all bytes, as they are packed."""
         content = hashlib.blake2b(digest_size=16)
@@ -391,7 +397,8 @@ def _form_of(opened: _Opened) -> tuple[Form, list[str]]:
     delimiter = reading.delimiter or {".tsv": "\t", ".tab": "\t", ".psv": "|"}.get(plain_extension(opened.file))
     if delimiter is not None and reading.delimiter is None and not any(delimiter in line.text for line in sample):
         delimiter = None  # a table whose name is wrong
-    form = find_form(sample, delimiter, reading.quotes, lambda name: opened.roles.of(name) is not None)
+    form = find_form(sample, delimiter, reading.quotes, opened.is_known)
+    _refuse_lines_above(opened, sample, form.skipped_lines, delimiter)
     first = next(scan(iter(sample), form, 0), None)
     if first is None:
         raise UsageError(f"{opened.file} has no lines: write its columns on the first one")
@@ -408,6 +415,33 @@ def _form_of(opened: _Opened) -> tuple[Form, list[str]]:
             "of the columns, or give them as --csv_columns file_name,caption"
         )
     return form, _distinct(names, opened)
+
+
+def _refuse_lines_above(opened: _Opened, sample: Sequence[Line], skipped: int, delimiter: str | None) -> None:
+    """Refuse a table whose columns are not named on its first line: exports begin with a title, a date or a remark.
+
+    Args:
+        sample: the first lines.
+        skipped: of these, what is known to be no row.
+    """
+    if opened.reading.names is not None:
+        return
+    above = None
+    for number, line in enumerate(sample[:MOST_LINES_ABOVE]):
+        if number < skipped or not line.text.strip():
+            continue
+        form = find_form(sample[number:], delimiter, opened.reading.quotes, opened.is_known)
+        record = next(scan(iter(sample[number:]), form, 0), None)
+        known = 0 if record is None else sum(opened.is_known(name.strip()) for name in record.fields)
+        if above is None:
+            if known:
+                return
+            above = line.text.strip()[:100]
+        elif known > 1:
+            raise UsageError(
+                f"{opened.file}: the columns are named on line {number + 1}, and above stands "
+                f"'{above}': remove what is above them"
+            )
 
 
 def _distinct(names: Sequence[str], opened: _Opened) -> list[str]:
@@ -728,6 +762,13 @@ def _settle_encoding(opened: _Opened) -> None:
     if not bad or bad <= good * BAD_SHARE:
         return  # in UTF-8, but for single lines
     guess = guess_encoding(sample)
+    if good > bad * BAD_SHARE:
+        likely = f"; most likely {guess.readings[0][0]}: '{guess.readings[0][1]}'" if guess.readings else ""
+        raise UsageError(
+            f"{opened.file} is in several encodings: of its lines with letters beyond ASCII {good:,} are in UTF-8, and "
+            f"{bad:,} are not (line {first:,} is the first that is not{likely}): no --encoding reads both right, so "
+            "write the table again, all of it in UTF-8"
+        )
     if guess.encoding is None or good:
         raise UsageError(f"{opened.file} is not in UTF-8 (line {first:,} is the first that is not): {guess.told()}")
     opened.encoding = guess.encoding
