@@ -27,7 +27,7 @@ from aliblip.models.loading import build_processor
 from aliblip.runtime.arguments import parse
 from aliblip.runtime.files import read_json
 from aliblip.runtime.installation import install_hint
-from aliblip.runtime.mistakes import UsageError, main_with_usage_errors
+from aliblip.runtime.mistakes import UsageError, main_with_usage_errors, usage_errors
 from aliblip.training.tokenizer import check_trained_tokenizer, learn_tokenizer, save_trained_tokenizer
 
 if TYPE_CHECKING:
@@ -114,8 +114,11 @@ def prepare(data: PrepareDataArguments, args: PrepareArguments) -> int:
             print(line)
     else:
         print(f"{work.output_dir} is prepared already, from this data and with these flags")
-    known = read_json(Path(work.output_dir) / PREPARED)
-    print("\n".join(summary(known["counts"])))
+    file = Path(work.output_dir) / PREPARED
+    told = f"{file} is not what prepare writes ({{}}): give another --output_dir"
+    with usage_errors(OSError, ValueError, LookupError, TypeError, AttributeError, told=told):
+        lines = summary(read_json(file)["counts"])
+    print("\n".join(lines))
     print(f"written: {work.output_dir}")
     tokenizer = work.output_dir / TOKENIZER if args.train_tokenizer else args.tokenizer_name
     print(f"next: {next_command(work.output_dir, tokenizer)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 import tiny
 from safetensors.torch import save_file
 
+from aliblip.models.card import model_card
 from aliblip.models.loading import load_pretrained
 from aliblip.models.upload import check_folder
 from aliblip.retrieval import writing
@@ -61,7 +63,27 @@ def pickled(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04no pickle")
 
 
+def other_than_a_file(make, name: str):
+    def change(folder: Path) -> None:
+        (folder / name).unlink()
+        make(folder / name)
+
+    return change
+
+
+def sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(2**40)
+
+
 DAMAGE = {
+    "config.json is a pipe": (other_than_a_file(os.mkfifo, "config.json"), "config.json of .* is a folder, a pipe"),
+    "tokenizer.json is a folder": (other_than_a_file(Path.mkdir, "tokenizer.json"), "tokenizer.json of .* is a folder"),
+    "tokenizer_config.json is a device": (
+        other_than_a_file(lambda path: path.symlink_to("/dev/zero"), "tokenizer_config.json"),
+        "tokenizer_config.json of .* is a folder, a pipe or a device",
+    ),
+    "tokenizer.json of a terabyte": (other_than_a_file(sparse, "tokenizer.json"), "has 1,099,511,627,776 bytes"),
     "half the weights": (half("model.safetensors"), "can't load the model"),
     "no bytes of weights": (put("model.safetensors", b""), "can't load the model"),
     "a header of a terabyte": (put("model.safetensors", (2**40).to_bytes(8, "little") + b"{}"), "can't load the model"),
@@ -113,6 +135,39 @@ def test_a_damaged_model_is_told_in_one_line(whole, tmp_path, case):
     with pytest.raises(UsageError, match=message) as told:
         load_pretrained(str(folder))
     assert "\n" not in str(told.value) and str(folder) in str(told.value)
+
+
+def test_half_a_tokenizer_is_not_published(whole, tmp_path):
+    folder = Path(shutil.copytree(whole, tmp_path / "model"))
+    check_folder(folder)
+    half("tokenizer.json")(folder)
+    with pytest.raises(UsageError, match=r"tokenizer.json can't be read .*: save the model again") as told:
+        check_folder(folder)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("manifest.json", {"rows": "x", "files": 3}),
+        ("manifest.json", {"rows": 3}),
+        ("machine.json", {"launcher": ["x"]}),
+        ("model/results.json", {"mean_recall": "x"}),
+        ("model/results.json", {"mean_recall": 0.5, "dataset": ["x"], "split": 7, "text_to_image": 7}),
+        ("model/processor_config.json", {"max_length": {}}),
+    ],
+)
+def test_records_of_a_run_that_are_made_up_are_told_in_one_line(whole, tmp_path, name, content):
+    folder = Path(shutil.copytree(whole, tmp_path / "model"))
+    (tmp_path / "arguments.json").write_text('{"learning_rate": 1}')
+    assert model_card(folder, "name")
+    (tmp_path / name).write_text(json.dumps(content))
+    try:
+        model_card(folder, "name")
+    except UsageError as error:
+        assert "\n" not in str(error) and "is not what a run writes" in str(error)
+        return
+    assert name == "model/processor_config.json"  # whose value is only shown
 
 
 def test_photos_have_the_size_of_the_model_whatever_the_processor_says(whole, tmp_path):

@@ -211,7 +211,12 @@ def test_files_that_are_missing_or_too_large(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError):
         read_submission(tmp_path / "none.json")
     monkeypatch.setattr(submission, "MAX_FILE_BYTES", 2**20)
-    assert verify_submission("/dev/zero", [], []) == ["/dev/zero is larger than 1 MiB: that is no submission"]
+    assert "/dev/zero is no submission (it is a pipe or a device" in verify_submission("/dev/zero", [], [])[0]
+    (tmp_path / "large.json").write_bytes(bytes(2**20 + 1))
+    assert (
+        "is no submission (it has 1,048,577 bytes, and at most 1,048,576 are read)"
+        in verify_submission(tmp_path / "large.json", [], [])[0]
+    )
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from runs import trained_in_process, write_split
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from aliblip.runtime.mistakes import UsageError
-from aliblip.training.trackers import check_trackers, continued, named_trackers, new_ones, settings
+from aliblip.training.trackers import IDS, check_trackers, continued, named_trackers, new_ones, settings
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +132,15 @@ def test_lists_of_trackers(wandb):
 def test_settings_are_numbers_and_words():
     given = {"a": 1, "b": True, "c": None, "d": [1, 2], "e": 0.5, "f": "x"}
     assert settings(given) == {"a": 1, "b": True, "c": "None", "d": "[1, 2]", "e": 0.5, "f": "x"}
+
+
+@pytest.mark.parametrize("content", ['{"wandb": "ab', "[" * 100_000, "[1]"])
+def test_ids_that_are_damaged_are_told(tmp_path, capsys, content):
+    (tmp_path / IDS).write_text(content)
+    told = continued(["wandb"], tmp_path, None, step=5)
+    assert len(told["wandb"]["id"]) == 21
+    line = capsys.readouterr().err
+    assert "trackers.json can't be read" in line and "begin new runs" in line and line.count("\n") == 1
+    (tmp_path / IDS).unlink()  # a run of before has none
+    continued(["wandb"], tmp_path, None, step=5)
+    assert not capsys.readouterr().err

@@ -20,6 +20,7 @@ from aliblip.data.columns import ALL, Columns, Request, choose_columns, listed
 from aliblip.data.encodings import check_unpacked
 from aliblip.data.manifest import DataFile
 from aliblip.data.parquet_cells import Cells, look_at_cells
+from aliblip.data.parquet_pages import check_columns, check_rows
 from aliblip.data.products import CHUNK_ROWS, ProductIds, photo_id_of, shown
 from aliblip.data.remote import open_file, read_patiently, resumed, storage_options, take_over_retries
 from aliblip.data.rows import Row, Shard, Source
@@ -149,10 +150,16 @@ class ParquetSource(Source):
         groups = _stream_row_groups(piece.file, piece.schema, self._cache_dir)
         if groups.num_shards != piece.file_groups:
             # `datasets` before May 2026 can't cut Parquet into row groups: from the start of the file.
+            check_columns(piece.file, piece.schema.names)
             return -piece.rows_before, _cells([groups])
         wanted = range(piece.first_group + group, piece.first_group + len(piece.group_rows))
-        streams = (groups.shard(num_shards=groups.num_shards, index=index, contiguous=True) for index in wanted)
-        return int(begins[group]), _cells(streams)
+
+        def streams() -> Iterator[Any]:
+            for index in wanted:  # a row group is decoded as a whole
+                check_columns(piece.file, piece.schema.names, [index])
+                yield groups.shard(num_shards=groups.num_shards, index=index, contiguous=True)
+
+        return int(begins[group]), _cells(streams())
 
     def product_ids(self) -> Iterator[ProductIds] | None:
         key = self.selected.product_id
@@ -176,6 +183,7 @@ class ParquetSource(Source):
 
     def _product_ids_in(self, file: str, columns: list[str], key: str | None, photo: str | None, done: int):
         counts, record = self._counts.get(file), 0
+        check_columns(file, columns)
         with open_file(file) as stream, pq.ParquetFile(stream) as table:
             for number, batch in enumerate(table.iter_batches(CHUNK_ROWS, columns=columns)):
                 end = record + batch.num_rows
@@ -253,6 +261,7 @@ def _values(column: pa.Array) -> list[Any]:
 
 def _cell(file: str, column: str, row: int) -> str:
     """One cell as a message shows it, of the one column chunk that holds it."""
+    check_columns(file, [column])
     with open_file(file) as stream, pq.ParquetFile(stream) as table:
         for group in range(table.num_row_groups):
             rows = table.metadata.row_group(group).num_rows
@@ -329,6 +338,7 @@ def _open_footer(file: str) -> _Footer:
             raise UsageError(f"{file} is empty (0 bytes): remove it, or write it again")
         metadata = pq.read_metadata(pa.BufferReader(data))
         groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        check_rows(file, size, metadata.num_rows, groups)
         digest = hashlib.blake2b(data, digest_size=16).hexdigest()
         file_told = DataFile(file, metadata.num_rows, size, digest)
         return _Footer(file_told, metadata.schema.to_arrow_schema(), groups, _sizes(metadata))

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from aliblip.data.columns import Columns, Request
 from aliblip.data.manifest import DataFile
+from aliblip.data.parquet_pages import check_columns
 from aliblip.data.places import Place, find_place
 from aliblip.data.records import tiers_of, told_facts, told_unnamed
 from aliblip.data.remote import is_remote, open_file, read_patiently
@@ -91,6 +92,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _columns_of(file: str, columns: list[str], batch_rows: int = BATCH_ROWS) -> Iterator[pa.Array]:
+    check_columns(file, columns)
     with open_file(file) as stream:
         for batch in pq.ParquetFile(stream).iter_batches(batch_rows, columns=columns):
             yield batch.column(0)
@@ -164,6 +166,7 @@ def _paths(file: str, column: str, kind: pa.StructType) -> list[str] | None:
     names = {kind.field(place).name for place in range(kind.num_fields)}
     if "path" not in names:
         return None
+    check_columns(file, [column])
     with open_file(file) as stream:
         batches = pq.ParquetFile(stream).iter_batches(PROBED, columns=[f"{column}.path"])
         batch = next(batches, None)

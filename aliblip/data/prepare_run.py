@@ -18,7 +18,6 @@ noted by datatrove when it is done.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import signal
@@ -62,9 +61,9 @@ from aliblip.data.prepare_steps import (
 )
 from aliblip.data.prepare_tasks import Inputs
 from aliblip.data.remote import is_remote
-from aliblip.runtime.files import PARTIAL, mapped_array, write_json
+from aliblip.runtime.files import PARTIAL, mapped_array, read_json, write_json
 from aliblip.runtime.interrupts import hear_of_the_parents_end
-from aliblip.runtime.mistakes import UsageError
+from aliblip.runtime.mistakes import UsageError, first_line, shortened, usage_errors
 from aliblip.runtime.owners import OWNER, Owner
 from aliblip.runtime.parts import FINGERPRINT, Parts
 from aliblip.runtime.sameness import changes, told
@@ -146,9 +145,11 @@ class Preparation:
             self.parts.check()
             return False
         try:
-            before = json.loads(marker.read_text(encoding="utf-8"))["made_from"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{marker} can't be read: give another --output_dir") from error
+            before = read_json(marker)["made_from"]
+            if not isinstance(before, dict):
+                raise ValueError("'made_from' is no object")
+        except (OSError, ValueError, KeyError) as error:
+            raise UsageError(f"{marker} can't be read ({first_line(error)}): give another --output_dir") from error
         if changed := changes(before, self.made_from, names=self.made_from):
             raise UsageError(
                 f"{self.output_dir} holds another prepared catalogue ({told(changed)}): give another --output_dir, or "
@@ -305,7 +306,7 @@ class Preparation:
             write_json(self.out / PREPARED, {"made_from": self.made_from, "counts": self.counts()})
             new = sorted(path.name for path in self.out.iterdir())
             before = self.output_dir / PREPARED
-            old = json.loads(before.read_text(encoding="utf-8"))["files"] if before.is_file() else []
+            old = _names_in(before, "files") if before.is_file() else []
             self._refuse_to_replace({*new} - {*old, PREPARED})
             write_json(self.out / PREPARED, {"made_from": self.made_from, "files": new, "counts": self.counts()})
             write_json(self.work / PLACING, {"old": old, "new": new})
@@ -320,7 +321,7 @@ class Preparation:
 
     def _put_in_place(self) -> None:
         """Exchange an earlier catalogue for the new one; a second start goes on with it."""
-        names = json.loads((self.work / PLACING).read_text(encoding="utf-8"))
+        names = {which: _names_in(self.work / PLACING, which) for which in ("old", "new")}
         with written_to(self.output_dir):
             for name in {*names["old"]} - {*names["new"]}:
                 _remove(self.output_dir / name)
@@ -414,6 +415,23 @@ def _nothing() -> Iterator[list[Any]]:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _names_in(file: Path, key: str) -> list[str]:
+    """Names of files beside a file that lists them. They are removed, so that one from somebody else may name no other
+    place.
+
+    Raises:
+        UsageError: the file is damaged, or names something else.
+    """
+    told = f"{file} is not what prepare writes ({{}}): move it away, or give another --output_dir"
+    with usage_errors(OSError, ValueError, KeyError, told=told):
+        names = read_json(file)[key]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{key!r} is no list of names")
+        if wrong := [name for name in names if name in ("", ".", "..") or "/" in name or os.sep in name]:
+            raise ValueError(f"{key!r} names {shortened(wrong[0], 80)!r}")
+    return names
 
 
 def _remove(path: Path) -> None:

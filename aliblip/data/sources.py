@@ -38,7 +38,7 @@ from aliblip.data.remote import RemoteReadError, is_remote, read_patiently
 from aliblip.data.rows import Source, decode
 from aliblip.data.values import local_path
 from aliblip.data.webdataset import open_tars
-from aliblip.runtime.mistakes import UsageError, one_line
+from aliblip.runtime.mistakes import UsageError, one_line, usage_errors
 from reading_aliblip import UnusableItem
 
 __all__ = ["ALL", "Reading", "open_source", "require_usable_row"]
@@ -123,7 +123,9 @@ def open_source(
     data_dir, image_dir, data_files = _local(data_dir), _local(image_dir), _local(data_files)
     asked = Asked(image_column, caption_column, product_id_column, other_columns, sides, fetch=fetch_photos)
     given = _given(dataset_name, dataset_config_name, data_dir, data_files, split)
-    name, found = given.name, _find(given, any_split, cache_dir, asked, reading)
+    name = given.name
+    with usage_errors(OSError, told=f"{name} can't be read: {{}}"):
+        found = _find(given, any_split, cache_dir, asked, reading)
     if image_dir is not None and "://" not in image_dir and not os.path.isdir(image_dir):
         raise UsageError(f"the image folder '{image_dir}' does not exist: give an existing folder as --image_dir")
     if found.kind == "text" and sides != "titles":

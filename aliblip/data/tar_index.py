@@ -159,7 +159,7 @@ def _load(path: Path, what: dict[str, str], size: int) -> TarIndex | None:
             arrays = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118 (not a dict)
         index = TarIndex(size, json.loads(metadata["fields"]), arrays, json.loads(metadata["about"]))
         return index if index.check == metadata["check"] else None
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):  # none there yet, or damaged
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError):  # none there yet, or damaged
         return None
 
 

@@ -145,16 +145,22 @@ def model_card(folder: Path, name: str, license: str | None = None) -> str:
     machine = _read(folder.parent / "machine.json")
     measured = all_results(folder)
     title = name.rstrip("/").split("/")[-1]
-    return _TEMPLATE.format(
-        metadata=_metadata(title, arguments, measured, license).to_yaml(),
-        mark=MARK,
-        title=title,
-        name=name,
-        architecture=_architecture(folder, config),
-        results="\n\n".join(map(_table, measured)) or "Not measured.",
-        training=_training(folder, arguments, manifest, machine),
-        limits="\n".join(f"- {limit}" for limit in _limits(config, processor, measured)),
+    # Files of a run, which somebody else may have written: they are asked for some thirty facts.
+    told = (
+        f"the card of {folder} can't be made ({{}}): config.json or results.json there, or arguments.json, "
+        f"manifest.json or machine.json in {folder.parent}, is not what a run writes; repair or remove it"
     )
+    with usage_errors(LookupError, TypeError, AttributeError, ValueError, told=told):
+        return _TEMPLATE.format(
+            metadata=_metadata(title, arguments, measured, license).to_yaml(),
+            mark=MARK,
+            title=title,
+            name=name,
+            architecture=_architecture(folder, config),
+            results="\n\n".join(map(_table, measured)) or "Not measured.",
+            training=_training(folder, arguments, manifest, machine),
+            limits="\n".join(f"- {limit}" for limit in _limits(config, processor, measured)),
+        )
 
 
 def all_results(folder: Path) -> list[dict[str, Any]]:
@@ -174,7 +180,7 @@ def all_results(folder: Path) -> list[dict[str, Any]]:
         if "weights" in results:
             is_of_others = results["weights"] != weights
         if "mean_recall" in results and not is_of_others:
-            found.setdefault((results["dataset"], results["split"]), results)
+            found.setdefault((str(results.get("dataset")), str(results.get("split"))), results)
     return list(found.values())
 
 
@@ -339,9 +345,13 @@ def _saved_at(folder: Path) -> dict | None:
     for line in log.read_text(encoding="utf-8").splitlines():
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:  # cut off by a kill
+        except (ValueError, RecursionError):  # cut off by a kill
             continue
-        if entry.get("evaluation", {}).get("run") == own.get("run") and "evaluation" in entry:
+        if (
+            isinstance(entry, dict)
+            and entry.get("evaluation", {}).get("run") == own.get("run")
+            and "evaluation" in entry
+        ):
             return entry
     return None
 

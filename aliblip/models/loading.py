@@ -33,6 +33,7 @@ def build_processor(tokenizer_name: str, max_length: int | None = None) -> AliBl
     told = f"no tokenizer at {name!r} ({{}}): --tokenizer_name takes a folder, a vocab.txt or a Hub name"
     with usage_errors(*LOADING_ERRORS, told=told):
         tokenizer = load_tokenizer(name)
+        tokenizer.tokenize("red cup")  # of a vocabulary without [UNK] tokenizers tells when it is used
     processor = AliBlipProcessor(tokenizer=tokenizer, max_length=max_length or DEFAULT_MAX_LENGTH)
     check_tokenizer(name, processor)
     return processor

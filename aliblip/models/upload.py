@@ -94,6 +94,10 @@ def check_folder(folder: Path) -> None:
         model_type = read_json(folder / "config.json").get("model_type")
     if model_type != "aliblip":
         raise UsageError(f"{folder} holds a model of type {model_type!r}: convert it first, with aliblip.convert")
+    # Half of one would be published, and nobody could load the model.
+    for file in (folder / name for name in model_files(folder) if name.endswith(".json")):
+        with usage_errors(OSError, ValueError, told=f"{file} can't be read ({{}}): save the model again"):
+            read_json(file)
 
 
 # --- the Hub ----------------------------------------------------------------------------------------------------------

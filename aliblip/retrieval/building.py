@@ -337,6 +337,9 @@ class Build:
         if self.overwrite:
             parts.drop_others()
         parts.check(f"give another place ({self.flag('uri')}), or {self.flag('overwrite', True)} to drop it")
+        told = f"{self.parts_dir} can't take the notes of this build ({{}}): give another {self.flag('parts_dir')}"
+        with usage_errors(OSError, told=told):
+            parts.begin()
 
     def _committed(self, facts: Facts) -> bool:
         """Whether a start before this one was killed after its commit."""

@@ -10,6 +10,7 @@ models on the way. Here nobody is asked, and everything is loaded by the classes
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +24,7 @@ from transformers import AutoTokenizer, BertTokenizer, BlipImageProcessorPil, Pr
 from transformers.utils import cached_file
 
 from aliblip.retrieval.adapters import ADAPTER, merged
-from aliblip.runtime.files import read_json
+from aliblip.runtime.files import MOST_JSON_BYTES, read_json
 from aliblip.runtime.mistakes import UsageError, usage_errors
 from configuration_aliblip import AliBlipConfig
 from modeling_aliblip import AliBlipForImageTextRetrieval
@@ -48,6 +49,11 @@ DEFAULT_MAX_LENGTH = 35
 LOADING_ERRORS = (Exception,)
 
 _SETTINGS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+# Others that transformers reads.
+_OTHER_SETTINGS = (
+    *("tokenizer.json", "vocab.txt", "special_tokens_map.json", "added_tokens.json", "generation_config.json"),
+    *("model.safetensors.index.json", "chat_template.jinja", ADAPTER),
+)
 # Classes that ours stand for: what a folder says of them is never looked at.
 _OURS = ("AutoConfig", "AutoModel", "AutoProcessor")
 # Of several scripts, with capitals and signs; and one that is cut.
@@ -171,6 +177,8 @@ def check_no_code(name: str) -> None:
     Raises:
         UsageError: with the file and what it names.
     """
+    if os.path.isdir(name):
+        _check_files(name)
     for file in _SETTINGS:
         if not os.path.isdir(name) and not constants.HF_HUB_OFFLINE:
             try:
@@ -193,6 +201,19 @@ def check_no_code(name: str) -> None:
                     f"{name} asks for code that does not belong to AliBLIP ({file}: {named}), and no command runs it: "
                     "take one without, such as a BERT tokenizer or a model that AliBLIP has saved"
                 )
+
+
+def _check_files(folder: str) -> None:
+    """Refuse a folder in which a file of settings is none, or so large that reading it would take the memory."""
+    for file in (*_SETTINGS, *_OTHER_SETTINGS):
+        path = os.path.join(folder, file)
+        if not os.path.exists(path):
+            continue
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise UsageError(f"{file} of {folder} is a folder, a pipe or a device: bring the file back")
+        if status.st_size > MOST_JSON_BYTES:
+            raise UsageError(f"{file} of {folder} has {status.st_size:,} bytes: it is damaged, bring it back")
 
 
 def read_settings(name: str, file: str) -> dict[str, Any]:

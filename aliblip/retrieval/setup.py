@@ -38,6 +38,7 @@ from aliblip.retrieval.submission import submission_rows
 from aliblip.runtime.accelerator import launched_precision
 from aliblip.runtime.arguments import check_range
 from aliblip.runtime.distributed import all_gather_objects, is_main, launched_rank, rank, world_size
+from aliblip.runtime.files import check_place
 from aliblip.runtime.mistakes import UsageError, usage_errors
 from aliblip.runtime.owners import Owner, check_copies
 from aliblip.runtime.parts import Parts
@@ -274,7 +275,9 @@ def _check_place(flag: str, path: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--{flag}: can't write to {folder}: {error.strerror}") from error
-    if not os.access(folder, os.W_OK) or os.path.isdir(path):
+    with usage_errors(OSError, told=f"--{flag}: can't write {path} ({{}}): give another path"):
+        check_place(Path(path))
+    if not os.access(folder, os.W_OK):
         raise UsageError(f"--{flag}: can't write {path}: give another path")
 
 

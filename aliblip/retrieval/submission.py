@@ -29,8 +29,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from aliblip.runtime.files import write_text
-from aliblip.runtime.mistakes import UsageError
+from aliblip.runtime.files import read_bytes, write_text
+from aliblip.runtime.mistakes import UsageError, usage_errors
 
 __all__ = ["LONGEST_LIST", "read_submission", "submission_rows", "verify_submission", "write_submission"]
 
@@ -223,10 +223,8 @@ def _mixed_forms(rows: list) -> list[str]:
 
 
 def _load(path: str | os.PathLike) -> list:
-    with open(path, "rb") as file:
-        data = file.read(MAX_FILE_BYTES + 1)
-    if len(data) > MAX_FILE_BYTES:
-        raise UsageError(f"{path} is larger than {MAX_FILE_BYTES / 2**20:g} MiB: that is no submission")
+    with usage_errors(ValueError, told=f"{path} is no submission ({{}}, and at most {MAX_FILE_BYTES:,} are read)"):
+        data = read_bytes(path, MAX_FILE_BYTES)
     try:
         rows = json.loads(data)
     except (ValueError, RecursionError) as error:

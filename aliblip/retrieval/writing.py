@@ -10,7 +10,6 @@ a reason that the user can change; the others are written all the same.
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,7 @@ from aliblip.retrieval.results import COMPARISON, EVALUATIONS, format_table, wri
 from aliblip.retrieval.setup import Setup, names_of_photos, open_data, open_titles, rows_of
 from aliblip.retrieval.submission import LONGEST_LIST, submission_rows, verify_submission, write_submission
 from aliblip.runtime.distributed import launched_rank
-from aliblip.runtime.files import write_json
+from aliblip.runtime.files import read_json, write_json
 from aliblip.runtime.mistakes import UsageError, usage_errors
 
 
@@ -92,7 +91,7 @@ def store_fusion_weight(weight: float, options: EvaluationArguments) -> None:
         print(f"the weight is not stored with the model ({why}): give it as fusion_weight where you search")
         return
     try:
-        write_json(config, {**json.loads(config.read_text(encoding="utf-8")), "fusion_weight": weight})
+        write_json(config, {**read_json(config), "fusion_weight": weight})
         print(f"stored as the model's fusion_weight in {config}")
     except OSError as error:
         print(f"the weight can't be stored in {config} ({error.strerror}): give it as fusion_weight where you search")

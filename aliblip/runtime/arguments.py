@@ -17,14 +17,17 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import field
-from pathlib import Path
 
 import yaml
 from transformers import HfArgumentParser
 
-from aliblip.runtime.mistakes import Mistakes, UsageError
+from aliblip.runtime.files import read_bytes
+from aliblip.runtime.mistakes import Mistakes, UsageError, one_line
+from aliblip.runtime.refusals import remember_given
 
 SECONDS_FOR_THE_FIRST_PROCESS = 30
+# Of a recipe.
+MOST_BYTES, MOST_VALUES = 2**20, 10_000
 # Flags of transformers' Trainer and of open_clip that have another name here; each counts where that is a flag.
 ELSEWHERE = {
     "batch_size": "per_device_train_batch_size",
@@ -85,6 +88,7 @@ def parse(dataclass_types: Sequence[type], argv: Sequence[str] | None = None, de
     if recipe is not None:
         # As flags before the given ones: argparse converts and checks both alike, and the later one wins.
         argv = [*_recipe_flags(recipe, names), *argv]
+    remember_given(value for argument in argv for value in (argument, argument.partition("=")[2]))
     parsed = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if parsed[-1]:
         flag = parsed[-1][0]
@@ -101,13 +105,40 @@ def _config_value(argv: list[str]) -> str | None:
         raise UsageError("--config needs the path of a recipe") from error
 
 
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML whose aliases do not stand for very much more than is written: ten lines of them can mean gigabytes."""
+
+    def get_single_node(self):
+        node = super().get_single_node()
+        if node is not None and _written_out(node, {}) > MOST_VALUES:
+            raise yaml.YAMLError(
+                f"its aliases (*name) stand for more than {MOST_VALUES:,} values: write out what is meant"
+            )
+        return node
+
+
+def _written_out(node: yaml.Node, known: dict[int, float]) -> float:
+    """Values that a node stands for, aliases written out; infinitely many where one stands for what it stands in."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # until it is known
+        inner = node.value if isinstance(node, yaml.CollectionNode) else ()
+        parts = [part for each in inner for part in (each if isinstance(each, tuple) else (each,))]
+        known[id(node)] = 1 + sum(_written_out(part, known) for part in parts)
+    return known[id(node)]
+
+
 def _recipe_flags(path: str, names: dict) -> list[str]:
     try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = read_bytes(path, MOST_BYTES).decode("utf-8")
+        recipe = yaml.load(text, _RecipeLoader)
     except OSError as error:
         raise UsageError(f"can't read the recipe {path}: {error.strerror}") from error
     except yaml.YAMLError as error:
-        raise UsageError(f"the recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UsageError(f"the recipe {path} is not valid YAML: {one_line(error)}") from error
+    except RecursionError:
+        raise UsageError(f"the recipe {path} is nested too deeply: give flags and their values") from None
+    except ValueError as error:
+        raise UsageError(f"the recipe {path} can't be read ({one_line(error)}): give a file of flags") from error
     if not isinstance(recipe, dict):
         raise UsageError(
             f"the recipe {path} holds a {type(recipe).__name__}: it must be a mapping of flag names to values"

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -26,7 +27,12 @@ MOST_JSON_BYTES = 256 * 2**20
 
 @contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write piece by piece beside its place; it is synced, and then put there, if nothing failed."""
+    """A file to write piece by piece beside its place; it is synced, and then put there, if nothing failed.
+
+    Raises:
+        OSError: writing failed, or a folder, a pipe or a device lies there, which is not replaced.
+    """
+    check_place(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         with open(partial, "wb") as file:
@@ -51,6 +57,17 @@ def mapped_array(folder: Path, shape: tuple[int, ...], kind: Any) -> np.ndarray:
     with tempfile.TemporaryFile(dir=folder) as file:
         os.posix_fallocate(file.fileno(), 0, size)
         return np.memmap(file, kind, "r+", shape=shape)
+
+
+def check_place(path: Path) -> None:
+    """Whether a file may come here. As root /dev/null could be replaced, for everybody.
+
+    Raises:
+        OSError: there is something that is no file.
+    """
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError(errno.EEXIST, "There is a folder, a pipe or a device, and no file", str(path))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -112,18 +129,37 @@ def _end_of_lines(file: BinaryIO) -> int:
     return size - len(cut)
 
 
+def read_bytes(path: str | Path, most: int = MOST_JSON_BYTES) -> bytes:
+    """The bytes of a file that somebody named: a pipe is not waited for, and a device not read without end.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it is a pipe or a device, or has more than `most` bytes.
+    """
+    with open(path, "rb", opener=_without_waiting) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is a pipe or a device, and no file")
+        data = b"" if status.st_size > most else file.read(most + 1)
+    if max(len(data), status.st_size) > most:
+        raise ValueError(f"it has {max(len(data), status.st_size):,} bytes")
+    return data
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file of settings or results, whoever wrote it.
 
     Raises:
         OSError: it can't be read.
-        ValueError: no JSON, no object, nested without end, or of a size that no such file has.
+        ValueError: no JSON, no object, nested without end, or of a size that no such file has; or `read_bytes`.
     """
-    path = Path(path)
-    if path.stat().st_size > MOST_JSON_BYTES:
-        raise ValueError(f"it has {path.stat().st_size:,} bytes")
+    data = read_bytes(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(data.decode("utf-8"))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(found, dict):
@@ -135,7 +171,7 @@ def read_json_lines(path: Path) -> list[dict]:
     """The whole lines of a file that `append_json_line` or `write_json_lines` wrote."""
     rows = []
     for line in path.read_bytes().splitlines():
-        with suppress(ValueError):  # cut off, perhaps in the middle of a character
+        with suppress(ValueError, RecursionError):  # cut off, perhaps in the middle of a character
             rows.append(json.loads(line))
     return rows
 
@@ -247,9 +283,11 @@ __all__ = [
     "PARTIAL",
     "NewFolder",
     "append_json_line",
+    "check_place",
     "checksum_of",
     "mapped_array",
     "new_file",
+    "read_bytes",
     "read_json",
     "read_json_lines",
     "repair",

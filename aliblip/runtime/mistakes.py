@@ -19,6 +19,7 @@ from contextlib import contextmanager, nullcontext
 from aliblip.runtime.caches import cache_hint
 from aliblip.runtime.distributed import launched_rank
 from aliblip.runtime.quiet import quiet_libraries
+from aliblip.runtime.refusals import refusal
 
 SECONDS_FOR_THE_FIRST_PROCESS = 30
 TRACEBACK_VARIABLE = "ALIBLIP_TRACEBACK"
@@ -89,8 +90,8 @@ def main_with_usage_errors(name: str, main: Callable[[], int | None]) -> None:
     try:
         with nullcontext() if _shows_tracebacks() else _no_questions():
             sys.exit(main())
-    except OSError as error:  # wherever a library met it
-        if not (hint := cache_hint(error)):
+    except (OSError, RuntimeError) as error:  # wherever a library met it
+        if not (hint := cache_hint(error) or refusal(error)):
             raise
         _end(name, UsageError(hint))
     except UsageError as error:

@@ -28,6 +28,7 @@ from typing import Any
 
 import psutil
 
+from aliblip.runtime.files import read_bytes
 from aliblip.runtime.mistakes import UsageError
 
 __all__ = ["OWNER", "Owner", "check_copies"]
@@ -35,6 +36,7 @@ __all__ = ["OWNER", "Owner", "check_copies"]
 OWNER = ".owner.json"
 SECONDS_BETWEEN_SIGNS = 5.0
 DEAD_AFTER = 45.0
+MOST_BYTES = 2**16  # of the file
 # Who starts copies of a process, and says how many, where no launcher of ours has made one run of them.
 COPIES = {"SLURM": ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), "MPI": ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")}
 
@@ -208,8 +210,8 @@ def _write(file: Path, entry: dict[str, Any]) -> None:
 
 def _read(file: Path) -> dict[str, Any] | None:
     try:
-        return dict(json.loads(file.read_bytes()))
-    except (OSError, ValueError, TypeError):
+        return dict(json.loads(read_bytes(file, MOST_BYTES)))
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 
@@ -236,7 +238,7 @@ def _is_alive(entry: Mapping[str, Any], file: Path, tell: Callable[[str], object
             process = psutil.Process(entry["pid"])
             is_dead = process.status() == psutil.STATUS_ZOMBIE
             return not is_dead and abs(process.create_time() - entry["began"]) < 2
-        except (psutil.NoSuchProcess, TypeError, KeyError, ValueError):
+        except (psutil.NoSuchProcess, TypeError, KeyError, ValueError, OverflowError):
             return False
     tell(f"{file.parent} has an owner, {_told(entry)}: looking for up to {DEAD_AFTER:.0f} seconds whether it lives")
     before, end = _look(file), time.monotonic() + DEAD_AFTER
@@ -253,9 +255,8 @@ def _is_alive(entry: Mapping[str, Any], file: Path, tell: Callable[[str], object
 def _look(file: Path) -> tuple[bytes, int] | None:
     """What changes with a sign of life. Opened: on a network file system the bare status may be a minute old."""
     try:
-        with open(file, "rb") as stream:
-            return stream.read(), os.fstat(stream.fileno()).st_mtime_ns
-    except OSError:
+        return read_bytes(file, MOST_BYTES), os.stat(file).st_mtime_ns
+    except (OSError, ValueError):
         return None
 
 

@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from aliblip.runtime.distributed import is_main, rank, together
-from aliblip.runtime.files import checksum_of, read_json, write_bytes, write_json
+from aliblip.runtime.files import checksum_of, read_bytes, read_json, write_bytes, write_json
 from aliblip.runtime.mistakes import UsageError
 from aliblip.runtime.sameness import changes, told
 
@@ -119,7 +119,7 @@ class Parts:
                 is_whole = file.name.split(".")[-2] == checksum_of(file)
                 with safe_open(file, "pt") as opened:
                     units = json.loads(opened.metadata()["units"])
-            except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError):
                 logger.warning("%s can't be read and is made again", file)
                 continue
             if not is_whole:
@@ -133,8 +133,12 @@ class Parts:
 
         def choose() -> int:
             file = self.folder / f"{name}.json"
-            with contextlib.suppress(OSError, ValueError):
-                return int(json.loads(file.read_text(encoding="utf-8")))
+            try:
+                return int(json.loads(read_bytes(file)))
+            except FileNotFoundError:
+                pass
+            except (OSError, ValueError, TypeError, RecursionError) as error:
+                logger.warning("%s can't be read (%s): what an earlier start chose is chosen anew", file, error)
             with contextlib.suppress(OSError):  # told by the first stage
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_json(file, value)

@@ -5,7 +5,6 @@ Everything written here is told on the way: a disk that is full must not end a r
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import socket
@@ -22,7 +21,7 @@ from tqdm.auto import tqdm
 from aliblip.retrieval.results import format_table
 from aliblip.runtime.arrival import Arrival
 from aliblip.runtime.distributed import all_gather_objects, is_main, rank, reduce_max, reduce_sum, sum_numbers
-from aliblip.runtime.files import append_json_line, read_json_lines, write_json, write_json_lines
+from aliblip.runtime.files import append_json_line, read_json, read_json_lines, write_json, write_json_lines
 from aliblip.runtime.mistakes import UsageError
 from aliblip.training.meters import Meters, peak_memory_gb
 
@@ -149,6 +148,13 @@ class SkippedRows:
             )
 
 
+def _log_entries(file: Path) -> tuple[list[dict], int]:
+    """The lines of a log, and how many are none: cut off by a kill, or damaged."""
+    rows = read_json_lines(file)
+    entries = [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
+    return entries, sum(1 for line in file.read_bytes().splitlines() if line.strip()) - len(entries)
+
+
 class MatchingHead:
     """Notices when a matching head wakes up, and one that is dead: it answers "no match" to every pair, and does not
     learn.
@@ -217,7 +223,10 @@ class Log:
         if accelerator.is_main_process and self.file.exists():
             # A resumed run repeats the steps after its checkpoint, and an evaluation at it: their lines would stand
             # there twice.
-            entries = [entry for entry in read_json_lines(self.file) if entry["step"] <= first_step]
+            every, damaged = _log_entries(self.file)
+            if damaged:
+                self.tell(f"warning: {damaged} lines of {self.file} can't be read, and are left out from now on")
+            entries = [entry for entry in every if entry["step"] <= first_step]
             entries = [entry for entry in entries if entry["step"] < first_step or "evaluation" not in entry]
             for entry in entries:  # whether it woke up before is in these lines, and told
                 accuracies = (entry.get(f"itm_accuracy_{side}") for side in ("positive", "negative"))
@@ -393,7 +402,9 @@ class RunStatus:
             return
 
         def write() -> None:
-            before = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else self.entry
+            before = self.entry
+            with suppress(FileNotFoundError, ValueError):  # one that is damaged is replaced
+                before = read_json(self.file)
             if before.get("status") != "failed":
                 lines = str(error).strip().splitlines()
                 reason = f"rank {rank()}: {type(error).__name__}: {lines[0][:500] if lines else ''}"

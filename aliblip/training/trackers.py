@@ -8,9 +8,9 @@ remember(accelerator, names, output_dir)
 
 from __future__ import annotations
 
-import json
 import secrets
 import string
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
-from aliblip.runtime.files import write_json
+from aliblip.runtime.distributed import is_main
+from aliblip.runtime.files import read_json, write_json
 from aliblip.runtime.installation import install_hint
-from aliblip.runtime.mistakes import UsageError
+from aliblip.runtime.mistakes import UsageError, one_line
 
 IDS = "trackers.json"  # of the output folder: tracker -> the id of its run
 # What a tracker calls the name of a run, and its id; the id is ours, except that of mlflow, which tells it.
@@ -112,10 +113,14 @@ def new_ones(names: list[str]) -> list[str]:
 def _ids(output_dir: Path) -> dict[str, str]:
     file = output_dir / IDS
     try:
-        ids = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # of a run of before, or cut off: they begin anew
+        ids = read_json(file)
+    except FileNotFoundError:  # of a run without one of these trackers
         return {}
-    return ids if isinstance(ids, dict) else {}
+    except (OSError, ValueError) as error:
+        if is_main():
+            print(f"warning: {file} can't be read ({one_line(error)}): the trackers begin new runs", file=sys.stderr)
+        return {}
+    return {name: value for name, value in ids.items() if isinstance(value, str)}
 
 
 __all__ = ["IDS", "check_trackers", "continued", "named_trackers", "new_ones", "remember", "settings"]

@@ -1,0 +1,216 @@
+"""What columns of Parquet unpack to, looked at before they are decoded.
+
+    check_columns("train-0.parquet", {"image", "caption"}, groups=[3])
+
+A value that is stored once, in a dictionary, can stand in any number of rows, and pages are packed: a file of four
+kilobytes can hold more than any memory. The sizes in the footer are only told. So the headers of the pages are read,
+which Arrow goes by, and where a dictionary could be such a file, its values are counted without writing them out.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from aliblip.data.encodings import MOST_TIMES, MOST_UNPACKED, check_unpacked
+from aliblip.data.remote import is_remote, open_file, read_patiently
+from aliblip.runtime.mistakes import UsageError
+
+__all__ = ["check_columns", "check_rows"]
+
+# Rows that any file may have, and rows of a byte of it: a photo and a title do not shrink to less.
+MOST_ROWS, MOST_ROWS_OF_A_BYTE = 2**24, 200
+# What a value takes that is no text: as many as there are rows of, no file is refused for.
+BYTES_OF_A_VALUE, BYTES_OF_A_ROW = 8, 64
+HEADER_BYTES, LONGEST_HEADER_BYTES = 2**10, 2**20
+BATCH_ROWS = 8192
+_DICTIONARY_PAGE = 2
+
+
+def check_rows(file: str, size: int, rows: int, group_rows: Collection[int]) -> None:
+    """Refuse a footer with numbers of rows that contradict each other, or that no file of this size has.
+
+    Raises:
+        UsageError: with the numbers.
+    """
+    if min(group_rows, default=0) < 0 or sum(group_rows) != rows:
+        raise UsageError(
+            f"{file} is not a readable Parquet file (its numbers of rows contradict each other): repair it"
+        )
+    if rows > MOST_ROWS and rows > MOST_ROWS_OF_A_BYTE * size:
+        raise UsageError(
+            f"{file} has {rows:,} rows in {size:,} bytes, as no photos and titles have: give a file without such rows"
+        )
+
+
+def check_columns(file: str, columns: Collection[str], groups: Collection[int] | None = None) -> None:
+    """Refuse a file some column of which unpacks to absurdly more than it takes, see `check_unpacked`.
+
+    Args:
+        file: path or address; of an address only the first page of a column is looked at.
+        columns: that are about to be read.
+        groups: row groups; None: all.
+
+    Raises:
+        UsageError: which column, and what it unpacks to.
+        OSError: the file can't be read.
+    """
+    stamp = None if is_remote(file) else (os.stat(file).st_size, os.stat(file).st_mtime_ns)
+    metadata = _metadata_of(file, stamp)
+    for group in range(metadata.num_row_groups) if groups is None else groups:
+        _check_group(file, stamp, frozenset(columns), group)
+
+
+@functools.lru_cache(maxsize=8)
+def _metadata_of(file: str, stamp: Any) -> pq.FileMetaData:
+    def read() -> pq.FileMetaData:
+        with open_file(file) as stream:
+            return pq.read_metadata(stream)
+
+    return read_patiently(read, file)
+
+
+@functools.lru_cache(maxsize=2**12)
+def _check_group(file: str, stamp: Any, columns: frozenset[str], group: int) -> None:
+    rows = _metadata_of(file, stamp).row_group(group)
+    chunks = [rows.column(number) for number in range(rows.num_columns)]
+
+    def check() -> None:
+        with open_file(file) as stream:
+            for chunk in chunks:
+                if chunk.path_in_schema.split(".")[0] in columns:
+                    _check_chunk(stream, file, group, chunk, rows.num_rows)
+
+    read_patiently(check, file)
+
+
+def _check_chunk(stream: Any, file: str, group: int, chunk: pq.ColumnChunkMetaData, rows: int) -> None:
+    packed = chunk.total_compressed_size
+    what = f"column '{chunk.path_in_schema.split('.')[0]}' of {file}"
+    unpacked = dictionary = 0
+    for is_dictionary, size in _pages(stream, chunk, first_only=is_remote(file)):
+        unpacked += size
+        dictionary = max(dictionary, size) if is_dictionary else dictionary
+        check_unpacked(unpacked, packed, what)
+    values = max(chunk.num_values, rows)
+    most = max(MOST_UNPACKED, MOST_TIMES * packed, BYTES_OF_A_ROW * rows)
+    if values * BYTES_OF_A_VALUE > most:
+        check_unpacked(values * BYTES_OF_A_VALUE, packed, what)
+    if chunk.physical_type == "BYTE_ARRAY" and values * dictionary > most:
+        total = 0
+        for size in _sizes_of_values(stream, group, chunk.path_in_schema):
+            total += size
+            if total > most:
+                check_unpacked(total, packed, what)
+
+
+def _sizes_of_values(stream: Any, group: int, path: str) -> Iterator[int]:
+    """Bytes of all values of a column, batch by batch, while each that is repeated is held once."""
+    stream.seek(0)
+    table = pq.ParquetFile(stream, read_dictionary=[path])
+    for batch in table.iter_batches(BATCH_ROWS, row_groups=[group], columns=[path]):
+        values = batch.column(0)
+        while not pa.types.is_dictionary(values.type):
+            if pa.types.is_struct(values.type):
+                values = values.field(0)
+            elif hasattr(values, "flatten") and hasattr(values.type, "value_type"):
+                values = values.flatten()
+            else:  # not stored as a dictionary: what the pages say is all
+                return
+        indices = values.indices.drop_null().to_numpy()
+        lengths = pc.fill_null(pc.binary_length(values.dictionary), 0).to_numpy(zero_copy_only=False)
+        yield int(lengths.astype(np.int64)[indices].sum()) if len(indices) else 0
+
+
+# --- headers of pages -------------------------------------------------------------------------------------------------
+
+
+def _pages(stream: Any, chunk: pq.ColumnChunkMetaData, first_only: bool) -> Iterator[tuple[bool, int]]:
+    """(whether it is a dictionary, unpacked bytes) of the pages of a column chunk, by their headers; what is no header
+    ends them, for Arrow to tell."""
+    starts = (chunk.dictionary_page_offset if chunk.has_dictionary_page else None, chunk.data_page_offset)
+    position = min(start for start in starts if start)
+    end = position + chunk.total_compressed_size
+    while position < end:
+        header = _header_at(stream, position)
+        if header is None:
+            return
+        kind, unpacked, packed, length = header
+        yield kind == _DICTIONARY_PAGE, unpacked
+        position += length + packed
+        if first_only:
+            return
+
+
+def _header_at(stream: Any, position: int) -> tuple[int, int, int, int] | None:
+    """(kind of page, unpacked bytes, packed bytes, bytes of the header)."""
+    for most in (HEADER_BYTES, LONGEST_HEADER_BYTES):
+        stream.seek(position)
+        header = _Compact(stream.read(most))
+        try:
+            fields = header.struct()
+        except (IndexError, RecursionError):  # longer than what was read, or no header
+            continue
+        numbers = [fields.get(name) for name in (1, 2, 3)]
+        if any(not isinstance(number, int) or number < 0 for number in numbers):
+            return None
+        return (*numbers, header.at)
+    return None
+
+
+class _Compact:
+    """A structure of Thrift's compact protocol, of which whole numbers are kept."""
+
+    def __init__(self, data: bytes):
+        self.data, self.at = data, 0
+
+    def struct(self, depth: int = 0) -> dict[int, Any]:
+        if depth > 20:
+            raise RecursionError
+        fields: dict[int, Any] = {}
+        name = 0
+        while byte := self._byte():
+            name = name + (byte >> 4) if byte >> 4 else self._number()
+            fields[name] = self._value(byte & 15, depth)
+        return fields
+
+    def _value(self, kind: int, depth: int) -> Any:
+        if kind in (4, 5, 6):  # whole numbers
+            return self._number()
+        if kind in (3, 7):  # a byte, a float
+            self.at += 1 if kind == 3 else 8
+        elif kind == 8:  # bytes or text
+            self.at += self._plain()
+        elif kind in (9, 10):  # a list, a set
+            head = self._byte()
+            for _ in range(self._plain() if head >> 4 == 15 else head >> 4):
+                self._value(head & 15, depth + 1)
+        elif kind == 12:
+            return self.struct(depth + 1)
+        elif kind not in (1, 2):  # true, false
+            raise IndexError
+        return None
+
+    def _byte(self) -> int:
+        self.at += 1
+        return self.data[self.at - 1]
+
+    def _plain(self) -> int:
+        value = shift = 0
+        while True:
+            byte = self._byte()
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128 or shift > 70:
+                return value
+
+    def _number(self) -> int:
+        value = self._plain()
+        return value >> 1 ^ -(value & 1)
