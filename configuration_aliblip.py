@@ -206,6 +206,8 @@ class AliBlipConfig(PreTrainedConfig):
         fusion_weight: of the ITC similarity beside the match logit, where results are ordered by both: 1, as BLIP does;
             1 / temperature for a model of `train.py --itm_listwise`; or what `evaluate_retrieval.py --tune_fusion`
             found best for these weights.
+        itm_slope, itm_offset: of the pipeline's `itm_probability` = sigmoid(slope x (match - no match logit) + offset):
+            1 and 0, as trained; or what `evaluate_retrieval.py --tune_probability` found true for these weights.
 
     Raises:
         ValueError: a value that no model can be built from, with what is accepted.
@@ -227,6 +229,8 @@ class AliBlipConfig(PreTrainedConfig):
         enc_token_id: int | None = None,
         initializer_range: float = 0.02,
         fusion_weight: float = 1.0,
+        itm_slope: float = 1.0,
+        itm_offset: float = 0.0,
         **kwargs,
     ):
         self.vision_config = _sub_config("vision_config", AliBlipVisionConfig, vision_config)
@@ -245,10 +249,11 @@ class AliBlipConfig(PreTrainedConfig):
         self.temperature_init = temperature_init
         self.enc_token_id = enc_token_id
         self.initializer_range = initializer_range
-        is_number = isinstance(fusion_weight, (int, float)) and not isinstance(fusion_weight, bool)
-        if not is_number or not 0 <= fusion_weight < float("inf"):
-            raise ValueError(f"config.fusion_weight is {fusion_weight!r}: it must be a number of at least 0")
-        self.fusion_weight = float(fusion_weight)
+        least_of = {"fusion_weight": (fusion_weight, 0), "itm_slope": (itm_slope, 0), "itm_offset": (itm_offset, -1000)}
+        for name, (value, least) in least_of.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < float("inf"):
+                raise ValueError(f"config.{name} is {value!r}: it must be a number of at least {least}")
+            setattr(self, name, float(value))
         # Nothing is tied here (BERT's word embedding has no output twin without a language-model head).
         kwargs["tie_word_embeddings"] = False
         pipelines = _with_our_pipelines(kwargs.get("custom_pipelines"))
