@@ -20,7 +20,7 @@ LAUNCH := CUDA_VISIBLE_DEVICES= $(BIN)/accelerate launch --config_file accelerat
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test style soak clean
+.PHONY: help demo check test style soak common clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -57,6 +57,9 @@ style: $(VENV)/.installed
 
 soak: $(VENV)/.installed
 	@$(BIN)/python tests/soak.py --json benchmarks/results/soak.json
+
+common: $(VENV)/.installed
+	@$(BIN)/python tests/common_model_tests.py
 
 clean:
 	rm -rf demo/catalogue demo/output build dist .pytest_cache .ruff_cache *.egg-info

@@ -47,6 +47,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+_INF = float("inf")
 _ABOVE_0 = "a number above 0", lambda value: value > 0
 # So that a configuration from somebody else can't ask for more than any machine has.
 _MOST = {"num_hidden_layers": 1000, "image_size": 2**14, "hidden_size": 2**16, "image_text_hidden_size": 2**16}
@@ -189,6 +190,8 @@ class AliBlipConfig(PreTrainedConfig):
         fusion_weight: of the ITC similarity beside the match logit, where results are ordered by both: 1, as BLIP does;
             1 / temperature for a model of `train.py --itm_listwise`; or what `evaluate_retrieval.py --tune_fusion`
             found best for these weights.
+        itm_slope, itm_offset: of the pipeline's `itm_probability` = sigmoid(slope x (match - no match logit) + offset):
+            1 and 0, as trained; or what `evaluate_retrieval.py --tune_probability` found true for these weights.
 
     Raises:
         ValueError: a value that no model can be built from, with what is accepted.
@@ -210,6 +213,8 @@ class AliBlipConfig(PreTrainedConfig):
         enc_token_id: int | None = None,
         initializer_range: float = 0.02,
         fusion_weight: float = 1.0,
+        itm_slope: float = 1.0,
+        itm_offset: float = 0.0,
         **kwargs,
     ):
         self.vision_config = _sub_config("vision_config", AliBlipVisionConfig, vision_config)
@@ -219,11 +224,14 @@ class AliBlipConfig(PreTrainedConfig):
         self.image_text_hidden_size = image_text_hidden_size
         self.temperature_init = temperature_init
         self.initializer_range = initializer_range
-        self.fusion_weight = fusion_weight
+        self.fusion_weight, self.itm_slope, self.itm_offset = fusion_weight, itm_slope, itm_offset
         _check_positive_ints(self, "image_text_hidden_size")
         _check_numbers(self, *_ABOVE_0, "temperature_init", "initializer_range")
-        _check_numbers(self, "a number of at least 0", lambda value: 0 <= value < float("inf"), "fusion_weight")
-        self.fusion_weight = float(fusion_weight)
+        for name, least in {"fusion_weight": 0, "itm_slope": 0, "itm_offset": -1000}.items():
+            _check_numbers(
+                self, f"a number of at least {least}", lambda value, least=least: least <= value < _INF, name
+            )
+            setattr(self, name, float(getattr(self, name)))
         vocab_size = self.text_config.vocab_size
         enc_token_id = vocab_size - 1 if enc_token_id is None else enc_token_id
         if isinstance(enc_token_id, bool) or not isinstance(enc_token_id, int) or not 0 <= enc_token_id < vocab_size:

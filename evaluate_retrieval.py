@@ -27,12 +27,12 @@ from datetime import timedelta
 
 from aliblip.retrieval.arguments import EvaluationArguments, EvaluationDataArguments
 from aliblip.retrieval.evaluation import retrieve
-from aliblip.retrieval.rankings import tune_fusion
 from aliblip.retrieval.reranking import seconds_by_depth
-from aliblip.retrieval.results import measure, split_told
+from aliblip.retrieval.results import measure
 from aliblip.retrieval.setup import Setup, check_flags, own_outputs, set_up, set_up_logging, slices_of
 from aliblip.retrieval.submission import LONGEST_LIST
-from aliblip.retrieval.writing import store_fusion_weight, verify, write
+from aliblip.retrieval.tuning import tune
+from aliblip.retrieval.writing import verify, write
 from aliblip.runtime.accelerator import AliBlipAccelerator, build_accelerator, end
 from aliblip.runtime.arguments import parse
 from aliblip.runtime.distributed import is_main, launched_rank
@@ -74,17 +74,17 @@ def find_and_write(setup: Setup, accelerator: AliBlipAccelerator) -> int:
     work = setup.begin(accelerator)
 
     # Retrieve: every process does its units, and every process gets what all have found.
-    weight, tuned = tune(setup, work) if setup.tuned_on is not None else (options.fusion_weight, None)
+    chosen, tuned = tune(setup, work)
     start = time.perf_counter()
     retrieval = retrieve(
         setup.model,
         setup.loader(setup.photos),
         queries=None if setup.titles is setup.photos else setup.loader(setup.titles),
         has_truth=setup.has_truth,
-        fusion_weight=weight,
         list_at_least=LONGEST_LIST if options.submission else 0,
         parts=setup.parts,
         **work,
+        **chosen,
     )
 
     # Measure and write.
@@ -97,8 +97,7 @@ def find_and_write(setup: Setup, accelerator: AliBlipAccelerator) -> int:
             slices=slices_of(options),
             seconds_of_depth=seconds_by_depth(setup.model.config, retrieval),
         )
-        if tuned is not None:
-            results["fusion_weight_tuned_on"] = tuned
+        results |= tuned
         if setup.weights is not None:
             results["weights"] = setup.weights
         results["run"]["seconds"] = round(time.perf_counter() - start, 3)
@@ -106,23 +105,6 @@ def find_and_write(setup: Setup, accelerator: AliBlipAccelerator) -> int:
         if code == 0:  # otherwise the next start has only to do what failed
             setup.parts.remove()
     return code
-
-
-def tune(setup: Setup, work: dict) -> tuple[float, dict]:
-    """The fusion weight that is best on another split, and what results.json says about it (collective)."""
-    source = setup.tuned_on
-    retrieval = retrieve(setup.model, setup.loader(source), parts=setup.tuning_parts, **work)
-    weight, recall_by_weight = tune_fusion(retrieval)
-    split = split_told(source.split, setup.options.tune_fusion if setup.data.data_files is not None else None)
-    if is_main():
-        best, own = (100 * recall_by_weight[each] for each in (weight, retrieval.fusion_weight))
-        print(
-            f"fusion weight {weight:g}, chosen on {source.name}, {split}: mean recall {best:.2f} there, {own:.2f} with "
-            f"the model's own weight {retrieval.fusion_weight:g}"
-        )
-        store_fusion_weight(weight, setup.options)
-    mean_recall = {f"{tried:g}": recall for tried, recall in recall_by_weight.items()}
-    return weight, {"dataset": source.name, "split": split, "mean_recall": mean_recall}
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ Two stages: ITC finds the `rerank` best of the gallery, ITM looks at each of the
 
 such as its "path", its "text" or the columns of a stored gallery, with score = itm_logit + fusion_weight x itc, by
 default with the weight that the model's configuration has; with `rerank=0` it is the ITC similarity alone, and the ITM
-fields are None.
+fields are None. The probability is as trained, or tempered by the configuration: true of re-ranked candidates.
 """
 
 import os
@@ -151,9 +151,8 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
             if not is_number or not 0 <= fusion_weight < float("inf"):
                 raise ValueError(f"fusion_weight is {fusion_weight!r}: give a number of at least 0")
             postprocess["fusion_weight"] = float(fusion_weight)
-        for name, value in (("approximate", approximate), ("where", where), ("values", values)):
-            if value is not None:
-                forward[name] = value
+        filters = {"approximate": approximate, "where": where, "values": values}
+        forward |= {name: value for name, value in filters.items() if value is not None}
         if query_column is not None:
             preprocess["query_column"] = query_column
         return preprocess, forward, postprocess
@@ -283,9 +282,10 @@ class AliBlipImageTextRetrievalPipeline(Pipeline):
         scores = torch.tensor([hit["itc"] for hit in hits])
         logits = probabilities = [None] * len(hits)
         if itm is not None:
-            weight = self.model.config.fusion_weight if fusion_weight is None else fusion_weight
-            scores = fuse(scores, itm[:, 1], weight)
-            logits, probabilities = itm[:, 1].tolist(), itm.softmax(dim=1)[:, 1].tolist()
+            config = self.model.config
+            scores = fuse(scores, itm[:, 1], config.fusion_weight if fusion_weight is None else fusion_weight)
+            tempered = config.itm_slope * itm + itm.new_tensor([0.0, config.itm_offset])
+            logits, probabilities = itm[:, 1].tolist(), tempered.softmax(dim=1)[:, 1].tolist()
         scores = scores.tolist()
         best = sorted(range(len(hits)), key=lambda i: (-scores[i], hits[i]["position"]))[:top_k]
         return [

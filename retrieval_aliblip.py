@@ -213,9 +213,8 @@ class Reranker:
         self.model, self.dtype, self.device = model, dtype, _device(model)
         self.batch_tokens = rerank_batch_tokens or default_batch_tokens(self.device)
         self.images_per_pass = images_per_pass or most_images(self.batch_tokens)
-        self.shared_tokens = self.batch_tokens
-        if self.device.type == "cpu":
-            self.shared_tokens = min(self.batch_tokens, _SHARED_TOKENS_OF_A_CPU)
+        most = _SHARED_TOKENS_OF_A_CPU if self.device.type == "cpu" else self.batch_tokens
+        self.shared_tokens = min(self.batch_tokens, most)
         self._lengths, self._longest = lengths, input_ids.shape[1]
         self._ids = input_ids.to(self.device).flatten()
 
@@ -264,11 +263,7 @@ class Reranker:
         groups, largest = [], 0
         for image in sorted((image for image, count in enumerate(tokens) if count), key=lambda image: -tokens[image]):
             # Attention has places for as many tokens of each image as the first one has.
-            if (
-                groups
-                and len(groups[-1]) < self.images_per_pass
-                and (len(groups[-1]) + 1) * largest <= self.shared_tokens
-            ):
+            if groups and len(groups[-1]) < min(self.images_per_pass, self.shared_tokens // largest):
                 groups[-1].append(image)
             else:
                 groups.append([image])

@@ -27,7 +27,8 @@ def retrieval(itc, itm, product_id=None, depths=(2, 4), score="fused", weight=1.
         correct = product_id[ids] == product_id[:, None]
         itc_ranks = correct.int().argmax(dim=1) + 1
         keep = depths[-1]
-        candidates = Candidates(ids[:, :keep], scores[:, :keep], second.gather(1, ids)[:, :keep])
+        logits = second.gather(1, ids)[:, :keep]
+        candidates = Candidates(ids[:, :keep], scores[:, :keep], logits, margins=logits - 0.5)
         order = final_order(candidates, keep, score, weight)
         if truth:
             order.ranks = ranks_of(order, keep, itc_ranks, titles, images)

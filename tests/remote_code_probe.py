@@ -39,7 +39,8 @@ def searched(pipe) -> dict:
     import torch
 
     found = [result for results in pipe(TITLES, gallery=photos(), top_k=len(TITLES)) for result in results]
-    return {name: torch.tensor([result[name] for result in found]) for name in ("id", "score", "itc", "itm_logit")}
+    names = ("id", "score", "itc", "itm_logit", "itm_probability")
+    return {name: torch.tensor([result[name] for result in found]) for name in names}
 
 
 def classified(folder) -> list[float]:

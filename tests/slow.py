@@ -48,6 +48,7 @@ SLOW_HERE = {
     "test_the_script_says_photos_and_titles_and_its_files_have_each_photo_once",
     "test_the_weight_is_tuned_on_another_split_stored_and_used",
     "test_trainer_fine_tunes_and_evaluates",
+    "test_weight_and_probability_are_tuned_together_and_mistakes_are_told",
     "test_what_a_server_may_do_instead_is_explained",
     "test_what_fails_after_the_work_is_made_up_for_without_doing_it_again",
     "test_what_goes_wrong_in_a_search_is_logged_and_not_told",

@@ -65,6 +65,7 @@ def test_results_equal_every_pair_scored_one_by_one(model, processor, catalogue,
     results = numbers.measure(found, **NAMES)
     assert list(results) == [
         *("model", "dataset", "split", "num_images", "num_texts", "k_rerank", "score", "fusion_weight"),
+        *("itm_slope", "itm_offset"),
         *("text_to_image", "image_to_text", "mean_recall", "run"),
     ]
     assert (results["num_images"], results["num_texts"], results["k_rerank"]) == (ROWS - 2, ROWS - 2, K)

@@ -52,7 +52,7 @@ def test_memory_plan_of_a_million():
     assert plan.images_kept == int(4e9) // (577 * 768 * 2)
     assert plan.embeddings == 2 * 10**6 * 256 * 4
     assert plan.image_kv == 12 * 2 * 577 * 768 * 2
-    assert plan.max_pairs == 2 * 10**6 * 128 and plan.candidates == plan.max_pairs * 12
+    assert plan.max_pairs == 2 * 10**6 * 128 and plan.candidates == plan.max_pairs * 20
     assert plan.rerank_batch_tokens == engine.RERANK_BATCH_TOKENS and plan.pairs_per_pass == 8192 // 35
     assert plan.search_flops == 2 * (2 * 10**12 * 256)
     text = str(plan)

@@ -20,6 +20,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from safetensors import SafetensorError, safe_open
 
+from aliblip.retrieval.calibration import BINS
 from aliblip.retrieval.metrics import RECALL_AT
 from aliblip.retrieval.results import DIRECTION_NAMES, EVALUATIONS
 from aliblip.runtime.files import read_json, write_text
@@ -157,10 +158,15 @@ def model_card(folder: Path, name: str, license: str | None = None) -> str:
             title=title,
             name=name,
             architecture=_architecture(folder, config),
-            results="\n\n".join(map(_table, measured)) or "Not measured.",
+            results=_results(config, measured),
             training=_training(folder, arguments, manifest, machine),
             limits="\n".join(f"- {limit}" for limit in _limits(config, processor, measured)),
         )
+
+
+def _results(config: dict[str, Any], measured: list[dict[str, Any]]) -> str:
+    tables = [_table(results) for results in measured] or ["Not measured."]
+    return "\n\n".join([*tables, *_probability(config, measured)])
 
 
 def all_results(folder: Path) -> list[dict[str, Any]]:
@@ -285,6 +291,30 @@ def _table(results: dict) -> str:
     return "\n".join(
         [*lines, "", f"Mean of all {stage} recalls: {mean}.{order if results['score'] == 'fused' else ''}"]
     )
+
+
+def _probability(config: dict, measured: list[dict]) -> list[str]:
+    """How far the match probability can be believed, where it was measured as it is now or fitted."""
+    now = config.get("itm_slope", 1.0), config.get("itm_offset", 0.0)
+    is_fitted, lines, fitted_on = now != (1.0, 0.0), [], ""
+    for results in measured:
+        if (results.get("itm_slope"), results.get("itm_offset")) != now:
+            continue
+        calibrated = {k: results[k]["calibration"] for k in DIRECTION_NAMES if "calibration" in results.get(k, {})}
+        errors = [f"{each['expected_calibration_error']:.3f} {DIRECTION_NAMES[k]}" for k, each in calibrated.items()]
+        if errors:
+            lines.append(
+                f"Over the {results['k_rerank']} candidates of each query of `{_public(results['dataset'])}`, "
+                f"{results['split']}, its expected calibration error is {', '.join(errors)} ({BINS} bins)."
+            )
+        if is_fitted and (tuned := results.get("itm_probability_tuned_on")):
+            fitted_on = f", fitted to the {tuned['k_rerank']} candidates of each query of {tuned['split']}"
+    if not is_fitted and not lines:
+        return []
+    made = "as its loss trains it, where one pair in three is a match"
+    if is_fitted:
+        made = f"sigmoid({now[0]:g} x (match - no match logit) {now[1]:+g}){fitted_on}"
+    return [" ".join([f"`itm_probability`, that a re-ranked candidate is right, is {made}.", *lines])]
 
 
 _RECALLS = tuple(f"recall@{k}" for k in RECALL_AT)

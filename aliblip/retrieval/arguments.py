@@ -48,6 +48,11 @@ class EvaluationArguments:
         "Choose the weight on this split (with --data_files: this file) first, and store it with the model; not on the "
         "one that is measured.",
     )
+    tune_probability: str | None = option(
+        None,
+        "Fit the match probability to the re-ranked candidates of this split (with --data_files: this file) first, and "
+        "store that with the model; not to those of the one that is measured.",
+    )
     per_device_eval_batch_size: int = option(32, "Rows encoded at a time.")
     rerank_batch_tokens: int | None = option(
         None, "Text tokens of one re-ranking pass (default: what the memory holds, at most 8192, on a GPU 65536)."
@@ -74,3 +79,12 @@ class EvaluationArguments:
     )
     dry_run: bool = option(False, "Only print memory, work and expected time.")
     seed: int = option(0, "Seed of the choice of queries for the contact sheet.")
+
+    @property
+    def tuning_flags(self) -> list[str]:
+        """Which of the flags that name another split to tune on were given."""
+        return [flag for flag in ("tune_fusion", "tune_probability") if getattr(self, flag)]
+
+    @property
+    def tuning_split(self) -> str | None:
+        return self.tune_fusion or self.tune_probability

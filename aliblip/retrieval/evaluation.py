@@ -108,6 +108,7 @@ def retrieve(
     k_rerank: Depth | Sequence[Depth] | None = None,
     score: str = "fused",
     fusion_weight: float | None = None,
+    probability: tuple[float, float] | None = None,
     dtype: torch.dtype | None = None,
     rerank_batch_tokens: int | None = None,
     gallery_chunk: int = engine.GALLERY_CHUNK,
@@ -134,6 +135,7 @@ def retrieve(
             see: the match logits lie there in a file, see `Retrieval.matrix`.
         score: what orders the candidates: "fused", "itm" or "itc" (no second stage).
         fusion_weight: of the ITC similarity in the fused score; None: the model's.
+        probability: slope and offset of the probability of a match; None: the model's. They order nothing.
         dtype: type of the autocast of the model's passes; None: the type of the weights.
         rerank_batch_tokens: bound on the text tokens of one re-ranking pass; None: what suits the device and its free
             memory.
@@ -153,6 +155,7 @@ def retrieve(
         RuntimeError: if a unit of work was lost or done twice.
     """
     fusion_weight = model.config.fusion_weight if fusion_weight is None else fusion_weight
+    slope, offset = (model.config.itm_slope, model.config.itm_offset) if probability is None else probability
     asked = _as_depths(k_rerank)
     check_k_rerank(asked, loader.source.num_rows)
     exhaustive = ALL in asked and score != "itc"
@@ -195,10 +198,7 @@ def retrieve(
                     rerank_batch_tokens = min(all_gather_objects(batch_tokens_now(model, longest, dtype)))  # collective
                 options = {"dtype": dtype, "batch_tokens": rerank_batch_tokens, "progress": progress}
                 work = Reranking(model, loader, images, titles, memory, **options)
-                logits, again = work.all_pairs(found, parts) if exhaustive else work.candidates(found, reranked, parts)
-                resumed += again
-                for candidates, values in zip(found, logits, strict=True):
-                    candidates.itm_logits = values
+                resumed += work.all_pairs(found, parts) if exhaustive else work.candidates(found, reranked, parts)
         if exhaustive:
             with _timed(seconds, "order"):
                 whole = np.load(parts.folder / MATRIX, mmap_mode="r")  # (images, titles)
@@ -224,6 +224,8 @@ def retrieve(
         seconds=seconds,
         resumed_units=sum(all_gather_objects(resumed)),  # collective
         matrix=parts.folder / MATRIX if exhaustive else None,
+        slope=slope,
+        offset=offset,
     )
 
 

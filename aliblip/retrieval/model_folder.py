@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, BertTokenizer, BlipImageProcessorPil, Pr
 from transformers.utils import cached_file
 
 from aliblip.retrieval.adapters import ADAPTER, merged
+from aliblip.retrieval.calibration import forget_fit
 from aliblip.runtime.files import MOST_JSON_BYTES, read_json
 from aliblip.runtime.mistakes import UsageError, usage_errors
 from configuration_aliblip import AliBlipConfig
@@ -96,6 +97,8 @@ def load_folder(
             name, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
         )
     model = merged(model)
+    if whole != name:
+        forget_fit(model.config)
     processor = _load_processor(name, with_tokenizer, model.config.vision_config.image_size)
     longest = model.config.text_config.max_position_embeddings
     if processor.max_length > longest:

@@ -10,8 +10,18 @@ from torch import Tensor
 from aliblip.data.sources import Source, decode
 from aliblip.retrieval.metrics import RECALL_AT
 from aliblip.retrieval.rankings import Retrieval
-from aliblip.retrieval.report import Chart, Curve, Examples, Hit, SheetRow, Table, contact_sheet, html_report
-from aliblip.retrieval.results import DIRECTION_NAMES
+from aliblip.retrieval.report import (
+    Chart,
+    Curve,
+    Examples,
+    Hit,
+    Reliability,
+    SheetRow,
+    Table,
+    contact_sheet,
+    html_report,
+)
+from aliblip.retrieval.results import DIRECTION_NAMES, calibration_told
 from aliblip.runtime.mistakes import UsageError, usage_errors
 from reading_aliblip import UnusableItem
 
@@ -73,6 +83,7 @@ def write_report(path: Path, retrieval: Retrieval, photos: Source, results: dict
         note=note,
         tables=_tables(results),
         charts=_charts(retrieval, results),
+        reliability=_reliability(results),
         slices=_slices(results),
         examples=examples,
         run=run,
@@ -169,6 +180,17 @@ def _charts(retrieval: Retrieval, results: dict) -> list[Chart]:
     if by_depth:
         charts.append(Chart("Recall@1 by number of re-ranked candidates", by_depth, x_label="re-ranked"))
     return charts
+
+
+def _reliability(results: dict) -> Reliability | None:
+    """Of the match probability; None where it was not measured."""
+    curves = {}
+    for key, direction in DIRECTION_NAMES.items():
+        bins = results.get(key, {}).get("calibration", {}).get("bins", ())
+        filled = [row for row in bins if row["candidates"]]
+        if filled:
+            curves[direction] = [(row["mean_probability"], row["share_right"], row["candidates"]) for row in filled]
+    return Reliability("Match probability", curves, calibration_told(results)) if curves else None
 
 
 __all__ = ["draw_contact_sheet", "write_report"]

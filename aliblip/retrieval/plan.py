@@ -39,11 +39,11 @@ class MemoryPlan:
     readable.
 
     `image_tokens`: of all images; `images_on_device`, `images_kept`: how many images' tokens stay on the device, and
-    how many of the others in host memory; `embeddings`: of both galleries, fp32; `candidates`: scores and ids of both
-    directions; `search_block`: the scores of one block of queries with one chunk of the gallery; `image_kv`: keys and
-    values of one image; `images_per_pass`: whose keys and values are there together; `rerank_pass`: one call of the
-    model, beside them; `pairs_per_pass`: in such a call, at the
-    longest title; `max_pairs`: re-ranked if no pair is a candidate of both directions.
+    how many of the others in host memory; `embeddings`: of both galleries, fp32; `candidates`: ids and three scores of
+    both directions; `search_block`: the scores of one block of queries with one chunk of the gallery; `image_kv`: keys
+    and values of one image; `images_per_pass`: whose keys and values are there together; `rerank_pass`: one call of the
+    model, beside them; `pairs_per_pass`: in such a call, at the longest title; `max_pairs`: re-ranked if no pair is a
+    candidate of both directions.
     """
 
     num_images: int
@@ -160,7 +160,7 @@ def memory_plan(
         images_on_device=on_device,
         images_kept=min(num_images - on_device, int(host_memory // one_image)),
         embeddings=(num_images + num_texts) * E * 4,
-        candidates=candidates * (4 + 8),
+        candidates=candidates * (8 + 3 * 4),
         search_block=min(engine.QUERY_BLOCK, max(num_images, num_texts))
         * min(chunk_size, max(num_images, num_texts))
         * 4,

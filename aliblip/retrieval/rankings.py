@@ -65,11 +65,13 @@ class Side:
 @dataclass
 class Candidates:
     """The K best of the first stage for every query, in its order: `ids`, `itc` similarities and, where they were
-    re-ranked, `itm_logits`; all (Q, K), on the CPU."""
+    re-ranked, `itm_logits` (of a match) and `margins` (those less the logits of no match), nan beyond the candidates
+    that were; all (Q, K), on the CPU. Where all pairs were scored there are no margins."""
 
     ids: Tensor
     itc: Tensor
     itm_logits: Tensor | None = None
+    margins: Tensor | None = None
 
 
 @dataclass
@@ -103,7 +105,8 @@ class Retrieval:
     `depths`: how many candidates of a query were re-ranked, rising, or all where a gallery is smaller; the last one
     gives `rankings`. `matrix`: where all
     pairs were scored, the .npy file of their match logits, (images, titles) fp32, rows and columns in the order of the
-    usable rows. `seconds` by stage, and `resumed_units` that an earlier start had finished.
+    usable rows. `seconds` by stage, and `resumed_units` that an earlier start had finished. `slope` and `offset` make
+    the probability of a match, see `aliblip.retrieval.calibration`.
     """
 
     images: Side
@@ -116,6 +119,8 @@ class Retrieval:
     seconds: dict[str, float] = field(default_factory=dict)
     resumed_units: int = 0
     matrix: Path | None = None
+    slope: float = 1.0
+    offset: float = 0.0
 
     def directions(self) -> list[tuple[str, Direction, Side, Side]]:
         """(name, direction, queries, gallery) of those that were asked for."""

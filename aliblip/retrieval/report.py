@@ -93,6 +93,16 @@ class Chart:
 
 
 @dataclass
+class Reliability:
+    """How often what is called probable is right: `curves` from names to points (mean probability, share right, how
+    many), as fractions, by rising probability; the diagonal is drawn beside them."""
+
+    heading: str
+    curves: Mapping[str, Sequence[tuple[float, float, int]]]
+    note: str = ""
+
+
+@dataclass
 class Table:
     """`rows` of as many cells as `columns`: text as it is, integers, numbers with one decimal, None for a dash."""
 
@@ -246,6 +256,7 @@ def html_report(
     note: str = "",
     tables: Sequence[Table] = (),
     charts: Sequence[Chart] = (),
+    reliability: Reliability | None = None,
     slices: Sequence[Table] = (),
     examples: Sequence[Examples] = (),
     run: Mapping[str, Any] | None = None,
@@ -261,7 +272,8 @@ def html_report(
         note: a line below it.
         tables: the results.
         charts: recall curves. Those without a curve are left out, like empty tables and examples.
-        slices: tables of parts of the data, below the curves.
+        reliability: of the match probability, below the curves.
+        slices: tables of parts of the data, below that.
         examples: queries with their photos; the `right` ones are framed as in the contact sheet.
         run: names and values at the end of the page; a mapping as a value becomes one line.
 
@@ -276,6 +288,8 @@ def html_report(
         sections.append(f'<p class="quiet">{_text(note)}</p>')
     sections += [_table(table) for table in tables if table.rows]
     sections += [_chart(chart) for chart in charts if chart.curves]
+    if reliability is not None:
+        sections.append(_reliability(reliability))
     sections += [_table(table) for table in slices if table.rows]
     shown = [group for group in examples if group.rows]
     photos = _photos([hit.image for group in shown for row in group.rows for hit in row.hits])
@@ -380,44 +394,104 @@ def _chart(chart: Chart) -> str:
         return _BOTTOM - (_BOTTOM - _TOP) * (percent - low) / (high - low)
 
     ticks = _ticks(all_k, x)
-    parts = []
     step = 10 if high - low <= 50 else 20
-    for percent in range(low + -low % step, high + 1, step):
-        at = y(percent)
+    rules = _rules({f"{percent}%": y(percent) for percent in range(low + -low % step, high + 1, step)})
+    rules += _columns({f"{k:,}": x(k) for k in ticks}, chart.x_label)
+    lines = [
+        _Line(curve.name, [(x(k), y(100 * recall)) for k, recall in _thinned(curve)], curve.dashed)
+        for curve in chart.curves
+    ]
+    known = [dict(zip(curve.k, curve.recall, strict=True)) for curve in chart.curves]
+    columns = [chart.x_label, *(curve.name for curve in chart.curves)]
+    values = [[k, *(100 * recall[k] if k in recall else None for recall in known)] for k in ticks]
+    return _picture(chart.heading, chart.note, rules, lines, columns, values)
+
+
+def _reliability(found: Reliability) -> str:
+    """Share right over mean probability, both from 0 to 100 %, and the numbers behind them."""
+
+    def at(probability: float, share: float) -> tuple[float, float]:
+        return _LEFT + (_RIGHT_EDGE - _LEFT) * probability, _BOTTOM - (_BOTTOM - _TOP) * share
+
+    steps = [n / 5 for n in range(6)]
+    rules = _rules({f"{100 * step:.0f}%": at(0, step)[1] for step in steps})
+    rules += _columns(
+        {f"{100 * step:.0f}%": at(step, 0)[0] for step in steps}, "mean probability; upwards: share right"
+    )
+    lines = [
+        _Line(name, [at(probability, share) for probability, share, _ in points])
+        for name, points in found.curves.items()
+    ]
+    lines.append(_Line("as it should be", [at(0, 0), at(1, 1)], is_dashed=True))
+    rows = [
+        [name, 100 * probability, 100 * share, count]
+        for name, points in found.curves.items()
+        for probability, share, count in points
+    ]
+    columns = ["", "mean probability", "share right", "candidates"]
+    return _picture(found.heading, found.note, rules, lines, columns, rows)
+
+
+@dataclass
+class _Line:
+    """A line of a picture through `points`, in its own coordinates."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    is_dashed: bool = False
+
+
+def _rules(heights: Mapping[str, float]) -> list[str]:
+    """Lines across at some heights, with what they are."""
+    parts = []
+    for name, at in heights.items():
         parts.append(f'<line class="rule" x1="{_LEFT}" y1="{at:.1f}" x2="{_RIGHT_EDGE}" y2="{at:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{percent}%</text>')
-    for k in ticks:
-        parts.append(f'<line class="rule" x1="{x(k):.1f}" y1="{_TOP}" x2="{x(k):.1f}" y2="{_BOTTOM}"/>')
-        parts.append(f'<text x="{x(k):.1f}" y="{_BOTTOM + 18}" text-anchor="middle">{k:,}</text>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{name}</text>')
+    return parts
+
+
+def _columns(places: Mapping[str, float], label: str) -> list[str]:
+    """Lines upwards at some places, with what they are, and what they all are below."""
+    parts = []
+    for name, at in places.items():
+        parts.append(f'<line class="rule" x1="{at:.1f}" y1="{_TOP}" x2="{at:.1f}" y2="{_BOTTOM}"/>')
+        parts.append(f'<text x="{at:.1f}" y="{_BOTTOM + 18}" text-anchor="middle">{name}</text>')
     middle = (_LEFT + _RIGHT_EDGE) / 2
-    parts.append(f'<text x="{middle:g}" y="{_HEIGHT - 6}" text-anchor="middle">{_text(chart.x_label)}</text>')
+    return [*parts, f'<text x="{middle:g}" y="{_HEIGHT - 6}" text-anchor="middle">{_text(label)}</text>']
+
+
+def _picture(
+    heading: str,
+    note: str,
+    parts: list[str],
+    lines: Sequence[_Line],
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+) -> str:
+    """A section with lines on what `parts` draw, a legend, and a table of the numbers."""
     legend = []
-    for number, curve in enumerate(chart.curves):
-        style = f'class="curve c{number % _COLOURS}{" dashed" * curve.dashed}"'
-        points = [(x(k), y(100 * recall)) for k, recall in _thinned(curve)]
-        joined = " ".join(f"{across:.1f},{down:.1f}" for across, down in points)
+    for number, line in enumerate(lines):
+        style = f'class="curve c{number % _COLOURS}{" dashed" * line.is_dashed}"'
+        joined = " ".join(f"{across:.1f},{down:.1f}" for across, down in line.points)
         parts.append(f'<polyline {style} points="{joined}"/>')
-        if len(points) <= 12:
+        if len(line.points) <= 12:
             parts += [
                 f'<circle class="c{number % _COLOURS}" cx="{across:.1f}" cy="{down:.1f}" r="3.5"/>'
-                for across, down in points
+                for across, down in line.points
             ]
         swatch = f'<line {style} x1="0" y1="5" x2="28" y2="5"/>'
         legend.append(
             f'<li><svg viewBox="0 0 28 10" width="28" height="10" aria-hidden="true">{swatch}</svg>'
-            f" {_text(curve.name)}</li>"
+            f" {_text(line.name)}</li>"
         )
-    label = f"{chart.heading}: {', '.join(curve.name for curve in chart.curves)}"
-    known = [dict(zip(curve.k, curve.recall, strict=True)) for curve in chart.curves]
-    columns = [chart.x_label, *(curve.name for curve in chart.curves)]
-    values = [[k, *(100 * recall[k] if k in recall else None for recall in known)] for k in ticks]
+    label = f"{heading}: {', '.join(line.name for line in lines)}"
     return _section(
-        chart.heading,
-        chart.note,
+        heading,
+        note,
         f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{_text(label)}">\n'
         + "\n".join(parts)
         + f'\n</svg>\n<ul class="legend">{"".join(legend)}</ul>\n'
-        + f"<details><summary>Numbers, in percent</summary>\n{_grid(columns, values)}\n</details>",
+        + f"<details><summary>Numbers, in percent</summary>\n{_grid(columns, rows)}\n</details>",
     )
 
 

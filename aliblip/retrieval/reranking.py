@@ -1,8 +1,8 @@
 """The second stage of an evaluation: match logits (ITM) of candidates or of all pairs, on all processes.
 
     work = Reranking(model, loader, images, titles, memory, dtype, batch_tokens, progress)
-    logits, resumed = work.candidates([text_to_image, image_to_text], depth=128, parts=parts)
-    logits, resumed = work.all_pairs([text_to_image, image_to_text], parts)       # into a file of its own
+    resumed = work.candidates([text_to_image, image_to_text], depth=128, parts=parts)
+    resumed = work.all_pairs([text_to_image, image_to_text], parts)       # into a file of its own
 
 Pairs of both directions are grouped by photo. A unit of photos is re-ranked whole by the rank that embedded it, which
 may still have its image tokens, and photos share a pass only within their unit: the results depend neither on the
@@ -67,16 +67,15 @@ class Reranking:
         self.memory, self.dtype, self.batch_tokens, self.progress = memory, dtype, batch_tokens, progress
         self._reranker = engine.Reranker(model, titles.input_ids, titles.attention_mask, batch_tokens, dtype)
 
-    def candidates(self, found: list[Candidates], depth: int, parts: Parts | None) -> tuple[list[Tensor], int]:
-        """Match logits of the first `depth` candidates of one direction or both.
+    def candidates(self, found: list[Candidates], depth: int, parts: Parts | None) -> int:
+        """Give the first `depth` candidates of one direction or both their match logits and margins, on all ranks.
 
         Args:
             found: photos of the titles and, in a table, titles of the photos.
             parts: where finished units are kept and found; None: nowhere.
 
         Returns:
-            Logits (Q, K) of each direction, nan for candidates that follow, on all ranks; and the units of this rank
-            that an earlier start had finished.
+            The units of this rank that an earlier start had finished.
 
         Raises:
             RuntimeError: a unit was lost or done twice, or the data changed during the run.
@@ -86,8 +85,8 @@ class Reranking:
         image_ids = found[0].ids[:, :depth]
         text_ids = found[1].ids[:, :depth] if len(found) > 1 else none
         pairs = candidate_pairs(image_ids, text_ids, images, titles)
-        # Parts of other candidates (another k) have other names.
-        digest = hashlib.blake2b(str(self.batch_tokens).encode(), digest_size=8)
+        # Parts of other candidates (another k) have other names, and so had those without the logits of no match.
+        digest = hashlib.blake2b(f"{self.batch_tokens} both logits".encode(), digest_size=8)
         digest.update(pairs.image_id.numpy().tobytes() + pairs.text_id.numpy().tobytes())
         own = own_units(self.loader.num_units)
         with stage_of(parts, f"rerank-{digest.hexdigest()}") as stage:  # collective
@@ -100,18 +99,20 @@ class Reranking:
         logits = torch.from_numpy(np.concatenate(gather_units("re-ranking", results, self.loader.num_units)))
         if len(logits) != len(pairs):
             raise RuntimeError(f"re-ranking gave {len(logits)} logits for {len(pairs)} pairs")
-        located = [logits[pairs.locate(image_ids, torch.arange(titles)[:, None])]]
-        if len(found) > 1:
-            located.append(logits[pairs.locate(torch.arange(images)[:, None], text_ids)])
-        padded = [
-            F.pad(values, (0, candidates.ids.shape[1] - values.shape[1]), value=float("nan"))
-            for values, candidates in zip(located, found, strict=True)
-        ]
-        return padded, len(done)
+        no_match, match = logits.unbind(1)
+        margins = match - no_match
+        sides = [(image_ids, torch.arange(titles)[:, None]), (torch.arange(images)[:, None], text_ids)]
+        for candidates, pair in zip(found, sides, strict=False):
+            place = pairs.locate(*pair)
+            follow = candidates.ids.shape[1] - place.shape[1]
+            candidates.itm_logits, candidates.margins = (
+                F.pad(values[place], (0, follow), value=float("nan")) for values in (match, margins)
+            )
+        return len(done)
 
-    def all_pairs(self, found: list[Candidates], parts: Parts) -> tuple[list[Tensor], int]:
-        """Write the match logits of all pairs, (images, titles) fp32, and give those of the candidates as `candidates`
-        does.
+    def all_pairs(self, found: list[Candidates], parts: Parts) -> int:
+        """Write the match logits of all pairs, (images, titles) fp32, and give the candidates theirs, without margins,
+        which the file does not hold. Returns what `candidates` does.
 
         Every unit of photos is a block of rows of the file, which all processes write into; the parts of this stage
         say which blocks are done, and their checksums.
@@ -135,18 +136,20 @@ class Reranking:
             bar = unit_bar(todo, len(todo), "scoring all pairs", self.progress)
             for unit, logits in self._units(bar, lambda _: every_title):
                 block = self._block(matrix, unit)
-                block[:] = logits.view(-1, num_titles).numpy()
+                block[:] = logits[:, 1].reshape(-1, num_titles).numpy()
                 stage.add(unit, {}, zlib.crc32(block.tobytes()))
         gather_units("scoring all pairs", [(unit, None) for unit in own], self.loader.num_units)  # collective
         places = [(found[0].ids.numpy(), np.arange(num_titles)[:, None])]
         places += [(np.arange(num_images)[:, None], candidates.ids.numpy()) for candidates in found[1:]]
-        return [torch.from_numpy(matrix[place]) for place in places], len(own) - len(todo)
+        for candidates, place in zip(found, places, strict=True):
+            candidates.itm_logits = torch.from_numpy(matrix[place])
+        return len(own) - len(todo)
 
     def _block(self, matrix: np.ndarray, unit: int) -> np.ndarray:
         return matrix[self.images.first[unit] : self.images.first[unit + 1]]
 
     def _units(self, units: Iterable[int], texts_of: Callable[[int], Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """Each unit and the match logits of its photos with their titles, photo by photo, on the CPU.
+        """Each unit and the logits (M, 2; column 1: match) of its photos with their titles, photo by photo, on the CPU.
 
         An accelerator gets the next unit's work before anybody waits for the logits of the last.
 
@@ -173,11 +176,11 @@ class Reranking:
             yield arrived(*waiting)
 
     def _unit(self, unit: int, texts_of: Callable[[int], Tensor]) -> Tensor:
-        """Match logits of a unit's photos with their titles, photo by photo, on the model's device."""
+        """Logits (M, 2) of a unit's photos with their titles, photo by photo, on the model's device."""
         images = range(self.images.first[unit], self.images.first[unit + 1])
         text_ids = [texts_of(image) for image in images]
         if not sum(map(len, text_ids)):
-            return torch.empty(0)
+            return torch.empty(0, 2)
         tokens = self.memory.take(unit)
         if tokens is None:
             batch = self.loader.read_unit(unit)
@@ -187,14 +190,14 @@ class Reranking:
             tokens = tokens.of_photos(self.images.rows[own], self.images.photo_id[own])
         if tokens is None:
             raise RuntimeError(f"unit {unit} gave other rows when it was read again: the data changed during the run")
-        return self._reranker(tokens, text_ids)[:, 1].contiguous()
+        return self._reranker(tokens, text_ids)
 
     def _refuse(self, logits: Tensor, unit: int, texts_of: Callable[[int], Tensor]) -> None:
         """Say which pair has no order."""
         images = range(self.images.first[unit], self.images.first[unit + 1])
         text_ids = [texts_of(image) for image in images]
         image_of = torch.tensor(images).repeat_interleave(torch.tensor([len(ids) for ids in text_ids]))
-        place = int((~logits.isfinite()).nonzero()[0])
+        place = int((~logits.isfinite()).nonzero()[0, 0])
         photo, title = self.images.rows[image_of[place]], self.titles.rows[torch.cat(text_ids)[place]]
         raise UsageError(
             f"the match logit of the photo of row {photo} with the title of row {title} is not finite: "

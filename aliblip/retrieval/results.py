@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aliblip.retrieval.calibration import BINS, candidates_with_truth, reliability
 from aliblip.retrieval.metrics import RECALL_AT, RESAMPLES, bootstrap_means, hits, interval, summarize_ranks
 from aliblip.retrieval.rankings import MATRIX, Retrieval, Side, final_order, ranks_of, write_rankings
 from aliblip.runtime.distributed import world_size
@@ -77,6 +78,8 @@ def measure(
         "k_rerank": retrieval.depths[-1],
         "score": retrieval.score,
         "fusion_weight": retrieval.fusion_weight,
+        "itm_slope": retrieval.slope,
+        "itm_offset": retrieval.offset,
     }
     if retrieval.has_truth:
         for name, direction, queries, gallery in retrieval.directions():
@@ -135,6 +138,9 @@ def _measure_direction(retrieval: Retrieval, direction, queries: Side, gallery: 
                     "gain": summary["mean_recall"] - measured["itc"]["mean_recall"],
                 }
             )
+    if direction.candidates.margins is not None:
+        blocks = candidates_with_truth(direction.candidates, depths[-1], queries, gallery)
+        measured["calibration"] = reliability(blocks, retrieval.slope, retrieval.offset)
     measured["num_queries"] = int((rankings.itc_ranks > 0).sum())
     measured["num_queries_without_positive"] = int((rankings.itc_ranks == 0).sum())
     return measured
@@ -264,6 +270,8 @@ def format_table(results: dict) -> str:
             lines.append(f"{indent}ceiling of re-ranking, ITC recall@{results['k_rerank']}: {ceiling:.1f}")
         if missing := results[key]["num_queries_without_positive"]:
             lines.append(f"{indent}queries without a right answer in the gallery, left out: {missing}")
+    if calibrated := calibration_told(results):
+        lines += ["", calibrated]
     if any(len(results[key].get("by_k", ())) > 1 for key in DIRECTION_NAMES if key in results):
         lines += ["", *_depth_lines(results)]
     for name, rows in results.get("slices", {}).items():
@@ -275,6 +283,26 @@ def format_table(results: dict) -> str:
         around = " (95 %: {:.2f} to {:.2f})".format(*(100 * value for value in results["mean_recall_interval"]))
     lines += ["", f"mean of the {six} {what} recalls{scored}: {100 * results['mean_recall']:.2f}{around}   {cost}"]
     return "\n".join(lines)
+
+
+def calibration_told(results: dict) -> str:
+    """How far the match probability can be believed, in one line; empty where nothing was re-ranked."""
+    if results["score"] == "itc":
+        return ""
+    measured = {key: results[key]["calibration"] for key in DIRECTION_NAMES if "calibration" in results.get(key, {})}
+    if not measured:
+        return "itm_probability: not measured, since --k_rerank all keeps the match logits alone"
+    errors = ", ".join(
+        f"{each['expected_calibration_error']:.3f} {DIRECTION_NAMES[key]}" for key, each in measured.items()
+    )
+    shares = " and ".join(f"{100 * each['share_right']:.1f}" for each in measured.values())
+    made = "as trained"
+    if (results["itm_slope"], results["itm_offset"]) != (1.0, 0.0):
+        made = f"sigmoid({results['itm_slope']:g} x margin {results['itm_offset']:+g})"
+    return (
+        f"itm_probability, {made}: expected calibration error {errors} ({BINS} bins; of 100 of the "
+        f"{results['k_rerank']} best {shares} are right)"
+    )
 
 
 def _depth_lines(results: dict) -> list[str]:
@@ -368,6 +396,7 @@ __all__ = [
     "RANKINGS",
     "RESULTS",
     "TITLE_SLICES",
+    "calibration_told",
     "check_results_of_others",
     "format_table",
     "measure",

@@ -82,8 +82,7 @@ def check_flags(data: EvaluationDataArguments, options: EvaluationArguments) -> 
         raise UsageError(f"--fusion_weight has no part in --score {options.score}: leave one of them out")
     if options.score == "itc" and exhaustive:
         raise UsageError("--score itc re-ranks nothing: leave out --k_rerank all")
-    if options.tune_fusion:
-        _check_tuning(data, options, exhaustive)
+    _check_tuning(data, options, exhaustive)
     for flag, endings in (("contact_sheet", (".png", ".jpg", ".jpeg")), ("report", (".html", ".htm"))):
         given = getattr(options, flag)
         if given and Path(given).suffix.lower() not in endings:
@@ -92,17 +91,27 @@ def check_flags(data: EvaluationDataArguments, options: EvaluationArguments) -> 
 
 
 def _check_tuning(data: EvaluationDataArguments, options: EvaluationArguments, exhaustive: bool) -> None:
+    if not options.tuning_flags:
+        return
+    flag = f"--{options.tuning_flags[0]}"
     if data.gallery is not None:
-        raise UsageError("--tune_fusion needs right answers: tune on a table, then give its --fusion_weight here")
-    if options.tune_fusion == (data.split_name if data.data_files is None else data.data_files):
+        raise UsageError(f"{flag} needs right answers: tune on a table, which stores it with the model")
+    if options.tuning_split == (data.split_name if data.data_files is None else data.data_files):
         raise UsageError(
-            f"--tune_fusion is {options.tune_fusion}, which is measured: a weight chosen on the same rows makes "
-            "the result too good; name another split"
+            f"{flag} is {options.tuning_split}, which is measured: what is chosen on the same rows makes the result "
+            "too good; name another split"
         )
-    if options.fusion_weight is not None or options.score != "fused":
-        raise UsageError("--tune_fusion chooses the weight of the fused score: leave --fusion_weight and --score out")
     if exhaustive:
-        raise UsageError("--tune_fusion with --k_rerank all: tune with a number, then give its --fusion_weight")
+        raise UsageError(f"{flag} with --k_rerank all: tune with a number first, which stores it with the model")
+    if options.tune_fusion and (options.fusion_weight is not None or options.score != "fused"):
+        raise UsageError("--tune_fusion chooses the weight of the fused score: leave --fusion_weight and --score out")
+    if options.score == "itc":
+        raise UsageError("--score itc re-ranks nothing: leave out --tune_probability")
+    if options.tune_probability not in (None, options.tuning_split):
+        raise UsageError(
+            f"--tune_fusion is {options.tune_fusion} and --tune_probability {options.tune_probability}: name one split "
+            "for both"
+        )
 
 
 def rows_of(options: EvaluationArguments) -> list[int] | None:
@@ -194,13 +203,14 @@ def _file_of(given: str | None) -> str | None:
 
 def _open_tuning_data(data: EvaluationDataArguments, options: EvaluationArguments, depths, photos: Source) -> Source:
     if data.data_files is not None:
-        source = _open_table(data, split=data.split_name, data_files=options.tune_fusion)
+        source = _open_table(data, split=data.split_name, data_files=options.tuning_split)
     else:
-        source = _open_table(data, split=options.tune_fusion, data_files=None)
+        source = _open_table(data, split=options.tuning_split, data_files=None)
     check_k_rerank(depths, source.num_rows)
     require_usable_row(source)
     if source.manifest()["files"] == photos.manifest()["files"]:
-        raise UsageError(f"--tune_fusion {options.tune_fusion} are the rows that are measured: name another split")
+        flag, split = options.tuning_flags[0], options.tuning_split
+        raise UsageError(f"--{flag} {split} are the rows that are measured: name another split")
     return source
 
 
@@ -292,7 +302,7 @@ class Setup:
         output_dir: for results and parts; it exists.
         depths: of --k_rerank; None: the default.
         photos, titles: one object twice for a table.
-        tuned_on: the table on which the fusion weight is chosen, or None.
+        tuned_on: the table on which the fusion weight or the match probability is tuned, or None.
         has_truth: whether the data has right answers.
         names: "model_name", "dataset_name" and "split" of the results.
         weights: what tells the model's weights from others, of a local folder; on the first process alone.
@@ -391,7 +401,7 @@ def set_up(data: EvaluationDataArguments, options: EvaluationArguments) -> Setup
     check_k_rerank(depths, photos.num_rows)
     for source in {id(source): source for source in (photos, titles)}.values():
         require_usable_row(source)
-    tuned_on = _open_tuning_data(data, options, depths, photos) if options.tune_fusion else None
+    tuned_on = _open_tuning_data(data, options, depths, photos) if options.tuning_split else None
     has_truth = titles is photos or None not in (photos.selected.product_id, titles.selected.product_id)
     _check_outputs(options, output_dir, photos, titles, has_truth)
     model, processor = _load(options)

@@ -82,19 +82,25 @@ def _keep_beside_the_model(results: dict, output_dir: Path, folder: Path) -> Non
         print(f"the results can't be kept beside the model for its card ({error.strerror})")
 
 
-def store_fusion_weight(weight: float, options: EvaluationArguments) -> None:
-    """Make a tuned weight that of the model, for the pipeline, the page and later evaluations; what comes of it is
-    printed."""
+def store_with_the_model(what: str, values: dict[str, float], otherwise: str, options: EvaluationArguments) -> None:
+    """Make tuned numbers those of the model, for the pipeline, the page and later evaluations; what comes of it is
+    printed.
+
+    Args:
+        what: the numbers in a word, for messages.
+        values: fields of the configuration.
+        otherwise: what to do where they can't be stored.
+    """
     config = Path(options.model_name_or_path) / "config.json"
     if options.image_size is not None or not config.is_file():
         why = "at another --image_size" if config.is_file() else "a model from the Hub"
-        print(f"the weight is not stored with the model ({why}): give it as fusion_weight where you search")
+        print(f"{what} is not stored with the model ({why}): {otherwise}")
         return
     try:
-        write_json(config, {**read_json(config), "fusion_weight": weight})
-        print(f"stored as the model's fusion_weight in {config}")
+        write_json(config, {**read_json(config), **values})
+        print(f"stored as the model's {' and '.join(values)} in {config}")
     except OSError as error:
-        print(f"the weight can't be stored in {config} ({error.strerror}): give it as fusion_weight where you search")
+        print(f"{what} can't be stored in {config} ({error.strerror}): {otherwise}")
 
 
 def _write_comparison(here: Path, other: Path) -> Path:
@@ -144,4 +150,4 @@ def verify(data: EvaluationDataArguments, options: EvaluationArguments) -> int:
     return 1 if problems else 0
 
 
-__all__ = ["store_fusion_weight", "verify", "write"]
+__all__ = ["store_with_the_model", "verify", "write"]

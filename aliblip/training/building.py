@@ -20,6 +20,7 @@ from aliblip.models.backbones import (
     starting_report,
 )
 from aliblip.models.loading import DEFAULT_TOKENIZER, build_processor, load_pretrained
+from aliblip.retrieval.calibration import forget_fit
 from aliblip.retrieval.model_folder import DEFAULT_MAX_LENGTH, LOADING_ERRORS, check_no_code, check_tokenizer
 from aliblip.runtime.accelerator import AliBlipAccelerator
 from aliblip.runtime.arguments import json_mapping
@@ -81,6 +82,7 @@ def begin(
         left_behind = original is not None and bool(original.momentum)
         beginning = Beginning(processor, model.config, image_size, model, [], left_behind)
     processor.image_processor.size = {"height": beginning.image_size, "width": beginning.image_size}
+    forget_fit(beginning.config)
     return beginning
 
 
