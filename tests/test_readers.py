@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import multiprocessing
 import os
 import select
 import signal
+import sys
 import time
 from multiprocessing import active_children
 from pathlib import Path
@@ -196,21 +198,35 @@ def test_a_signal_ends_a_wait_in_which_nothing_comes(monkeypatch):
 
 
 def test_readers_end_with_the_process_that_started_them():
+    """Also those of the training, whose channels are open in those that an evaluation has started since."""
     ours, theirs = os.pipe()
     child = os.fork()
     if not child:
-        reading = Readers([iter(int, 1)], ahead=2)
-        reading.take(0)
-        os.write(theirs, str(reading._readers[0].process.pid).encode())
+        both = [Readers([iter(int, 1)], ahead=2), Readers([iter(int, 1)], ahead=2)]
+        for reading in both:
+            reading.take(0)
+        os.write(theirs, " ".join(str(reading._readers[0].process.pid) for reading in both).encode())
         os._exit(0)
     os.waitpid(child, 0)
-    with contextlib.suppress(psutil.NoSuchProcess):
-        reader = psutil.Process(int(os.read(ours, 20)))
-        try:
-            reader.wait(60)
-        finally:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                reader.kill()
+    for pid in os.read(ours, 40).split():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            reader = psutil.Process(int(pid))
+            try:
+                reader.wait(60)
+            finally:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    reader.kill()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere a process can't be copied")
+def test_readers_are_copies_of_the_process_whatever_is_the_default():
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        with Readers([(number for number in range(3))], ahead=1) as reading:  # can't be sent to a new process
+            assert [reading.take(0) for _ in range(3)] == [0, 1, 2]
+    finally:
+        multiprocessing.set_start_method(before, force=True)
 
 
 def test_memory_is_given_back():
