@@ -3,6 +3,7 @@
 # make test    run all tests, and tell why some were skipped
 # make style   check style and formatting
 # make soak    kill -9 under every setting, resume, compare; half an hour, writes benchmarks/results/soak.json
+# make common  run the common tests of transformers against our models: two minutes, fetches its source distribution
 # make clean   remove what these made, except .venv and outputs
 #
 # The first call sets up .venv. Another interpreter: make demo PYTHON=python3.12
