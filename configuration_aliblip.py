@@ -249,8 +249,8 @@ class AliBlipConfig(PreTrainedConfig):
         self.temperature_init = temperature_init
         self.enc_token_id = enc_token_id
         self.initializer_range = initializer_range
-        least_of = {"fusion_weight": (fusion_weight, 0), "itm_slope": (itm_slope, 0), "itm_offset": (itm_offset, -1000)}
-        for name, (value, least) in least_of.items():
+        given = {"fusion_weight": (fusion_weight, 0), "itm_slope": (itm_slope, 0), "itm_offset": (itm_offset, -(10**9))}
+        for name, (value, least) in given.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < float("inf"):
                 raise ValueError(f"config.{name} is {value!r}: it must be a number of at least {least}")
             setattr(self, name, float(value))
