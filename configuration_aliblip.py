@@ -227,7 +227,7 @@ class AliBlipConfig(PreTrainedConfig):
         self.fusion_weight, self.itm_slope, self.itm_offset = fusion_weight, itm_slope, itm_offset
         _check_positive_ints(self, "image_text_hidden_size")
         _check_numbers(self, *_ABOVE_0, "temperature_init", "initializer_range")
-        for name, least in {"fusion_weight": 0, "itm_slope": 0, "itm_offset": -1000}.items():
+        for name, least in {"fusion_weight": 0, "itm_slope": 0, "itm_offset": -(10**9)}.items():
             _check_numbers(
                 self, f"a number of at least {least}", lambda value, least=least: least <= value < _INF, name
             )

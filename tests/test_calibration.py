@@ -184,7 +184,8 @@ def test_results_have_the_calibration_of_the_largest_depth_and_say_it_in_one_lin
     assert fitted["text_to_image"]["calibration"]["log_loss"] != results["text_to_image"]["calibration"]["log_loss"]
     told = calibration_told(results)
     error = results["image_to_text"]["calibration"]["expected_calibration_error"]
-    assert "as trained: " in told and f"{error:.3f} image to text (10 bins; of 100 of the 4 best" in told
+    assert "as trained: " in told and f"{error:.3f} image to text (10 bins; " in told
+    assert f"{100 * results['image_to_text']['calibration']['share_right']:.1f} % of the 4 best are right)" in told
     assert "\n" not in told and "sigmoid(0.5 x margin -2): " in calibration_told(fitted)
     for direction in (found.text_to_image, found.image_to_text):
         direction.candidates.margins = None  # as where all pairs were scored

@@ -49,11 +49,11 @@ def test_the_configuration_has_slope_and_offset(tmp_path):
     assert (tiny.config().itm_slope, tiny.config().itm_offset) == (1.0, 0.0)
     before = {name: value for name, value in tiny.config().to_dict().items() if not name.startswith("itm_")}
     assert AliBlipConfig(**before).to_dict() == tiny.config().to_dict(), "files of models from before there was a fit"
-    for name, wrong, least in (("itm_slope", -0.1, 0), ("itm_slope", None, 0), ("itm_offset", "low", -1000)):
-        with pytest.raises(ValueError, match=rf"config\.{name} is .*: it must be a number of at least {least}"):
-            tiny.config(**{name: wrong})
-    for wrong in (float("nan"), float("inf"), -float("inf"), True):
-        with pytest.raises(ValueError, match=r"config\.itm_offset is"):
+    for wrong in (-0.1, None, "much", True, float("inf")):
+        with pytest.raises(ValueError, match=r"config\.itm_slope is .*: it must be a number of at least 0"):
+            tiny.config(itm_slope=wrong)
+    for wrong in (float("nan"), float("inf"), -float("inf"), True, "low"):
+        with pytest.raises(ValueError, match=r"config\.itm_offset is .*: it must be a"):
             tiny.config(itm_offset=wrong)
     tiny.model(itm_slope=0.25, itm_offset=-3).save_pretrained(tmp_path)
     config = AliBlipForImageTextRetrieval.from_pretrained(tmp_path).config

@@ -295,13 +295,13 @@ def calibration_told(results: dict) -> str:
     errors = ", ".join(
         f"{each['expected_calibration_error']:.3f} {DIRECTION_NAMES[key]}" for key, each in measured.items()
     )
-    shares = " and ".join(f"{100 * each['share_right']:.1f}" for each in measured.values())
+    shares = " and ".join(f"{100 * each['share_right']:.1f} %" for each in measured.values())
     made = "as trained"
     if (results["itm_slope"], results["itm_offset"]) != (1.0, 0.0):
         made = f"sigmoid({results['itm_slope']:g} x margin {results['itm_offset']:+g})"
     return (
-        f"itm_probability, {made}: expected calibration error {errors} ({BINS} bins; of 100 of the "
-        f"{results['k_rerank']} best {shares} are right)"
+        f"itm_probability, {made}: expected calibration error {errors} ({BINS} bins; {shares} of the "
+        f"{results['k_rerank']} best are right)"
     )
 
 
