@@ -19,9 +19,10 @@ import pytest
 import torch
 
 from aliblip.data import readers
-from aliblip.data.readers import Readers, now_reading
+from aliblip.data.readers import Readers, ReadingHere, now_reading
 from aliblip.runtime.interrupts import StopSignals, stop_asked
 from aliblip.runtime.mistakes import UsageError
+from aliblip.runtime.pulse import Pulse
 
 BATCH = {
     "pixel_values": torch.arange(3 * 4 * 5 * 5, dtype=torch.uint8).view(4, 3, 5, 5)[:, :, :4],  # not contiguous
@@ -195,6 +196,49 @@ def test_a_signal_ends_a_wait_in_which_nothing_comes(monkeypatch):
         with pytest.raises(UsageError, match="stopped by SIGTERM, without another checkpoint: nothing has come from"):
             reading.take(0)
     assert stop_asked() is None
+
+
+def _end_of_a_child(work, file: Path) -> int:
+    """The exit code of a process that takes items of an iterator in itself; what it prints goes into a file."""
+    child = os.fork()
+    if child == 0:
+        readers.SECONDS_BETWEEN_LOOKS, readers.SECONDS_AFTER_A_SIGNAL = 0.05, 0.3
+        sys.stderr = file.open("w")
+        pulse = Pulse(lambda line: print(f"status: {line}", file=sys.stderr, flush=True))
+        with pulse, ReadingHere([work], patience=1.0) as reading, contextlib.suppress(StopIteration):
+            while True:
+                reading.take(0)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def blocked(pipe: Path):
+    """Reads a pipe that nobody writes to, as a file of a file system that does not answer."""
+    yield 1
+    now_reading("/mnt/photos/a.jpg")
+    yield pipe.read_bytes()
+
+
+def blocked_after_a_signal(pipe: Path):
+    with StopSignals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield from blocked(pipe)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="a system that does not tell what a thread does")
+def test_a_process_that_reads_by_itself_ends_where_nothing_comes(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert _end_of_a_child(blocked(tmp_path / "pipe"), tmp_path / "printed") == 2
+    error, status = (tmp_path / "printed").read_text().splitlines()
+    assert error.startswith("error: this process (") and "which reads /mnt/photos/a.jpg, has done nothing for" in error
+    assert status == error.replace("error", "status", 1)
+    assert _end_of_a_child(blocked_after_a_signal(tmp_path / "pipe"), tmp_path / "printed") == 2
+    assert "error: stopped by SIGTERM, without another checkpoint" in (tmp_path / "printed").read_text()
+
+
+def test_a_process_that_reads_by_itself_and_works_is_left_alone(tmp_path):
+    assert _end_of_a_child(slow(), tmp_path / "printed") == 0
+    assert not (tmp_path / "printed").read_text()
 
 
 def test_readers_end_with_the_process_that_started_them():

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from aliblip.data.collate import Collator, NoUsableRow
 from aliblip.data.order import EpochOrder, Layout, most_partitions
-from aliblip.data.readers import PATIENCE, PATIENCE_REMOTE, Readers, now_reading
+from aliblip.data.readers import PATIENCE, PATIENCE_REMOTE, Readers, ReadingHere, now_reading
 from aliblip.data.remote import is_remote
 from aliblip.data.rows import Row, Source
 from aliblip.runtime.mistakes import UsageError
@@ -359,19 +359,20 @@ class _Deliveries:
     """What several works give, from processes of their own or, without any, from this one. A context manager."""
 
     def __init__(self, works: Sequence[Iterable[Any]], workers: int, ahead: int, source: Source):
-        self._own = [] if workers else [iter(work) for work in works]
         patience = PATIENCE_REMOTE if any(is_remote(file.file) for file in source.files) else PATIENCE
-        self._readers = Readers(works if workers else [], ahead, patience)
+        here = ReadingHere([iter(work) for work in works], patience)
+        self._readers = Readers(works, ahead, patience) if workers else here
 
     def __enter__(self) -> _Deliveries:
+        self._readers.__enter__()
         return self
 
     def __exit__(self, *error) -> None:
-        self._readers.close()
+        self._readers.__exit__(*error)
 
     def take(self, number: int) -> Any:
         """The next item of a work."""
-        return next(self._own[number]) if self._own else self._readers.take(number)
+        return self._readers.take(number)
 
 
 def _put_together(parts: Sequence[tuple[torch.Tensor, dict[str, Any]]], padding: int, pin: bool) -> dict[str, Any]:

@@ -8,7 +8,7 @@ No two readers share a lock or a pipe, so one that is killed takes nothing with 
 
 Every wait has an end. A reader that died ends it at once, with what killed it; one that neither computes nor reads a
 byte for `PATIENCE` seconds ends it with what it was reading; and a signal that asks the run to stop ends it after
-`SECONDS_AFTER_A_SIGNAL`, where no item comes.
+`SECONDS_AFTER_A_SIGNAL`, where no item comes. A process that reads by itself is watched likewise (`ReadingHere`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,8 +37,9 @@ import torch
 
 from aliblip.runtime.interrupts import let_the_trainer_decide, stop_asked
 from aliblip.runtime.mistakes import UsageError
+from aliblip.runtime.pulse import give_up
 
-__all__ = ["PATIENCE", "PATIENCE_REMOTE", "Readers", "now_reading"]
+__all__ = ["PATIENCE", "PATIENCE_REMOTE", "Readers", "ReadingHere", "now_reading"]
 
 # Seconds without any sign of life. A silent server has a limit of its own, which is heard of first.
 PATIENCE, PATIENCE_REMOTE = 45.0, 180.0
@@ -58,12 +60,15 @@ DEATHS = {
     signal.SIGSEGV: "a damaged file, or a library that does not fit: read it with --dataloader_num_workers 0 to see",
 }
 
-# Of a reader: its channel, for `now_reading`.
+# Of a reader: its channel, for `now_reading`; of a process that reads by itself: what it reads.
 _own_channel: _Outgoing | None = None
+_read_here = ""
 
 
 def now_reading(place: str) -> None:
-    """Tell the process that waits what is read now; nothing where none waits."""
+    """Tell the process that waits, or the thread that watches this one, what is read now."""
+    global _read_here
+    _read_here = place
     if _own_channel is not None:
         _own_channel.send(PLACE, place.encode("utf-8", "backslashreplace")[:500])
 
@@ -123,6 +128,74 @@ class Readers:
         self._readers = []
 
 
+class ReadingHere:
+    """Iterators that are read in this process, while a thread watches: a file system that does not answer would hold
+    the process for ever, and no signal would end it. A context manager.
+
+    Args:
+        works: the iterators.
+        patience: as of `Readers`.
+    """
+
+    number = 0
+
+    def __init__(self, works: Sequence[Iterator[Any]], patience: float = PATIENCE):
+        self._works, self._patience = works, patience
+        self._ended = threading.Event()
+        self._wait: _Wait | None = None
+        self._thread = threading.get_native_id()
+        self._process = psutil.Process()
+        self._sign: tuple[Any, ...] | None = None
+
+    def __enter__(self) -> ReadingHere:
+        threading.Thread(target=self._watch, name="watches reading", daemon=True).start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._ended.set()
+
+    def __str__(self) -> str:
+        return f"this process ({os.getpid()})"
+
+    @property
+    def place(self) -> str:
+        return _read_here
+
+    def take(self, number: int) -> Any:
+        """The next item of an iterator."""
+        self._wait = _Wait(self, self._patience)
+        try:
+            return next(self._works[number])
+        finally:
+            self._wait = None
+
+    def sign(self) -> object:
+        """What changes while the thread that reads does something, or others compute or read for it: these do a little
+        in any case, so only what is more than that counts."""
+        own: list[str] = []
+        for name in ("schedstat", "io"):
+            with contextlib.suppress(OSError):
+                own.append(Path(f"/proc/self/task/{self._thread}/{name}").read_text())
+        if not own:  # of a system that tells nothing
+            return object()
+        seconds = data = 0.0
+        with contextlib.suppress(psutil.Error, AttributeError, OSError, NotImplementedError, RuntimeError):
+            seconds, data = sum(self._process.cpu_times()[:2]), self._process.io_counters().read_chars
+        if self._sign is None or self._sign[0] != own or seconds - self._sign[1] > 1 or data - self._sign[2] > 2**20:
+            self._sign = own, seconds, data
+        return self._sign
+
+    def _watch(self) -> None:
+        while not self._ended.wait(SECONDS_BETWEEN_LOOKS):
+            if (wait := self._wait) is None:
+                continue
+            try:
+                wait.look()
+            except UsageError as error:
+                if wait is self._wait and not self._ended.is_set():
+                    give_up(str(error))
+
+
 class _Reader:
     """A reader process, as the process that takes its items sees it."""
 
@@ -137,6 +210,9 @@ class _Reader:
 
     def __str__(self) -> str:
         return f"reader {self.number} (process {self.process.pid})"
+
+    def sign(self) -> object:
+        return _sign_of_life(self.process.pid)
 
     @property
     def at(self) -> str:
@@ -183,7 +259,7 @@ class _Reader:
 class _Wait:
     """One wait for one reader, and the reasons to end it."""
 
-    def __init__(self, reader: _Reader, patience: float):
+    def __init__(self, reader: _Reader | ReadingHere, patience: float):
         self.reader, self.patience = reader, patience
         self._sign: object = None
         self._seen = self._began = time.monotonic()
@@ -194,12 +270,14 @@ class _Wait:
         Raises:
             UsageError: the wait has lasted long enough.
         """
-        now, sign = time.monotonic(), _sign_of_life(self.reader.process.pid)
+        now, sign = time.monotonic(), self.reader.sign()
         if sign != self._sign:
             self._sign, self._seen = sign, now
         reading = f", which reads {self.reader.place}," if self.reader.place else ""
         asked = stop_asked()
-        if asked is not None and now - self._began > SECONDS_AFTER_A_SIGNAL:
+        # A process that reads by itself and works comes to its next step, and writes a checkpoint.
+        waited = now - (self._seen if isinstance(self.reader, ReadingHere) else self._began)
+        if asked is not None and waited > SECONDS_AFTER_A_SIGNAL:
             raise UsageError(
                 f"stopped by {asked.name}, without another checkpoint: nothing has come from {self.reader}{reading} "
                 f"for {now - self._began:.0f} seconds; --resume_from_checkpoint last goes on from the last one"

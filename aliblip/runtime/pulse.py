@@ -24,18 +24,21 @@ from collections.abc import Callable
 
 from aliblip.runtime.distributed import all_gather_objects, broadcast_object, is_main, rank, world_size
 
-__all__ = ["Pulse"]
+__all__ = ["Pulse", "give_up"]
 
 SECONDS_BETWEEN_SIGNS = 3.0
 SILENT_AFTER = 45.0
 _SIGN, _GOODBYE = b"+", b"-"
+# Of the pulses that beat: what is told why this process ends.
+_hearers: list[Callable[[str], object]] = []
 
 
 class Pulse:
     """A context manager (collective) inside which processes notice that another one stands still.
 
     Args:
-        on_silence: called, in a thread, with the line that says which process is silent, before this process ends.
+        on_silence: called, in a thread, with the line that says which process is silent, or of `give_up`, before this
+            process ends.
     """
 
     def __init__(self, on_silence: Callable[[str], object] = lambda line: None):
@@ -44,6 +47,7 @@ class Pulse:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Pulse:
+        _hearers.append(self.on_silence)
         if world_size() == 1:
             return self
         hosts = all_gather_objects(socket.gethostname())  # collective
@@ -60,6 +64,8 @@ class Pulse:
         return self
 
     def __exit__(self, *error) -> None:
+        if self.on_silence in _hearers:
+            _hearers.remove(self.on_silence)
         self._ended.set()
         if self._thread is not None:
             self._thread.join(2 * SECONDS_BETWEEN_SIGNS)
@@ -147,6 +153,17 @@ class Pulse:
                 end_now()
 
 
-def end_now() -> None:
+def give_up(line: str) -> None:
+    """End this process from a thread, where the main one waits for what may never come: with exit code 2, as a mistake
+    does that is found in time."""
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    try:
+        for hear in list(_hearers):
+            hear(line)
+    finally:
+        end_now(2)
+
+
+def end_now(code: int = 1) -> None:
     """From a thread, since the main one waits for another process."""
-    os._exit(1)
+    os._exit(code)
