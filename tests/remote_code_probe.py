@@ -95,7 +95,7 @@ def error_of(call, *args, **kwargs) -> str:
 
 
 def main(plan: dict) -> dict:
-    from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, pipeline
 
     def load(folder, **options) -> dict:
         common = {"trust_remote_code": True, "local_files_only": options.pop("local_files_only", False)}
@@ -120,6 +120,8 @@ def main(plan: dict) -> dict:
         pipe = pipeline("image-text-retrieval", model=folder, trust_remote_code=True, device="cpu")
         found["searched"][name] = {"module": type(pipe).__module__, **searched(pipe)}
     found["classified"] = classified(plan["classify"])
+    parts = (auto.from_pretrained(plan["classify"]) for auto in (AutoImageProcessor, AutoTokenizer))
+    found["parts"] = [type(part).__name__ for part in parts]
     for name, folder in plan["refuse"].items():
         found["refused"][name] = error_of(AutoModel.from_pretrained, folder, trust_remote_code=name != "not trusted")
 

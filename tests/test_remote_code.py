@@ -229,6 +229,10 @@ def test_the_task_of_the_cards_tag_works_with_and_without_the_package(child, fol
     assert classified(folders["pipeline fp32"]) == pytest.approx(wanted, abs=1e-6)
 
 
+def test_the_parts_of_a_processor_load_without_any_code_of_ours(child):
+    assert child["parts"] == ["BlipImageProcessorPil", "BertTokenizer"]
+
+
 def test_the_config_classes_differ_and_nothing_minds(child):
     """The reason for the rule against isinstance: were they one class, the rule could go."""
     assert not child["loaded"]["saved fp32"]["same_config_class"]
