@@ -483,7 +483,7 @@ class AliBlipTextModel(AliBlipPreTrainedModel):
         output_hidden_states: bool | None = None,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """ids (B, L) -> tokens (B, L, D), or with `first_only` the first one alone, (B, 1, D), at less work; with
-        `packed` ids (tokens,) -> (tokens, D), or (M, D), and no attentions."""
+        `packed` ids (tokens,) -> (tokens, D), or (M, D)."""
         longest = self.embeddings.position_embeddings.num_embeddings
         given = input_ids.shape[1] if packed is None else max(length for _, length in packed.sizes)
         if given > longest:
@@ -492,6 +492,8 @@ class AliBlipTextModel(AliBlipPreTrainedModel):
         may_look = attention_mask is not None and attention_mask.device.type == "cpu"
         if may_look and not torch.compiler.is_compiling() and not attention_mask[:, 0].all():
             raise ValueError("titles are padded on the left, where the model reads their first token: pad on the right")
+        if packed is not None and output_attentions:
+            raise ValueError("packed titles have no attentions, since no matrix holds them: give titles with padding")
         with_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         hidden = self.embeddings(input_ids, None if packed is None else packed.positions)
         mask = None if packed is not None else self.mask_of(attention_mask, hidden, with_attentions)

@@ -16,8 +16,8 @@ FAILS = {
     "Retrieval.test_eager_matches_sdpa_inference_*_pad_left_[so]*": "as those of the text model",
     "Retrieval.test_attention_outputs": "it looks for one list of attentions, and this model has three passes, whose "
     "outputs are called as CLIP's are; Vision and Text pass it, and so do the tests of get_*_features",
-    "Retrieval.test_hidden_states_output": "as test_attention_outputs",
-    "Retrieval.test_retain_grad_hidden_states_attentions": "as test_attention_outputs",
+    "Retrieval.test_hidden_states_output": "three passes, as in test_attention_outputs",
+    "Retrieval.test_retain_grad_hidden_states_attentions": "three passes, as in test_attention_outputs",
     "Retrieval.test_model_weights_reload_no_missing_tied_weights": "it loads a file without weights: a file that lacks "
     "any is refused, and they are not drawn at random",
     "Retrieval.test_can_init_all_missing_weights": "as the one before; Vision and Text, which don't refuse, pass it",

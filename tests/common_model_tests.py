@@ -265,11 +265,15 @@ def problems(
             yield f"no test is skipped with {told!r}, which is listed"
 
 
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    made.add_argument("--source_dir", type=Path, help="unpacked source distribution of the installed transformers")
+    made.add_argument("--only", default="", help="run the tests whose name begins so, and tell how they fail")
+    return made
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--source_dir", type=Path, help="unpacked source distribution of the installed transformers")
-    parser.add_argument("--only", default="", help="run the tests whose name begins so, and tell how they fail")
-    args = parser.parse_args()
+    args = parser().parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import transformers

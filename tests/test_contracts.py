@@ -9,6 +9,7 @@ import torch
 from aliblip.training.momentum import MomentumState
 from aliblip.training.objective import RetrievalObjective
 from encoder_aliblip import Encoder, fingerprint
+from modeling_aliblip import PackedPairs
 
 
 @pytest.mark.parametrize("tower", ["vision_model", "text_encoder"])
@@ -93,6 +94,13 @@ def test_one_photo_for_all_titles_and_the_pairs_of_the_loss_are_recorded():
     torch.testing.assert_close(
         alone.last_hidden_state, model.text_encoder(*titles).last_hidden_state, rtol=0, atol=1e-6
     )
+
+
+def test_packed_titles_have_no_attentions():
+    ids, none = torch.tensor([5, 6]), None
+    packed = PackedPairs([(1, 2)], torch.arange(2), torch.tensor([0]), none, none)
+    with pytest.raises(ValueError, match="packed titles have no attentions"):
+        tiny.model().eval().text_encoder(ids, packed=packed, output_attentions=True)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
