@@ -15,6 +15,7 @@ import io
 import os
 import stat
 import threading
+import time
 import unicodedata
 import urllib.request
 import warnings
@@ -113,18 +114,35 @@ def clean_title(value: Any) -> str:
 
 
 def fetch(address: str, most_bytes: int) -> bytes:
-    """The first bytes, at most `most_bytes`, of what an http(s) address gives.
+    """The first bytes, at most `most_bytes`, of what an http(s) address gives within `TIMEOUT_SECONDS`.
 
     Raises:
         UnusableItem: it can't be fetched.
     """
     if not address.startswith(("http://", "https://")):
         raise UnusableItem(f"the address {address} is neither http:// nor https://")
-    try:
-        with urllib.request.urlopen(address, timeout=TIMEOUT_SECONDS) as answer:
-            return answer.read(most_bytes)
-    except (OSError, ValueError) as error:
-        raise UnusableItem(f"the image can't be fetched ({address}: {' '.join(str(error).split())[:200]})") from None
+    data, end = bytearray(), time.monotonic() + TIMEOUT_SECONDS
+    problems: list[Exception] = [TimeoutError(f"not within {TIMEOUT_SECONDS} seconds")]
+
+    def read() -> None:
+        try:
+            with urllib.request.urlopen(address, timeout=TIMEOUT_SECONDS) as answer:
+                while piece := answer.read1(min(most_bytes - len(data), 2**20)):
+                    data.extend(piece)
+                    if time.monotonic() > end:
+                        return
+            problems.clear()
+        except Exception as error:  # urllib, http and ssl have kinds of their own
+            problems[0] = error
+
+    # A server that gives a byte now and then would never end the call: its headers alone can last for days.
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    reader.join(TIMEOUT_SECONDS)
+    if problems:
+        reason = " ".join(str(problems[0]).split())[:200]
+        raise UnusableItem(f"the image can't be fetched ({address}: {reason})")
+    return bytes(data)
 
 
 def read_photo(
@@ -195,11 +213,10 @@ def _decode(held: contextlib.ExitStack, value: Any, fetch=fetch, suffices=None, 
 
 
 def _unidentified(data: io.BytesIO) -> str:
-    if data.getvalue()[4:8] == b"ftyp" and data.getvalue()[8:12] in HEIC_BRANDS:
-        if reads_heic():
-            return "the photo is HEIC and damaged"
-        return "the photo is HEIC, which is read where pillow-heif is installed (the extra heic)"
-    return "the file is not an image of a known format"
+    if data.getvalue()[4:8] != b"ftyp" or data.getvalue()[8:12] not in HEIC_BRANDS:
+        return "the file is not an image of a known format"
+    missing = "which is read where pillow-heif is installed (the extra heic)"
+    return "the photo is HEIC and damaged" if reads_heic() else f"the photo is HEIC, {missing}"
 
 
 def _formats() -> list[str]:
@@ -211,19 +228,16 @@ def open_image(value: Any, fetch: Callable[[str, int], bytes]) -> io.BytesIO:
     if isinstance(value, (bytes, bytearray, memoryview)):
         data = bytes(value)
     elif isinstance(value, (str, os.PathLike)):
-        path = os.fspath(value)
+        path, size, data = os.fspath(value), 0, b""
         if "://" in path:
             data = fetch(path, MAX_FILE_BYTES + 1)
-            if len(data) > MAX_FILE_BYTES:
-                raise UnusableItem(f"the image file is larger than {MAX_FILE_BYTES // 2**20} MiB")
-        else:
-            status = os.stat(path)
-            if not stat.S_ISREG(status.st_mode):  # a named pipe would be read for ever
-                raise UnusableItem("the image is a folder or a device, not a file")
-            if status.st_size > MAX_FILE_BYTES:
-                raise UnusableItem(f"the image file is larger than {MAX_FILE_BYTES // 2**20} MiB")
+        elif not stat.S_ISREG((status := os.stat(path)).st_mode):  # a named pipe would be read for ever
+            raise UnusableItem("the image is a folder or a device, not a file")
+        elif (size := status.st_size) <= MAX_FILE_BYTES:
             with open(path, "rb") as file:
-                data = file.read()
+                data = file.read(MAX_FILE_BYTES + 1)
+        if max(len(data), size) > MAX_FILE_BYTES:
+            raise UnusableItem(f"the image file is larger than {MAX_FILE_BYTES // 2**20} MiB")
     else:
         raise UnusableItem(f"the image is neither bytes nor a path but {type(value).__name__}")
     if not data:
@@ -260,10 +274,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise UnusableItem(f"the image has more than {MAX_PIXELS:,} pixels")
     is_turned = image.format == "TIFF"  # when it is loaded, after which some versions of Pillow keep the tag
     image = loaded = _load(image)
-    if not is_turned:
-        with contextlib.suppress(Exception):  # damaged EXIF: every viewer then shows the photo as it is stored
-            if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
-                image = ImageOps.exif_transpose(image)
+    with contextlib.suppress(Exception):  # damaged EXIF: every viewer then shows the photo as it is stored
+        if not is_turned and image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
     profile = image.info.get("icc_profile")
     if image.mode == "F" or image.mode.startswith("I"):
         image = _to_eight_bits(image)
@@ -307,11 +320,8 @@ def _load(image: Image.Image) -> Image.Image:
 
 def _has_transparency(image: Image.Image) -> bool:
     # Not Image.has_transparency_data, which older Pillow lacks.
-    return (
-        image.mode in ("RGBA", "RGBa", "LA", "La", "PA")
-        or "transparency" in image.info
-        or (image.mode == "P" and image.palette.mode == "RGBA")
-    )
+    in_palette = image.mode == "P" and image.palette.mode == "RGBA"
+    return image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info or in_palette
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
@@ -334,8 +344,7 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
         scale = 1.0 if largest <= 255 else 1 / 16_843_009
     grey = np.concatenate([np.rint(np.clip(band * scale, 0, 255)).astype(np.uint8) for band in bands()])
     picture = Image.fromarray(grey)
-    key = image.info.get("transparency")
-    if key is not None:
+    if (key := image.info.get("transparency")) is not None:
         alpha = np.concatenate([np.where(band == key, 0, 255).astype(np.uint8) for band in bands()])
         picture = Image.merge("LA", (picture, Image.fromarray(alpha)))
     return picture
@@ -370,15 +379,6 @@ def _conversion(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Imag
 
 
 __all__ = [
-    "HEIC_BRANDS",
-    "IMAGE_FORMATS",
-    "MAX_FILE_BYTES",
-    "MAX_TITLE_CHARACTERS",
-    "MissingFile",
-    "UnusableItem",
-    "clean_title",
-    "decoded_photo",
-    "open_image",
-    "read_photo",
-    "reads_heic",
+    *("HEIC_BRANDS", "IMAGE_FORMATS", "MAX_FILE_BYTES", "MAX_TITLE_CHARACTERS", "MissingFile", "UnusableItem"),
+    *("clean_title", "decoded_photo", "open_image", "read_photo", "reads_heic"),
 ]

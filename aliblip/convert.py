@@ -189,7 +189,12 @@ def _write_original(
 ) -> list[str]:
     if carried is not None:
         check_momentum(carried, model)
-    torch.save(to_original(model, carried), folder / ORIGINAL_FILE)
+    content = to_original(model, carried)
+    # Of a full disk torch makes a RuntimeError.
+    with usage_errors(
+        RuntimeError, told=f"{ORIGINAL_FILE} can't be written ({{}}): make room, or another --output_dir"
+    ):
+        torch.save(content, folder / ORIGINAL_FILE)
     plain_copy(processor.tokenizer).save_pretrained(folder)
     source = f"of {MOMENTUM_FILE}" if carried else "copies of the encoders"
     return [f"{ORIGINAL_FILE} with momentum encoders ({source})", *_not_in_original(model.config)]

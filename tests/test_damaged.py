@@ -13,6 +13,7 @@ import pytest
 import tiny
 from safetensors.torch import save_file
 
+from aliblip import convert
 from aliblip.models.card import model_card
 from aliblip.models.loading import load_pretrained
 from aliblip.models.upload import check_folder
@@ -135,6 +136,18 @@ def test_a_damaged_model_is_told_in_one_line(whole, tmp_path, case):
     with pytest.raises(UsageError, match=message) as told:
         load_pretrained(str(folder))
     assert "\n" not in str(told.value) and str(folder) in str(told.value)
+
+
+def test_an_original_file_that_finds_no_room_is_told_in_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 28928 vs 28880\nmore")
+
+    processor = tiny.processor()
+    model = tiny.model(vocab_size=len(processor.tokenizer))
+    monkeypatch.setattr(convert.torch, "save", full)
+    with pytest.raises(UsageError, match=r"model.pth can't be written .*unexpected pos.*: make room") as told:
+        convert._write_original(tmp_path, model, processor, None)
+    assert "\n" not in str(told.value)
 
 
 def test_half_a_tokenizer_is_not_published(whole, tmp_path):

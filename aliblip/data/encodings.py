@@ -107,8 +107,8 @@ def is_packed(head: bytes) -> str | None:
     return next((name for magic, name in PACKED.items() if head.startswith(magic)), None)
 
 
-def unpacked(packing: str | None, stream: Any) -> Any:
-    """A binary stream of what a compressed stream holds, or the stream itself.
+def unpacked(packing: str | None, stream: Any, name: str | None = None) -> Any:
+    """A binary stream of what a compressed stream holds, or the stream itself; `name` is for messages.
 
     Reading it raises `UsageError` where it unpacks to more than anybody's data does, see `check_unpacked`.
     """
@@ -119,7 +119,7 @@ def unpacked(packing: str | None, stream: Any) -> Any:
         content: Any = _Readable(pa.CompressedInputStream(pa.PythonFile(packed, "r"), "zstd"))
     else:
         packed, content = stream, {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}[packing](stream)
-    return io.BufferedReader(_Bounded(content, packed), 2**17)
+    return io.BufferedReader(_Bounded(content, packed, name), 2**17)
 
 
 def check_unpacked(unpacked: int, packed: int, what: str) -> None:
@@ -140,8 +140,8 @@ def check_unpacked(unpacked: int, packed: int, what: str) -> None:
 class _Bounded(io.RawIOBase):
     """What a compressed stream holds, as long as it is not absurdly more than the stream itself."""
 
-    def __init__(self, content: Any, packed: Any):
-        self._content, self._packed, self._name = content, packed, getattr(packed, "name", None)
+    def __init__(self, content: Any, packed: Any, name: str | None):
+        self._content, self._packed, self._name = content, packed, name or getattr(packed, "name", None)
 
     def readable(self) -> bool:
         return True

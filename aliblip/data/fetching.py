@@ -173,6 +173,8 @@ def _get(address: str, most_bytes: int, end: float, private: bool, whatever: boo
         return data
     finally:
         watchdog.cancel()
+        for each in sockets:
+            each.close()
 
 
 def _body(answer: Any, most_bytes: int, whatever: bool) -> bytes:
@@ -298,14 +300,17 @@ def _connector(private: bool, sockets: list[socket.socket], end: float) -> Calla
             if not private and host not in proxies and not _is_open(found):
                 raise _Refused(f"{host} is {found}, of a private network (--fetch_private fetches from there)")
             opened = socket.socket(family, kind, protocol)
-            sockets.append(opened)  # before it connects: the watchdog ends that, too
+            # Before it connects: the watchdog ends that, too. A second one, since TLS takes the first one over.
+            twin = opened.dup()
+            sockets.append(twin)
             try:
                 opened.settimeout(max(end - time.monotonic(), 0.001))
                 opened.connect(address)
                 return opened
             except OSError as error:
                 opened.close()
-                sockets.remove(opened)
+                sockets.remove(twin)
+                twin.close()
                 last = error
         raise last or OSError(f"{host} has no address")
 

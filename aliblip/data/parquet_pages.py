@@ -2,9 +2,10 @@
 
     check_columns("train-0.parquet", {"image", "caption"}, groups=[3])
 
-A value that is stored once, in a dictionary, can stand in any number of rows, and pages are packed: a file of four
-kilobytes can hold more than any memory. The sizes in the footer are only told. So the headers of the pages are read,
-which Arrow goes by, and where a dictionary could be such a file, its values are counted without writing them out.
+A value that is stored once, in a dictionary or as the beginning of the next one, can stand in any number of rows, and
+pages are packed: a file of four kilobytes can hold more than any memory. The sizes in the footer are only told. So the
+headers of the pages are read, which Arrow goes by; and where these allow for it, values are counted before they are
+written out.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +32,7 @@ MOST_ROWS, MOST_ROWS_OF_A_BYTE = 2**24, 200
 BYTES_OF_A_VALUE, BYTES_OF_A_ROW = 8, 64
 HEADER_BYTES, LONGEST_HEADER_BYTES = 2**10, 2**20
 BATCH_ROWS = 8192
-_DICTIONARY_PAGE = 2
+_DICTIONARY_PAGE, _DELTA_BYTE_ARRAY = 2, 7  # a kind of page, an encoding
 
 
 def check_rows(file: str, size: int, rows: int, group_rows: Collection[int]) -> None:
@@ -92,26 +93,30 @@ def _check_group(file: str, stamp: Any, columns: frozenset[str], group: int) -> 
 
 
 def _check_chunk(stream: Any, file: str, group: int, chunk: pq.ColumnChunkMetaData, rows: int) -> None:
-    packed = chunk.total_compressed_size
+    packed = min(chunk.total_compressed_size, stream.seek(0, os.SEEK_END))
     what = f"column '{chunk.path_in_schema.split('.')[0]}' of {file}"
-    unpacked = dictionary = 0
-    for is_dictionary, size in _pages(stream, chunk, first_only=is_remote(file)):
-        unpacked += size
-        dictionary = max(dictionary, size) if is_dictionary else dictionary
+    unpacked = values = longest = 0  # the last: bytes of a value that may stand in many rows
+    is_dictionary = True
+    for page in _pages(stream, chunk, first_only=is_remote(file)):
+        unpacked, values = unpacked + page.unpacked, values + page.values
+        longest = max(longest, page.unpacked) if page.repeats else longest
+        is_dictionary = is_dictionary and page.encoding != _DELTA_BYTE_ARRAY
         check_unpacked(unpacked, packed, what)
-    values = max(chunk.num_values, rows)
+    values = max(chunk.num_values, values, rows)
     most = max(MOST_UNPACKED, MOST_TIMES * packed, BYTES_OF_A_ROW * rows)
     if values * BYTES_OF_A_VALUE > most:
         check_unpacked(values * BYTES_OF_A_VALUE, packed, what)
-    if chunk.physical_type == "BYTE_ARRAY" and values * dictionary > most:
-        total = 0
-        for size in _sizes_of_values(stream, group, chunk.path_in_schema):
+    if chunk.physical_type == "BYTE_ARRAY" and values * longest > most:
+        path, total = chunk.path_in_schema, 0
+        at_once = max(most // (longest * -(-values // max(rows, 1))), 1)
+        counted = _sizes_of_repeated(stream, group, path) if is_dictionary else _sizes(stream, group, path, at_once)
+        for size in counted:
             total += size
             if total > most:
                 check_unpacked(total, packed, what)
 
 
-def _sizes_of_values(stream: Any, group: int, path: str) -> Iterator[int]:
+def _sizes_of_repeated(stream: Any, group: int, path: str) -> Iterator[int]:
     """Bytes of all values of a column, batch by batch, while each that is repeated is held once."""
     stream.seek(0)
     table = pq.ParquetFile(stream, read_dictionary=[path])
@@ -129,28 +134,49 @@ def _sizes_of_values(stream: Any, group: int, path: str) -> Iterator[int]:
         yield int(lengths.astype(np.int64)[indices].sum()) if len(indices) else 0
 
 
+def _sizes(stream: Any, group: int, path: str, rows: int) -> Iterator[int]:
+    """The same by writing out so many rows at a time: of values that are told by those before them."""
+    stream.seek(0)
+    for batch in pq.ParquetFile(stream).iter_batches(min(rows, BATCH_ROWS), row_groups=[group], columns=[path]):
+        yield batch.nbytes
+
+
 # --- headers of pages -------------------------------------------------------------------------------------------------
 
 
-def _pages(stream: Any, chunk: pq.ColumnChunkMetaData, first_only: bool) -> Iterator[tuple[bool, int]]:
-    """(whether it is a dictionary, unpacked bytes) of the pages of a column chunk, by their headers; what is no header
-    ends them, for Arrow to tell."""
+class _Page(NamedTuple):
+    """What the header of a page tells: its sizes, how many values it has, and how they are encoded."""
+
+    kind: int
+    unpacked: int
+    packed: int
+    values: int
+    encoding: int | None
+
+    @property
+    def repeats(self) -> bool:
+        """Whether one of its values can stand in rows that take no bytes."""
+        return self.kind == _DICTIONARY_PAGE or self.encoding == _DELTA_BYTE_ARRAY
+
+
+def _pages(stream: Any, chunk: pq.ColumnChunkMetaData, first_only: bool) -> Iterator[_Page]:
+    """The pages of a column chunk, by their headers; what is no header ends them, for Arrow to tell."""
     starts = (chunk.dictionary_page_offset if chunk.has_dictionary_page else None, chunk.data_page_offset)
-    position = min(start for start in starts if start)
+    position = min((start for start in starts if start), default=0)
     end = position + chunk.total_compressed_size
     while position < end:
-        header = _header_at(stream, position)
-        if header is None:
+        found = _header_at(stream, position)
+        if found is None:
             return
-        kind, unpacked, packed, length = header
-        yield kind == _DICTIONARY_PAGE, unpacked
-        position += length + packed
+        page, length = found
+        yield page
+        position += length + page.packed
         if first_only:
             return
 
 
-def _header_at(stream: Any, position: int) -> tuple[int, int, int, int] | None:
-    """(kind of page, unpacked bytes, packed bytes, bytes of the header)."""
+def _header_at(stream: Any, position: int) -> tuple[_Page, int] | None:
+    """A page by its header, and the bytes of that."""
     for most in (HEADER_BYTES, LONGEST_HEADER_BYTES):
         stream.seek(position)
         header = _Compact(stream.read(most))
@@ -161,7 +187,9 @@ def _header_at(stream: Any, position: int) -> tuple[int, int, int, int] | None:
         numbers = [fields.get(name) for name in (1, 2, 3)]
         if any(not isinstance(number, int) or number < 0 for number in numbers):
             return None
-        return (*numbers, header.at)
+        data, data_v2 = fields.get(5) or {}, fields.get(8) or {}
+        values, encoding = (data_v2.get(1), data_v2.get(4)) if data_v2 else (data.get(1), data.get(2))
+        return _Page(*numbers, values if isinstance(values, int) else 0, encoding), header.at
     return None
 
 

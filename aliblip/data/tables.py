@@ -22,7 +22,7 @@ import tempfile
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -254,7 +254,10 @@ def _first_keys(head: bytes) -> list[str]:
     try:
         value, _ = json.JSONDecoder(strict=False).raw_decode(text[1:].lstrip() if text.startswith("[") else text)
     except (ValueError, RecursionError):  # longer than what was read
-        keys = [json.loads(key, strict=False) for key in re.findall(r'("(?:[^"\\]|\\.)*")\s*:', text)]
+        keys = []
+        for key in re.findall(r'("(?:[^"\\]|\\.)*")\s*:', text):
+            with suppress(ValueError):  # an escape that is none
+                keys.append(json.loads(key, strict=False))
         return [*keys, *(["caption"] if "images" in keys else [])]  # whose captions come after all photos
     inner = value.values() if isinstance(value, dict) else ()
     records = [each[0] for each in inner if isinstance(each, list) and each and isinstance(each[0], dict)]

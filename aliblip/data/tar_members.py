@@ -10,7 +10,6 @@ reason to refuse. Nothing is extracted; names of members are only names.
 
 from __future__ import annotations
 
-import bz2
 import gzip
 import json
 import lzma
@@ -24,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from aliblip.data.columns import CAPTION_NAMES, similar_name
-from aliblip.data.encodings import unicode_of
+from aliblip.data.encodings import unicode_of, unpacked
 from aliblip.data.kinds import kind_of_head
 from aliblip.data.products import shown
 from aliblip.data.remote import open_file, resumed
@@ -64,11 +63,6 @@ MOST_HEADER_BYTES, MOST_JSON_BYTES = 2**22, 2**24
 BLOCK = tarfile.BLOCKSIZE
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz"}
 _UNREADABLE = {b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"7z\xbc\xaf": "7z", b"Rar!": "rar"}
-_OPENERS: dict[str, Callable[[Any], Any]] = {
-    "gzip": lambda stream: gzip.GzipFile(fileobj=stream),
-    "bzip2": bz2.BZ2File,
-    "xz": lzma.LZMAFile,
-}
 # What reading a damaged stream raises, and what `tarfile` raises of headers: of numbers that are none, and absurd ones.
 _DAMAGES = (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError)
 _HEADER_DAMAGES = (*_DAMAGES, tarfile.TarError, ValueError, RecursionError, MemoryError, OverflowError)
@@ -160,13 +154,14 @@ def compression_of(file: str) -> str | None:
 
 @contextmanager
 def open_tar(file: str, compression: str | None) -> Iterator[Any]:
-    """The bytes of a tar, unpacked on the way. Going back in a compressed one starts again at its beginning."""
+    """The bytes of a tar, unpacked on the way. Going back in a compressed one starts again at its beginning. One that
+    unpacks to absurdly more than it has is refused while it is read."""
     with open_file(file) as stream:
         if compression is None:
             yield stream
         else:
-            with _OPENERS[compression](stream) as unpacked:
-                yield unpacked
+            with unpacked(compression, stream, file) as content:
+                yield content
 
 
 def _is_header(block: bytes) -> bool:
