@@ -228,9 +228,7 @@ class AliBlipConfig(PreTrainedConfig):
         _check_positive_ints(self, "image_text_hidden_size")
         _check_numbers(self, *_ABOVE_0, "temperature_init", "initializer_range")
         for name, least in {"fusion_weight": 0, "itm_slope": 0, "itm_offset": -(10**9)}.items():
-            _check_numbers(
-                self, f"a number of at least {least}", lambda value, least=least: least <= value < _INF, name
-            )
+            _check_numbers(self, f"a number of at least {least}", lambda value, at=least: at <= value < _INF, name)
             setattr(self, name, float(getattr(self, name)))
         vocab_size = self.text_config.vocab_size
         enc_token_id = vocab_size - 1 if enc_token_id is None else enc_token_id

@@ -355,7 +355,8 @@ def told_unnamed(request: Request, named: Sequence[tuple[Place, Facts]]) -> None
     if not any(facts.absolute for _, facts in named):
         gone = sum(len(names) - len(found) for (_, _, names), found in zip(lookups, seen, strict=True))
         if gone and all(place.folder.startswith(root) for place, _ in named):
-            request.told.append(f"{gone:,} photos that rows name are not in the folder")
+            what = "photo that a row names is" if gone == 1 else "photos that rows name are"
+            request.told.append(f"{gone:,} {what} not in the folder")
 
 
 def _names_apart(tables: Sequence[Table]) -> list[str]:
