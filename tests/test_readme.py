@@ -9,7 +9,6 @@ import shlex
 import shutil
 import sys
 
-import common_model_tests
 import datasets
 import pytest
 import tiny
@@ -52,7 +51,6 @@ FLAGS = {field.name for groups in PROGRAMS.values() for group in groups for fiel
     *("config", "help"),
     *("config_file", "num_processes", "multi_gpu", "no_python"),  # of the launcher
     *("check", "durations"),  # of ruff and pytest
-    "source_dir",  # of tests/common_model_tests.py
 }
 
 
@@ -81,13 +79,9 @@ def test_files_and_flags_that_are_named_exist(page):
 )
 def test_commands_are_those_that_the_programs_take(page, command, monkeypatch):
     monkeypatch.chdir(ROOT)
-    scripts = ("demo/", "tests/")
-    place = next(index for index, word in enumerate(command) if word in PROGRAMS or word.startswith(scripts))
+    place = next(index for index, word in enumerate(command) if word in PROGRAMS or word.startswith("demo/"))
     program, flags = command[place], [word for word in command[place + 1 :] if word != "..."]
     assert command[0] in ("python", "accelerate"), command
-    if program == "tests/common_model_tests.py":
-        common_model_tests.parser().parse_args(flags)
-        return
     if program.startswith("demo/"):
         return
     assert (command[place - 1] == "-m") == program.startswith("aliblip."), command
