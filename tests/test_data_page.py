@@ -1,5 +1,6 @@
 """docs/data.md: what it shows is what is printed, and the messages and flags that it names are there."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import tiny
 from drawing import draw, lines, open_at
 
 from aliblip.data.arguments import DataArguments
+from aliblip.data.prepare_arguments import PrepareArguments
 from aliblip.data.products import tell_sources
 from aliblip.data.titles import look_at_titles
 from aliblip.training.arguments import TrainDataArguments, TrainingArguments
@@ -46,7 +48,8 @@ def test_messages_of_the_page_are_messages():
 
 
 def test_flags_of_the_page_are_flags():
-    flags = {name for group in (TrainDataArguments, TrainingArguments, DataArguments) for name in vars(group())}
+    groups = (TrainDataArguments, TrainingArguments, DataArguments, PrepareArguments)
+    flags = {field.name for group in groups for field in dataclasses.fields(group)}
     named = set(re.findall(r"--(\w+)", PAGE)) - {"data_files"}
     assert named <= flags and "fetch_photos" in named
 

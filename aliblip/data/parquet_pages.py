@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,32 +65,40 @@ def check_columns(file: str, columns: Collection[str], groups: Collection[int] |
         OSError: the file can't be read.
     """
     stamp = None if is_remote(file) else (os.stat(file).st_size, os.stat(file).st_mtime_ns)
-    metadata = _metadata_of(file, stamp)
-    for group in range(metadata.num_row_groups) if groups is None else groups:
-        _check_group(file, stamp, frozenset(columns), group)
+    seen, columns = _seen(file, stamp), frozenset(columns)
 
-
-@functools.lru_cache(maxsize=8)
-def _metadata_of(file: str, stamp: Any) -> pq.FileMetaData:
-    def read() -> pq.FileMetaData:
-        with open_file(file) as stream:
-            return pq.read_metadata(stream)
-
-    return read_patiently(read, file)
-
-
-@functools.lru_cache(maxsize=2**12)
-def _check_group(file: str, stamp: Any, columns: frozenset[str], group: int) -> None:
-    rows = _metadata_of(file, stamp).row_group(group)
-    chunks = [rows.column(number) for number in range(rows.num_columns)]
+    def left() -> list[int]:
+        wanted = range(seen.metadata.num_row_groups) if groups is None else groups
+        return [group for group in wanted if (group, columns) not in seen.checked]
 
     def check() -> None:
-        with open_file(file) as stream:
-            for chunk in chunks:
-                if chunk.path_in_schema.split(".")[0] in columns:
-                    _check_chunk(stream, file, group, chunk, rows.num_rows)
+        with open_file(file) as stream:  # once: of an address it takes a request
+            seen.metadata = seen.metadata or pq.read_metadata(stream)
+            for group in left():
+                _check_group(stream, file, seen.metadata.row_group(group), group, columns)
+                seen.checked.add((group, columns))
 
-    read_patiently(check, file)
+    if seen.metadata is None or left():
+        read_patiently(check, file)
+
+
+@dataclass
+class _Seen:
+    """What is known of a file: its footer, and the row groups whose columns were looked at."""
+
+    metadata: pq.FileMetaData | None = None
+    checked: set[tuple[int, frozenset[str]]] = field(default_factory=set)
+
+
+@functools.lru_cache(maxsize=64)
+def _seen(file: str, stamp: Any) -> _Seen:
+    return _Seen()
+
+
+def _check_group(stream: Any, file: str, rows: pq.RowGroupMetaData, group: int, columns: Collection[str]) -> None:
+    for chunk in map(rows.column, range(rows.num_columns)):
+        if chunk.path_in_schema.split(".")[0] in columns:
+            _check_chunk(stream, file, group, chunk, rows.num_rows)
 
 
 def _check_chunk(stream: Any, file: str, group: int, chunk: pq.ColumnChunkMetaData, rows: int) -> None:
