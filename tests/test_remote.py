@@ -154,8 +154,8 @@ def test_a_list_of_addresses_and_an_address_with_a_query(folder):
         assert one.num_rows == 9 and [row.row for row in one.read(0)] == list(range(9))
         by_split = {"train": [f"{server.url}/tars/train-00000.tar"], "validation": f"{server.url}/tars/train-00001.tar"}
         assert open_source(data_files=by_split, split="validation").num_rows == 2
-        # A segment costs a look at the file and a footer per row group, not a search for the file as well; and a look at
-        # its pages, before they are unpacked.
+        # A segment costs a look at the file and a footer per row group, not a search for the file as well; and, before
+        # they are unpacked, a look at its pages.
         source = open_below(server.url, "parquet")
         server.requests.clear()
         list(source.read(0, 0, 5))
