@@ -40,7 +40,7 @@ def release_left_locks(
     """
     removed = []
     for lock in _locks(folder):
-        seen, since = None, time.monotonic()
+        seen, since = None, 0.0
         while lock.exists():
             holder = next((process.pid for process in psutil.process_iter() if _holds(process, lock)), None)
             if holder is not None:
@@ -48,10 +48,9 @@ def release_left_locks(
                 break
             changed = _last_change(lock)
             if changed != seen:
+                since = time.monotonic()
                 if seen is None:
                     since -= max(time.time() - changed, 0.0)  # at rest for so long, if the clocks agree
-                else:
-                    since = time.monotonic()
             if time.monotonic() - since >= seconds_of_rest:
                 lock.unlink(missing_ok=True)
                 _tell(f"removed {lock}: the build that it guarded was killed")
