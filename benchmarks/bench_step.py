@@ -1,10 +1,10 @@
 """A training step against the plain way to compute it, and what each technique is worth.
 
     python benchmarks/bench_step.py --json benchmarks/results/step.json       # ViT-B/16 at 224 px, batch 8; ten minutes
-    python benchmarks/bench_step.py --recipe recipes/products_tiny.yaml       # a small model, batch 32
+    python benchmarks/bench_step.py --recipe recipes/products_tiny_published.yaml       # a small model, batch 32
     python benchmarks/bench_step.py --sides "with cached"                     # beside ours, this alone
-    python benchmarks/bench_step.py --recipe recipes/products_tiny.yaml --negatives 1,4,8,16
-    python benchmarks/bench_step.py --recipe recipes/products_tiny.yaml --growth
+    python benchmarks/bench_step.py --recipe recipes/products_tiny_published.yaml --negatives 1,4,8,16
+    python benchmarks/bench_step.py --recipe recipes/products_tiny_published.yaml --growth
     python benchmarks/bench_step.py --tiny                                    # seconds, to try it
 
 The plain way is the published one in our own words: eager attention, titles padded to 35 tokens, keys and values of a
