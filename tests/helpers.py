@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +29,15 @@ PATIENCE = 600  # seconds until what a test has started is taken for hung; a mac
 
 # Of a launcher that may be around the test run: what it says is not about the processes started here.
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def instead_of_sleep(monkeypatch, call: Callable[[float], Any]) -> None:
+    """`time.sleep` in this thread, and in processes forked from it, is `call`. Threads that other tests have left go on
+    as before."""
+    thread, sleep = threading.get_ident(), time.sleep
+    monkeypatch.setattr(
+        time, "sleep", lambda seconds: call(seconds) if threading.get_ident() == thread else sleep(seconds)
+    )
 
 
 def free_port() -> int:

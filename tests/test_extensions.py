@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+from helpers import instead_of_sleep
 from torch.utils.file_baton import FileBaton
 
 from aliblip.runtime import extensions
@@ -79,6 +80,6 @@ def test_a_lock_that_goes_ends_the_waiting(tmp_path, monkeypatch, capsys):
     lock = tmp_path / "an_operator" / "lock"
     lock.parent.mkdir()
     lock.touch()
-    monkeypatch.setattr(extensions.time, "sleep", lambda _: lock.unlink())
+    instead_of_sleep(monkeypatch, lambda _: lock.unlink())
     assert extensions.release_left_locks(tmp_path) == []
     assert "removed" not in capsys.readouterr().err

@@ -6,6 +6,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from helpers import instead_of_sleep
 from prepare_case import encoded, needs_prepare, picture, rejected_of, rows_of
 
 from aliblip.data import fetching
@@ -204,7 +205,7 @@ def test_only_web_servers_buckets_and_the_hub_are_asked(address):
 
 def test_addresses_are_asked_for_at_the_rate(server, monkeypatch):
     waits = []
-    monkeypatch.setattr(fetching.time, "sleep", waits.append)
+    instead_of_sleep(monkeypatch, waits.append)
     fetch = fetch_of(rate=0.01, seconds=60)
     for _ in range(3):
         fetch(f"{server.url}/good", 2**30)

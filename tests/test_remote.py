@@ -9,7 +9,7 @@ import fsspec
 import pytest
 import torch
 from data_stub import StubProcessor, records, write_json_list, write_parquet, write_tars
-from helpers import free_port
+from helpers import free_port, instead_of_sleep
 from http_stub import FileServer
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
@@ -21,7 +21,6 @@ from aliblip.data.loader import EvalLoader, TrainLoader
 from aliblip.data.remote import RemoteReadError, read_file, resumed
 from aliblip.data.rows import Row, decode
 from aliblip.data.sources import open_source
-from aliblip.runtime import retries
 from aliblip.runtime.mistakes import UsageError
 from reading_aliblip import UnusableItem
 
@@ -108,7 +107,7 @@ def test_evaluation_units_over_a_bad_connection(folder):
 @pytest.mark.parametrize("layout", ["parquet", "tars"])
 def test_a_server_that_fails_for_good_ends_the_run(folder, layout, fault, workers, monkeypatch):
     waits = []
-    monkeypatch.setattr(retries.time, "sleep", waits.append)  # of datasets too
+    instead_of_sleep(monkeypatch, waits.append)  # of datasets too
     with FileServer(folder) as server:
         batches = loader_of(open_below(server.url, layout), workers).epoch(0)
         server.always = fault
@@ -186,7 +185,7 @@ def test_a_silent_server_is_a_dropped_connection(folder, monkeypatch):
 
 def test_no_network_is_said_at_once(monkeypatch):
     """conftest forbids the Hub; its client then raises an error of the connection."""
-    monkeypatch.setattr(retries.time, "sleep", lambda seconds: pytest.fail("waited"))
+    instead_of_sleep(monkeypatch, lambda seconds: pytest.fail("waited"))
     with pytest.raises(UsageError, match="nobody/nothing can't be opened"):
         open_source(dataset_name="nobody/nothing", split="train")
 
@@ -250,7 +249,7 @@ class Flaky:
 def waits(monkeypatch):
     monkeypatch.undo()  # the real waits, which nobody waits for
     seconds = []
-    monkeypatch.setattr(retries.time, "sleep", seconds.append)
+    instead_of_sleep(monkeypatch, seconds.append)
     return seconds
 
 

@@ -5,6 +5,7 @@ import json
 import ssl
 
 import pytest
+from helpers import instead_of_sleep
 from huggingface_hub import errors, hf_api
 from huggingface_hub.utils import httpx
 
@@ -129,7 +130,7 @@ def test_a_success_starts_the_count_anew():
 
 def test_processes_do_not_come_back_together(monkeypatch):
     waited = []
-    monkeypatch.setattr(retries.time, "sleep", waited.append)
+    instead_of_sleep(monkeypatch, waited.append)
     for _ in range(50):
         sleep_about(10.0)
     assert len(set(waited)) > 40 and all(5 <= seconds <= 10 for seconds in waited)
