@@ -48,7 +48,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 _INF = float("inf")
-_ABOVE_0 = "a number above 0", lambda value: value > 0
+_ABOVE_0 = "a number above 0", lambda value: 0 < value < _INF
 # So that a configuration from somebody else can't ask for more than any machine has.
 _MOST = {"num_hidden_layers": 1000, "image_size": 2**14, "hidden_size": 2**16, "image_text_hidden_size": 2**16}
 
@@ -170,9 +170,9 @@ class AliBlipTextConfig(PreTrainedConfig):
         sizes = ("vocab_size", "hidden_size", "encoder_hidden_size", "intermediate_size", "num_hidden_layers")
         _check_positive_ints(self, *sizes, "num_attention_heads", "max_position_embeddings")
         _check_tower(self, "hidden_dropout_prob", "attention_probs_dropout_prob")
-        if not 0 <= pad_token_id < vocab_size:
+        if not isinstance(pad_token_id, int) or not 0 <= pad_token_id < vocab_size:
             raise ValueError(
-                f"text_config.pad_token_id {pad_token_id} is outside the vocabulary of {vocab_size} tokens"
+                f"text_config.pad_token_id {pad_token_id!r} is outside the vocabulary of {vocab_size} tokens"
             )
         super().__init__(**kwargs)
 

@@ -167,7 +167,10 @@ class VectorCache:
     def left(self, dataset, where: str) -> Left | None:
         """What is known of a filter that was asked for lately."""
         with self._lock:
-            return self._left.get((dataset.version, where))
+            left = self._left.pop((dataset.version, where), None)
+            if left is not None:
+                self._left[dataset.version, where] = left  # at the end
+            return left
 
     def keep_left(self, dataset, where: str, left: Left) -> None:
         """Remember what a filter leaves, in place of what others left, in a part of the memory of all rows."""
