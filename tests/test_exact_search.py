@@ -160,7 +160,9 @@ def test_what_a_filter_leaves_is_looked_up_once_for_each_version(tmp_path, monke
     gallery = Gallery.from_vectors(vector_table(unit_vectors(2000, WIDTH), price=list(range(2000))), tmp_path / "g")
     monkeypatch.setattr(views, "FEW_MATCHES", 0)
     looked_up, plain = [], exact._positions
-    monkeypatch.setattr(exact, "_positions", lambda *given: (looked_up.append(given[1]), plain(*given))[1])
+    monkeypatch.setattr(
+        exact, "_positions", lambda *given, **more: (looked_up.append(given[1]), plain(*given, **more))[1]
+    )
     query = unit_vectors(3, WIDTH, seed=5)
 
     def ids(where):

@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -102,8 +103,17 @@ class Piece:
 
     def chosen(self, allowed: np.ndarray) -> np.ndarray:
         """(n,) bool, the kept rows at allowed positions."""
-        found = np.isin(self.positions, allowed)
+        if self._is_range:  # as a table is written; no row has to be looked at then
+            found, places = np.zeros(len(self.positions), bool), allowed - self.positions[0]
+            found[places[(places >= 0) & (places < len(found))]] = True
+        else:
+            found = np.isin(self.positions, allowed)
         return found if self.kept is None else found & self.kept
+
+    @cached_property
+    def _is_range(self) -> bool:
+        """Whether the positions are some number, the next one, and so on."""
+        return len(self.positions) > 0 and bool((np.diff(self.positions) == 1).all())
 
     @property
     def size(self) -> int:
@@ -163,6 +173,11 @@ class VectorCache:
             if self._version < dataset.version:  # not that of an older snapshot
                 self._version, self._pieces = dataset.version, pieces
             return pieces
+
+    def ready(self, dataset) -> Sequence[Piece]:
+        """A version's pieces, if they are kept."""
+        with self._lock:
+            return self._pieces if self._version == dataset.version else ()
 
     def left(self, dataset, where: str) -> Left | None:
         """What is known of a filter that was asked for lately."""
@@ -286,7 +301,7 @@ def search_exactly(
     if where is None:
         chosen = [piece.kept for piece in pieces]
     else:
-        left = rows_left(dataset, where, cache, pieces, rows)
+        left = rows_left(dataset, where, cache, rows, pieces)
         pieces, chosen = left.pieces, left.chosen
     if pieces[0].codes is None:
         return _by_vectors(queries, k, lambda: _kept_chunks(pieces, chosen))
@@ -296,25 +311,36 @@ def search_exactly(
     return found
 
 
-def rows_left(dataset, where: str, cache: VectorCache, pieces: Sequence[Piece] | None = None, rows: int = 0) -> Left:
+def rows_left(dataset, where: str, cache: VectorCache, rows: int, pieces: Sequence[Piece] = ()) -> Left:
     """What a filter leaves, as it was found before, or looked up.
 
     Args:
-        pieces, rows: of the table, where they are to be searched; None: only their number is asked for.
+        rows: of the table.
+        pieces: of the table, if all that is left will be compared. Without them the number of rows is asked for; where
+            they are comes with it if they are few and the table's pieces are kept: a look-up costs as much as a count.
     """
     left = cache.left(dataset, where)
-    if left is None and pieces is None:
-        left = Left(dataset.count_rows(where))
-        cache.keep_left(dataset, where, left)
-    elif left is None or (left.pieces is None and pieces is not None):
+    if left is not None and (left.pieces is not None or not pieces):
+        return left
+    few = int(FEW_CHOSEN * rows)
+    allowed = None
+    if pieces:
         allowed = _positions(dataset, where)
-        chosen = [piece.chosen(allowed) for piece in pieces]
-        if len(allowed) < FEW_CHOSEN * rows:
-            pieces = [piece.only(some) for piece, some in zip(pieces, chosen, strict=True)]
-            chosen = [None] * len(pieces)
-        left = Left(len(allowed), tuple(pieces), tuple(chosen))
-        cache.keep_left(dataset, where, left)
+    elif pieces := cache.ready(dataset):
+        allowed = _positions(dataset, where, limit=few + 1)
+        allowed = allowed if len(allowed) <= few else None
+    left = Left(dataset.count_rows(where)) if allowed is None else _left_at(allowed, pieces, few)
+    cache.keep_left(dataset, where, left)
     return left
+
+
+def _left_at(allowed: np.ndarray, pieces: Sequence[Piece], few: int) -> Left:
+    """The rows at some positions: up to `few` are copied."""
+    chosen = tuple(piece.chosen(allowed) for piece in pieces)
+    if len(allowed) > few:
+        return Left(len(allowed), tuple(pieces), chosen)
+    some = tuple(piece.only(rows) for piece, rows in zip(pieces, chosen, strict=True))
+    return Left(len(allowed), some, (None,) * len(some))
 
 
 def _by_vectors(queries: Tensor, k: int, chunks: Callable[[], Iterable[tuple[np.ndarray, Tensor]]]) -> Found:
@@ -446,8 +472,8 @@ class _ByCodes:
 # --- rows of a table --------------------------------------------------------------------------------------------------
 
 
-def _positions(dataset, where: str | None, fragments: list | None = None) -> np.ndarray:
-    scanner = dataset.scanner(columns=[], with_row_id=True, filter=where, fragments=fragments)
+def _positions(dataset, where: str | None, fragments: list | None = None, limit: int | None = None) -> np.ndarray:
+    scanner = dataset.scanner(columns=[], with_row_id=True, filter=where, fragments=fragments, limit=limit)
     return scanner.to_table().column("_rowid").to_numpy().astype(np.int64)
 
 

@@ -190,7 +190,8 @@ class View:
             raise UsageError("the gallery has no index: call create_index(), or leave approximate out")
         share = 1.0
         if where is not None:
-            matches = rows_left(self.dataset, where, self.cache).rows
+            pieces = self.cache.ready(self.dataset) if self.index is None or approximate is False else ()
+            matches = rows_left(self.dataset, where, self.cache, self.rows, pieces).rows
             if matches <= FEW_MATCHES:  # read in less time than what is kept of all rows is looked through
                 return search_exactly(self.dataset, queries, k, rows=self.rows, where=where)
             share = matches / self.rows
