@@ -499,3 +499,29 @@ def test_without_lancedb_the_package_works_and_says_what_to_install(monkeypatch,
             call()
         with pytest.raises(UsageError):
             call()
+
+
+def test_searches_find_a_version_while_every_older_one_is_removed(tmp_path, monkeypatch):
+    """Each time that a version was opened, somebody else has already made the next one and removed it."""
+    gallery = Gallery.from_vectors(vector_table(unit_vectors(30), price=[1] * 30), tmp_path / "g")
+    writer, now, opened = Gallery.open(gallery.uri), Gallery._now, []
+
+    def slow(self):
+        view = now(self)
+        if self is gallery:
+            opened.append(view.dataset.version)
+            if len(opened) < 6:
+                writer.upsert_vectors(vector_table(unit_vectors(30), price=[len(opened)] * 30))
+                writer.optimize(keep=timedelta(0))
+        return view
+
+    monkeypatch.setattr(Gallery, "_now", slow)
+    assert [hit["price"] for hit in gallery.search(unit_vectors(1), 2, where="price > 0")[0]] == [5, 5]
+    assert len(opened) == len(set(opened)) == 6
+    del opened[:]
+    (file, *_) = (tmp_path / "g" / "items.lance" / "data").iterdir()
+    file.unlink()
+    opened += range(10)
+    with pytest.raises(UsageError, match="are gone or damaged"):  # the same version again
+        gallery.search(unit_vectors(1), 2, where="price > 0")
+    assert len(opened) == 10 + 3  # the width, and two tries

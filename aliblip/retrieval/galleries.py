@@ -93,6 +93,8 @@ __all__ = ["Gallery", "IndexReport", "UpsertReport"]
 
 # How old the version may be that a gallery at an address answers from, where each look costs a request.
 REFRESH_SECONDS = 5.0
+# Versions that a read tries, each of which was removed while it read.
+READ_TRIES = 20
 # Rows that came after the last `optimize` are compared one by one.
 _MANY_FRAGMENTS = 200
 
@@ -448,10 +450,14 @@ class Gallery:
         return self._reading(lambda view: view.hits(queries, int(k), where, values, approximate, columns))
 
     def _reading(self, work: Any) -> Any:
-        """Do `work(view)`; once more where the files of that version have meanwhile been removed."""
-        for is_last in (self._pinned is not None, True):
+        """Do `work(view)`; again, at a newer version, where the files of that one have meanwhile been removed."""
+        tried: list[int | None] = []
+        while True:
+            version = None
             try:
-                return work(self._now())
+                view = self._now()
+                version = view.dataset.version
+                return work(view)
             except UsageError:
                 raise
             except (OSError, ValueError, RuntimeError) as error:  # Arrow makes ValueErrors of some of Lance's
@@ -463,14 +469,14 @@ class Gallery:
                         f"version {self._pinned} of the gallery {self.uri} is no longer there, optimize() removes old "
                         "ones: open the gallery again"
                     ) from error
-                if is_last or not is_gone:
+                if not is_gone or version in tried or len(tried) == READ_TRIES:
                     raise UsageError(
                         f"files of the gallery {self.uri} are gone or damaged ({reason_of(error)}): open an older "
                         "version, or build it again"
                     ) from error
+            tried.append(version)
             with self._lock:  # the folder may hold another gallery by now
                 self._view, self._cache = None, VectorCache()
-        raise AssertionError("the last try returns or raises")
 
     def count(self, where: Where | None = None, values: Mapping[str, Any] | None = None) -> int:
         """How many items a filter leaves."""
