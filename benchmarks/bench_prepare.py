@@ -1,6 +1,7 @@
 """Photos a second and core of `python -m aliblip.prepare`, its memory, and what three kills cost.
 
     python benchmarks/bench_prepare.py --json benchmarks/results/prepare.json
+    python benchmarks/bench_prepare.py --rows 400000 --width 64 --no_kills --json benchmarks/results/prepare_memory.json
     python benchmarks/bench_prepare.py --rows 2000 --folder /tmp           # in small; what it writes is removed again
 
 Draws the competition's layout, a train.json beside a folder of photos, of which one in a hundred is no photo and one
@@ -38,7 +39,7 @@ from PIL import Image
 from benchmarks.common import finish, parser
 
 ROOT = Path(__file__).resolve().parent.parent
-SIZE = (320, 256)
+WIDTH = 320
 MAX_SIDE = 224
 BROKEN, COPIES = 100, 50  # one in so many
 PROJECTED = 4_000_000
@@ -54,21 +55,22 @@ KILLED_AT = {"read": 0.4, "compare": 0.5, "write": 0.3}
 def main(command_line: list[str] | None = None) -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--rows", type=int, default=100_000)
+    arguments.add_argument("--width", type=int, default=WIDTH, help="of the photos; what is held does not depend on it")
     arguments.add_argument("--folder", type=Path, help="where it lies meanwhile (default: a temporary folder)")
     arguments.add_argument("--no_kills", action="store_true", help="leave out the third run")
     args = arguments.parse_args(command_line)
     folder = Path(tempfile.mkdtemp(dir=args.folder, prefix="prepare-"))
     try:
-        table = measured(folder, args.rows, kills=not args.no_kills)
+        table = measured(folder, args.rows, args.width, kills=not args.no_kills)
     finally:
         shutil.rmtree(folder)
     last = table.get("with_three_kills", table["whole"])
     finish("prepare", last["seconds"] / table["whole"]["seconds"], table, args.json)
 
 
-def measured(folder: Path, rows: int, kills: bool = True) -> dict:
+def measured(folder: Path, rows: int, width: int = WIDTH, kills: bool = True) -> dict:
     start = time.process_time()
-    size = draw(folder / "data", rows)
+    size = draw(folder / "data", rows, width)
     print(f"{rows:,} rows drawn, {size / 1e6:,.0f} MB, {time.process_time() - start:.0f} s", flush=True)
     quarter = shortened(folder / "data", rows // 4)
     runs = {
@@ -86,7 +88,7 @@ def measured(folder: Path, rows: int, kills: bool = True) -> dict:
     print(f"{PROJECTED:,} rows: {hours:.1f} hours of a core, {gigabytes:.1f} GB of their own")
     table = {
         "rows": rows,
-        "photos": f"{SIZE[0]} x {SIZE[1]} JPEG, --max_side {MAX_SIDE}, one worker",
+        "photos": f"{width} x {width * 4 // 5} JPEG, --max_side {MAX_SIDE}, one worker",
         "bytes": size,
         "counts": told,
         "quarter": runs["quarter"].table(),
@@ -120,16 +122,16 @@ def disturbed(folder: Path) -> Run:
 # --- the catalogue ----------------------------------------------------------------------------------------------------
 
 
-def draw(folder: Path, rows: int) -> int:
+def draw(folder: Path, rows: int, width: int) -> int:
     """Photos of large shapes, which differ for every number. Returns their bytes."""
     photos = folder / "photos"
     photos.mkdir(parents=True)
-    records, size = [], 0
+    records, size, shape = [], 0, (width, width * 4 // 5)
     for number in range(rows):
         copy = number % COPIES == COPIES - 1
         generator = np.random.default_rng(number - 7 if copy else number)
         cells = Image.fromarray(generator.integers(0, 256, (5, 6, 3), dtype=np.uint8))
-        image = cells.resize((SIZE[0] // 2, SIZE[1] // 2) if copy else SIZE, Image.Resampling.BICUBIC)
+        image = cells.resize((shape[0] // 2, shape[1] // 2) if copy else shape, Image.Resampling.BICUBIC)
         stream = io.BytesIO()
         image.save(stream, "JPEG", quality=85)
         data = b"no photo" if number % BROKEN == 0 else stream.getvalue()
