@@ -150,6 +150,7 @@ def open_source(
         found.survey,
         found.below,
         list(found.told),
+        split,
     )
     try:
         source = OPENERS[found.kind](request)
@@ -157,6 +158,8 @@ def open_source(
         raise UsageError(one_line(error)) from error
     except OSError as error:
         raise UsageError(f"{name} can't be read: {one_line(error)}") from error
+    if found.lacks_split is not None and source.split != split:
+        raise UsageError(found.lacks_split)
     if found.survey is not None:
         _tell_survey(source, found)
     _tell_split_columns(source)
