@@ -214,6 +214,18 @@ def test_woocommerce_variations_and_further_photos_are_of_their_product(tmp_path
     assert "1 rows without a photo are no rows" in told(source)
 
 
+def test_further_columns_of_photos_are_told(tmp_path):
+    draw(tmp_path)
+    rows = [(name, name, "x", title) for name, title in pairs()]
+    header = ("IMAGE1", "IMAGE2", "image_phash", "TITLE")
+    assert told(opened(tmp_path, lines(rows, header), "etsy.csv")).count("further columns are not read: 'IMAGE2'") == 1
+    header = ("file_name", "image_link", "size", "title")
+    source = opened(tmp_path, lines(rows, header), "etsy.csv")
+    assert "the photos of further columns are not read: 'image_link'" in told(source)
+    source = open_at(tmp_path, sides="titles")
+    assert "further columns" not in told(source)
+
+
 def test_photos_of_variants_alone_are_told(tmp_path):
     draw(tmp_path)
     header = ("Handle", "Title", "Image Src", "Variant Image")

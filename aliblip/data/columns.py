@@ -20,6 +20,7 @@ __all__ = [
     "Request",
     "Roles",
     "choose_columns",
+    "further_photos",
     "listed",
     "similar_name",
 ]
@@ -32,12 +33,31 @@ MOST_LISTED = 50
 IMAGE_NAMES = (
     *("image", "filename", "imagepath", "imagefile", "imagefilename", "imagename", "filepath", "path", "file"),
     *("photo", "picture", "img", "imgpath", "imagelink", "imageurl", "imagesrc", "mainimageid", "images"),
-    *("mainimageurl", "mainimage", "baseimage", "photourl", "imgurl", "url", "imagebytes", "jpg", "png", "webp"),
+    *(
+        "mainimageurl",
+        "mainimage",
+        "baseimage",
+        "image1",
+        "imageurl1",
+        "photo1",
+        "photourl",
+        "imgurl",
+        "url",
+        "imagebytes",
+        "jpg",
+        "png",
+        "webp",
+    ),
     "product",
 )
 CAPTION_NAMES = (
     *("caption", "text", "title", "captions", "titles", "sentences", "sentence", "raw", "comment", "producttitle"),
     *("productname", "productdisplayname", "itemname", "prodname", "name", "description"),
+)
+# What further columns of photos are called.
+_FURTHER_PHOTOS = re.compile(
+    "(other|additional|further|extra|more|small|large|thumbnail|swatch|variant|back|front|side)?"
+    "(image|img|photo|picture|pic)s?(url|link|src|path|file)?s?[0-9]*"
 )
 # Columns of ids, which may be the names of photos without their endings, where no column is called as one of photos is.
 ID_NAMES = ("id", "imageid", "photoid", "itemid", "productid", "articleid", "sku", "itemsku", "asin", "key")
@@ -201,6 +221,11 @@ def similar_name(columns: Iterable[str], names: Sequence[str]) -> str | None:
     for column in columns:
         plain.setdefault(_plain(column), column)
     return next((plain[name] for name in names if name in plain), None)
+
+
+def further_photos(columns: Iterable[str]) -> list[str]:
+    """Those that are called as columns of photos are, "other_image_url2"."""
+    return [column for column in columns if _FURTHER_PHOTOS.fullmatch(_plain(column))]
 
 
 @functools.lru_cache(maxsize=4096)
