@@ -104,6 +104,12 @@ def prepare(data: PrepareDataArguments, args: PrepareArguments) -> int:
     if not work.is_done():
         work.check()
         tell_sources(*inputs.sources())
+        for name, source in zip(inputs.names(), inputs.sources(), strict=True):
+            if source.split != name:
+                print(
+                    f"{source.name} has one split, '{source.split}': it is prepared as '{name}' "
+                    f"(--split_names {source.split} keeps its name)"
+                )
         if not data.fetch_photos:
             for source in inputs.sources():
                 require_usable_row(source)

@@ -1,6 +1,7 @@
 """Photos a second and core of `python -m aliblip.prepare`, its memory, and what three kills cost.
 
     python benchmarks/bench_prepare.py --json benchmarks/results/prepare.json
+    python benchmarks/bench_prepare.py --rows 400000 --width 64 --memory --json benchmarks/results/prepare_memory.json
     python benchmarks/bench_prepare.py --rows 2000 --folder /tmp           # in small; what it writes is removed again
 
 Draws the competition's layout, a train.json beside a folder of photos, of which one in a hundred is no photo and one
@@ -11,6 +12,8 @@ processor, of all processes together; memory is what they hold at most, shared p
 it is their own: pages of files that are mapped, such as the index, the system takes back when it needs them. The
 numbers for more rows are a line through the quarter and the whole, phase by phase; those of the index and of comparing
 bend upwards as they do between both. The last line is the time with three kills by that without (1 with --no_kills).
+With --memory a quarter and the whole are each ended when some photos are compared, since what is held until then is
+most, and comparing many takes long; the last line is what the whole held of its own by what the quarter held.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from PIL import Image
 from benchmarks.common import finish, parser
 
 ROOT = Path(__file__).resolve().parent.parent
-SIZE = (320, 256)
+WIDTH = 320
 MAX_SIDE = 224
 BROKEN, COPIES = 100, 50  # one in so many
 PROJECTED = 4_000_000
@@ -49,26 +52,35 @@ PHASES = {"read": "index", "compare": "decide", "write": "card"}
 BENT = ("index", "compare")
 # How many tasks of a phase are done when it is killed.
 KILLED_AT = {"read": 0.4, "compare": 0.5, "write": 0.3}
+ENDED_AT = ("compare", 0.02)
 
 
 def main(command_line: list[str] | None = None) -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--rows", type=int, default=100_000)
+    arguments.add_argument("--width", type=int, default=WIDTH, help="of the photos; what is held does not depend on it")
     arguments.add_argument("--folder", type=Path, help="where it lies meanwhile (default: a temporary folder)")
     arguments.add_argument("--no_kills", action="store_true", help="leave out the third run")
+    arguments.add_argument("--memory", action="store_true", help="only what is held, until some photos are compared")
     args = arguments.parse_args(command_line)
     folder = Path(tempfile.mkdtemp(dir=args.folder, prefix="prepare-"))
     try:
-        table = measured(folder, args.rows, kills=not args.no_kills)
+        if args.memory:
+            table = held(folder, args.rows, args.width)
+            finish(
+                "prepare_memory", table["whole"]["own_gigabytes"] / table["quarter"]["own_gigabytes"], table, args.json
+            )
+            return
+        table = measured(folder, args.rows, args.width, kills=not args.no_kills)
     finally:
         shutil.rmtree(folder)
     last = table.get("with_three_kills", table["whole"])
     finish("prepare", last["seconds"] / table["whole"]["seconds"], table, args.json)
 
 
-def measured(folder: Path, rows: int, kills: bool = True) -> dict:
+def measured(folder: Path, rows: int, width: int = WIDTH, kills: bool = True) -> dict:
     start = time.process_time()
-    size = draw(folder / "data", rows)
+    size = draw(folder / "data", rows, width)
     print(f"{rows:,} rows drawn, {size / 1e6:,.0f} MB, {time.process_time() - start:.0f} s", flush=True)
     quarter = shortened(folder / "data", rows // 4)
     runs = {
@@ -86,7 +98,7 @@ def measured(folder: Path, rows: int, kills: bool = True) -> dict:
     print(f"{PROJECTED:,} rows: {hours:.1f} hours of a core, {gigabytes:.1f} GB of their own")
     table = {
         "rows": rows,
-        "photos": f"{SIZE[0]} x {SIZE[1]} JPEG, --max_side {MAX_SIDE}, one worker",
+        "photos": f"{width} x {width * 4 // 5} JPEG, --max_side {MAX_SIDE}, one worker",
         "bytes": size,
         "counts": told,
         "quarter": runs["quarter"].table(),
@@ -97,6 +109,27 @@ def measured(folder: Path, rows: int, kills: bool = True) -> dict:
     if kills:
         table["with_three_kills"] = {**killed.table(), "kills": killed.kills, "equal_to_the_last_byte": True}
     return table
+
+
+def held(folder: Path, rows: int, width: int = WIDTH) -> dict:
+    """What a quarter and the whole hold at most in each phase until some photos are compared."""
+    draw(folder / "data", rows, width)
+    tables = {"quarter": shortened(folder / "data", rows // 4), "whole": folder / "data/train.json"}
+    runs = {}
+    for name, table in tables.items():
+        runs[name] = prepare(table, folder / "data/photos", folder / name, kill=ENDED_AT)
+        shutil.rmtree(folder / name)
+        phases = ", ".join(f"{phase} {own / 1e9:.3f}" for phase, own in runs[name].own_of_phases.items())
+        print(f"{name}: {runs[name].held()} ({phases}), {runs[name].seconds:.0f} s", flush=True)
+    owns = [runs[name].own_of_phases for name in ("quarter", "whole")]
+    projection = {phase: line(rows // 4, owns[0][phase], rows, own) / 1e9 for phase, own in owns[1].items()}
+    print(f"{PROJECTED:,} rows: " + ", ".join(f"{phase} {own:.2f} GB" for phase, own in projection.items()))
+    return {
+        "rows": rows,
+        "photos": f"{width} x {width * 4 // 5} JPEG, one worker, ended when {ENDED_AT[1]:.0%} of them are compared",
+        **{name: run.table() for name, run in runs.items()},
+        "projection": {"rows": PROJECTED, "own_gigabytes_of_phases": projection},
+    }
 
 
 def disturbed(folder: Path) -> Run:
@@ -120,16 +153,16 @@ def disturbed(folder: Path) -> Run:
 # --- the catalogue ----------------------------------------------------------------------------------------------------
 
 
-def draw(folder: Path, rows: int) -> int:
+def draw(folder: Path, rows: int, width: int) -> int:
     """Photos of large shapes, which differ for every number. Returns their bytes."""
     photos = folder / "photos"
     photos.mkdir(parents=True)
-    records, size = [], 0
+    records, size, shape = [], 0, (width, width * 4 // 5)
     for number in range(rows):
         copy = number % COPIES == COPIES - 1
         generator = np.random.default_rng(number - 7 if copy else number)
         cells = Image.fromarray(generator.integers(0, 256, (5, 6, 3), dtype=np.uint8))
-        image = cells.resize((SIZE[0] // 2, SIZE[1] // 2) if copy else SIZE, Image.Resampling.BICUBIC)
+        image = cells.resize((shape[0] // 2, shape[1] // 2) if copy else shape, Image.Resampling.BICUBIC)
         stream = io.BytesIO()
         image.save(stream, "JPEG", quality=85)
         data = b"no photo" if number % BROKEN == 0 else stream.getvalue()

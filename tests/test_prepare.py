@@ -1,5 +1,6 @@
 """python -m aliblip.prepare: every row arrives or is accounted for, whatever form it came in, however it is stopped."""
 
+import gc
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from helpers import run_forked, start_forked
 from PIL import Image
 from prepare_case import draw, encoded, files_of, needs_prepare, picture, rejected_of, rows_of
 
+from aliblip.data.prepare_shards import write_shard
 from aliblip.data.rows import decode
 from aliblip.data.sources import open_source
 from aliblip.prepare import check_installed, main
@@ -376,6 +378,19 @@ def test_a_bug_of_ours_keeps_its_traceback(catalogue, tmp_path, monkeypatch, cap
     monkeypatch.setattr("aliblip.data.prepare_steps.prepare_photo", broken)
     with pytest.raises(ValueError, match="a bug"):
         main_with_usage_errors("aliblip.prepare", lambda: prepare(tmp_path / "out", *catalogue, *ALONE))
+
+
+def test_forks_share_what_was_there_before_them(catalogue, tmp_path, monkeypatch):
+    """A full collection in a fork would write to every object, and copy the pages of all."""
+    frozen = []
+
+    def writing(*given):
+        frozen.append(gc.get_freeze_count())
+        return write_shard(*given)
+
+    monkeypatch.setattr("aliblip.data.prepare_steps.write_shard", writing)
+    prepare(tmp_path / "out", *catalogue, *ALONE)
+    assert min(frozen) > 10_000 and gc.get_freeze_count() == 0
 
 
 def test_a_disk_that_is_full_is_one_line(catalogue, tmp_path, monkeypatch, capsys):

@@ -137,6 +137,16 @@ def test_splits_by_column_and_by_files(tmp_path):
         prepare(tmp_path / "wrong", *flags, "--split_by", "column", "--split_column", "parts")
 
 
+def test_a_split_that_comes_to_be_called_otherwise_is_told(tmp_path, capsys):
+    draw(tmp_path / "data", 6, broken=0, products=1)
+    (tmp_path / "data/train.json").rename(tmp_path / "data/test.json")
+    prepare(tmp_path / "out", "--data_dir", tmp_path / "data")
+    told = "data has one split, 'test': it is prepared as 'train' (--split_names test keeps its name)"
+    assert told in capsys.readouterr().out
+    prepare(tmp_path / "own", "--data_dir", tmp_path / "data", "--split_names", "test")
+    assert "is prepared as" not in capsys.readouterr().out and len(rows_of(tmp_path / "own", "test")) == 6
+
+
 def test_splits_by_time(tmp_path):
     flags = draw(tmp_path, 30, broken=0, products=1)
     rows = json.loads((tmp_path / "train.json").read_text())

@@ -20,6 +20,7 @@ __all__ = [
     "Request",
     "Roles",
     "choose_columns",
+    "further_photos",
     "listed",
     "similar_name",
 ]
@@ -32,12 +33,34 @@ MOST_LISTED = 50
 IMAGE_NAMES = (
     *("image", "filename", "imagepath", "imagefile", "imagefilename", "imagename", "filepath", "path", "file"),
     *("photo", "picture", "img", "imgpath", "imagelink", "imageurl", "imagesrc", "mainimageid", "images"),
-    *("photourl", "imgurl", "url", "imagebytes", "jpg", "png", "webp", "product"),
+    *(
+        "mainimageurl",
+        "mainimage",
+        "baseimage",
+        "image1",
+        "imageurl1",
+        "photo1",
+        "photourl",
+        "imgurl",
+        "url",
+        "imagebytes",
+        "jpg",
+        "png",
+        "webp",
+    ),
+    "product",
 )
 CAPTION_NAMES = (
     *("caption", "text", "title", "captions", "titles", "sentences", "sentence", "raw", "comment", "producttitle"),
-    *("productname", "productdisplayname", "itemname", "name", "description"),
+    *("productname", "productdisplayname", "itemname", "prodname", "name", "description"),
 )
+# What further columns of photos are called.
+_FURTHER_PHOTOS = re.compile(
+    "(other|additional|further|extra|more|small|large|thumbnail|swatch|variant|back|front|side)?"
+    "(image|img|photo|picture|pic)s?(url|link|src|path|file)?s?[0-9]*"
+)
+# Columns of ids, which may be the names of photos without their endings, where no column is called as one of photos is.
+ID_NAMES = ("id", "imageid", "photoid", "itemid", "productid", "articleid", "sku", "itemsku", "asin", "key")
 
 
 @dataclass(frozen=True)
@@ -91,6 +114,7 @@ class Request:
     Attributes:
         name: for messages.
         split: its name.
+        asked_split: the name that was asked for, which is another where the files are of but one split.
         files: paths or addresses, in order.
         asked: columns and sides.
         folder: the local folder that was opened, if one was.
@@ -115,6 +139,7 @@ class Request:
     survey: Any = None
     below: str = ""
     told: list[str] = field(default_factory=list)
+    asked_split: str = ""
 
 
 @dataclass(frozen=True)
@@ -198,6 +223,11 @@ def similar_name(columns: Iterable[str], names: Sequence[str]) -> str | None:
     return next((plain[name] for name in names if name in plain), None)
 
 
+def further_photos(columns: Iterable[str]) -> list[str]:
+    """Those that are called as columns of photos are, "other_image_url2"."""
+    return [column for column in columns if _FURTHER_PHOTOS.fullmatch(_plain(column))]
+
+
 @functools.lru_cache(maxsize=4096)
 def _plain(name: str) -> str:
     return re.sub(r"[\W_]", "", name).lower()
@@ -215,6 +245,14 @@ class Roles:
         if column not in self._roles:
             self._roles[column] = self._role(column)
         return self._roles[column]
+
+    def is_id(self, column: str) -> bool:
+        """Whether it may name photos by ids."""
+        return self._asked.image is None and self._asked.sides != "titles" and _plain(column) in ID_NAMES
+
+    def watched(self, column: str) -> str | None:
+        """As `of`, but "image" also of ids: of these columns facts are gathered."""
+        return self.of(column) or ("image" if self.is_id(column) else None)
 
     def _role(self, column: str) -> str | None:
         for role, given, names in (

@@ -10,10 +10,11 @@ import codecs
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from aliblip.data.splits import split_word
 from aliblip.data.values import looks_like_photo_name
 from aliblip.runtime.mistakes import UsageError
 
@@ -21,6 +22,8 @@ __all__ = ["Document", "JsonRecord", "json_records", "table_in"]
 
 # Characters that are read at once of a list.
 READ_BYTES = 2**22
+# Objects within objects in which a table is looked for.
+MOST_LEVELS = 4
 _GAP = re.compile(r"[ \t\r\n]*")
 _SPLITS_OF_KARPATHY = {"restval": "train", "val": "validation"}
 
@@ -259,30 +262,38 @@ class Document:
     Attributes:
         records: objects with columns.
         told: what was understood, for the report.
+        split: the split that the records are, where the file itself tells splits.
     """
 
     records: Sequence[dict[str, Any]]
     told: list[str] = field(default_factory=list)
+    split: str | None = None
 
 
-def table_in(document: dict[str, Any], split: str, name: str) -> Document | None:
+def table_in(
+    document: dict[str, Any], split: str, name: str, is_record: Callable[[dict[str, Any]], bool]
+) -> Document | None:
     """The table that one object holds, or None if it is a record by itself.
 
     Args:
         split: of a file of Karpathy's, whose records tell theirs.
         name: for messages.
+        is_record: whether an object has the keys of a photo and a title.
 
     Raises:
         UsageError: an object of an unknown form, or without records of the split.
     """
+    document, way = _unwrapped(document, is_record)
     lists = {key: value for key, value in document.items() if _is_table(value)}
     if {"images", "annotations"} <= set(lists):
         return _coco(lists["images"], lists["annotations"], name)
+    if len(lists) > 1 and (splits := {split_word(key) for key in lists}) and None not in splits:
+        return _of_split(lists, split, name)
     if len(lists) == 1:
         ((key, records),) = lists.items()
         if any("sentences" in record and "split" in record for record in records[:1000]):
             return _karpathy(records, split, name)
-        return Document(records, [f"the records are under the key '{key}'"])
+        return Document(records, [f"the records are under the key '{'.'.join([*way, key])}'"])
     if len(lists) > 1:
         raise UsageError(
             f"{name} holds several lists of records ({', '.join(repr(key) for key in lists)}): save the one that is "
@@ -290,7 +301,48 @@ def table_in(document: dict[str, Any], split: str, name: str) -> Document | None
         )
     if not document or any(not isinstance(value, (list, dict, str)) for value in document.values()):
         return None
-    return _columns_or_map(document, name)
+    found = _columns_or_map(document, name)
+    if found is not None and way:
+        found.told.insert(0, f"the records are under the key '{'.'.join(way)}'")
+    return found
+
+
+def _unwrapped(
+    document: dict[str, Any], is_record: Callable[[dict[str, Any]], bool]
+) -> tuple[dict[str, Any], list[str]]:
+    """The object that holds the table, which may lie below others of which it is the only list or object, as servers
+    answer: {"status": "ok", "data": {"products": [...]}}; and the keys that lead there."""
+    way: list[str] = []
+    while len(way) < MOST_LEVELS:
+        inner = [(key, value) for key, value in document.items() if isinstance(value, (list, dict)) and value]
+        if len(inner) != 1:
+            break
+        ((key, below),) = inner
+        if not isinstance(below, dict) or is_record(below) or looks_like_photo_name(key) or not _holds_table(below):
+            break
+        way.append(key)
+        document = below
+    return document, way
+
+
+def _holds_table(value: dict[str, Any]) -> bool:
+    """Whether an object holds a list of records, or records by their keys, at any depth."""
+    inner = [each for each in value.values() if isinstance(each, (list, dict)) and each]
+    if any(map(_is_table, inner)):
+        return True
+    if inner and all(isinstance(each, dict) for each in value.values()):
+        return len(inner) > 1 or _holds_table(inner[0])
+    return len(inner) == 1 and isinstance(inner[0], dict) and _holds_table(inner[0])
+
+
+def _of_split(lists: dict[str, list[dict]], split: str, name: str) -> Document:
+    """Records in lists that are called as splits are."""
+    there = ", ".join(f"'{key}' ({len(records):,})" for key, records in lists.items())
+    wanted = [(key, records) for key, records in lists.items() if split in (key, split_word(key))]
+    if not wanted:
+        raise UsageError(f"{name} has no list of the split '{split}': there are {there}")
+    key, records = wanted[0]
+    return Document(records, [f"the records are under the key '{key}', of {there}"], split)
 
 
 def _is_table(value: Any) -> bool:
@@ -328,7 +380,7 @@ def _karpathy(records: list[dict], split: str, name: str) -> Document:
     for record in wanted:
         if record.get("filepath") and record.get("filename"):
             record["filename"] = f"{record['filepath']}/{record['filename']}"
-    return Document(wanted, [f"photos by their key 'split': {len(wanted):,} of '{split}', of {there}"])
+    return Document(wanted, [f"photos by their key 'split': {len(wanted):,} of '{split}', of {there}"], split)
 
 
 def _split_of(record: dict) -> str:

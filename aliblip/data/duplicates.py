@@ -271,7 +271,13 @@ class Index:
     def _nearest(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(m, k) photos and their nearness, of the lists that a query is nearest to; -1 where there are fewer."""
         probes = min(_PROBES, len(self.centres))
-        lists = np.argsort(-(queries @ self.centres.T), axis=1, kind="stable")[:, :probes]
+        # In small pieces, since there are as many lists as thousands of photos; copied, so that the rest is let go.
+        lists = np.concatenate(
+            [
+                np.argsort(-(piece @ self.centres.T), axis=1, kind="stable")[:, :probes].copy()
+                for piece in _pieces(queries, 1024)
+            ]
+        )
         kept = _NEIGHBOURS + 1
         photos = np.full((len(queries), probes, kept), -1, np.int64)
         near = np.full((len(queries), probes, kept), -1.0, np.float32)
@@ -309,9 +315,9 @@ def _centres(descriptors: np.ndarray, photos: np.ndarray, count: int) -> np.ndar
     return centres
 
 
-def _pieces(rows: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(rows), 4096):
-        yield rows[start : start + 4096]
+def _pieces(rows: np.ndarray, size: int = 4096) -> Iterator[np.ndarray]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
 
 
 def _grey(thumbs: np.ndarray) -> np.ndarray:

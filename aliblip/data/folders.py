@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from aliblip.data.kinds import kind_by_content, kind_by_name, skipped_folder
@@ -24,6 +25,8 @@ DATA_KINDS = ("parquet", "tar", "table", "text")
 SIDE_ENDINGS = (".txt", ".json", ".caption")
 FEWEST_SIDES = 10
 EXAMPLES = 3
+# Texts in a folder of their own that are looked at.
+PROBED_TEXTS = 20
 # Files of a folder that is passed over are counted up to this number.
 MOST_COUNTED = 10_000
 NAMES = {"parquet": "Parquet file", "tar": "tar", "table": "table", "text": "text file", "photo": "photo"}
@@ -96,6 +99,9 @@ class Survey:
         self._photos: dict[str, str] = {}
         self._photo_counts: dict[str, int] = {}
         self._sides: dict[str, str] = {}
+        # Of a folder of photos the one that its side files lie in, where that is another; and files that may be such.
+        self.side_folders: dict[str, str] = {}
+        self._loose: dict[str, list[str]] = {}
         self._seen: set[tuple[int, int]] = set()
         self._links: list[str] = []
 
@@ -110,6 +116,7 @@ class Survey:
         survey._walk("")
         while survey._links:  # after the folders themselves, so that these count under their own names
             survey._walk(survey._links.pop(0))
+        survey._pair_folders()
         for files in survey.data.values():
             files.sort()
         survey.found = survey._counted()
@@ -140,9 +147,10 @@ class Survey:
     def sided_photos(self) -> Iterator[tuple[str, list[str]]]:
         """(path of a photo, paths of its side files) where there are some, relative to the root, in no order."""
         for folder in self._sides:
-            prefix = f"{folder}/" if folder else ""
+            prefix = _prefix(folder)
+            beside = _prefix(self.side_folders.get(folder, folder))
             for photo, sides in self._sided(folder).items():
-                yield prefix + photo, [prefix + side for side in sides]
+                yield prefix + photo, [beside + side for side in sides]
 
     def _sided(self, folder: str) -> dict[str, list[str]]:
         exact: dict[str, list[str]] = {}
@@ -241,10 +249,48 @@ class Survey:
                     self.data[kind].append(prefix + side)
                 else:
                     self.leave(REASONS["other"], prefix + side)
+        if sides and not photos:
+            self._loose[folder] = sides
         if photos:
             self._photos[folder], self._photo_counts[folder] = "\0".join(photos), len(photos)
         if own:
             self._sides[folder] = "\0".join(own)
+
+    def _pair_folders(self) -> None:
+        """Find side files that lie in a folder of their own, "labels/train/7.txt" of "images/train/7.jpg": where most
+        of the photos have one there, and most of the files a photo."""
+        for photos in self._photos:
+            if photos in self._sides or not self._loose:
+                continue
+            stems = {_composed(os.path.splitext(name)[0]) for name in self._photos[photos].split("\0")}
+            found = []
+            for folder, sides in self._loose.items():
+                own = {_composed(os.path.splitext(side)[0]) for side in sides} if _are_alike(photos, folder) else set()
+                if len(own & stems) * 2 > max(len(own), len(stems)) and self._say_something(folder, sides):
+                    found.append(folder)
+            if len(found) == 1:
+                (folder,) = found
+                self._pair(photos, folder, stems)
+
+    def _pair(self, photos: str, folder: str, stems: set[str]) -> None:
+        sides = self._loose.pop(folder)
+        gone = {_prefix(folder) + side for side in sides}
+        for kind in DATA_KINDS:
+            self.data[kind] = [file for file in self.data[kind] if file not in gone]
+        for side in sides:
+            if _composed(os.path.splitext(side)[0]) not in stems:
+                self.leave(f"files without a photo of their name in {photos}", _prefix(folder) + side)
+        self._sides[photos], self.side_folders[photos] = "\0".join(sides), folder
+
+    def _say_something(self, folder: str, sides: list[str]) -> bool:
+        """Whether files are no mere numbers, as boxes around things are written."""
+        texts = [side for side in sides if not side.lower().endswith(".json")]
+        probed = texts[:: max(len(texts) // PROBED_TEXTS, 1)]
+        spoken = 0
+        for side in probed:
+            with suppress(OSError), open(os.path.join(self.root, folder, side), "rb") as stream:
+                spoken += any(map(str.isalpha, stream.read(1000).decode("utf-8", "replace")))
+        return spoken * 2 >= len(probed)
 
     # ------------------------------------------------------------------------------------------------------ reporting
 
@@ -257,6 +303,16 @@ class Survey:
         left = sum(entry.count for entry in self.left.values())
         parts += [f"{left:,} other{'' if left == 1 else 's'}"] if left else []
         return ", ".join(parts) or "nothing"
+
+
+def _prefix(folder: str) -> str:
+    return f"{folder}/" if folder else ""
+
+
+def _are_alike(folder: str, other: str) -> bool:
+    """Whether the paths of two folders differ in the name of one folder."""
+    one, two = folder.split("/"), other.split("/")
+    return len(one) == len(two) and sum(a != b for a, b in zip(one, two, strict=True)) == 1
 
 
 def _composed(name: str) -> str:

@@ -51,6 +51,7 @@ class Found:
         survey: of the folder, if one was looked through.
         below: the folder, relative to the survey's root, that the photos of this split lie in.
         told: for the report.
+        lacks_split: why these files are not the split that was asked for, unless they tell splits themselves.
     """
 
     kind: str
@@ -59,6 +60,7 @@ class Found:
     survey: Survey | None = None
     below: str = ""
     told: list[str] = field(default_factory=list)
+    lacks_split: str | None = None
 
 
 # -------------------------------------------------------------------------------------------------------------- folders
@@ -90,6 +92,9 @@ def find_in_folder(folder: str, name: str, split: str, asked: Asked, reading: Re
     if not every:
         raise UsageError(_nothing(survey, name, split))
     splits = splits_of(every, split, name, loose=units["table"] + units["text"])
+    lacks_split = None
+    if not any_split and splits.find(split) is None and all(map(_may_tell_splits, every)):
+        lacks_split, any_split = _no_split(splits, split, name), True
     split, files = _of_split(splits, split, name, any_split)
     chosen = {kind: [file for file in members if file in files] for kind, members in units.items()}
     kinds = [kind for kind, members in chosen.items() if members]
@@ -111,7 +116,7 @@ def find_in_folder(folder: str, name: str, split: str, asked: Asked, reading: Re
         _check_copies(paths)
     below = posixpath.commonpath([posixpath.dirname(file) for file in files]) if len(splits.files) > 1 else ""
     told = [*([splits.told] if splits.told else []), *_told_partitions(chosen[kind])]
-    found = Found(SOURCES[kind], paths, split, survey, below, told)
+    found = Found(SOURCES[kind], paths, split, survey, below, told, lacks_split)
     if kind == "table" and all(map(is_metadata, paths)):
         found.kind = "metadata"
     return found
@@ -182,9 +187,18 @@ def _of_split(splits: Splits, split: str, name: str, any_split: bool) -> tuple[s
     if any_split and len(splits.files) == 1:
         ((split, members),) = splits.files.items()
         return split, set(members)
+    raise UsageError(_no_split(splits, split, name))
+
+
+def _no_split(splits: Splits, split: str, name: str) -> str:
     remedy = "; name the files of each split by flags, or put them in folders of its name"
     remedy = remedy if len(splits.files) == 1 else ""
-    raise UsageError(f"{name} has no split '{split}': there are {listed(splits.files)}{remedy}")
+    return f"{name} has no split '{split}': there are {listed(splits.files)}{remedy}"
+
+
+def _may_tell_splits(file: str) -> bool:
+    """Whether a file may hold several splits itself, as Karpathy's do."""
+    return plain_extension(file) == ".json"
 
 
 def _leave_side_files(survey: Survey) -> None:

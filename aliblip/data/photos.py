@@ -74,6 +74,9 @@ def open_sided(request: Request) -> RecordSource:
     selected = choose_columns(request, list(columns), ("image",), ("caption", "text", "txt"), ("file_name",))
     without = sum(1 for _ in request.survey.photo_names(request.below)) - len(wanted)
     request.told.append(f"{count_of(len(wanted), 'photo')} with a text or JSON file of the same name")
+    for photos, folder in request.survey.side_folders.items():
+        if posixpath.normpath(os.path.join(root, photos)) in folders:
+            request.told.append(f"the files of the photos of {photos} lie in {folder}")
     titles = [name for name in ("caption", "text", "txt") if name in columns]
     if len(titles) > 1:
         request.told.append(

@@ -19,7 +19,7 @@ from aliblip.data.missing import ENDINGS, same_name
 from aliblip.data.rows import path_inside
 from aliblip.data.values import embedded_photo, is_address, local_path, photo_in
 
-__all__ = ["Place", "find_place", "folders_below", "folders_beside", "with_ending"]
+__all__ = ["Place", "find_place", "folders_below", "folders_beside", "share_found", "with_ending"]
 
 # Sub-folders in which photos are looked for, if they are not where the table says.
 MOST_FOLDERS = 64
@@ -42,6 +42,7 @@ class Place:
             of a Mac hold "ö" as two characters.
         is_numbered: whether a name ends in the number of its title, "a.jpg#0", as those of Flickr8k do.
         is_quoted: whether names are written as in addresses, "a%20b.jpg" for the file "a b.jpg".
+        is_rooted: whether names begin with a slash and are relative all the same, as shops write them.
         capitals: "upper" or "lower" where the endings of the files are so, and those of the table are not: cameras
             write .JPG, and tables that come from Windows need not.
         is_own: whether the table is the user's, on this machine. Another's table names no places of a private network,
@@ -56,6 +57,7 @@ class Place:
     is_numbered: bool = False
     unicode: str = ""
     is_quoted: bool = False
+    is_rooted: bool = False
     capitals: str = ""
     is_own: bool = True
     host: str = ""
@@ -101,6 +103,9 @@ class Place:
             path = os.path.normpath(text)
             if any(path.startswith(f"{root.rstrip('/')}/") for root in self.roots):
                 return path, name, None
+            if self.is_rooted:
+                path, problem = self._find_inside(text.lstrip("/"))
+                return path, name, problem
             told = f"the image file name leads outside the image folder ({self.folder}): give --image_dir the folder"
             return None, text, f"{told} that holds {text[:200]}"
         path, problem = self._find_inside(text)
@@ -114,6 +119,11 @@ class Place:
         if self.capitals:
             text = with_ending(text, self.capitals)
         return path_inside(self.folder, text + self.ending if text.strip() else text)
+
+
+def share_found(names: Sequence[Any], place: Place) -> float:
+    """Of some names the share by which files lie at a place."""
+    return _found(place, names) / max(len(names), 1)
 
 
 def find_place(names: Sequence[Any], place: Place, *others: Iterable[str]) -> tuple[Place, str | None]:
@@ -135,6 +145,8 @@ def find_place(names: Sequence[Any], place: Place, *others: Iterable[str]) -> tu
         here += [replace(place, unicode=form) for form in ("NFD", "NFC")]
     if any("%" in name for name in names if isinstance(name, str)):
         here.append(replace(place, is_quoted=True))
+    if any(name.startswith("/") for name in names if isinstance(name, str)):
+        here.append(replace(place, is_rooted=True))
     here += [replace(place, capitals=capitals) for capitals in ("upper", "lower")]
     counts = [_found(candidate, names) for candidate in here]
     if max(counts):
@@ -194,6 +206,7 @@ def _told(place: Place, best: Place) -> str | None:
     parts += ["letters with marks are stored otherwise in their names"] if best.unicode else []
     parts += [f"their endings are in {best.capitals} case, other than in the table"] if best.capitals else []
     parts += ["the number behind their names is left out"] if best.is_numbered else []
+    parts += ["their names are taken without the '/' at the beginning"] if best.is_rooted else []
     parts += ["their names are written as in addresses (%20)"] if best.is_quoted else []
     return ", ".join(parts)
 

@@ -13,11 +13,11 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from aliblip.data.columns import Columns, Request, Roles, choose_columns
+from aliblip.data.columns import ALL, Columns, Request, Roles, choose_columns
 from aliblip.data.folders import REASONS, Left
 from aliblip.data.listings import with_photos
 from aliblip.data.manifest import DataFile
-from aliblip.data.places import Place, find_place, folders_below, folders_beside, with_ending
+from aliblip.data.places import Place, find_place, folders_below, folders_beside, share_found, with_ending
 from aliblip.data.remote import is_remote
 from aliblip.data.rows import Row, Shard, Source
 from aliblip.data.tables import NoTable, Table, Unreadable, open_table
@@ -31,6 +31,8 @@ SHARD_ROWS = 64
 # Of the photos of a folder that are compared with those that rows name, at once.
 PHOTOS_AT_ONCE = 100_000
 EXAMPLES = 3
+# Of the ids that are looked at, those that must name photos.
+SHARE_OF_IDS = 0.9
 
 
 @dataclass
@@ -97,6 +99,8 @@ class RecordSource(Source):
             [(f"{tables[t].table.name}[{start}:{stop}]", stop - start) for t, start, stop in pieces],
             [DataFile(rows.table.file, len(rows), rows.table.size, rows.table.digest) for rows in tables],
         )
+        # A file that tells splits itself has the one that was asked for.
+        self.split = next((rows.table.split for rows in tables if rows.table.split), self.split)
         self._pieces = pieces
         self._tables = tables
         self._image_key = image_key
@@ -158,7 +162,8 @@ def open_records(request: Request) -> RecordSource:
     Raises:
         UsageError: a file is damaged, or there is no column that was named.
     """
-    tables = _open(request, Roles(request.asked))
+    roles = Roles(request.asked)
+    tables = _open(request, roles)
     columns = _columns(tables, titles_only=request.asked.sides == "titles")
     if not columns:
         if any(len(table) for table in tables):
@@ -167,8 +172,45 @@ def open_records(request: Request) -> RecordSource:
             )
         rows = [Rows(table, Place(None)) for table in tables]
         return RecordSource(request, columns, Columns(None, None, None), rows, None)
-    selected = _choose(request, tables, columns, ("product", "image", "file_name"))
-    return _source(request, columns, selected, tables, selected.image)
+    key = _id_of_photos(request, tables, columns, roles)
+    if key is None:
+        selected = _choose(request, tables, columns, ("product", "image", "file_name"))
+        return _source(request, columns, selected, tables, selected.image)
+    named = replace(request, asked=replace(request.asked, image=key))
+    selected = _choose(named, tables, columns, (key,))
+    # Beside the photo it stays what it is: an id.
+    others = tuple(column for column in columns if request.asked.others == ALL or column in request.asked.others)
+    selected = replace(selected, others=others, photos=frozenset())
+    return _source(request, columns, selected, tables, key)
+
+
+def _id_of_photos(request: Request, tables: Sequence[Table], columns: Sequence[str], roles: Roles) -> str | None:
+    """The column of ids by which the photos of all tables are called, where no column is called as one of photos is;
+    None if there is none, or several are.
+
+    Photos must lie there for nearly all ids that are looked at: an id is no promise of a photo.
+    """
+    if any(roles.of(column) == "image" for column in columns):
+        return None
+    found = []
+    for column in filter(roles.is_id, columns):
+        facts = [table.facts.get(column) for table in tables]
+        if all(
+            each is not None and _are_there(request, table, each) for table, each in zip(tables, facts, strict=True)
+        ):
+            found.append(column)
+    if len(found) != 1:
+        return None
+    request.told.append(f"'{found[0]}' is how the photos are called (--image_column names another column)")
+    return found[0]
+
+
+def _are_there(request: Request, table: Table, facts: Facts) -> bool:
+    """Whether photos lie there by nearly all names of a column."""
+    if is_remote(table.file) or not facts.sample or facts.addresses:
+        return False
+    place, _ = _looked_for(request, table, facts)
+    return share_found(facts.sample, place) >= SHARE_OF_IDS
 
 
 def _choose(
@@ -191,7 +233,7 @@ def _open(request: Request, roles: Roles) -> list[Table]:
     tables, no_tables = [], []
     for file in request.files:
         try:
-            tables.append(open_table(file, request.reading, roles, request.split))
+            tables.append(open_table(file, request.reading, roles, request.asked_split or request.split))
         except NoTable as error:
             if request.survey is None or len(request.files) == 1:
                 raise
@@ -252,7 +294,7 @@ def _check_columns(table: Table, key: str | None, selected: Columns, request: Re
         if column is not None and column not in table.columns:
             raise UsageError(
                 f"{table.file} has no column '{column}' ({request.asked.name_of(f'{role}_column')}) that the other "
-                "tables have: rename its column, or move it out"
+                "tables have: rename its column, move it out, or name the tables that are meant by flags"
             )
 
 
@@ -298,22 +340,26 @@ def told_facts(request: Request, column: str, facts: Facts) -> None:
 
 def _place(request: Request, table: Table, facts: Facts | None) -> Place:
     """Where the photos of a table lie."""
+    place, told = _looked_for(request, table, facts)
+    if told:
+        request.told.append(f"{table.name}: {told}")
+    return place
+
+
+def _looked_for(request: Request, table: Table, facts: Facts | None) -> tuple[Place, str | None]:
+    """The place, and what to say of it."""
     own = posixpath.dirname(table.file.replace(os.sep, "/")) or "."
     if is_remote(table.file):
         host, fetch = urlsplit(table.file).netloc, request.asked.fetch
-        return Place(request.image_dir or own, is_own=False, host=host, fetch=fetch)
+        return Place(request.image_dir or own, is_own=False, host=host, fetch=fetch), None
     # All lists of a data set lie together: photos are looked for beside the first.
     first = posixpath.dirname(request.files[0].replace(os.sep, "/")) or "."
     folder = request.image_dir or (own if request.survey is not None else first)
     roots = [os.path.abspath(root) for root in (folder, own, request.folder) if root is not None and "://" not in root]
     place = Place(folder, tuple(dict.fromkeys(roots)), fetch=request.asked.fetch)
     if facts is None or not facts.sample:
-        return place
-    tiers = tiers_of(request, table.file, folder)
-    found, told = find_place(facts.sample, place, table.photo_folders, *tiers)
-    if told:
-        request.told.append(f"{table.name}: {told}")
-    return found
+        return place, None
+    return find_place(facts.sample, place, table.photo_folders, *tiers_of(request, table.file, folder))
 
 
 def tiers_of(request: Request, table: str, folder: str) -> list[list[str]]:
@@ -333,7 +379,7 @@ def told_unnamed(request: Request, named: Sequence[tuple[Place, Facts]]) -> None
     survey = request.survey
     survey.is_compared = True
     if (
-        any(place.is_numbered or place.is_quoted or place.folder is None for place, _ in named)
+        any(place.is_numbered or place.is_quoted or place.is_rooted or place.folder is None for place, _ in named)
         or request.asked.sides == "titles"
     ):
         return

@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from aliblip.data.columns import ALL, Asked, Reading, Request, listed
+from aliblip.data.columns import ALL, Asked, Reading, Request, further_photos, listed
 from aliblip.data.folders import Survey
 from aliblip.data.local import Found, expanded, find_files, find_in_folder, is_metadata, kind_of_files
 from aliblip.data.missing import MISSING
@@ -150,6 +150,7 @@ def open_source(
         found.survey,
         found.below,
         list(found.told),
+        split,
     )
     try:
         source = OPENERS[found.kind](request)
@@ -157,10 +158,25 @@ def open_source(
         raise UsageError(one_line(error)) from error
     except OSError as error:
         raise UsageError(f"{name} can't be read: {one_line(error)}") from error
+    if found.lacks_split is not None and source.split != split:
+        raise UsageError(found.lacks_split)
     if found.survey is not None:
         _tell_survey(source, found)
     _tell_split_columns(source)
+    _tell_further_photos(source)
     return source
+
+
+def _tell_further_photos(source: Source) -> None:
+    """Say of columns that are called as those of photos are that their photos are not read."""
+    known = {source.selected.image, source.selected.caption, source.selected.product_id}
+    further = [
+        column
+        for column in further_photos(source.columns)
+        if column not in known and not any(f"'{column}'" in line for line in source.told)
+    ]
+    if further and source.selected.image is not None:
+        source.told.append(f"the photos of further columns are not read: {listed(further)}")
 
 
 def _tell_split_columns(source: Source) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from aliblip.data.columns import listed
 from aliblip.runtime.mistakes import UsageError
 
-__all__ = ["Splits", "splits_of"]
+__all__ = ["Splits", "split_word", "splits_of"]
 
 TRAIN = "train"
 WORDS = {
@@ -28,6 +28,11 @@ WORDS = {
 }
 _SPLIT_OF = {word: split for split, words in WORDS.items() for word in words}
 _SHARDED = re.compile(r"(.+)-\d{5}-of-\d{5}")
+
+
+def split_word(name: str) -> str | None:
+    """The split that a word says, "validation" for "val"; None if it says none."""
+    return _SPLIT_OF.get(name.lower())
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ A row of the file is a row of the table, or the file is refused with the numbers
 from __future__ import annotations
 
 import csv
-import functools
 import hashlib
 import io
 import json
@@ -24,6 +23,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 from urllib.parse import urlsplit
@@ -39,11 +39,19 @@ from aliblip.data.delimited import (
     parse,
     scan,
 )
-from aliblip.data.documents import REPEATED, json_records, table_in
+from aliblip.data.documents import REPEATED, Document, json_records, table_in
 from aliblip.data.encodings import check_encoding, guess_encoding, is_packed, unicode_of, unpacked
 from aliblip.data.feeds import FEED_NAMESPACE, feed_items, is_xml
 from aliblip.data.remote import is_remote, open_file, resumed
-from aliblip.data.shop_forms import feed_notes, is_shopify, merchant_product, shopify_rows
+from aliblip.data.shop_forms import (
+    WOOCOMMERCE_PRODUCT,
+    feed_notes,
+    is_shopify,
+    is_woocommerce,
+    merchant_product,
+    shopify_rows,
+    woocommerce_rows,
+)
 from aliblip.data.storage import Blocks, Spans
 from aliblip.data.values import Facts, looks_like_photo_name
 from aliblip.runtime.mistakes import UsageError, one_line
@@ -112,6 +120,7 @@ class Table:
         is_delimited: whether it is a CSV file.
         problems: why records can't be read, by their numbers.
         product_column: the column of products, where the form of the table says which.
+        split: that its records are, where the file itself tells splits.
         photo_folders: in which its photos are looked for first, where the form says that.
     """
 
@@ -125,6 +134,7 @@ class Table:
     is_delimited: bool = False
     problems: dict[int, str] = field(default_factory=dict)
     product_column: str | None = None
+    split: str | None = None
     photo_folders: list[str] = field(default_factory=list)
     _stored: Spans | Blocks = field(default_factory=lambda: Blocks([]))
     _parse: Callable[[bytes], Any] = json.loads
@@ -364,17 +374,19 @@ def _of_csv(opened: _Opened) -> Table:
         raise UsageError(_bad_lines(opened, form, names, bad, len(result.begins)))
     if opened.in_place and not is_remote(opened.file):
         table._stored = Spans.of(opened.file, result.begins, result.ends)
-        table._parse = functools.partial(_csv_record, names=names, form=form, encoding=opened.encoding)
+        table._parse = partial(_csv_record, names=names, form=form, encoding=opened.encoding)
     else:
         records = (record.text.encode() for record in _rows_of(opened, form, names))
         table._stored = Blocks(records)
-        table._parse = functools.partial(_csv_record, names=names, form=form, encoding="utf-8")
+        table._parse = partial(_csv_record, names=names, form=form, encoding="utf-8")
     table.columns, table.facts, table.problems, table.is_delimited = names, result.facts, result.problems, True
     table.told = [_told_csv(opened, form)]
     if bad.count:
         table.told.append(f"{bad.count:,} lines of {table.name} are not rows ({bad.named()}), and are skipped")
     if is_shopify(names):
-        _as_shopify(table, opened.roles)
+        _as_export(table, opened.roles, shopify_rows, "Handle")
+    elif is_woocommerce(names):
+        _as_export(table, opened.roles, woocommerce_rows, WOOCOMMERCE_PRODUCT)
     elif (group := merchant_product(names)) is not None:
         table.product_column = group
         table.told += ["a feed of Google Merchant", *feed_notes(names)]
@@ -503,7 +515,9 @@ def _rows_of(opened: _Opened, form: Form, names: Sequence[str]) -> Iterator[Reco
 
 def _scan_csv(opened: _Opened, form: Form, names: Sequence[str]) -> tuple[_Scanned, _Bad]:
     """The places of all rows, and the lines that are none."""
-    roles = [(place, name, opened.roles.of(name)) for place, name in enumerate(names)]
+    names_photos = any(opened.roles.of(name) == "image" for name in names)
+    of = opened.roles.of if names_photos else opened.roles.watched
+    roles = [(place, name, of(name)) for place, name in enumerate(names)]
     watched = [(place, name, role) for place, name, role in roles if role is not None]
     result = _Scanned({name: Facts(role == "image") for _, name, role in watched})
     bad = _Bad()
@@ -570,12 +584,12 @@ def _bad_lines(opened: _Opened, form: Form, names: Sequence[str], bad: _Bad, row
     return f"{what}{tail}: {remedy}; or --bad_lines skip, which counts such lines as unusable rows"
 
 
-def _as_shopify(table: Table, roles: Roles) -> None:
-    """Rows of Shopify's export: photos of a product, whose title stands in the product's first row alone."""
-    rows, told = shopify_rows(record for record in table.read(0, len(table)))
+def _as_export(table: Table, roles: Roles, rows_of: Callable[[list[Any]], tuple[list[Any], str]], product: str) -> None:
+    """Rows of a shop's export, which need others of it: photos of a product whose title stands in its first row."""
+    rows, told = rows_of(list(table.read(0, len(table))))
     table.rewrite(rows, roles)
     table.problems = {place: str(row) for place, row in enumerate(rows) if isinstance(row, Unreadable)}
-    table.product_column = "Handle"
+    table.product_column = product
     table.told.append(told)
 
 
@@ -613,7 +627,7 @@ def _of_json(opened: _Opened) -> Table:
     if len(bad_lines) > max(BAD_LINES_OF_JSON, count - len(bad_lines)):
         raise UsageError(f"{opened.file} is not in UTF-8: {guess_encoding(bad_lines).told()}")
     opened.store(begins, ends, kept)
-    table._parse = functools.partial(json.loads, strict=False)
+    table._parse = partial(json.loads, strict=False)
     if isinstance(document, dict):
         return _of_document(opened, document) or gatherer.done()
     if opened.packing is not None:
@@ -646,17 +660,32 @@ def _transcoded(opened: _Opened) -> Table:
 
 def _of_document(opened: _Opened, document: dict[str, Any]) -> Table | None:
     """The table that a file of one object holds; None if that object is the file's one record."""
-    table = opened.table
-    if any(opened.roles.of(key) and not isinstance(value, (list, dict)) for key, value in document.items()):
+    table, roles = opened.table, opened.roles
+    is_whole = partial(_has_both, roles=roles)
+    if any(roles.of(key) and not isinstance(value, (list, dict)) for key, value in document.items()):
+        # A record; or the name of a shop, above a list of its products.
+        with suppress(UsageError):
+            found = table_in(document, opened.split, opened.name, is_whole)
+            if found is not None and found.records and is_whole(found.records[0]):
+                return _with_records(table, found, roles)
         return None
-    found = table_in(document, opened.split, opened.name)
+    found = table_in(document, opened.split, opened.name, is_whole)
     if found is None:
         raise NoTable(
             f"{opened.file} holds one object with the keys {listed(list(document)[:8])}: expected a list of records "
             'such as {"image": file name, "caption": text}'
         )
-    table.problems = {}
-    table.rewrite(found.records, opened.roles)
+    return _with_records(table, found, roles)
+
+
+def _has_both(record: dict[str, Any], roles: Roles) -> bool:
+    """Whether the keys of an object name a photo and a title."""
+    return {"image", "caption"} <= set(map(roles.of, record))
+
+
+def _with_records(table: Table, found: Document, roles: Roles) -> Table:
+    table.problems, table.split = {}, found.split
+    table.rewrite(found.records, roles)
     table.told.extend(found.told)
     return table
 
@@ -692,7 +721,7 @@ class _Gatherer:
             for column in record:
                 if column not in self._columns:
                     self._columns[column] = None
-                    if (role := self._roles.of(column)) is not None:
+                    if (role := self._roles.watched(column)) is not None:
                         self._facts[column] = Facts(role == "image")
                         self._facts[column].skip(self._count)
             for column, facts in self._facts.items():

@@ -53,6 +53,10 @@ _ADDRESS = re.compile(r"https?://[^/\s]", re.IGNORECASE)
 _FILE_URL = re.compile(r"file:(?://localhost(?=/)|//|(?=/))", re.IGNORECASE)
 _NEXT_ADDRESS = re.compile(r"\s*[,;|\s]\s*(?=https?://)", re.IGNORECASE)
 _PHOTO_NAME = re.compile(r"\S.*\.(?:jpe?g|jfif|png|webp|gif|bmp|tiff?|avif|jp2|hei[cf])(?:#\d+)?", re.IGNORECASE)
+# Between two names of photos in one text: after the ending of one of them.
+_BETWEEN_NAMES = re.compile(
+    r"(?<=\.jpg|\.png|\.gif|webp|jpeg)\s*[,;|]\s*(?=[^,;|]+\.(?:jpe?g|png|gif|webp)\s*(?:[,;|]|$))", re.IGNORECASE
+)
 _ODD_PATH = re.compile(r"\\|//|(?:^|/)\.\.?(?:/|$)")
 
 
@@ -144,17 +148,20 @@ def _title_in(value: Any) -> Any:
 
 
 def photos_of(value: Any, as_lists: bool = False) -> list[Any]:
-    """The photos of a cell, at least one: a list, or several addresses in one text, are several."""
+    """The photos of a cell, at least one: a list, or several addresses or names of photos in one text, are several."""
     if isinstance(value, str):
         items = listed_text(value) if as_lists else None
-        value = _addresses_in(value) if items is None else items
+        value = _several_in(value) if items is None else items
     return list(value) or [None] if isinstance(value, (list, tuple)) else [value]
 
 
-def _addresses_in(text: str) -> str | list[str]:
-    if "://" not in text[:12] or not is_address(text):
+def _several_in(text: str) -> str | list[str]:
+    if "://" in text[:12]:
+        parts = _NEXT_ADDRESS.split(text.strip()) if is_address(text) else []
+    elif _BETWEEN_NAMES.search(text) is None or len(text) > LONGEST_NAME:
         return text
-    parts = _NEXT_ADDRESS.split(text.strip())
+    else:
+        parts = _BETWEEN_NAMES.split(text.strip())
     return parts if len(parts) > 1 else text
 
 
@@ -224,6 +231,7 @@ class Facts:
         for part in map(photo_in, parts):
             if not isinstance(part, str):
                 if isinstance(part, int):
+                    self.names.append(hash(str(part)))
                     self._keep(part)
                 continue
             if "://" in part[:12] and is_address(part):
