@@ -28,13 +28,14 @@ from transformers.utils import cached_file
 
 from aliblip.retrieval.adapters import ADAPTER, merged
 from aliblip.retrieval.calibration import forget_fit
-from aliblip.runtime.files import MOST_JSON_BYTES, read_json
+from aliblip.runtime.files import MOST_JSON_BYTES, checksum_of, read_json
 from aliblip.runtime.mistakes import UsageError, usage_errors
 from configuration_aliblip import AliBlipConfig
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
 
 __all__ = [
+    "CHECKPOINT_STATE",
     "DEFAULT_MAX_LENGTH",
     "LOADING_ERRORS",
     "check_settings",
@@ -55,6 +56,8 @@ LOADING_ERRORS = (Exception,)
 
 # A model for retrieval has none; one of ImageNet that begins as a tower has up to 21,843.
 MOST_LABELS = 100_000
+# In a checkpoint of a run, which is a model too: the checksums of its files, and where the run goes on.
+CHECKPOINT_STATE = "state.json"
 _SETTINGS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 # Others that transformers reads.
 _OTHER_SETTINGS = (
@@ -195,13 +198,14 @@ def _bytes_of_weights(name: str) -> int | None:
 
 def check_settings(name: str) -> None:
     """Refuse a folder or Hub name whose settings name code that loading it would run, or labels without end, of which
-    transformers makes a list.
+    transformers makes a list; and a checkpoint in which a file is another one than was written.
 
     Raises:
         UsageError: with the file and what it names.
     """
     if os.path.isdir(name):
         _check_files(name)
+        _check_checksums(name)
     for file in _SETTINGS:
         if not os.path.isdir(name) and not constants.HF_HUB_OFFLINE:
             try:
@@ -239,6 +243,16 @@ def _check_files(folder: str) -> None:
             raise UsageError(f"{file} of {folder} is a folder, a pipe or a device: bring the file back")
         if status.st_size > MOST_JSON_BYTES:
             raise UsageError(f"{file} of {folder} has {status.st_size:,} bytes: it is damaged, bring it back")
+
+
+def _check_checksums(folder: str) -> None:
+    checksums = read_settings(folder, CHECKPOINT_STATE).get("checksums")
+    if not isinstance(checksums, dict):  # no checkpoint, or one of version 0.1
+        return
+    for file in (*_SETTINGS, *_OTHER_SETTINGS, "model.safetensors"):
+        path = Path(folder, file)
+        if file in checksums and not (path.is_file() and checksum_of(path) == checksums[file]):
+            raise UsageError(f"{folder} is damaged (the checksum of {file} is another): take another checkpoint")
 
 
 def read_settings(name: str, file: str) -> dict[str, Any]:
