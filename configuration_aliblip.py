@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from transformers import BlipConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 
 if TYPE_CHECKING:
     # Never run. transformers follows the relative imports that it reads in a file, and so takes the pipeline's file
@@ -46,7 +47,6 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
-
 _INF = float("inf")
 _ABOVE_0 = "a number above 0", lambda value: 0 < value < _INF
 # So that a configuration from somebody else can't ask for more than any machine has.
@@ -54,8 +54,9 @@ _MOST = {"num_hidden_layers": 1000, "image_size": 2**14, "hidden_size": 2**16, "
 
 
 def _wrong(config: PreTrainedConfig, name: str, accepted: str) -> ValueError:
-    owner = config.base_config_key or "config"
-    return ValueError(f"{owner}.{name} is {getattr(config, name)!r}: it must be {accepted}")
+    return ValueError(
+        f"{config.base_config_key or 'config'}.{name} is {getattr(config, name)!r}: it must be {accepted}"
+    )
 
 
 def _check_positive_ints(config: PreTrainedConfig, *names: str) -> None:
@@ -75,6 +76,7 @@ def _check_numbers(config: PreTrainedConfig, accepted: str, is_accepted: Callabl
 def _check_tower(config: PreTrainedConfig, *rates: str) -> None:
     """What the configurations of both towers have in common."""
     heads = config.num_attention_heads
+    _check_positive_ints(config, "intermediate_size", "num_hidden_layers", "num_attention_heads")
     if config.hidden_size % heads:
         raise ValueError(
             f"{config.base_config_key}.hidden_size {config.hidden_size} is not divisible by num_attention_heads "
@@ -82,6 +84,8 @@ def _check_tower(config: PreTrainedConfig, *rates: str) -> None:
         )
     _check_numbers(config, "a number from 0 up to, not including, 1", lambda value: 0 <= value < 1, *rates)
     _check_numbers(config, *_ABOVE_0, "layer_norm_eps", "initializer_range")
+    if not isinstance(config.hidden_act, str) or config.hidden_act not in ACT2FN:
+        raise _wrong(config, "hidden_act", f"one of {', '.join(sorted(ACT2FN))}")
 
 
 class AliBlipVisionConfig(PreTrainedConfig):
@@ -116,10 +120,8 @@ class AliBlipVisionConfig(PreTrainedConfig):
         self.attention_dropout = attention_dropout
         self.drop_path_rate = drop_path_rate
         self.initializer_range = initializer_range
-        sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
-        _check_positive_ints(self, *sizes)
+        _check_positive_ints(self, "hidden_size", "image_size", "patch_size")
         self.intermediate_size = 4 * hidden_size if intermediate_size is None else intermediate_size
-        _check_positive_ints(self, "intermediate_size")
         _check_tower(self, "attention_dropout", "drop_path_rate")
         if image_size % patch_size:
             nearest = max(1, round(image_size / patch_size)) * patch_size
@@ -167,13 +169,10 @@ class AliBlipTextConfig(PreTrainedConfig):
         self.attention_probs_dropout_prob = attention_probs_dropout_prob
         self.initializer_range = initializer_range
         self.pad_token_id = pad_token_id
-        sizes = ("vocab_size", "hidden_size", "encoder_hidden_size", "intermediate_size", "num_hidden_layers")
-        _check_positive_ints(self, *sizes, "num_attention_heads", "max_position_embeddings")
+        _check_positive_ints(self, "vocab_size", "hidden_size", "encoder_hidden_size", "max_position_embeddings")
         _check_tower(self, "hidden_dropout_prob", "attention_probs_dropout_prob")
         if not isinstance(pad_token_id, int) or not 0 <= pad_token_id < vocab_size:
-            raise ValueError(
-                f"text_config.pad_token_id {pad_token_id!r} is outside the vocabulary of {vocab_size} tokens"
-            )
+            raise _wrong(self, "pad_token_id", f"a token of the vocabulary: 0 to {vocab_size - 1}")
         super().__init__(**kwargs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import socket
@@ -28,7 +29,8 @@ class FileServer(ThreadingHTTPServer):
         requests: (method, path, range) of all requests.
         failed: how often it failed in each way.
         always: how every request for a file fails, if it does: a status, "drop" (half of the body), "reset" (no
-            answer) or "hang" (none for a while).
+            answer), "hang" (none for a while), "drip" and "drip headers" (a byte now and then), or "more" (than was
+            asked for).
         first: the same, for so many requests.
     """
 
@@ -90,10 +92,22 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(1.5)
         if fault in ("reset", "hang"):
             self._hang_up()
-        elif fault is not None and fault != "drop":
+        elif fault == "drip headers" or (fault in ("drip", "more") and self.command == "GET"):
+            self._send_without_end(fault)
+        elif fault is not None and fault.isdigit():
             self._answer(int(fault), b"", {})
         else:
             self._send(wanted, drop=fault == "drop")
+
+    def _send_without_end(self, fault: str) -> None:
+        begin = b"HTTP/1.1 206 Partial Content\r\n"
+        piece, wait = (bytes(2**20), 0) if fault == "more" else (b"x", 0.004)
+        self.wfile.write(begin + (b"Name: " if fault == "drip headers" else b"\r\n"))
+        with contextlib.suppress(OSError):  # until the client has enough of it
+            for _ in range(2**8):
+                self.wfile.write(piece)
+                time.sleep(wait)
+        self._hang_up()
 
     def _send(self, wanted: str | None, drop: bool) -> None:
         file = self.server.folder / self.path.lstrip("/").split("?")[0]
@@ -119,4 +133,5 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _hang_up(self) -> None:
         self.close_connection = True
-        self.connection.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import tiny
 import torch
@@ -61,3 +63,27 @@ def test_a_backbone_that_does_not_fit_is_refused_by_name(how, tower, vit, bert, 
     other = read_text_backbone if tower == "vit" else read_vision_backbone
     with pytest.raises(UsageError, match=f"is of model type '{tower}'"):
         other(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("tower", "fields", "message"),
+    [
+        (
+            "vit",
+            {"num_hidden_layers": 10**7},
+            "num_hidden_layers is 10000000: it must be",
+        ),
+        ("vit", {"intermediate_size": 2**24}, r"a model of \d,\d\d\d,\d\d\d,\d\d\d parameters, its weights have"),
+        ("vit", {"num_labels": 10**12}, "names 1,000,000,000,000 labels"),
+        ("vit", {"hidden_act": "nope"}, "hidden_act is 'nope': it must be one of gelu, "),
+        ("bert", {"vocab_size": 10**12}, "vocab_size is 1000000000000: it must be"),
+        ("bert", {"type_vocab_size": 10**9}, r"a model of \d+,\d\d\d,\d\d\d,\d\d\d parameters, its weights have"),
+    ],
+)
+def test_a_backbone_of_an_absurd_size_is_refused_before_it_is_built(tower, fields, message, vit, bert, tmp_path):
+    folder, read = (vit, read_vision_backbone) if tower == "vit" else (bert, read_text_backbone)
+    (tmp_path / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | fields))
+    save_file(load_file(folder / "model.safetensors"), tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match=message) as told:
+        read(str(tmp_path))
+    assert "\n" not in str(told.value)

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,23 +41,25 @@ def half(name: str):
     )
 
 
-def settings(*tower: str, **fields):
-    """Fields of config.json, or of a tower in it."""
+def fields_of(file: str, *place: str, **fields):
+    """Fields of a file, or of something in it; None takes one out."""
 
     def change(folder: Path) -> None:
-        content = json.loads((folder / "config.json").read_text())
-        place = content
-        for name in tower:
-            place = place[name]
-        place.update(fields)
-        (folder / "config.json").write_text(json.dumps(content))
+        content = json.loads((folder / file).read_text())
+        inside = content
+        for name in place:
+            inside = inside[name]
+        inside.update(fields)
+        for name in [name for name, value in fields.items() if value is None]:
+            del inside[name]
+        (folder / file).write_text(json.dumps(content))
 
     return change
 
 
-def long_titles(folder: Path) -> None:
-    content = json.loads((folder / "processor_config.json").read_text())
-    (folder / "processor_config.json").write_text(json.dumps(content | {"max_length": 1_000_000}))
+settings = partial(fields_of, "config.json")
+photos_of = partial(fields_of, "processor_config.json", "image_processor")
+vocabulary = partial(fields_of, "tokenizer.json", "model", "vocab")
 
 
 def pickled(folder: Path) -> None:
@@ -102,10 +105,24 @@ DAMAGE = {
         put("processor_config.json", '{"max_length": "x", "image_processor": 7}'),
         "can't load the processor",
     ),
-    "titles of a million tokens": (long_titles, "max_length of .* is 1000000"),
+    "pixels without end": (photos_of(rescale_factor=1e308), "makes values of a photo that are not finite"),
+    "pixels divided by 0": (photos_of(image_std=[0, 0, 0]), "makes values of a photo that are not finite"),
+    "an id without end": (vocabulary(red=2**31), "the id of one: ids must be counted from 0"),
+    "no unknown word": (vocabulary(**{"[UNK]": None}), r"can't write a title \(.*UNK.* take another"),
+    "titles of a million tokens": (
+        fields_of("processor_config.json", max_length=1_000_000),
+        "max_length of .* is 1000000",
+    ),
     "a tower that is a word": (settings(vision_config="x"), "vision_config is a str"),
-    "an unknown activation": (settings("vision_config", hidden_act="nope"), "KeyError: 'nope'"),
-    "a list for an activation": (settings("text_config", hidden_act=["x"]), "TypeError: unhashable"),
+    "an unknown activation": (
+        settings("vision_config", hidden_act="nope"),
+        "vision_config.hidden_act is 'nope': it must be one of",
+    ),
+    "a list for an activation": (
+        settings("text_config", hidden_act=["x"]),
+        r"text_config.hidden_act is \['x'\]: it must",
+    ),
+    "labels without end": (settings("text_config", num_labels=10**12), "names 1,000,000,000,000 labels"),
     "an unknown type": (settings(dtype="nope"), "no attribute 'nope'"),
     "ten million layers": (settings("vision_config", num_hidden_layers=10**7), "from 1 to 1000"),
     "ten million layers of text": (settings("text_config", num_hidden_layers=10**7), "from 1 to 1000"),
@@ -185,9 +202,8 @@ def test_records_of_a_run_that_are_made_up_are_told_in_one_line(whole, tmp_path,
 
 def test_photos_have_the_size_of_the_model_whatever_the_processor_says(whole, tmp_path):
     folder = Path(shutil.copytree(whole, tmp_path / "model"))
-    content = json.loads((folder / "processor_config.json").read_text())
-    content["image_processor"]["size"] = {"height": 10**8, "width": 10**8}
-    (folder / "processor_config.json").write_text(json.dumps(content))
+    side = {"height": 10**8, "width": 10**8}
+    photos_of(size=side, do_center_crop=True, crop_size=side, do_pad=True, pad_size=side)(folder)
     assert load_pretrained(str(folder))[1].image_size == 32
 
 

@@ -16,6 +16,9 @@ from safetensors.torch import save
 from transformers import AutoModel
 
 import train
+from aliblip.retrieval.arguments import EvaluationArguments
+from aliblip.retrieval.model_folder import load_folder
+from aliblip.retrieval.writing import store_with_the_model
 from aliblip.runtime.mistakes import UsageError
 from aliblip.training import checkpoint
 from aliblip.training import run as course
@@ -117,6 +120,23 @@ def test_a_checkpoint_is_a_model(finished):
     assert beside <= {path.name for path in (finished / "checkpoint-4").iterdir()}
     # the run's own average and queues are for the run that goes on
     assert read_momentum(finished / "checkpoint-4") is None
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_one_flipped_bit_is_refused_where_a_checkpoint_is_taken_as_a_model(name, copied):
+    folder = copied / "checkpoint-4"
+    load_folder(str(folder))
+    flip(folder / name, -9)
+    with pytest.raises(UsageError, match=f"checkpoint-4 is damaged \\(the checksum of {name} is another\\)"):
+        load_folder(str(folder))
+
+
+def test_what_is_tuned_on_a_checkpoint_leaves_it_to_its_run(copied, capsys):
+    folder = copied / "checkpoint-3"
+    before = contents(folder)
+    store_with_the_model("the weight", {"fusion_weight": 7.0}, "give --x 7", EvaluationArguments(str(folder)))
+    assert contents(folder) == before
+    assert "the weight is not stored with the model (a checkpoint, " in capsys.readouterr().out
 
 
 # --- the epoch before its evaluation ----------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
 
 import reading_aliblip
-from aliblip.data import parquet, remote, tables
+from aliblip.data import http_answers, parquet, remote, tables
 from aliblip.data.collate import Collator
 from aliblip.data.loader import EvalLoader, TrainLoader
 from aliblip.data.remote import RemoteReadError, read_file, resumed
@@ -181,6 +181,44 @@ def test_a_silent_server_is_a_dropped_connection(folder, monkeypatch):
         server.first = ("hang", 2)
         assert read_file(f"{server.url}/list/train.json", LIMIT) == (folder / "list" / "train.json").read_bytes()
         assert server.failed == {"hang": 2}
+
+
+@pytest.mark.parametrize("fault", ["drip", "drip headers"])
+def test_a_server_that_drips_is_a_dropped_connection(fault, folder, monkeypatch):
+    monkeypatch.setattr(http_answers, "SECONDS", 0.3)
+    with FileServer(folder) as server:
+        server.first = (fault, 2)
+        assert read_file(f"{server.url}/list/train.json", LIMIT) == (folder / "list" / "train.json").read_bytes()
+        assert server.failed == {fault: 2}
+
+
+@pytest.mark.parametrize("layout", ["parquet", "tars"])
+def test_a_server_that_drips_for_good_ends_the_run(folder, layout, monkeypatch):
+    monkeypatch.setattr(http_answers, "SECONDS", 0.1)
+    instead_of_sleep(monkeypatch, lambda seconds: None)
+    with FileServer(folder) as server:
+        source = open_below(server.url, layout)
+        server.always = "drip"
+        with pytest.raises(RemoteReadError, match=r"can't be read: .* came in 0\.1 seconds \(tried 8 times"):
+            list(source.read(0))
+
+
+def test_a_file_that_comes_slowly_is_read(folder, monkeypatch):
+    """Each minute has its bytes, and the minutes have no limit."""
+    monkeypatch.setattr(http_answers, "SECONDS", 0.5)
+    monkeypatch.setattr(http_answers, "LEAST_BYTES", 2)
+    with FileServer(folder) as server:
+        server.first = ("drip", 1)
+        assert len(read_file(f"{server.url}/list/train.json", 2**8)) == 2**8
+        assert server.failed == {"drip": 1}
+
+
+def test_a_server_gives_no_more_than_it_is_asked_for(folder):
+    with FileServer(folder) as server:
+        server.always = "more"
+        with pytest.raises(RemoteReadError, match=r"train\.json can't be read: .*more bytes than it was asked for"):
+            read_file(f"{server.url}/list/train.json", 1000)
+        assert server.failed == {"more": 1}
 
 
 def test_no_network_is_said_at_once(monkeypatch):

@@ -37,7 +37,8 @@ __all__ = [
 # Seconds, of which each wait takes half or more. Eight tries end after 45 to 91 seconds, beside the time that the tries
 # take themselves.
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0)
-# Seconds until a silent HTTP server counts as a dropped connection. There is no limit for a whole file.
+# Seconds until a silent HTTP server counts as a dropped connection. There is no limit for a whole file, but one for how
+# slowly it may come (`http_answers`).
 CONNECT_TIMEOUT = 30
 READ_TIMEOUT = 60
 
@@ -62,8 +63,10 @@ def storage_options(file: str) -> dict[str, dict[str, Any]]:
         return {}
     import aiohttp
 
+    from aliblip.data.http_answers import BoundedResponse  # imports aiohttp, which takes half a second
+
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT)
-    return {protocol: {"client_kwargs": {"trust_env": True, "timeout": timeout}}}
+    return {protocol: {"client_kwargs": {"trust_env": True, "timeout": timeout, "response_class": BoundedResponse}}}
 
 
 def open_file(file: str) -> Any:
@@ -132,8 +135,9 @@ def _told(error: Exception, file: str, tries: Tries) -> OSError | None:
     if trouble.passes:
         tried = f"tried {tries.failures} times in {tries.seconds:.0f} seconds"
         return RemoteReadError(f"{file} can't be read: {trouble.reason} ({tried})")
-    # The message of fsspec is only the address; every other OSError says what happened.
-    if trouble.reason is None or (isinstance(error, OSError) and str(error) != file):
+    # The message of fsspec is only the address, and an answer's is without it; every other OSError says what happened.
+    says_all = isinstance(error, OSError) and str(error) != file and type(error) is not GaveUp
+    if trouble.reason is None or says_all:
         return None
     if isinstance(error, FileNotFoundError) and trouble.status in (404, 410):
         return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), file)

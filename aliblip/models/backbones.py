@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, BertModel, BlipImageProcessorPil, ViTModel
+from transformers import AutoConfig, BertModel, BlipImageProcessorPil, PreTrainedConfig, ViTModel
 
 from aliblip.models.original import check_weights
-from aliblip.retrieval.model_folder import LOADING_ERRORS, check_no_code
+from aliblip.retrieval.model_folder import LOADING_ERRORS, check_settings, check_size
 from aliblip.runtime.mistakes import UsageError, usage_errors
-from configuration_aliblip import training_defaults
+from configuration_aliblip import AliBlipTextConfig, AliBlipVisionConfig, training_defaults
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
 
@@ -70,6 +71,10 @@ def read_vision_backbone(name: str) -> Backbone:
     config = _config(name, "vit", "--vision_model_name_or_path takes a ViT such as google/vit-base-patch16-224-in21k")
     if config.num_channels != 3:
         raise UsageError(f"{name} looks at {config.num_channels} channels: photos have 3")
+    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size")
+    fields += ("patch_size", "hidden_act", "layer_norm_eps")
+    given = {field: getattr(config, field) for field in fields}
+    _check_config(name, config, AliBlipVisionConfig, given, ViTModel)
     state, dropped = _load(ViTModel, name, _VIT_DROPPED)
     weights: dict[str, Tensor] = {}
     projections: dict[str, Tensor] = {}  # query, key and value, which are one weight here
@@ -85,14 +90,12 @@ def read_vision_backbone(name: str) -> Backbone:
         for kind, of_none in (("weight", None), ("bias", torch.zeros(config.hidden_size))):
             three = [projections.get(f"qkv.{layer}.{of}.{kind}", of_none) for of in ("query", "key", "value")]
             weights[f"encoder.layers.{layer}.self_attn.qkv.{kind}"] = torch.cat(three)
-    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size")
-    fields += ("patch_size", "hidden_act", "layer_norm_eps")
     return Backbone(
         name,
         "vision_model",
         {
             **training_defaults(config.hidden_size, config.num_hidden_layers),
-            **{field: getattr(config, field) for field in fields},
+            **given,
             "attention_dropout": config.attention_probs_dropout_prob,
         },
         {f"vision_model.{ours}": value for ours, value in weights.items()},
@@ -107,17 +110,19 @@ def read_text_backbone(name: str) -> Backbone:
     positions = getattr(config, "position_embedding_type", "absolute")
     if positions != "absolute":
         raise UsageError(f"{name} has {positions} position embeddings: take a BERT with absolute ones")
+    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
+    fields += ("max_position_embeddings", "layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob")
+    given = {field: getattr(config, field) for field in fields}
+    _check_config(name, config, AliBlipTextConfig, given | {"vocab_size": config.vocab_size}, BertModel)
     weights, dropped = _load(BertModel, name, _BERT_DROPPED)
     types = weights.pop("embeddings.token_type_embeddings.weight")
     # Every token of a title is of the first type: adding it to the positions once gives the same sums.
     weights["embeddings.position_embeddings.weight"] = weights["embeddings.position_embeddings.weight"] + types[0]
     dropped += [f"embeddings.token_type_embeddings.weight[{i}]" for i in range(1, len(types))]
-    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
-    fields += ("max_position_embeddings", "layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob")
     return Backbone(
         name,
         "text_encoder",
-        {field: getattr(config, field) for field in fields},
+        given,
         {f"text_encoder.{ours}": value for ours, value in weights.items()},
         dropped,
     )
@@ -185,12 +190,21 @@ def starting_report(model: AliBlipForImageTextRetrieval, backbones: list[Backbon
 
 
 def _config(name: str, model_type: str, hint: str):
-    check_no_code(name)
+    check_settings(name)
     with usage_errors(*LOADING_ERRORS, told=f"no model at {name!r} ({{}}): {hint}"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if config.model_type != model_type:
         raise UsageError(f"{name} is of model type {config.model_type!r}: {hint}")
     return config
+
+
+def _check_config(name: str, config: PreTrainedConfig, ours: type, fields: dict[str, Any], theirs: type) -> None:
+    """Refuse, before its weights are loaded, a tower that we can't build, or of a size that its weights don't have."""
+    told = f"config.json of {name} does not fit ({{}}): take another model, or bring the file back"
+    with usage_errors(ValueError, TypeError, told=told):
+        ours(**fields)
+    with usage_errors(*LOADING_ERRORS, told=told):
+        check_size(name, partial(theirs, config))
 
 
 def _load(model_class, name: str, dropped_pattern: str) -> tuple[dict[str, Tensor], list[str]]:

@@ -11,30 +11,35 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from PIL import Image
+from torch import nn
 from transformers import AutoTokenizer, BertTokenizer, BlipImageProcessorPil, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 from aliblip.retrieval.adapters import ADAPTER, merged
 from aliblip.retrieval.calibration import forget_fit
-from aliblip.runtime.files import MOST_JSON_BYTES, read_json
+from aliblip.runtime.files import MOST_JSON_BYTES, checksum_of, read_json
 from aliblip.runtime.mistakes import UsageError, usage_errors
 from configuration_aliblip import AliBlipConfig
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
 
 __all__ = [
+    "CHECKPOINT_STATE",
     "DEFAULT_MAX_LENGTH",
     "LOADING_ERRORS",
-    "check_no_code",
+    "check_settings",
+    "check_size",
     "check_tokenizer",
     "check_vocabulary",
     "load_folder",
@@ -49,6 +54,10 @@ DEFAULT_MAX_LENGTH = 35
 # only the one call that reads them may stand inside.
 LOADING_ERRORS = (Exception,)
 
+# A model for retrieval has none; one of ImageNet that begins as a tower has up to 21,843.
+MOST_LABELS = 100_000
+# In a checkpoint of a run, which is a model too: the checksums of its files, and where the run goes on.
+CHECKPOINT_STATE = "state.json"
 _SETTINGS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 # Others that transformers reads.
 _OTHER_SETTINGS = (
@@ -84,14 +93,15 @@ def load_folder(
     """
     if _is_a_path(name) and not os.path.exists(name):  # for transformers it would be a wrong name on the Hub
         raise UsageError(f"there is no folder {name}: give the folder of a model, its name on the Hub, or a .pth file")
-    check_no_code(name)
+    check_settings(name)
     whole = read_settings(name, ADAPTER).get("base_model_name_or_path", name)  # of an adapter the model that it names
     if not isinstance(whole, str) or not whole:
         raise UsageError(f"{ADAPTER} of {name} names no model: it is damaged, bring it back")
     if whole != name:
-        check_no_code(whole)
+        check_settings(whole)
     with usage_errors(*LOADING_ERRORS, told=f"can't load the model {whole}: {{}}"):
-        _check_size(whole, AliBlipConfig.from_pretrained(whole, trust_remote_code=False))
+        config = AliBlipConfig.from_pretrained(whole, trust_remote_code=False)
+        check_size(whole, partial(AliBlipForImageTextRetrieval, config))
     with usage_errors(*LOADING_ERRORS, told=f"can't load the model {name}: {{}}"):
         model = AliBlipForImageTextRetrieval.from_pretrained(
             name, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
@@ -110,14 +120,18 @@ def load_folder(
 
 def _load_processor(name: str, tokenizer: PreTrainedTokenizerFast | None, side: int) -> AliBlipProcessor:
     """The processor of a folder for photos of `side` pixels, tried on one."""
-    with usage_errors(*LOADING_ERRORS, told=f"can't load the processor of {name}: {{}}"):
+    with usage_errors(*LOADING_ERRORS, told=f"can't load the processor of {name}: {{}}"), np.errstate(all="ignore"):
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         max_length = read_settings(name, "processor_config.json").get("max_length", DEFAULT_MAX_LENGTH)
         processor = AliBlipProcessor(load_image_processor(name), tokenizer, max_length=max_length)
-        processor.image_processor.size = {"height": side, "width": side}  # whatever it says: the model takes no other
-        pixels = processor(images=[Image.new("RGB", (9, 9))], return_tensors="pt")["pixel_values"]
+        # Whatever it says: the model takes no other size, and neither cropping nor borders can lead to it.
+        processor.image_processor.size = {"height": side, "width": side}
+        processor.image_processor.do_center_crop = processor.image_processor.do_pad = False
+        pixels = processor(images=[Image.new("RGB", (9, 9), "white")], return_tensors="pt")["pixel_values"]
     if pixels.shape != (1, 3, side, side) or not pixels.isfinite().all():
-        raise UsageError(f"the processor of {name} makes {tuple(pixels.shape)} of a photo, not (1, 3, {side}, {side})")
+        shape = f"{tuple(pixels.shape)} of a photo, not (1, 3, {side}, {side})"
+        made = shape if pixels.isfinite().all() else "values of a photo that are not finite"
+        raise UsageError(f"the processor of {name} makes {made}: correct the settings of its photos")
     return processor
 
 
@@ -139,17 +153,25 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerFast:
     """
     if os.path.isfile(name):
         return BertTokenizer(vocab=name)
-    check_no_code(name)
+    check_settings(name)
     return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
 
 
-def _check_size(name: str, config: AliBlipConfig) -> None:
-    """Refuse a configuration of a model so large that these weights can't be its own, before it takes the memory."""
+def check_size(name: str, build: Callable[[], nn.Module]) -> None:
+    """Refuse a configuration of a model so large that these weights can't be its own, before it takes the memory.
+
+    Args:
+        name: the folder or Hub name of the weights.
+        build: makes the model of the configuration.
+
+    Raises:
+        UsageError: with both sizes.
+    """
     size = _bytes_of_weights(name)
     if size is None:
         return
     with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in AliBlipForImageTextRetrieval(config).parameters())
+        parameters = sum(parameter.numel() for parameter in build().parameters())
     if parameters > _MOST_PER_BYTE * size + _SLACK:
         raise UsageError(
             f"config.json of {name} describes a model of {parameters:,} parameters, its weights have {size:,} bytes: "
@@ -174,14 +196,16 @@ def _bytes_of_weights(name: str) -> int | None:
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
-def check_no_code(name: str) -> None:
-    """Refuse a folder or Hub name whose settings name code that loading it would run.
+def check_settings(name: str) -> None:
+    """Refuse a folder or Hub name whose settings name code that loading it would run, or labels without end, of which
+    transformers makes a list; and a checkpoint in which a file is another one than was written.
 
     Raises:
         UsageError: with the file and what it names.
     """
     if os.path.isdir(name):
         _check_files(name)
+        _check_checksums(name)
     for file in _SETTINGS:
         if not os.path.isdir(name) and not constants.HF_HUB_OFFLINE:
             try:
@@ -199,6 +223,8 @@ def check_no_code(name: str) -> None:
                 named = "audio_tokenizer"
             elif key == "attn_implementation" and "/" in str(value):
                 named = f"attn_implementation {value}"
+            elif key == "num_labels" and isinstance(value, (int, float)) and value > MOST_LABELS:
+                raise UsageError(f"{file} of {name} names {value:,} labels: it is damaged, bring it back")
             if named:
                 raise UsageError(
                     f"{name} asks for code that does not belong to AliBLIP ({file}: {named}), and no command runs it: "
@@ -217,6 +243,16 @@ def _check_files(folder: str) -> None:
             raise UsageError(f"{file} of {folder} is a folder, a pipe or a device: bring the file back")
         if status.st_size > MOST_JSON_BYTES:
             raise UsageError(f"{file} of {folder} has {status.st_size:,} bytes: it is damaged, bring it back")
+
+
+def _check_checksums(folder: str) -> None:
+    checksums = read_settings(folder, CHECKPOINT_STATE).get("checksums")
+    if not isinstance(checksums, dict):  # no checkpoint, or one of version 0.1
+        return
+    for file in (*_SETTINGS, *_OTHER_SETTINGS, "model.safetensors"):
+        path = Path(folder, file)
+        if file in checksums and not (path.is_file() and checksum_of(path) == checksums[file]):
+            raise UsageError(f"{folder} is damaged (the checksum of {file} is another): take another checkpoint")
 
 
 def read_settings(name: str, file: str) -> dict[str, Any]:
@@ -279,15 +315,22 @@ def check_tokenizer(source: str, processor: AliBlipProcessor) -> None:
     """Try a tokenizer on titles: what it makes of them, and whether it makes the same once it is saved and loaded.
 
     Raises:
-        UsageError: it is not a fast one, has no padding, does not put [CLS] before a title and [SEP] behind it (the
-            model makes [ENC] of the first token, and would lose a word), or comes back as another.
+        UsageError: it is not a fast one, has no padding, has ids beyond its number of tokens, does not put [CLS] before
+            a title and [SEP] behind it (the model makes [ENC] of the first token, and would lose a word), or comes back
+            as another.
     """
     tokenizer = processor.tokenizer
     if not tokenizer.is_fast or tokenizer.cls_token_id is None or tokenizer.pad_token_id is None:
         raise UsageError(
             f"the tokenizer of {source} is not a fast one with tokens for [CLS] and [PAD]: take a BERT tokenizer"
         )
-    written = _written(processor)
+    if (highest := max(tokenizer.get_vocab().values())) >= len(tokenizer):
+        raise UsageError(
+            f"the tokenizer of {source} has {len(tokenizer):,} tokens, and {highest:,} is the id of one: ids must be "
+            "counted from 0 without a gap, take a BERT tokenizer"
+        )
+    with usage_errors(*LOADING_ERRORS, told=f"the tokenizer of {source} can't write a title ({{}}): take another"):
+        written = _written(processor)
     for ids, mask in written:
         title = ids[: sum(mask)]
         if len(title) < 2 or (title[0], title[-1]) != (tokenizer.cls_token_id, tokenizer.sep_token_id):

@@ -18,6 +18,7 @@ import torch
 
 from aliblip.retrieval.arguments import EvaluationArguments, EvaluationDataArguments
 from aliblip.retrieval.compare import compare, format_comparison
+from aliblip.retrieval.model_folder import CHECKPOINT_STATE
 from aliblip.retrieval.pages import draw_contact_sheet, write_report
 from aliblip.retrieval.rankings import Retrieval
 from aliblip.retrieval.results import COMPARISON, EVALUATIONS, format_table, write_results
@@ -92,8 +93,14 @@ def store_with_the_model(what: str, values: dict[str, float], otherwise: str, op
         otherwise: what to do where they can't be stored.
     """
     config = Path(options.model_name_or_path) / "config.json"
-    if options.image_size is not None or not config.is_file():
-        why = "at another --image_size" if config.is_file() else "a model from the Hub"
+    why = None
+    if not config.is_file():
+        why = "a model from the Hub"
+    elif options.image_size is not None:
+        why = "at another --image_size"
+    elif config.with_name(CHECKPOINT_STATE).exists():
+        why = "a checkpoint, whose files have checksums for the run that goes on from it"
+    if why is not None:
         print(f"{what} is not stored with the model ({why}): {otherwise}")
         return
     try:

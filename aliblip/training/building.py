@@ -21,7 +21,7 @@ from aliblip.models.backbones import (
 )
 from aliblip.models.loading import DEFAULT_TOKENIZER, build_processor, load_pretrained
 from aliblip.retrieval.calibration import forget_fit
-from aliblip.retrieval.model_folder import DEFAULT_MAX_LENGTH, LOADING_ERRORS, check_no_code, check_tokenizer
+from aliblip.retrieval.model_folder import DEFAULT_MAX_LENGTH, LOADING_ERRORS, check_settings, check_tokenizer
 from aliblip.runtime.accelerator import AliBlipAccelerator
 from aliblip.runtime.arguments import json_mapping
 from aliblip.runtime.distributed import launched_rank
@@ -150,7 +150,7 @@ def build_config(args: ModelArguments, processor: AliBlipProcessor, backbones: l
             f"no configuration {args.config_name!r} ({{}}): give --config_name {' or '.join(SIZES)}, or a folder with "
             "a config.json"
         )
-        check_no_code(args.config_name)
+        check_settings(args.config_name)
         with usage_errors(*LOADING_ERRORS, told=missing):
             base = AliBlipConfig.from_pretrained(args.config_name, trust_remote_code=False).to_dict()
         vision, text = base["vision_config"] | vision, base["text_config"] | text

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from aliblip.models.original import ENCODER_NAMES, NOT_FILLED, Original, check_weights, original_name
+from aliblip.retrieval.model_folder import CHECKPOINT_STATE
 from aliblip.runtime.mistakes import UsageError, usage_errors
-from aliblip.training.checkpoint import STATE
 from aliblip.training.momentum import QUEUE_PHOTOS, QUEUES, UNUSED, MomentumState
 from modeling_aliblip import AliBlipForImageTextRetrieval
 
@@ -32,7 +32,7 @@ def read_momentum(model_name_or_path: str | os.PathLike) -> dict[str, Tensor] | 
         UsageError: a file that is not what its name says.
     """
     file = os.path.join(model_name_or_path, MOMENTUM_FILE)
-    if not os.path.isfile(file) or os.path.isfile(os.path.join(model_name_or_path, STATE)):
+    if not os.path.isfile(file) or os.path.isfile(os.path.join(model_name_or_path, CHECKPOINT_STATE)):
         return None
     with usage_errors(SafetensorError, told=f"{file} is no safetensors file ({{}})"):
         return load_file(file)

@@ -37,6 +37,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from aliblip.data.order import facts_of
+from aliblip.retrieval.model_folder import CHECKPOINT_STATE as STATE
 from aliblip.runtime.distributed import all_gather_objects, barrier, broadcast_object, is_main, rank, world_size
 from aliblip.runtime.files import NewFolder, checksum_of, read_json, write_json, write_tensors
 from aliblip.runtime.mistakes import UsageError, usage_errors
@@ -49,7 +50,6 @@ from aliblip.training.step import (
     optimizer_state,
 )
 
-STATE = "state.json"
 RESULTS = "results.json"
 FORMAT = 1
 
