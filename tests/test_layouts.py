@@ -22,7 +22,7 @@ def by_id(folder, endings=".png", below="images/"):
     return draw(folder, [f"{below}{number}{endings}" for number in IDS])
 
 
-def test_an_id_that_names_photos_is_the_photo_and_stays_a_column(tmp_path):
+def test_an_id_may_name_the_file_and_stays_a_column(tmp_path):
     source = opened(by_id(tmp_path), with_ids(), "styles.csv")
     whole(source)
     assert "'id' is how the photos are called (--image_column names another column)" in told(source)
@@ -214,7 +214,7 @@ def test_woocommerce_variations_and_further_photos_are_of_their_product(tmp_path
     assert "1 rows without a photo are no rows" in told(source)
 
 
-def test_further_columns_of_photos_are_told(tmp_path):
+def test_further_columns_that_hold_photos_are_told(tmp_path):
     draw(tmp_path)
     rows = [(name, name, "x", title) for name, title in pairs()]
     header = ("IMAGE1", "IMAGE2", "image_phash", "TITLE")
@@ -226,7 +226,7 @@ def test_further_columns_of_photos_are_told(tmp_path):
     assert "further columns" not in told(source)
 
 
-def test_photos_of_variants_alone_are_told(tmp_path):
+def test_what_variants_alone_show_is_told(tmp_path):
     draw(tmp_path)
     header = ("Handle", "Title", "Image Src", "Variant Image")
     rows = [("a", TITLES[0], "00.png", "00.png"), ("a", "", "01.png", "02.png"), ("b", TITLES[3], "03.png", "")]
@@ -259,6 +259,33 @@ def test_names_that_begin_with_a_slash_are_looked_for_in_the_folder(tmp_path):
     (tmp_path / "catalog.csv").write_text(lines([*rows, ("/../../secret.png", "x")], ("base_image", "name")))
     found, reasons = read(open_at(tmp_path))
     assert len(found) == COUNT and "leads outside" in reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("written", "how"),
+    [("  {} ", "taken without the blanks around them"), ("{}?v=12&w=1", "written as in addresses (%20, ?v=1)")],
+)
+def test_names_with_what_is_none_of_them(tmp_path, written, how):
+    rows = [(written.format(name), title) for name, title in pairs()]
+    source = opened(draw(tmp_path), lines(rows, ("image", "title")), "products.csv")
+    whole(source)
+    assert how in told(source) and "no row names" not in told(source)
+    draw(tmp_path, [written.format(NAMES[0])])  # where that is a file's name
+    (tmp_path / "products.csv").write_text(lines(rows[:1], ("image", "title")))
+    assert how not in told(open_at(tmp_path))
+
+
+def test_objects_with_several_sizes_of_a_photo(tmp_path):
+    rows = [
+        {"title": title, "images": [{"thumb": "no.png", "large": name, "hi_res": None, "variant": "MAIN"}]}
+        for name, title in pairs()
+    ]
+    whole(opened(draw(tmp_path), json.dumps(rows), "meta.json"))
+    rows[0]["images"][0] = {"variant": "MAIN", "size": 3}
+    (tmp_path / "meta.json").write_text(json.dumps(rows))
+    assert read(open_at(tmp_path))[1] == [
+        "the image is an object, and none of its keys ('variant', 'size') names a photo"
+    ]
 
 
 def test_the_names_of_amazons_flat_files(tmp_path):

@@ -60,7 +60,7 @@ def test_names_as_addresses_write_them(tmp_path, files, form):
     file = written(tmp_path, list(map(quote, files)), form)
     source = open_source(data_files=str(file), split="train", image_dir=str(folder))
     assert read(source) == (all_rows(), [])
-    assert "their names are written as in addresses (%20)" in told(source)
+    assert "their names are written as in addresses (%20, ?v=1)" in told(source)
 
 
 def test_one_name_that_is_written_otherwise_is_read_or_refused_with_the_cause(tmp_path):

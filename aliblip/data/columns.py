@@ -33,22 +33,8 @@ MOST_LISTED = 50
 IMAGE_NAMES = (
     *("image", "filename", "imagepath", "imagefile", "imagefilename", "imagename", "filepath", "path", "file"),
     *("photo", "picture", "img", "imgpath", "imagelink", "imageurl", "imagesrc", "mainimageid", "images"),
-    *(
-        "mainimageurl",
-        "mainimage",
-        "baseimage",
-        "image1",
-        "imageurl1",
-        "photo1",
-        "photourl",
-        "imgurl",
-        "url",
-        "imagebytes",
-        "jpg",
-        "png",
-        "webp",
-    ),
-    "product",
+    *("mainimageurl", "mainimage", "baseimage", "image1", "imageurl1", "photo1", "picurl", "pictureurl", "photourl"),
+    *("imgurl", "url", "imagebytes", "jpg", "png", "webp", "product"),
 )
 CAPTION_NAMES = (
     *("caption", "text", "title", "captions", "titles", "sentences", "sentence", "raw", "comment", "producttitle"),
@@ -57,7 +43,7 @@ CAPTION_NAMES = (
 # What further columns of photos are called.
 _FURTHER_PHOTOS = re.compile(
     "(other|additional|further|extra|more|small|large|thumbnail|swatch|variant|back|front|side)?"
-    "(image|img|photo|picture|pic)s?(url|link|src|path|file)?s?[0-9]*"
+    "(image|img|photo|picture|pic)s?(url|link|src|path|file)?s?(highres|hires)?[0-9]*"
 )
 # Columns of ids, which may be the names of photos without their endings, where no column is called as one of photos is.
 ID_NAMES = ("id", "imageid", "photoid", "itemid", "productid", "articleid", "sku", "itemsku", "asin", "key")

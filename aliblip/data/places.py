@@ -17,13 +17,15 @@ from urllib.parse import unquote, urlsplit
 
 from aliblip.data.missing import ENDINGS, same_name
 from aliblip.data.rows import path_inside
-from aliblip.data.values import embedded_photo, is_address, local_path, photo_in
+from aliblip.data.values import PHOTO_KEYS, embedded_photo, is_address, local_path, photo_in
 
 __all__ = ["Place", "find_place", "folders_below", "folders_beside", "share_found", "with_ending"]
 
 # Sub-folders in which photos are looked for, if they are not where the table says.
 MOST_FOLDERS = 64
 PROBED = 100
+# Keys of an object that are named in a message.
+MOST_KEYS = 8
 NOT_FETCHED = "the image is an address, and addresses are fetched only with --fetch_photos"
 # What a folder of photos is called. A neighbour of another name may be another catalogue with the same file names.
 _OF_PHOTOS = re.compile(r"(?i)(^|.*[^a-z])(images?|imgs?|photos?|pictures?|pics?|jpe?gs?|pngs?|media)($|[^a-z].*)")
@@ -41,7 +43,8 @@ class Place:
         unicode: the form of Unicode, "NFC" or "NFD", that names of files have and those of the table have not: archives
             of a Mac hold "ö" as two characters.
         is_numbered: whether a name ends in the number of its title, "a.jpg#0", as those of Flickr8k do.
-        is_quoted: whether names are written as in addresses, "a%20b.jpg" for the file "a b.jpg".
+        is_quoted: whether names are written as in addresses, "a%20b.jpg" and "a b.jpg?v=1" for the file "a b.jpg".
+        is_padded: whether blanks around names are none of the files'.
         is_rooted: whether names begin with a slash and are relative all the same, as shops write them.
         capitals: "upper" or "lower" where the endings of the files are so, and those of the table are not: cameras
             write .JPG, and tables that come from Windows need not.
@@ -58,10 +61,16 @@ class Place:
     unicode: str = ""
     is_quoted: bool = False
     is_rooted: bool = False
+    is_padded: bool = False
     capitals: str = ""
     is_own: bool = True
     host: str = ""
     fetch: bool = False
+
+    @property
+    def names_otherwise(self) -> bool:
+        """Whether names of files can't be turned into those of the table."""
+        return self.is_numbered or self.is_quoted or self.is_rooted or self.is_padded
 
     def find(self, value: Any) -> tuple[Any, str | None, str | None]:
         """(bytes, path or address; the name for reports; why there is none) of what a cell says."""
@@ -69,7 +78,10 @@ class Place:
         if isinstance(value, dict):
             path = value.get("path")
             name = path if isinstance(path, str) else None
-            value = photo_in(value)
+            value, keys = photo_in(value), value
+            if value is None and keys and not set(keys) & set(PHOTO_KEYS):
+                told = ", ".join(map(repr, list(keys)[:MOST_KEYS]))
+                return None, name, f"the image is an object, and none of its keys ({told}) names a photo"
         if value is None or isinstance(value, (bytes, bytearray, memoryview)):
             return value, name, None
         if isinstance(value, str):
@@ -95,8 +107,10 @@ class Place:
             return (text, text, None) if self.fetch else (None, text, NOT_FETCHED)
         name = text
         text = local_path(text)
+        if self.is_padded:
+            text = text.strip()
         if self.is_quoted and text == name:
-            text = unquote(text, errors="surrogateescape")
+            text = unquote(text.partition("?")[0], errors="surrogateescape")
         if self.folder is None:
             return None, text, "the image is a path, and no image folder was given (--image_dir)"
         if os.path.isabs(text) and "\0" not in text and "://" not in self.folder:
@@ -143,7 +157,9 @@ def find_place(names: Sequence[Any], place: Place, *others: Iterable[str]) -> tu
     here = [place, replace(place, is_numbered=True), *(replace(place, ending=ending) for ending in ENDINGS)]
     if not all(name.isascii() for name in names if isinstance(name, str)):
         here += [replace(place, unicode=form) for form in ("NFD", "NFC")]
-    if any("%" in name for name in names if isinstance(name, str)):
+    if any(name != name.strip() for name in names if isinstance(name, str)):
+        here.append(replace(place, is_padded=True))
+    if any("%" in name or "?" in name for name in names if isinstance(name, str)):
         here.append(replace(place, is_quoted=True))
     if any(name.startswith("/") for name in names if isinstance(name, str)):
         here.append(replace(place, is_rooted=True))
@@ -206,8 +222,9 @@ def _told(place: Place, best: Place) -> str | None:
     parts += ["letters with marks are stored otherwise in their names"] if best.unicode else []
     parts += [f"their endings are in {best.capitals} case, other than in the table"] if best.capitals else []
     parts += ["the number behind their names is left out"] if best.is_numbered else []
+    parts += ["their names are taken without the blanks around them"] if best.is_padded else []
     parts += ["their names are taken without the '/' at the beginning"] if best.is_rooted else []
-    parts += ["their names are written as in addresses (%20)"] if best.is_quoted else []
+    parts += ["their names are written as in addresses (%20, ?v=1)"] if best.is_quoted else []
     return ", ".join(parts)
 
 

@@ -386,7 +386,6 @@ def _ending_together() -> Iterator[None]:
 def _sharing() -> Iterator[None]:
     """Keep what is there out of the garbage collector: a full collection writes to every object, and with forks each
     process then gets a copy of its own of all that they share, 0.1 GB of modules alone."""
-    gc.collect()
     gc.freeze()
     try:
         yield

@@ -378,10 +378,7 @@ def told_unnamed(request: Request, named: Sequence[tuple[Place, Facts]]) -> None
     """Count the photos of the folder that no row names, and the rows whose photo is not in it."""
     survey = request.survey
     survey.is_compared = True
-    if (
-        any(place.is_numbered or place.is_quoted or place.is_rooted or place.folder is None for place, _ in named)
-        or request.asked.sides == "titles"
-    ):
+    if any(place.folder is None or place.names_otherwise for place, _ in named) or request.asked.sides == "titles":
         return
     root = os.path.abspath(survey.root)
     lookups = [(_relative_to(root, place), place.ending, _sorted(facts.names)) for place, facts in named]

@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 __all__ = [
+    "PHOTO_KEYS",
     "Facts",
     "embedded_photo",
     "is_address",
@@ -35,7 +36,7 @@ __all__ = [
 
 # Keys of objects that hold a title, as COCO, Karpathy's files and Amazon's listings have them.
 TITLE_KEYS = ("caption", "text", "raw", "value", "sentence", "title")
-PHOTO_KEYS = ("bytes", "path", "url", "src", "file_name", "filename")
+PHOTO_KEYS = ("bytes", "path", "url", "src", "file_name", "filename", "hi_res", "large", "thumb")
 # Longer text of a list is no cell that somebody wrote.
 MOST_LIST_CHARACTERS = 1_000_000
 # What is longer is no name of a file.
