@@ -26,6 +26,7 @@ from aliblip.data.splits import TRAIN
 from aliblip.models.loading import build_processor
 from aliblip.runtime.arguments import parse
 from aliblip.runtime.files import read_json
+from aliblip.runtime.forms import Each, check_form
 from aliblip.runtime.installation import install_hint
 from aliblip.runtime.mistakes import UsageError, main_with_usage_errors, usage_errors
 from aliblip.training.tokenizer import check_trained_tokenizer, learn_tokenizer, save_trained_tokenizer
@@ -120,15 +121,31 @@ def prepare(data: PrepareDataArguments, args: PrepareArguments) -> int:
             print(line)
     else:
         print(f"{work.output_dir} is prepared already, from this data and with these flags")
-    file = Path(work.output_dir) / PREPARED
-    told = f"{file} is not what prepare writes ({{}}): give another --output_dir"
-    with usage_errors(OSError, ValueError, LookupError, TypeError, AttributeError, told=told):
-        lines = summary(read_json(file)["counts"])
-    print("\n".join(lines))
+    print("\n".join(summary(counts_of(Path(work.output_dir) / PREPARED))))
     print(f"written: {work.output_dir}")
     tokenizer = work.output_dir / TOKENIZER if args.train_tokenizer else args.tokenizer_name
     print(f"next: {next_command(work.output_dir, tokenizer)}")
     return 0
+
+
+# Of `Preparation.counts`, as prepared.json keeps them.
+COUNTS = {
+    **{"rows": Each(int), "products": Each(int), "rejected": int, "exact_duplicates": int, "near_duplicates": int},
+    **{"bytes_before": int, "bytes_after": int},
+}
+
+
+def counts_of(file: Path) -> dict[str, Any]:
+    """The counts in a prepared.json.
+
+    Raises:
+        UsageError: it is damaged, or not what prepare writes.
+    """
+    told = f"{file} is not what prepare writes ({{}}): give another --output_dir"
+    with usage_errors(OSError, ValueError, told=told):
+        prepared = read_json(file)
+    check_form(prepared, {"counts": COUNTS}, told)
+    return prepared["counts"]
 
 
 def learned(work: Preparation, folder: Path) -> Any:
@@ -163,7 +180,8 @@ def next_command(prepared: Path, tokenizer: Path | str | None) -> str:
 def summary(counts: dict[str, Any]) -> list[str]:
     """What came of it, a line each."""
     lines = [
-        f"{split}: {rows:,} rows, {counts['products'][split]:,} products" for split, rows in counts["rows"].items()
+        f"{split}: {rows:,} rows, {counts['products'].get(split, 0):,} products"
+        for split, rows in counts["rows"].items()
     ]
     lines.append(f"rejected: {counts['rejected']:,} rows (rejected.parquet)")
     near, exact = counts["near_duplicates"], counts["exact_duplicates"]

@@ -15,6 +15,7 @@ import tiny
 from safetensors.torch import save_file
 
 from aliblip import convert
+from aliblip.models import card
 from aliblip.models.card import model_card
 from aliblip.models.loading import load_pretrained
 from aliblip.models.upload import check_folder
@@ -184,6 +185,7 @@ def test_half_a_tokenizer_is_not_published(whole, tmp_path):
         ("machine.json", {"launcher": ["x"]}),
         ("model/results.json", {"mean_recall": "x"}),
         ("model/results.json", {"mean_recall": 0.5, "dataset": ["x"], "split": 7, "text_to_image": 7}),
+        ("model/config.json", {"vision_config": {}, "text_config": {}}),
         ("model/processor_config.json", {"max_length": {}}),
     ],
 )
@@ -198,6 +200,17 @@ def test_records_of_a_run_that_are_made_up_are_told_in_one_line(whole, tmp_path,
         assert "\n" not in str(error) and "is not what a run writes" in str(error)
         return
     assert name == "model/processor_config.json"  # whose value is only shown
+
+
+def test_a_fault_of_our_own_is_not_taken_for_one_of_the_files(whole, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(whole, tmp_path / "model"))
+
+    def fails(*args):
+        raise KeyError("planted")
+
+    monkeypatch.setattr(card, "_limits", fails)
+    with pytest.raises(KeyError, match="planted"):
+        model_card(folder, "name")
 
 
 def test_photos_have_the_size_of_the_model_whatever_the_processor_says(whole, tmp_path):

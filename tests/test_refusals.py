@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from helpers import run_forked
 
+from aliblip import prepare
 from aliblip.data import prepare_run
 from aliblip.retrieval.setup import _check_place
 from aliblip.runtime import owners, refusals
@@ -199,3 +200,21 @@ def test_a_list_of_prepared_files_removes_nothing_elsewhere(tmp_path, name):
         (tmp_path / "prepared.json").write_bytes(content)
         with pytest.raises(UsageError, match=r"prepared.json is not what prepare writes"):
             prepare_run._names_in(tmp_path / "prepared.json", "files")
+
+
+def test_counts_of_a_prepared_catalogue_that_are_made_up_are_told(tmp_path):
+    file = tmp_path / "prepared.json"
+    names = ("rejected", "exact_duplicates", "near_duplicates", "bytes_before", "bytes_after")
+    counts = {"rows": {"train": 3}, "products": {"train": 2}, **dict.fromkeys(names, 1)}
+    file.write_text(json.dumps({"counts": counts}))
+    assert prepare.summary(prepare.counts_of(file))[0] == "train: 3 rows, 2 products"
+    for change in ({"rows": ["train"]}, {"rows": {"train": "3"}}, {"products": None}, {"rejected": 1.5}):
+        file.write_text(json.dumps({"counts": counts | change}))
+        with pytest.raises(
+            UsageError, match=rf"prepared.json is not what prepare writes \(counts.{next(iter(change))}"
+        ):
+            prepare.counts_of(file)
+    for content in ("{}", "[]", '{"counts": 3}', "{", '{"counts": ' * 3000):
+        file.write_text(content)
+        with pytest.raises(UsageError, match="prepared.json is not what prepare writes"):
+            prepare.counts_of(file)

@@ -24,6 +24,7 @@ from aliblip.retrieval.calibration import BINS
 from aliblip.retrieval.metrics import RECALL_AT
 from aliblip.retrieval.results import DIRECTION_NAMES, EVALUATIONS
 from aliblip.runtime.files import read_json, write_text
+from aliblip.runtime.forms import NUMBER, Each, check_form
 from aliblip.runtime.mistakes import usage_errors
 from aliblip.runtime.sameness import weights_of
 
@@ -42,6 +43,27 @@ _NOT_OF_THE_RECIPE = {
 }
 _LOCAL = ("data_dir", "dataset_name", "image_dir", "train_file", "validation_file", "model_name_or_path", "config_name")
 _LOCAL += ("vision_model_name_or_path", "text_model_name_or_path", "tokenizer_name")
+
+# What the card asks of the files.
+_CONFIG = {
+    "vision_config": dict.fromkeys(("num_hidden_layers", "hidden_size", "image_size", "patch_size"), int),
+    "text_config": dict.fromkeys(("num_hidden_layers", "hidden_size", "vocab_size"), int),
+    **{"image_text_hidden_size": int, "itm_slope?": NUMBER, "itm_offset?": NUMBER},
+}
+_MANIFEST = {"rows": int, "name": str, "split": str, "files": list}
+_MACHINE = {"launcher": str, "hardware": str, "precision": str, "versions": Each(str)}
+_RECALLS = tuple(f"recall@{k}" for k in RECALL_AT)
+_STAGE = {
+    **dict.fromkeys((*_RECALLS, "mean_recall", "median_rank"), NUMBER),
+    "intervals?": Each((NUMBER, NUMBER)),
+}
+_DIRECTION = {"itc?": _STAGE, "itm?": _STAGE, "calibration?": {"expected_calibration_error": NUMBER}}
+_RESULTS = {
+    **{"dataset": str, "split": str, "num_images": int, "num_texts": int, "score": str, "k_rerank": int},
+    **{"mean_recall": NUMBER, "mean_recall_interval?": (NUMBER, NUMBER), "fusion_weight": NUMBER},
+    **{"itm_slope?": NUMBER, "itm_offset?": NUMBER, "itm_probability_tuned_on?": {"k_rerank": int, "split": str}},
+    **{f"{direction}?": _DIRECTION for direction in DIRECTION_NAMES},
+}
 
 _TEMPLATE = """\
 ---
@@ -140,28 +162,25 @@ def write_card(folder: Path, name: str, license: str | None = None) -> bool:
 
 def model_card(folder: Path, name: str, license: str | None = None) -> str:
     """The text of the card; see `write_card`."""
-    config = _read(folder / "config.json")
+    config = _checked(_read(folder / "config.json"), _CONFIG, folder / "config.json")
     processor = _read(folder / "processor_config.json")
-    arguments, manifest = _read(folder.parent / "arguments.json"), _read(folder.parent / "manifest.json")
-    machine = _read(folder.parent / "machine.json")
+    arguments = _read(folder.parent / "arguments.json")
+    if manifest := _read(folder.parent / "manifest.json"):
+        _checked(manifest, _MANIFEST, folder.parent / "manifest.json")
+    if machine := _read(folder.parent / "machine.json"):
+        _checked(machine, _MACHINE, folder.parent / "machine.json")
     measured = all_results(folder)
     title = name.rstrip("/").split("/")[-1]
-    # Files of a run, which somebody else may have written: they are asked for some thirty facts.
-    told = (
-        f"the card of {folder} can't be made ({{}}): config.json or results.json there, or arguments.json, "
-        f"manifest.json or machine.json in {folder.parent}, is not what a run writes; repair or remove it"
+    return _TEMPLATE.format(
+        metadata=_metadata(title, arguments, measured, license).to_yaml(),
+        mark=MARK,
+        title=title,
+        name=name,
+        architecture=_architecture(folder, config),
+        results=_results(config, measured),
+        training=_training(folder, arguments, manifest, machine),
+        limits="\n".join(f"- {limit}" for limit in _limits(config, processor, measured)),
     )
-    with usage_errors(LookupError, TypeError, AttributeError, ValueError, told=told):
-        return _TEMPLATE.format(
-            metadata=_metadata(title, arguments, measured, license).to_yaml(),
-            mark=MARK,
-            title=title,
-            name=name,
-            architecture=_architecture(folder, config),
-            results=_results(config, measured),
-            training=_training(folder, arguments, manifest, machine),
-            limits="\n".join(f"- {limit}" for limit in _limits(config, processor, measured)),
-        )
 
 
 def _results(config: dict[str, Any], measured: list[dict[str, Any]]) -> str:
@@ -186,7 +205,8 @@ def all_results(folder: Path) -> list[dict[str, Any]]:
         if "weights" in results:
             is_of_others = results["weights"] != weights
         if "mean_recall" in results and not is_of_others:
-            found.setdefault((str(results.get("dataset")), str(results.get("split"))), results)
+            _checked(results, _RESULTS, path)
+            found.setdefault((results["dataset"], results["split"]), results)
     return list(found.values())
 
 
@@ -195,6 +215,12 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     with usage_errors(OSError, ValueError, told=f"{path} can't be read ({{}}): repair or remove it"):
         return read_json(path)
+
+
+def _checked(content: dict[str, Any], form: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What a file holds, which somebody else may have written, if it is what the card will ask for."""
+    check_form(content, form, f"{path} is not what a run writes ({{}}): repair or remove it")
+    return content
 
 
 def _public(value: Any) -> Any:
@@ -317,9 +343,6 @@ def _probability(config: dict, measured: list[dict]) -> list[str]:
     return [" ".join([f"`itm_probability`, that a re-ranked candidate is right, is {made}.", *lines])]
 
 
-_RECALLS = tuple(f"recall@{k}" for k in RECALL_AT)
-
-
 def _has_intervals(results: dict) -> bool:
     return any("intervals" in stage for key in DIRECTION_NAMES for stage in _stages(results.get(key, {})))
 
@@ -377,12 +400,9 @@ def _saved_at(folder: Path) -> dict | None:
             entry = json.loads(line)
         except (ValueError, RecursionError):  # cut off by a kill
             continue
-        if (
-            isinstance(entry, dict)
-            and entry.get("evaluation", {}).get("run") == own.get("run")
-            and "evaluation" in entry
-        ):
-            return entry
+        evaluation = entry.get("evaluation") if isinstance(entry, dict) else None
+        if isinstance(evaluation, dict) and evaluation.get("run") == own.get("run"):
+            return _checked(entry, {"step": int, "epoch": NUMBER}, log)
     return None
 
 

@@ -225,7 +225,8 @@ class Log:
             # there twice.
             every, damaged = _log_entries(self.file)
             if damaged:
-                self.tell(f"warning: {damaged} lines of {self.file} can't be read, and are left out from now on")
+                lines = "1 line" if damaged == 1 else f"{damaged} lines"
+                self.tell(f"warning: {lines} of {self.file} can't be read: left out from now on")
             entries = [entry for entry in every if entry["step"] <= first_step]
             entries = [entry for entry in entries if entry["step"] < first_step or "evaluation" not in entry]
             for entry in entries:  # whether it woke up before is in these lines, and told
