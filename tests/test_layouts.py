@@ -226,8 +226,9 @@ def test_woocommerce_variations_and_further_photos_are_of_their_product(tmp_path
     assert read(source) == (shown, [])
     ids = [row.product_id for row in source.read_range(0, 5)]
     assert ids == [1, 1, 1, 1, 5]
-    assert "WooCommerce's export: 2 variations belong to the product that they are of (by 'Parent')" in told(source)
-    assert "1 rows without a photo are no rows" in told(source)
+    assert "WooCommerce's export; 2 variations with photos are of the product that 'Parent' names; 1 rows" in told(
+        source
+    )
 
 
 def test_further_columns_that_hold_photos_are_told(tmp_path):
