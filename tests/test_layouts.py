@@ -33,6 +33,22 @@ def test_an_id_may_name_the_file_and_stays_a_column(tmp_path):
         assert row.others["id"] == str(IDS[3])
 
 
+def test_a_gallery_has_the_columns_of_the_table_that_names_its_photos_by_id(tmp_path):
+    """As a gallery reads a folder: the table if it tells of these photos, else all of them."""
+    by_id(tmp_path)
+    draw(tmp_path, ["banners/other.png"])
+    (tmp_path / "styles.csv").write_text(with_ids())
+    source = open_at(tmp_path, sides="images", other_columns="all")
+    assert source.num_rows == COUNT and {"id", "productDisplayName"} <= set(source.columns)
+    (tmp_path / "prices.csv").write_text(lines([("A1", "x", 3)], ("sku", "name", "price")))
+    (tmp_path / "styles.csv").unlink()
+    source = open_at(tmp_path, sides="images", any_split=True)
+    assert source.num_rows == COUNT + 1 and "left: tables without photos and titles" in told(source)
+    draw(tmp_path, [f"again/{number}.png" for number in IDS])  # which are meant is a guess
+    (tmp_path / "styles.csv").write_text(with_ids())
+    assert open_at(tmp_path, sides="images", any_split=True).num_rows == 2 * COUNT + 1
+
+
 def test_ids_of_json_are_numbers(tmp_path):
     rows = [{"id": number, "title": title} for number, title in zip(IDS, TITLES, strict=True)]
     source = opened(draw(by_id(tmp_path), ["images/extra.png"]), json.dumps(rows), "products.json")
@@ -210,8 +226,9 @@ def test_woocommerce_variations_and_further_photos_are_of_their_product(tmp_path
     assert read(source) == (shown, [])
     ids = [row.product_id for row in source.read_range(0, 5)]
     assert ids == [1, 1, 1, 1, 5]
-    assert "WooCommerce's export: 2 variations belong to the product that they are of (by 'Parent')" in told(source)
-    assert "1 rows without a photo are no rows" in told(source)
+    assert "WooCommerce's export; 2 variations with photos are of the product that 'Parent' names; 1 rows" in told(
+        source
+    )
 
 
 def test_further_columns_that_hold_photos_are_told(tmp_path):

@@ -14,6 +14,7 @@ __all__ = [
     "ALL",
     "CAPTION_NAMES",
     "IMAGE_NAMES",
+    "SHARE_OF_IDS",
     "Asked",
     "Columns",
     "Reading",
@@ -47,6 +48,8 @@ _FURTHER_PHOTOS = re.compile(
 )
 # Columns of ids, which may be the names of photos without their endings, where no column is called as one of photos is.
 ID_NAMES = ("id", "imageid", "photoid", "itemid", "productid", "articleid", "sku", "itemsku", "asin", "key")
+# Of the ids that are looked at, those that must name photos.
+SHARE_OF_IDS = 0.9
 
 
 @dataclass(frozen=True)

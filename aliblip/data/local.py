@@ -21,11 +21,11 @@ from itertools import product
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from aliblip.data.columns import Asked, Reading, Roles, listed
+from aliblip.data.columns import SHARE_OF_IDS, Asked, Reading, Roles, listed
 from aliblip.data.folders import REASONS, Survey, count_of
 from aliblip.data.kinds import PACKED_TARS, kind_by_content, kind_by_name
 from aliblip.data.splits import Splits, splits_of
-from aliblip.data.tables import base_name, is_table_of_text, may_hold_rows, plain_extension
+from aliblip.data.tables import base_name, ids_in, is_table_of_text, may_hold_rows, plain_extension
 from aliblip.runtime.mistakes import UsageError
 
 __all__ = ["Found", "expanded", "find_files", "find_in_folder", "kind_of_files"]
@@ -80,7 +80,7 @@ def find_in_folder(folder: str, name: str, split: str, asked: Asked, reading: Re
     needs_no_table = asked.sides == "images" and survey.num_photos > 0
     # Beside what holds rows of its own there are tables of settings, prices, statistics.
     if needs_no_table or survey.data["parquet"] or survey.data["tar"]:
-        others = [file for file in survey.data["table"] if not _holds_rows(os.path.join(folder, file), reading, asked)]
+        others = [file for file in survey.data["table"] if not _holds_rows(survey, file, reading, asked)]
         survey.leave_data("table", REASONS["unrelated"], others)
     if needs_no_table and not any(survey.data[kind] for kind in ("parquet", "tar", "table")):
         survey.leave_data("text", "text files")
@@ -174,9 +174,22 @@ def is_metadata(file: str) -> bool:
     return base_name(file).split(".", 1)[0].lower() == "metadata"
 
 
-def _holds_rows(file: str, reading: Reading, asked: Asked) -> bool:
+def _holds_rows(survey: Survey, file: str, reading: Reading, asked: Asked) -> bool:
     """Whether a table in a folder of photos or beside other data is about photos and titles itself."""
-    return is_metadata(file) or may_hold_rows(file, reading, Roles(asked))
+    path, roles = os.path.join(survey.root, file), Roles(asked)
+    if is_metadata(file) or may_hold_rows(path, reading, roles):
+        return True
+    return survey.num_photos > 0 and any(_are_photos(survey, ids) for ids in ids_in(path, reading, roles))
+
+
+def _are_photos(survey: Survey, ids: set[str]) -> bool:
+    """Whether photos of nearly all of these names, but for their endings, lie in one folder, and in no other."""
+    counts: Counter[str] = Counter()
+    for photo in survey.photo_names():
+        folder, name = posixpath.split(photo)
+        counts[folder] += posixpath.splitext(name)[0] in ids
+    (first, *others) = [count for _, count in counts.most_common(2)]
+    return first >= SHARE_OF_IDS * len(ids) and first not in others
 
 
 def _of_split(splits: Splits, split: str, name: str, any_split: bool) -> tuple[str, set[str]]:

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from aliblip.data.columns import ALL, Columns, Request, Roles, choose_columns
+from aliblip.data.columns import ALL, SHARE_OF_IDS, Columns, Request, Roles, choose_columns
 from aliblip.data.folders import REASONS, Left
 from aliblip.data.listings import with_photos
 from aliblip.data.manifest import DataFile
@@ -31,8 +31,6 @@ SHARD_ROWS = 64
 # Of the photos of a folder that are compared with those that rows name, at once.
 PHOTOS_AT_ONCE = 100_000
 EXAMPLES = 3
-# Of the ids that are looked at, those that must name photos.
-SHARE_OF_IDS = 0.9
 
 
 @dataclass

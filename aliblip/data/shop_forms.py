@@ -104,5 +104,7 @@ def woocommerce_rows(records: Sequence[Any]) -> tuple[list[Any], str]:
             variations += parent is not None
             product = record["ID"] if parent is None else ids.get(parent, parent.removeprefix("id:"))
             rows.append({**record, WOOCOMMERCE_PRODUCT: product})
-    told = f"WooCommerce's export: {variations:,} variations belong to the product that they are of (by 'Parent')"
-    return rows, told + (f"; {without:,} rows without a photo are no rows" if without else "")
+    told = ["WooCommerce's export"]
+    told += [f"{variations:,} variations with photos are of the product that 'Parent' names"] if variations else []
+    told += [f"{without:,} rows without a photo are no rows"] if without else []
+    return rows, "; ".join(told)

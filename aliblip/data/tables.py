@@ -64,6 +64,7 @@ __all__ = [
     "Unreadable",
     "base_name",
     "extension_of",
+    "ids_in",
     "is_table_of_text",
     "may_hold_rows",
     "open_table",
@@ -249,13 +250,31 @@ def is_table_of_text(file: str, reading: Reading, roles: Roles) -> bool:
 def may_hold_rows(file: str, reading: Reading, roles: Roles) -> bool:
     """Whether the beginning of a local table has a column of photos and one of titles; a broken one may, too."""
     try:
-        with _raw(file) as raw, _unpacking(file, raw):
-            opened = _Opened(file, raw, reading, roles, "")
-            is_json = TABLES.get(plain_extension(file)) == "json"
-            columns = _first_keys(opened.head) if is_json else _form_of(opened)[1]
+        columns = _first_columns(file, reading, roles)
     except UsageError:
         return True
-    return {"image", "caption"} <= {roles.of(column) for column in columns}
+    return {"image", "caption"} <= set(map(roles.of, columns))
+
+
+def ids_in(file: str, reading: Reading, roles: Roles) -> list[set[str]]:
+    """Of a local table with titles, and without a column that is called as photos are: some ids of each column of them;
+    none of a broken one."""
+    try:
+        columns = _first_columns(file, reading, roles)
+        found = set(map(roles.of, columns))
+        if "image" in found or "caption" not in found or not any(map(roles.is_id, columns)):
+            return []
+        facts = open_table(file, reading, roles, "").facts
+    except UsageError:
+        return []
+    return [set(map(str, each.sample)) for column, each in facts.items() if roles.is_id(column) and each.sample]
+
+
+def _first_columns(file: str, reading: Reading, roles: Roles) -> list[str]:
+    with _raw(file) as raw, _unpacking(file, raw):
+        opened = _Opened(file, raw, reading, roles, "")
+        is_json = TABLES.get(plain_extension(file)) == "json"
+        return _first_keys(opened.head) if is_json else _form_of(opened)[1]
 
 
 def _first_keys(head: bytes) -> list[str]:
