@@ -211,18 +211,35 @@ def test_photos_are_read_from_where_they_may_be(paths, tmp_path, monkeypatch):
         foreign.image_tokens(foreign.get([paths[0]]), Encoder(*case.model_and_processor()))
 
 
-@pytest.mark.parametrize("place", [f"datasets--me--mine/snapshots/{'1a' * 20}", "by hand"])
-def test_what_was_downloaded_is_distrusted_by_its_place_whatever_it_says_of_itself(built, paths, tmp_path, place):
+SNAPSHOT = f"datasets--me--mine/snapshots/{'1a' * 20}"
+
+
+@pytest.mark.parametrize(
+    ("place", "mark"),
+    [
+        (SNAPSHOT, None),
+        (f"{SNAPSHOT}/in/it", None),
+        ("by hand", "by hand/.cache/huggingface"),
+        ("by hand/in/it", "by hand/.cache/huggingface/download/in/it"),
+    ],
+)
+def test_what_was_downloaded_is_distrusted_by_its_place_whatever_it_says_of_itself(built, paths, tmp_path, place, mark):
     assert not built.is_foreign
     folder = Path(shutil.copytree(built.uri, tmp_path / place))
-    if place == "by hand":
-        (folder / ".cache" / "huggingface").mkdir(parents=True)
+    if mark is not None:
+        (tmp_path / mark).mkdir(parents=True)
     gallery = Gallery.open(folder)
     for one in (gallery, gallery.snapshot(), pickle_again(gallery), gallery.save(tmp_path / "copy")):
         assert one.is_foreign
         with pytest.raises(UnusableItem, match="reads photos only from its photo_root"):
             one.photo_path({"path": paths[0]})
     assert Gallery.open(tmp_path / "copy").is_foreign and not Gallery.open(built.uri).is_foreign
+
+
+@pytest.mark.parametrize("place", ["hub", "download/photos"])
+def test_what_is_made_beside_a_download_or_below_a_home_folder_is_ones_own(built, tmp_path, place):
+    (tmp_path / ".cache" / "huggingface" / place).mkdir(parents=True)
+    assert not Gallery.open(shutil.copytree(built.uri, tmp_path / "galleries" / "mine")).is_foreign
 
 
 # --- copies -----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from helpers import run_forked, start_forked
 from PIL import Image
 from prepare_case import draw, encoded, files_of, needs_prepare, picture, rejected_of, rows_of
 
+from aliblip.data.prepare_parts import PartWriter
+from aliblip.data.prepare_photos import THUMB_SIDE, PreparedPhoto
 from aliblip.data.prepare_shards import write_shard
 from aliblip.data.rows import decode
 from aliblip.data.sources import open_source
@@ -403,6 +405,19 @@ def test_a_disk_that_is_full_is_one_line(catalogue, tmp_path, monkeypatch, capsy
     told = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2 and len(told) == 1
     assert "No space left on device" in told[0] and "the same command goes on" in told[0]
+
+
+def test_a_part_that_finds_no_room_at_its_end_leaves_no_open_file(tmp_path, monkeypatch):
+    """Its file was closed by chance later, and its trouble told a second time, with a traceback."""
+
+    def full(*given):
+        raise OSError(27, "File too large")
+
+    photo = PreparedPhoto(b"photo", 1, 1, 5, b"0" * 16, bytes(THUMB_SIDE**2 * 3))
+    with pytest.raises(UsageError, match="can't be written .*File too large"), PartWriter(tmp_path, 0) as writer:
+        monkeypatch.setattr(writer._writer, "write_table", full)
+        writer.add({"row": 0}, photo, {})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_the_extra_it_says_which_command_installs_it(monkeypatch):

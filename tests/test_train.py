@@ -6,6 +6,7 @@ import io
 import json
 import shlex
 import sys
+from dataclasses import replace
 from multiprocessing import active_children
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,9 +24,10 @@ from aliblip.data.readers import Readers
 from aliblip.retrieval.arguments import EvaluationArguments, EvaluationDataArguments
 from aliblip.runtime.arguments import parse
 from aliblip.runtime.mistakes import UsageError
-from aliblip.training.arguments import TrainDataArguments
+from aliblip.training.arguments import TrainDataArguments, TrainingArguments
 from aliblip.training.progress import ITM_PRIOR_LOSS, Log, MatchingHead, Unfailing
 from aliblip.training.run import evaluation_command
+from aliblip.training.setup import lone_rows
 from modeling_aliblip import AliBlipForImageTextRetrieval
 from processing_aliblip import AliBlipProcessor
 
@@ -432,13 +434,30 @@ def test_mistakes_of_the_loop_are_one_line_too(catalogue, tmp_path):
     assert line.startswith("train.py: error: ") and "more than --max_skipped_fraction 0.01" in line
 
 
-def test_a_warm_up_that_is_longer_than_the_run_is_told(catalogue, tmp_path, capsys):
+def test_settings_with_which_a_run_can_not_learn_are_told(catalogue, tmp_path, capsys):
     flags = [*catalogue, "--max_skipped_fraction", "0.2", "--evaluate_every", 0, "--max_train_steps", 1]
     told = "warning: --warmup_steps 2 is not below the 1 steps of the run: the learning rate never reaches its peak"
-    trained_in_process([*flags, "--warmup_steps", 2], tmp_path / "long")
-    assert told in capsys.readouterr().out
+    trained_in_process([*flags, "--warmup_steps", 2, "--per_device_train_batch_size", 1], tmp_path / "long")
+    printed = capsys.readouterr().out
+    assert told in printed and "warning: --per_device_train_batch_size 1 leaves no row that a photo" in printed
     trained_in_process(flags, tmp_path / "none")
     assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "is_told"),
+    [
+        ({}, 1, True),
+        ({}, 4, True),
+        ({"negatives_from_all_ranks": True}, 1, True),
+        ({"negatives_from_all_ranks": True}, 4, False),
+        ({"itm_queue_titles": 1}, 1, False),
+        ({"per_device_train_batch_size": 2}, 1, False),
+    ],
+)
+def test_a_batch_of_one_row_has_no_negative(changes, processes, is_told):
+    args = replace(TrainingArguments(), **{"per_device_train_batch_size": 1, **changes})
+    assert (lone_rows(args, processes) is not None) == is_told
 
 
 def test_trackers_are_looked_for_at_once(mistakes):

@@ -119,17 +119,27 @@ class PartWriter:
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        if kind is not None:
-            with suppress(OSError, ValueError, pa.ArrowException):  # the file goes; what counts is the first error
-                self._writer.close()
-            self._stack.__exit__(kind, error, traceback)
+        if error is not None:
+            self._give_up(error)
             return
-        self._flush()
-        with written_to(self._folder):
+        try:
+            self._flush()
+            with written_to(self._folder):
+                self._writer.close()
+                self._stack.close()
+        except BaseException as failure:
+            self._give_up(failure)
+            raise
+        with written_to(self._folder), new_file(facts_file(self._folder, self._task)) as file:
+            pq.write_table(self._table(), file, compression="zstd")
+
+    def _give_up(self, error: BaseException) -> None:
+        """Close what is open, whose file goes; what counts is the first error."""
+        with suppress(OSError, ValueError, pa.ArrowException):
             self._writer.close()
-            self._stack.close()
-            with new_file(facts_file(self._folder, self._task)) as file:
-                pq.write_table(self._table(), file, compression="zstd")
+        self._writer.is_open = False  # else it tries again when it is collected, and tells its trouble on its own
+        with suppress(OSError):
+            self._stack.__exit__(type(error), error, error.__traceback__)
 
     def add(self, fact: Mapping[str, Any], photo: PreparedPhoto, others: Mapping[str, Any]) -> None:
         """A row that is kept: `fact` has what is no property of the photo."""

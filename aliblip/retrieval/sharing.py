@@ -78,13 +78,17 @@ def downloaded(name: str, revision: str | None, token: str | bool | None) -> str
 
 
 def is_download(uri: str) -> bool:
-    """Whether a folder is what a download from the Hub has left, whatever it says of itself: one of the Hub's cache, or
-    one that `hf download --local-dir` has written."""
+    """Whether a folder is what a download from the Hub has left, or a part of it, whatever it says of itself: of the
+    Hub's cache, or of what `hf download --local-dir` has written. What was made beside such a part is no download."""
     if is_address(uri):
         return False
     place = Path(uri).resolve()
-    of_cache = place.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", place.name) is not None
-    return of_cache or (place / ".cache" / "huggingface").is_dir()
+    folders = (place, *place.parents)
+    of_cache = any(one.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", one.name) for one in folders)
+    by_hand = Path(".cache", "huggingface")
+    # There it notes each file, in folders of the same names.
+    noted = any((one / by_hand / "download" / place.relative_to(one)).is_dir() for one in folders)
+    return of_cache or noted or (place / by_hand).is_dir()
 
 
 def check_foreign(uri: str) -> None:

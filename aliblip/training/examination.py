@@ -45,7 +45,7 @@ from aliblip.training.memory import GROUPS, State, TrainingMemory, Work, largest
 from aliblip.training.meters import peak_tflops_of
 from aliblip.training.optim import long_warmup
 from aliblip.training.plan import Disk, TrainingPlan, disk_of, training_plan
-from aliblip.training.setup import CHECKS, Start, existing_parent
+from aliblip.training.setup import CHECKS, Start, existing_parent, lone_rows
 
 __all__ = ["check_dry_run", "examine"]
 
@@ -442,8 +442,9 @@ class _Examination:
             batches = start.batches
             self.findings.ok(batches.describe())
             self.findings.ok(f"{start.total_steps:,} steps, {start.total_steps / start.steps_per_epoch:.4g} epochs")
-            if warning := long_warmup(args.warmup_steps, start.total_steps):
-                self.findings.warning(warning)
+            for warning in (long_warmup(args.warmup_steps, start.total_steps), lone_rows(args, start.processes)):
+                if warning is not None:
+                    self.findings.warning(warning)
             rows = start.train_source.num_rows
             if args.queue_size > EPOCHS_TO_FILL_A_QUEUE * rows:
                 self.findings.warning(

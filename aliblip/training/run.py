@@ -64,7 +64,7 @@ from aliblip.training.objective import ObjectiveOutput
 from aliblip.training.optim import alpha_schedule, long_warmup
 from aliblip.training.profiling import Profiler
 from aliblip.training.progress import Log, RunStatus, SkippedRows, shared_out
-from aliblip.training.setup import ARGUMENTS, PROFILE, Setup, earlier_outputs, remove
+from aliblip.training.setup import ARGUMENTS, PROFILE, Setup, earlier_outputs, lone_rows, remove
 from aliblip.training.step import Outcome, fp32_value, loss_scale_state
 from aliblip.training.tokenizer import TRAINED_TOKENIZER, save_trained_tokenizer, tokenizer_bytes
 from aliblip.training.trackers import continued, named_trackers, new_ones, remember, settings
@@ -260,8 +260,9 @@ class Run:
             self.log.tell(f"mfu: of {self.log.meters.peak_tflops:g} TFLOP/s a device")
         checkpoint = None if self.setup.checkpoint is None else str(self.setup.checkpoint)
         total_steps = self.setup.total_steps
-        if warning := long_warmup(self.args.warmup_steps, total_steps):
-            self.log.tell(f"warning: {warning}")
+        for warning in (long_warmup(self.args.warmup_steps, total_steps), lone_rows(self.args, processes)):
+            if warning is not None:
+                self.log.tell(f"warning: {warning}")
         self.status.write("running", step=self.progress.step, total_steps=total_steps, checkpoint=checkpoint)
 
     # --- the position -------------------------------------------------------------------------------------------------

@@ -695,6 +695,17 @@ def check_negatives(args: TrainingArguments, processes: int) -> None:
         )
 
 
+def lone_rows(args: TrainingArguments, processes: int) -> str | None:
+    """What is wrong with batches in which a row has no other beside it; None: they are larger, or take other titles."""
+    rows = args.per_device_train_batch_size * (processes if args.negatives_from_all_ranks else 1)
+    if rows > 1 or args.itm_queue_titles:
+        return None
+    return (
+        "--per_device_train_batch_size 1 leaves no row that a photo or title does not match: the matching head learns "
+        "that everything does; raise it, or give --itm_queue_titles"
+    )
+
+
 def check_cached_batch_size(args: TrainingArguments) -> None:
     cached, batch_size = args.cached_batch_size, args.per_device_train_batch_size
     if cached is None:
@@ -847,6 +858,7 @@ __all__ = [
     "Start",
     "earlier_outputs",
     "existing_parent",
+    "lone_rows",
     "meet",
     "remove",
     "set_up",
