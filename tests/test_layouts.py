@@ -128,12 +128,31 @@ def test_each_split_has_its_own_titles(tmp_path):
     assert read(open_at(tmp_path, "validation"))[0] == list(enumerate(TITLES))[8:]
 
 
-@pytest.mark.parametrize("why", ["boxes", "two folders", "few", "other depth"])
+def test_one_file_that_is_called_as_a_photo_may_be_a_table(tmp_path):
+    draw(tmp_path, ["images/catalogue.png"])
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables/catalogue.json").write_text(json.dumps([{"image": "catalogue.png", "title": TITLES[0]}]))
+    assert read(open_at(tmp_path))[0] == [(0, TITLES[0])]
+
+
+def test_many_folders_each_with_titles_beside_it(tmp_path):
+    names = [f"{i}/images/00.png" for i in range(COUNT)]
+    labels(draw(tmp_path, names), names)
+    source = open_at(tmp_path)
+    assert sorted(read(source)[0]) == list(enumerate(TITLES))
+    assert "the files of the photos of 0/images lie in 0/labels, and those of 11 further folders likewise" in told(
+        source
+    )
+
+
+@pytest.mark.parametrize("why", ["boxes", "two folders", "of two folders", "few", "other depth"])
 def test_what_may_be_no_titles_is_none(tmp_path, why):
     names = [f"images/{name}" for name in NAMES]
     labels(draw(tmp_path, names), names, ["0 0.5 0.5 0.25 0.1"] * COUNT if why == "boxes" else TITLES)
     if why == "two folders":
         labels(tmp_path, [name.replace("images", "texts") for name in names])
+    elif why == "of two folders":
+        draw(tmp_path, [name.replace("images", "small") for name in names])
     elif why == "few":
         for name in names[:6]:
             (tmp_path / name.replace("images", "labels").replace(".png", ".txt")).unlink()

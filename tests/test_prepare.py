@@ -7,8 +7,10 @@ import os
 import signal
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 from data_stub import NAMES, write_layouts
 from datasets import load_dataset
@@ -119,13 +121,23 @@ def test_large_photos_become_smaller_and_the_others_stay(tmp_path):
     assert small.size == (64, 128)
 
 
-def test_shards_are_a_multiple_of_their_readers(catalogue, tmp_path):
+def test_shards_are_a_multiple_of_their_readers_and_cut_by_their_content(catalogue, tmp_path, monkeypatch):
+    written = []
+
+    def writer(*given, **options):
+        written.append(options)
+        return pq.ParquetWriter(*given, **options)
+
+    monkeypatch.setattr("aliblip.data.prepare_shards.pq", SimpleNamespace(**{**vars(pq), "ParquetWriter": writer}))
     flags = ["--for_ranks", "3", "--for_workers", "2", "--split_by", "product", "--split_shares", "test=0.2"]
     prepare(tmp_path / "out", *catalogue, *ALONE, *flags)
     names = sorted(path.name for path in (tmp_path / "out" / "data").iterdir())
     assert names == ["test-00000-of-00001.parquet", *(f"train-{i:05d}-of-00006.parquet" for i in range(6))]
     sizes = [len(rows_of(tmp_path / "out", f"train-{i:05d}")) for i in range(6)]
     assert max(sizes) - min(sizes) <= 1
+    assert len(written) == 7 and all(options["use_content_defined_chunking"] for options in written)
+    with pq.ParquetFile(tmp_path / "out/data" / names[1]) as shard:
+        assert shard.metadata.row_group(0).column(0).has_offset_index
 
 
 def test_items_of_one_group_of_a_merchant_feed_are_one_product(tmp_path):

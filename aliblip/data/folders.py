@@ -27,6 +27,8 @@ FEWEST_SIDES = 10
 EXAMPLES = 3
 # Texts in a folder of their own that are looked at.
 PROBED_TEXTS = 20
+# Folders that may be that, of one folder of photos.
+MOST_ALIKE = 16
 # Files of a folder that is passed over are counted up to this number.
 MOST_COUNTED = 10_000
 NAMES = {"parquet": "Parquet file", "tar": "tar", "table": "table", "text": "text file", "photo": "photo"}
@@ -258,29 +260,45 @@ class Survey:
 
     def _pair_folders(self) -> None:
         """Find side files that lie in a folder of their own, "labels/train/7.txt" of "images/train/7.jpg": where most
-        of the photos have one there, and most of the files a photo."""
-        for photos in self._photos:
-            if photos in self._sides or not self._loose:
+        of the photos have one there, and most of the files a photo; and nowhere else."""
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for folder in self._loose:
+            for frame in _frames(folder):
+                alike.setdefault(frame, []).append(folder)
+        pairs: dict[str, list[str]] = {}
+        for photos in self._photos if alike else ():
+            near = {folder for frame in _frames(photos) for folder in alike.get(frame, ())}
+            if photos in self._sides or len(near) > MOST_ALIKE:
                 continue
-            stems = {_composed(os.path.splitext(name)[0]) for name in self._photos[photos].split("\0")}
-            found = []
-            for folder, sides in self._loose.items():
-                own = {_composed(os.path.splitext(side)[0]) for side in sides} if _are_alike(photos, folder) else set()
-                if len(own & stems) * 2 > max(len(own), len(stems)) and self._say_something(folder, sides):
-                    found.append(folder)
+            stems = self._stems(photos)
+            found = [folder for folder in sorted(near) if self._belongs(folder, stems)]
             if len(found) == 1:
-                (folder,) = found
-                self._pair(photos, folder, stems)
+                pairs.setdefault(found[0], []).append(photos)
+        # Whose files of several folders of photos are would be a guess, and one file alone may be a table.
+        pairs = {folder: photos for folder, photos in pairs.items() if len(photos) == 1}
+        if sum(len(self._loose[folder]) for folder in pairs) < 2:
+            pairs = {}
+        gone: set[str] = set()
+        for folder, (photos,) in pairs.items():
+            sides = self._loose[folder]
+            gone |= {_prefix(folder) + side for side in sides}
+            stems = self._stems(photos)
+            for side in sides:
+                if _composed(os.path.splitext(side)[0]) not in stems:
+                    self.leave(f"files without a photo of their name in {photos}", _prefix(folder) + side)
+            self._sides[photos], self.side_folders[photos] = "\0".join(sides), folder
+        if gone:
+            for kind in DATA_KINDS:
+                self.data[kind] = [file for file in self.data[kind] if file not in gone]
+        self._loose = {}
 
-    def _pair(self, photos: str, folder: str, stems: set[str]) -> None:
-        sides = self._loose.pop(folder)
-        gone = {_prefix(folder) + side for side in sides}
-        for kind in DATA_KINDS:
-            self.data[kind] = [file for file in self.data[kind] if file not in gone]
-        for side in sides:
-            if _composed(os.path.splitext(side)[0]) not in stems:
-                self.leave(f"files without a photo of their name in {photos}", _prefix(folder) + side)
-        self._sides[photos], self.side_folders[photos] = "\0".join(sides), folder
+    def _stems(self, folder: str) -> set[str]:
+        return {_composed(os.path.splitext(name)[0]) for name in self._photos[folder].split("\0")}
+
+    def _belongs(self, folder: str, stems: set[str]) -> bool:
+        """Whether a folder's files are titles of photos of these names."""
+        own = {_composed(os.path.splitext(side)[0]) for side in self._loose[folder]}
+        return len(own & stems) * 2 > max(len(own), len(stems)) and self._say_something(folder, self._loose[folder])
 
     def _say_something(self, folder: str, sides: list[str]) -> bool:
         """Whether files are no mere numbers, as boxes around things are written."""
@@ -309,10 +327,11 @@ def _prefix(folder: str) -> str:
     return f"{folder}/" if folder else ""
 
 
-def _are_alike(folder: str, other: str) -> bool:
-    """Whether the paths of two folders differ in the name of one folder."""
-    one, two = folder.split("/"), other.split("/")
-    return len(one) == len(two) and sum(a != b for a, b in zip(one, two, strict=True)) == 1
+def _frames(folder: str) -> Iterator[tuple[str, ...]]:
+    """The path of a folder with one of its names left out, each in turn."""
+    parts = folder.split("/")
+    for place in range(len(parts)):
+        yield (*parts[:place], "", *parts[place + 1 :])
 
 
 def _composed(name: str) -> str:

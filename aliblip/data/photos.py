@@ -74,9 +74,11 @@ def open_sided(request: Request) -> RecordSource:
     selected = choose_columns(request, list(columns), ("image",), ("caption", "text", "txt"), ("file_name",))
     without = sum(1 for _ in request.survey.photo_names(request.below)) - len(wanted)
     request.told.append(f"{count_of(len(wanted), 'photo')} with a text or JSON file of the same name")
-    for photos, folder in request.survey.side_folders.items():
-        if posixpath.normpath(os.path.join(root, photos)) in folders:
-            request.told.append(f"the files of the photos of {photos} lie in {folder}")
+    apart = request.survey.side_folders
+    apart = [(photos, apart[photos]) for photos in apart if posixpath.normpath(os.path.join(root, photos)) in folders]
+    for photos, folder in apart[:1]:
+        more = f", and those of {count_of(len(apart) - 1, 'further folder')} likewise" if len(apart) > 1 else ""
+        request.told.append(f"the files of the photos of {photos} lie in {folder}{more}")
     titles = [name for name in ("caption", "text", "txt") if name in columns]
     if len(titles) > 1:
         request.told.append(
