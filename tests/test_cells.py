@@ -505,6 +505,9 @@ def test_a_missing_photo_says_where_it_was_looked_for_and_what_is_there(tmp_path
         reason = why_missing(str(folder / name))
         assert reason.startswith(f"the image file is missing: {folder}/{name}; ") and words in reason
     assert why_missing(str(folder / "d.jpg")) == f"the image file is missing: {folder}/d.jpg"
+    (folder / "e.jpg").symlink_to("gone.jpg")
+    broken_link = f"the image file is missing: {folder}/e.jpg is a link to gone.jpg, which is not there"
+    assert why_missing(str(folder / "e.jpg")) == broken_link
     (tmp_path / "photos.zip").write_bytes(b"PK")
     for path in (folder / "d.jpg", tmp_path / "images" / "d.jpg"):
         assert f"photos.zip lies in {tmp_path}: unpack it there" in why_missing(str(path))

@@ -341,6 +341,7 @@ def test_all_that_lies_in_a_folder_of_photos(tmp_path, without_heic):
     (folder / "linked").symlink_to(other)
     (folder / "sub" / "round").symlink_to(folder)
     (folder / "gone").symlink_to(tmp_path / "nowhere")
+    (folder / "itself").symlink_to("itself")
     (folder / "file.png").symlink_to(other / "x.png")
     os.mkfifo(folder / "pipe.jpg")
     source = open_at(folder, sides="images")
@@ -361,7 +362,7 @@ def test_all_that_lies_in_a_folder_of_photos(tmp_path, without_heic):
         "thumbnails and system folders: 3 (.thumbnails, @eaDir, __MACOSX)",
         "hidden folders: 1 (.git)",
         "links to folders that are read already: 1 (sub/round)",
-        "broken links: 1 (gone)",
+        "broken links: 2 (gone, itself)",
         "devices and pipes: 1 (pipe.jpg)",
     ):
         assert line in text, text

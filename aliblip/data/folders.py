@@ -8,9 +8,10 @@ Links are followed, each folder once. Thumbnails of a NAS, hidden folders and th
 
 from __future__ import annotations
 
+import errno
 import os
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -207,14 +208,14 @@ class Survey:
             return []
         for entry in entries:
             name = prefix + entry.name
-            if entry.is_dir():
+            if _leads_to(entry.is_dir):
                 if (reason := skipped_folder(entry.name)) is not None:
                     self.leave(reason, name, _count_files(entry.path))
                 elif entry.is_symlink():
                     self._links.append(name)
                 else:
                     folders.append(name)
-            elif not entry.is_file():
+            elif not _leads_to(entry.is_file):
                 self.leave("broken links" if entry.is_symlink() else REASONS["special"], name)
             else:
                 self._take(entry, name, photos, sides)
@@ -332,6 +333,16 @@ def _frames(folder: str) -> Iterator[tuple[str, ...]]:
     parts = folder.split("/")
     for place in range(len(parts)):
         yield (*parts[:place], "", *parts[place + 1 :])
+
+
+def _leads_to(is_kind: Callable[[], bool]) -> bool:
+    """Whether an entry is of a kind; a link to itself is of none."""
+    try:
+        return is_kind()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False
 
 
 def _composed(name: str) -> str:

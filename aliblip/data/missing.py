@@ -22,6 +22,8 @@ def why_missing(path: str) -> str:
     """That the file of a photo is missing, where it was looked for, and what is there instead."""
     folder, name = os.path.split(path)
     told = f"{MISSING}: {path}"
+    if os.path.islink(path):
+        return f"{told} is a link to {os.readlink(path)}, which is not there"
     if not os.path.isdir(folder or os.curdir):
         there = folder
         while there and not os.path.isdir(there):
