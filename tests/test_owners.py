@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -126,6 +127,29 @@ def test_an_owner_gives_signs_of_life(tmp_path, fast):
         while owners._look(tmp_path / OWNER) == before:
             assert time.monotonic() < end
             time.sleep(0.01)
+
+
+def test_a_sign_that_is_being_given_does_not_outlive_its_owner(tmp_path, fast, monkeypatch):
+    write, is_writing, goes_on = owners._write, threading.Event(), threading.Event()
+
+    def slow(file, entry):
+        if entry["signs"]:  # not the first entry
+            is_writing.set()
+            assert goes_on.wait(60)
+        write(file, entry)
+
+    monkeypatch.setattr(owners, "_write", slow)
+    owner = Owner.of(tmp_path, "train.py")
+    signs = next(thread for thread in threading.enumerate() if thread.name == f"owner of {tmp_path}")
+    assert is_writing.wait(60)
+    release = threading.Thread(target=owner.release)
+    release.start()
+    release.join(0.2)  # it waits for the sign
+    goes_on.set()
+    release.join(60)
+    assert not release.is_alive()
+    signs.join(60)
+    assert not list(tmp_path.iterdir())
 
 
 def test_of_many_that_try_at_once_one_becomes_the_owner(tmp_path, fast):

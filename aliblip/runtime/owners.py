@@ -54,7 +54,7 @@ class Owner:
 
     def __init__(self, folder: Path | str | None = None, file: Path | None = None, entry: dict[str, Any] | None = None):
         self.folder, self.file, self.entry = folder, file, entry or {}
-        self._ended = threading.Event()
+        self._ended, self._writing = threading.Event(), threading.Lock()
         if file is not None:
             _held[self.entry["token"]] = self
             threading.Thread(target=self._give_signs, name=f"owner of {folder}", daemon=True).start()
@@ -116,11 +116,12 @@ class Owner:
         """Give the folder up; does nothing the second time, and in a process that was forked off."""
         if self.file is None or self._ended.is_set() or self.entry["pid"] != os.getpid():
             return
-        self._ended.set()
-        _held.pop(self.entry["token"], None)
-        with suppress(OSError):
-            if _token(_read(self.file)) == self.entry["token"]:
-                self.file.unlink()
+        with self._writing:  # a sign that is being given would put the file back
+            self._ended.set()
+            _held.pop(self.entry["token"], None)
+            with suppress(OSError):
+                if _token(_read(self.file)) == self.entry["token"]:
+                    self.file.unlink()
 
     def __enter__(self) -> Owner:
         return self
@@ -130,16 +131,21 @@ class Owner:
 
     def _give_signs(self) -> None:
         while not self._ended.wait(SECONDS_BETWEEN_SIGNS):
-            found = _read(self.file)
-            if found is None and not self.file.exists() and self.file.parent.exists():
-                with suppress(OSError):  # somebody has tidied up
-                    _make(self.file, self.entry)
-                continue
-            if found and _token(found) != self.entry["token"] and not self._ended.is_set():
-                self._lost(found)
-            self.entry["signs"] += 1
-            with suppress(OSError):  # a full disk, or a server that is away for a moment
-                _write(self.file, self.entry)
+            with self._writing:
+                if not self._ended.is_set():
+                    self._give_sign()
+
+    def _give_sign(self) -> None:
+        found = _read(self.file)
+        if found is None and not self.file.exists() and self.file.parent.exists():
+            with suppress(OSError):  # somebody has tidied up
+                _make(self.file, self.entry)
+            return
+        if found and _token(found) != self.entry["token"]:
+            self._lost(found)
+        self.entry["signs"] += 1
+        with suppress(OSError):  # a full disk, or a server that is away for a moment
+            _write(self.file, self.entry)
 
     def _lost(self, other: Mapping[str, Any]) -> None:
         print(
