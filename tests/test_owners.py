@@ -152,6 +152,24 @@ def test_a_sign_that_is_being_given_does_not_outlive_its_owner(tmp_path, fast, m
     assert not list(tmp_path.iterdir())
 
 
+def test_the_end_of_a_run_does_not_wait_for_a_sign_that_never_ends(tmp_path, fast, monkeypatch):
+    write, is_writing, goes_on = owners._write, threading.Event(), threading.Event()
+
+    def stuck(file, entry):
+        if entry["signs"]:
+            is_writing.set()
+            goes_on.wait()
+        write(file, entry)
+
+    monkeypatch.setattr(owners, "_write", stuck)
+    monkeypatch.setattr(owners, "SECONDS_FOR_A_SIGN", 0.1)
+    owner = Owner.of(tmp_path, "train.py")
+    assert is_writing.wait(60)
+    owner.release()
+    assert (tmp_path / OWNER).exists()
+    goes_on.set()
+
+
 def test_of_many_that_try_at_once_one_becomes_the_owner(tmp_path, fast):
     of_another_machine(tmp_path)  # dead: all of them want to take over
 

@@ -36,6 +36,7 @@ __all__ = ["OWNER", "Owner", "check_copies"]
 OWNER = ".owner.json"
 SECONDS_BETWEEN_SIGNS = 5.0
 DEAD_AFTER = 45.0
+SECONDS_FOR_A_SIGN = 10.0  # that the end of a run waits for one
 MOST_BYTES = 2**16  # of the file
 # Who starts copies of a process, and says how many, where no launcher of ours has made one run of them.
 COPIES = {"SLURM": ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), "MPI": ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")}
@@ -116,12 +117,17 @@ class Owner:
         """Give the folder up; does nothing the second time, and in a process that was forked off."""
         if self.file is None or self._ended.is_set() or self.entry["pid"] != os.getpid():
             return
-        with self._writing:  # a sign that is being given would put the file back
-            self._ended.set()
-            _held.pop(self.entry["token"], None)
-            with suppress(OSError):
-                if _token(_read(self.file)) == self.entry["token"]:
-                    self.file.unlink()
+        self._ended.set()
+        _held.pop(self.entry["token"], None)
+        # A sign that is being given would put the file back. One that never ends, on a file system that is stuck,
+        # leaves it there: the entry of a dead process, as the next owner sees.
+        if self._writing.acquire(timeout=SECONDS_FOR_A_SIGN):
+            try:
+                with suppress(OSError):
+                    if _token(_read(self.file)) == self.entry["token"]:
+                        self.file.unlink()
+            finally:
+                self._writing.release()
 
     def __enter__(self) -> Owner:
         return self
