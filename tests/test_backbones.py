@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 
 import pytest
 import tiny
@@ -46,6 +48,22 @@ def test_towers_compute_what_their_backbones_compute(vit, bert):
     tokens = model.get_text_features(*titles).last_hidden_state
     torch.testing.assert_close(tokens * titles[1][..., None], expected * titles[1][..., None], **CLOSE)
     assert torch.equal(model.text_encoder.embeddings.word_embeddings.weight[-2:], fresh)
+
+
+def test_what_is_left_out_is_told_once(vit, bert):
+    """Not by transformers' table too, of which a user can't know what it means here."""
+    told = io.StringIO()
+    handler = logging.StreamHandler(told)
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        ViTModel.from_pretrained(vit, add_pooling_layer=False)
+        table = told.getvalue()
+        read_vision_backbone(str(vit))
+        read_text_backbone(str(bert))
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert "classifier.weight" in table
+    assert told.getvalue() == table
 
 
 @pytest.mark.parametrize("how", HOW)

@@ -12,6 +12,8 @@ of `[DEC]` and `[ENC]`. A backbone with any other weight, or without one of them
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, BertModel, BlipImageProcessorPil, PreTrainedConfig, ViTModel
+from transformers.utils import logging
 
 from aliblip.models.original import check_weights
 from aliblip.retrieval.model_folder import LOADING_ERRORS, check_settings, check_size
@@ -209,7 +212,7 @@ def _check_config(name: str, config: PreTrainedConfig, ours: type, fields: dict[
 
 def _load(model_class, name: str, dropped_pattern: str) -> tuple[dict[str, Tensor], list[str]]:
     """Weights in fp32, and the names of those that are left out on purpose."""
-    with usage_errors(*LOADING_ERRORS, told=f"can't load the weights of {name}: {{}}"):
+    with usage_errors(*LOADING_ERRORS, told=f"can't load the weights of {name}: {{}}"), _without_its_report():
         model, info = model_class.from_pretrained(
             name,
             add_pooling_layer=False,
@@ -227,6 +230,17 @@ def _load(model_class, name: str, dropped_pattern: str) -> tuple[dict[str, Tenso
     if wrong:
         raise UsageError(f"the weights of {name} do not fit ({'; '.join(wrong)})")
     return model.state_dict(), dropped
+
+
+@contextmanager
+def _without_its_report() -> Iterator[None]:
+    """Without transformers' table of missing and unexpected weights: ours says the same, or refuses them."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _pixel_statistics(name: str) -> dict[str, Any]:
