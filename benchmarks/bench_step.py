@@ -411,11 +411,13 @@ def left_out(model: AliBlipForImageTextRetrieval, techniques: Techniques) -> Ite
 
 def draw_one_by_one(similarity: Tensor, positive: Tensor, count: int, *, hardest: bool) -> tuple[Tensor, Tensor]:
     weights = torch.softmax(similarity.detach(), dim=1).masked_fill(positive, 0.0)
-    if hardest:
-        drawn = [row.topk(count).indices.tolist() for row in weights]
-    else:
-        drawn = [torch.multinomial(row, count).tolist() for row in weights]
-    return torch.tensor(drawn), torch.ones(len(drawn), count, dtype=torch.bool)
+    drawn, exists = [], []
+    for row in weights:
+        there = min(count, int((row > 0).sum()))
+        chosen = (row.topk(there).indices if hardest else torch.multinomial(row, there)).tolist() if there else []
+        drawn.append(chosen + [0] * (count - there))
+        exists.append([True] * there + [False] * (count - there))
+    return torch.tensor(drawn), torch.tensor(exists)
 
 
 @torch.no_grad()

@@ -41,6 +41,7 @@ SLOW_HERE = {
     "test_a_profile_changes_nothing_and_is_replaced_with_its_run",
     "test_a_reader_that_works_is_waited_for",
     "test_a_run_can_end_early_at_the_end_of_an_epoch_and_when_it_goes_on",
+    "test_a_run_computed_the_plain_way_is_the_same_run",
     "test_a_run_ends_after_evaluations_without_gain",
     "test_a_run_goes_on_with_the_titles_of_its_queue",
     "test_a_run_in_fp16_is_near_the_one_in_fp32_and_ends_with_a_model",

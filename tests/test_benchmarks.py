@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from helpers import ROOT, assert_succeeded, run
+from runs import trained_in_process, write_split
 
 from benchmarks import (
     bench_full,
@@ -17,6 +21,7 @@ from benchmarks import (
     bench_retrieval,
     bench_search,
     bench_step,
+    bench_training,
 )
 
 
@@ -51,6 +56,77 @@ def test_the_arithmetic_bounds_of_the_issue():
     ones = torch.ones(128, 35, dtype=torch.int64)
     ratio = 128 * bench_retrieval.pair_flops(config) / bench_retrieval.rerank_flops(config, ones)
     assert ratio == pytest.approx(3.06 * 12 / 11, rel=0.03)  # 3.06 if the last layer computed all tokens
+
+
+def test_a_run_computed_the_plain_way_is_the_same_run(tmp_path, accelerate_as_before, monkeypatch):
+    widths, match = [], bench_step.PlainModel.match
+    spied = lambda model, input_ids, *of: (widths.append(input_ids.shape[1]), match(model, input_ids, *of))[1]  # noqa: E731
+    monkeypatch.setattr(bench_step.PlainModel, "match", spied)
+    write_split(tmp_path / "data", "train", 40)
+    tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    text = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    text |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.3}
+    flags = ["--data_dir", tmp_path / "data", "--tokenizer_name", tmp_path / "tokenizer", "--evaluate_every", 0]
+    flags += ["--max_train_steps", 6, "--hardest_negatives", "true", "--text_config", json.dumps(text)]
+    flags += ["--itm_negatives", 2, "--itm_queue_titles", 3, "--itm_listwise", 1, "--in_batch_itc", 0.5]
+    trained_in_process([*flags, "--unpad", "true"], tmp_path / "ours")
+    assert not widths
+    with bench_training.plain_training():
+        trained_in_process([*flags, "--attn_implementation", "eager"], tmp_path / "plain")
+    ours, plain = (
+        [json.loads(line) for line in (tmp_path / side / "log.jsonl").read_text().splitlines()]
+        for side in ("ours", "plain")
+    )
+    assert len(ours) == 6
+    for key in ("loss_itc", "loss_itm", "grad_norm", "temperature"):
+        assert [line[key] for line in plain] == pytest.approx([line[key] for line in ours], rel=1e-4)
+    assert widths == [bench_step.PADDED] * 6  # each pair by itself, in one pass
+
+
+def test_training_runs_side_by_side(tmp_path, capsys, monkeypatch):
+    ran = []
+
+    def run_process(command, log):
+        ran.append(command)
+        output = Path(command[command.index("--output_dir") + 1])
+        output.mkdir(parents=True)
+        if "evaluate" in command[0]:
+            better = 0.2 * ("plain" in str(output))
+            recalls = {f"recall@{k}": 0.4 + better for k in (1, 5, 10)}
+            direction = {"itc": recalls, "itm": {key: value + 0.1 for key, value in recalls.items()}}
+            (output / "results.json").write_text(json.dumps(dict.fromkeys(bench_training.DIRECTIONS, direction)))
+            return 3.0
+        line = {"loss_itc": 4.0, "loss_itm": 2.0, "itm_accuracy_negative": 0.9}
+        lines = [{"step": step, **line, "itm_accuracy_positive": step / 100} for step in (20, 40, 60)]
+        (output / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return 120.0
+
+    monkeypatch.setattr(bench_training, "run_process", run_process)
+    file = tmp_path / "table.json"
+    options = ["--seeds", "1", "2", "--folder", str(tmp_path / "runs"), "--json", str(file)]
+    bench_training.main(options)
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first == (
+        "ours: R@1 ITC 40.0, 40.0, re-ranked 50.0, 50.0 (gain 10.0, 10.0); mean of the six 50.0, 50.0; head awake at "
+        "step 60, 60; CPU minutes 2.0, 2.0"
+    )
+    assert last == "training ratio=0.7143"  # 50 / 70
+    trained = [command for command in ran if "evaluate" not in command[0]]
+    assert len(trained) == 4 and sum(bench_training.PLAINLY in command for command in trained) == 2
+    assert [point["step"] for point in json.loads(file.read_text())["sides"]["plain way"]["2"]["curves"]] == [
+        20,
+        40,
+        60,
+    ]
+    shutil.rmtree(tmp_path / "runs" / "ours-1" / "measured")
+    shutil.rmtree(tmp_path / "runs" / "ours-2" / "measured")
+    ran.clear()
+    bench_training.main([*options, "--change", "itm_listwise=0"])
+    trained = [command for command in ran if "evaluate" not in command[0]]
+    assert [command[-2:] for command in trained] == [["--itm_listwise", "0"]] * 2  # ours is there already
+    with pytest.raises(SystemExit):
+        bench_training.main([*options, "--change", "itm_listwise"])
+    assert "given were itm_listwise" in capsys.readouterr().err
 
 
 def test_search_against_the_whole_matrix(tmp_path, capsys):
