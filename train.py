@@ -35,9 +35,8 @@ from aliblip.runtime.interrupts import StopSignals
 from aliblip.runtime.mistakes import main_with_usage_errors
 from aliblip.runtime.pulse import Pulse
 from aliblip.training.arguments import DryRunArguments, ModelArguments, TrainDataArguments, TrainingArguments
-from aliblip.training.building import build_momentum, build_objective, build_optimizer
+from aliblip.training.building import build_momentum, build_objective, build_optimizer, change_towers
 from aliblip.training.checkpoint import Training
-from aliblip.training.compiling import CompiledTowers
 from aliblip.training.examination import check_dry_run, examine
 from aliblip.training.optim import set_learning_rate
 from aliblip.training.progress import RunStatus, Unfailing
@@ -89,13 +88,13 @@ def train(setup: Setup, accelerator: AliBlipAccelerator, signals: StopSignals, s
     # The momentum state and the loaders are not prepared: DDP would broadcast the queues at every forward.
     longest_title = setup.processor.max_length
     momentum = build_momentum(model, args, accelerator, setup.momentum_start, longest_title)
-    compiled = CompiledTowers(model, momentum.encoders) if args.compile else None
+    changed = change_towers(args, model, momentum.encoders)  # --fp8, --compile
     objective, optimizer = accelerator.prepare(
         build_objective(model, args, longest_title), build_optimizer(model, args)
     )
     set_seed(args.seed + accelerator.process_index)  # dropout and hard negatives differ from rank to rank
     training = Training(model, optimizer, momentum, accelerator.device, accelerator.scaler)
-    with Run(setup, accelerator, training, signals, status, compiled) as run:
+    with Run(setup, accelerator, training, signals, status, changed) as run:
         for epoch in run.epochs():
             for step in run.steps(epoch):
                 if step.average_is_due:

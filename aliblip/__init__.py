@@ -8,6 +8,9 @@ and `pipeline("image-text-retrieval", ...)` take this code for AliBLIP folders, 
 
 from typing import Any
 
+import aliblip.runtime.notes  # noqa: F401
+
+# isort: split
 from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
 

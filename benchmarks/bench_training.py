@@ -3,19 +3,20 @@
     python benchmarks/bench_training.py --json benchmarks/results/training.json --picture docs/training-both-ways.png
     python benchmarks/bench_training.py --change itm_listwise=0 itm_queue_titles=0 in_batch_itc=0 \
         --json benchmarks/results/techniques.json --picture docs/techniques.png
+    python benchmarks/bench_training.py --also mixed_precision=bf16 --change fp8=true --seeds 42      # needs torchao
     python benchmarks/bench_training.py --epochs 0.1 --seeds 42       # a minute, to try it
 
 Each run is a process of its own with one thread: the demo's recipe on its catalogue, which `demo/make_catalogue.py`
 draws, as one process of 32 rows. Ours is `train.py` with all on that leaves the result what it is, `--unpad` too.
 The plain way computes the same losses as the published code does, in our own words (`bench_step.py` says what that is).
 Both begin with the same weights and see the same rows; sums in another order, and other draws of negatives, then lead
-them apart as two seeds are apart. With `--change` the recipe stands beside itself with one flag set to another value.
+them apart as two seeds are apart. With `--change` the recipe stands beside itself with one flag set to another value;
+`fp8=true` computes the roundings of 8 bits on a CPU, slowly.
 
 Measured is the model after the last step on the split `test`: recall@1 of both directions before and after re-ranking
 with the model's own weight, the mean of the six recalls, and the step at which the matching head calls half of the true
-pairs a match. Finished runs in `--folder` are not run
-again, so that ours is trained once for both tables. The ratio is the mean of the six recalls of ours over that
-of the last side, by means over the seeds.
+pairs a match. Finished runs in `--folder` are not run again, so that ours is trained once for both tables. The ratio is
+the mean of the six recalls of ours over that of the last side, by means over the seeds.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import aliblip.training.step
 import train
+from aliblip.training.fp8 import Float8Towers
 from aliblip.training.momentum import MomentumState
 from aliblip.training.objective import RetrievalObjective
 from aliblip.training.progress import MatchingHead
@@ -46,7 +48,8 @@ from benchmarks.bench_step import PLAIN, PlainModel, follow_one_by_one, padded, 
 from benchmarks.common import finish, parser
 
 ROOT = Path(__file__).resolve().parent.parent
-PLAINLY = "--plainly"  # first argument of a process that trains the plain way
+# First arguments of a process that trains the plain way, or in 8 bits as a CPU can.
+PLAINLY, IN_8_BITS = "--plainly", "--in_8_bits"
 OURS, PLAIN_WAY = "ours", "plain way"
 CURVES = ("step", "loss_itc", "loss_itm", "itm_accuracy_positive", "itm_accuracy_negative")
 DIRECTIONS = ("text_to_image", "image_to_text")
@@ -62,19 +65,23 @@ def main(command_line: Sequence[str] | None = None) -> None:
     arguments.add_argument("--epochs", type=float, help="default: the recipe's")
     arguments.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     arguments.add_argument("--change", nargs="+", default=[], metavar="FLAG=VALUE", help="instead of the plain way")
+    arguments.add_argument("--also", nargs="+", default=[], metavar="FLAG=VALUE", help="of all sides")
     arguments.add_argument("--jobs", type=int, default=2, help="runs at a time")
     arguments.add_argument("--folder", type=Path, default=Path("outputs/bench_training"), help="of the runs")
     arguments.add_argument("--picture", type=Path, help="curves of all runs (needs matplotlib)")
     args = arguments.parse_args(command_line)
-    if any("=" not in change for change in args.change):
-        arguments.error(f"--change takes FLAG=VALUE, as in itm_listwise=0; given were {' '.join(args.change)}")
-    everything_on = ["--unpad", "true"]
-    sides = {OURS: everything_on}
+    for name in ("change", "also"):
+        if any("=" not in given for given in getattr(args, name)):
+            arguments.error(
+                f"--{name} takes FLAG=VALUE, as in itm_listwise=0; given were {' '.join(getattr(args, name))}"
+            )
+    also = flags_of(args.also)
+    sides = {OURS: ["--unpad", "true", *also]}
     for change in args.change:
-        flag, value = change.split("=", 1)
-        sides[change] = [*everything_on, f"--{flag}", value]
+        first = [IN_8_BITS] if change.startswith("fp8=") else []
+        sides[change] = [*first, *sides[OURS], *flags_of([change])]
     if not args.change:
-        sides[PLAIN_WAY] = [PLAINLY, "--attn_implementation", "eager"]
+        sides[PLAIN_WAY] = [PLAINLY, "--attn_implementation", "eager", *also]
     runs = [(side, seed) for seed in args.seeds for side in sides]  # in turn
     with ThreadPoolExecutor(args.jobs) as pool:
         measured = list(pool.map(lambda run: run_one(args, *run, sides[run[0]]), runs))
@@ -88,6 +95,10 @@ def main(command_line: Sequence[str] | None = None) -> None:
     means = [statistics.mean(result["mean_of_six"] for result in by_seed.values()) for by_seed in report.values()]
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("json", "folder")}
     finish("training", means[0] / means[-1], {"sides": report, "settings": settings}, args.json)
+
+
+def flags_of(given: Sequence[str]) -> list[str]:
+    return [part for pair in given for part in (f"--{pair.split('=', 1)[0]}", pair.split("=", 1)[1])]
 
 
 def told(side: str, results: list[dict]) -> str:
@@ -105,14 +116,15 @@ def run_one(args, side: str, seed: int, flags: list[str]) -> dict:
     output = args.folder / f"{side}-{seed}".replace(" ", "-").replace("/", "-")
     spent = output / "cpu_seconds.txt"
     if not spent.exists():
-        program = [str(ROOT / "train.py")] if PLAINLY not in flags else [str(Path(__file__).resolve()), PLAINLY]
+        special = [flag for flag in flags if flag in (PLAINLY, IN_8_BITS)]
+        program = [str(Path(__file__).resolve()), *special] if special else [str(ROOT / "train.py")]
         command = [
             *program,
             *("--config", str(args.config), "--data_dir", args.data_dir, "--tokenizer_name", args.tokenizer_name),
             *("--output_dir", str(output), "--overwrite_output_dir", "true", "--seed", str(seed)),
             *("--per_device_train_batch_size", str(args.rows), "--negatives_from_all_ranks", "false"),
             *(("--num_train_epochs", str(args.epochs)) if args.epochs else ()),
-            *(flag for flag in flags if flag != PLAINLY),
+            *(flag for flag in flags if flag not in special),
         ]
         seconds = run_process(command, args.folder / f"{output.name}.log")
         spent.write_text(f"{seconds}\n")
@@ -220,6 +232,10 @@ def draw(report: dict[str, dict[str, dict]], file: Path) -> None:
 
 
 if __name__ == "__main__":
+    if IN_8_BITS in sys.argv[1:2]:
+        del sys.argv[1]
+        Float8Towers.emulate = True
+        sys.exit(train.main())
     if PLAINLY in sys.argv[1:2]:
         del sys.argv[1]
         with plain_training():

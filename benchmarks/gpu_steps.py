@@ -5,7 +5,8 @@
 
 The step is that of `train.py` (momentum targets, objective, backward and step, queue, clamp, average) on one process,
 with photos that are on the device already and titles of 6 to 20 tokens. MFU counts `training_flops` against a bf16
-matrix product of 8192 rows and columns, measured first. Each variant is written to the file as soon as it is there. The
+matrix product of 8192 rows and columns, measured first; "fp8" is bf16 with `--fp8`, which needs torchao, and its MFU
+counts against bf16 too. Each variant is written to the file as soon as it is there. The
 last line is the best variant's samples a second over those of the plain way: fp32, eager attention.
 """
 
@@ -31,6 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 from aliblip.runtime.accelerator import build_accelerator
 from aliblip.training.compiling import CompiledTowers
 from aliblip.training.flops import training_flops
+from aliblip.training.fp8 import Float8Towers
 from aliblip.training.momentum import MomentumState
 from aliblip.training.objective import RetrievalObjective
 from aliblip.training.step import backward_and_step, clamp_parameter
@@ -51,6 +53,8 @@ VARIANTS = [
     ("bf16", "sdpa", 96, False, False),
     ("bf16", "sdpa", 96, False, True),
     ("bf16", "sdpa", 64, True, False),
+    ("fp8", "sdpa", 96, False, True),
+    ("fp8", "sdpa", 96, False, False),
 ]
 
 
@@ -125,8 +129,11 @@ class Steps:
             config = AliBlipConfig.from_size("large", vision_config={"image_size": 384})
         torch.manual_seed(0)
         AcceleratorState._reset_state(True)  # of the variant before, in another precision
+        in_8_bits = precision == "fp8"
         self.accelerator = build_accelerator(
-            mixed_precision=precision, max_grad_norm=1.0, per_device_train_batch_size=self.batch_size
+            mixed_precision="bf16" if in_8_bits else precision,
+            max_grad_norm=1.0,
+            per_device_train_batch_size=self.batch_size,
         )
         self.model = AliBlipForImageTextRetrieval(config).to(device)
         self.model.set_attn_implementation(attention)
@@ -138,6 +145,9 @@ class Steps:
             embedding_size=config.image_text_hidden_size,
             autocast_dtype=self.accelerator.autocast_dtype,
         ).to(device)
+        if in_8_bits:
+            Float8Towers.emulate = device.type == "cpu"
+            Float8Towers(self.model, self.momentum.encoders)
         self.compiled = CompiledTowers(self.model, self.momentum.encoders) if compiled else None
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, weight_decay=0.05, fused=True)
         objective = RetrievalObjective(self.model, longest_title=LONGEST).train()

@@ -44,6 +44,7 @@ SLOW_HERE = {
     "test_a_run_computed_the_plain_way_is_the_same_run",
     "test_a_run_ends_after_evaluations_without_gain",
     "test_a_run_goes_on_with_the_titles_of_its_queue",
+    "test_a_run_in_8_bits_learns_as_one_in_16_and_goes_on_without",
     "test_a_run_in_fp16_is_near_the_one_in_fp32_and_ends_with_a_model",
     "test_a_run_learns_that_titles_of_one_photo_belong_together",
     "test_a_run_leaves_its_best_model_on_the_hub",

@@ -233,13 +233,13 @@ def sum_in_order() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def launched_precision(mixed_precision: str | None) -> str:
-    """`"no"` or `"bf16"`, what `build_accelerator` will run in, without building anything.
+def launched_precision(mixed_precision: str | None, precisions: Sequence[str] = MIXED_PRECISIONS) -> str:
+    """One of these, what `build_accelerator` will run in, without building anything.
 
     Raises:
         UsageError: as `build_accelerator` does.
     """
-    requested = _requested_precision(mixed_precision, MIXED_PRECISIONS)
+    requested = _requested_precision(mixed_precision, precisions)
     if _launched_as_deepspeed():
         config, path = _deepspeed_config()
         requested = _agreed_precision(requested, config, path)

@@ -199,6 +199,11 @@ class TrainingArguments(TowerArguments, EvaluationTimes, TrackerArguments, Meter
     gradient_checkpointing_vision_layers: int | None = option(None, "Only the last so many ViT layers (default: all).")
     gradient_checkpointing_text_layers: int | None = option(None, "Only the last so many BERT layers (default: all).")
     compile: bool = option(False, "Run the layers of both towers through torch.compile: a slow start, then faster.")
+    fp8: bool = option(
+        False,
+        "Multiply in 8 bits in the linear layers of both towers, in a run in bf16 on a GPU that can: Ada, Hopper or "
+        "newer (extra fp8).",
+    )
     mixed_precision: str | None = option(
         None,
         "no, bf16, or fp16 with loss scaling, for GPUs without bf16 (default: as the launcher says).",

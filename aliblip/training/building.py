@@ -28,6 +28,8 @@ from aliblip.runtime.distributed import launched_rank
 from aliblip.runtime.mistakes import usage_errors
 from aliblip.training.arguments import ModelArguments, TrainDataArguments, TrainingArguments
 from aliblip.training.carried import MOMENTUM_FILE, check_momentum, read_momentum
+from aliblip.training.compiling import CompiledTowers
+from aliblip.training.fp8 import Float8Towers
 from aliblip.training.momentum import MomentumState
 from aliblip.training.objective import RetrievalObjective
 from aliblip.training.optim import parameter_groups, rate_scales
@@ -256,6 +258,19 @@ def build_optimizer(model: AliBlipForImageTextRetrieval, args: TrainingArguments
     )
 
 
+ChangedTowers = Float8Towers | CompiledTowers
+
+
+def change_towers(args: TrainingArguments, *models: torch.nn.Module) -> list[ChangedTowers]:
+    """Let the towers compute as the arguments ask for, in place, until each of what is returned is paused."""
+    changed: list[ChangedTowers] = []
+    if args.fp8:
+        changed.append(Float8Towers(*models))
+    if args.compile:  # also what multiplies in 8 bits
+        changed.append(CompiledTowers(*models))
+    return changed
+
+
 def set_checkpointed_layers(
     model: AliBlipForImageTextRetrieval, vision: int | None = None, text: int | None = None
 ) -> None:
@@ -307,6 +322,7 @@ __all__ = [
     "build_objective",
     "build_optimizer",
     "carried_momentum",
+    "change_towers",
     "check_shape",
     "new_processor",
     "read_backbones",

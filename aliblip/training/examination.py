@@ -41,6 +41,7 @@ from aliblip.training.arguments import (
     TrainingArguments,
 )
 from aliblip.training.compiling import check_compiler
+from aliblip.training.fp8 import check_fp8_device
 from aliblip.training.memory import GROUPS, State, TrainingMemory, Work, largest_batch, state_of, training_memory
 from aliblip.training.meters import peak_tflops_of
 from aliblip.training.optim import long_warmup
@@ -273,6 +274,8 @@ class _Examination:
             self.findings.warning(STARTED_ALONE)
         if self.args.compile:
             self._compiler()
+        if self.args.fp8:
+            self._products_in_8_bits()
         if self.args.deterministic:
             self.findings.check(self._order_of_sums, name="--deterministic")
 
@@ -282,6 +285,13 @@ class _Examination:
             self.findings.skipped("--compile: the GPUs that are planned for are not here")
             return
         self.findings.check(lambda: check_compiler(device), lambda _: f"--compile: layers can be compiled on {device}")
+
+    def _products_in_8_bits(self) -> None:
+        device = launched_device()
+        if self.plan_args.device_memory_gb is not None and device.type == "cpu":
+            self.findings.skipped("--fp8: the GPUs that are planned for are not here")
+            return
+        self.findings.check(lambda: check_fp8_device(device), lambda _: f"--fp8: {device} multiplies in 8 bits")
 
     def _order_of_sums(self) -> None:
         if self.launch.on_gpu:

@@ -1,6 +1,6 @@
 """What happens around a step: the position in the data, undoing, the log, checkpoints, signals, evaluation, publishing.
 
-    with Run(setup, accelerator, training, signals, status, compiled) as run:
+    with Run(setup, accelerator, training, signals, status, changed) as run:
         for epoch in run.epochs():
             for step in run.steps(epoch):
                 for batch, alpha in run.batches(step):
@@ -21,8 +21,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import shlex
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -43,6 +43,7 @@ from aliblip.runtime.interrupts import StopSignals
 from aliblip.runtime.mistakes import UsageError, usage_errors
 from aliblip.runtime.sameness import changes, told
 from aliblip.training.arguments import TrainDataArguments
+from aliblip.training.building import ChangedTowers
 from aliblip.training.checkpoint import (
     Progress,
     Training,
@@ -54,7 +55,6 @@ from aliblip.training.checkpoint import (
     save_model,
     save_results,
 )
-from aliblip.training.compiling import CompiledTowers
 from aliblip.training.evaluations import evaluations_of
 from aliblip.training.feed import Feed
 from aliblip.training.flops import sample_flops
@@ -94,7 +94,7 @@ class Run:
         training: the state that a checkpoint holds.
         signals: that ask the run to stop.
         status: `status.json`.
-        compiled: the towers, if they are.
+        changed: what computes the towers in another way in training, of `change_towers`.
 
     Raises:
         UsageError: the checkpoint to go on from does not fit the model, or a tracker can't begin.
@@ -108,11 +108,11 @@ class Run:
         training: Training,
         signals: StopSignals,
         status: RunStatus,
-        compiled: CompiledTowers | None = None,
+        changed: Sequence[ChangedTowers] = (),
     ):
         self.setup, self.args, self.output_dir = setup, setup.args, setup.output_dir
         self.accelerator, self.training, self.signals, self.status = accelerator, training, signals, status
-        self.compiled = compiled
+        self.changed = changed
         self.progress = setup.progress
         self.normalise = Normalisation(setup.processor.image_processor)
         self.stopped_by: Signals | None = None
@@ -483,7 +483,9 @@ class Run:
 
     def _evaluate(self, epoch: float, after: str) -> dict:
         source = self.setup.validation_loader.source
-        with nullcontext() if self.compiled is None else self.compiled.paused():
+        with ExitStack() as plainly:
+            for towers in self.changed:
+                plainly.enter_context(towers.paused())
             self._results = evaluate_retrieval(
                 self.training.model,
                 self.setup.validation_loader,
@@ -574,8 +576,8 @@ class Run:
         step, last, best = self.progress.step, self.output_dir / "last", self.output_dir / "best"
         samples = step * self.setup.rows_per_step
         print(f"done in {self.status.minutes():.1f} minutes: {step} steps, {samples} samples")
-        if self.compiled is not None:
-            print(self.compiled.told())
+        for towers in self.changed:
+            print(towers.told())
         if unusable:
             names = ", ".join(row["name"] for row in unusable[:5]) + (", ..." if len(unusable) > 5 else "")
             print(f"{len(unusable)} rows could not be used ({names}): see {self.skipped.file}")

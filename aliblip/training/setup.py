@@ -35,6 +35,7 @@ from aliblip.models.original import is_original
 from aliblip.models.upload import HubArguments, Publisher, check_hub_arguments, connect
 from aliblip.retrieval.evaluation import check_k_rerank
 from aliblip.retrieval.model_folder import DEFAULT_MAX_LENGTH
+from aliblip.retrieval.plan import launched_device
 from aliblip.runtime.accelerator import TRAINING_PRECISIONS, AliBlipAccelerator, build_accelerator, sum_in_order
 from aliblip.runtime.arguments import check_range
 from aliblip.runtime.checks import part
@@ -56,6 +57,7 @@ from aliblip.training.building import (
 )
 from aliblip.training.checkpoint import Progress, checkpoints, find_checkpoint, order_of, read_state
 from aliblip.training.evaluations import check_early_stopping
+from aliblip.training.fp8 import check_fp8
 from aliblip.training.freezing import freeze, frozen_parts
 from aliblip.training.lora import adapt, check_lora
 from aliblip.training.optim import learning_rate_schedule, rate_scales, total_optimizer_steps
@@ -186,6 +188,7 @@ class Start:
     def ways(self) -> None:
         check_cached_batch_size(self.args)
         check_unpad(self.args)
+        check_fp8(self.args, None if self.is_a_try else launched_device())
 
     @part
     def trackers(self) -> None:
