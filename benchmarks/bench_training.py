@@ -21,6 +21,7 @@ the mean of the six recalls of ours over that of the last side, by means over th
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
@@ -40,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import aliblip.training.step
 import train
+from aliblip.runtime.mistakes import main_with_usage_errors
 from aliblip.training.fp8 import Float8Towers
 from aliblip.training.momentum import MomentumState
 from aliblip.training.objective import RetrievalObjective
@@ -75,6 +77,8 @@ def main(command_line: Sequence[str] | None = None) -> None:
             arguments.error(
                 f"--{name} takes FLAG=VALUE, as in itm_listwise=0; given were {' '.join(getattr(args, name))}"
             )
+    if args.picture is not None and importlib.util.find_spec("matplotlib") is None:
+        arguments.error("--picture needs matplotlib: pip install matplotlib")
     also = flags_of(args.also)
     sides = {OURS: ["--unpad", "true", *also]}
     for change in args.change:
@@ -207,10 +211,8 @@ def step_one_by_one(optimizer, norm: Tensor, scaler=None) -> None:
 
 
 def draw(report: dict[str, dict[str, dict]], file: Path) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise SystemExit("--picture needs matplotlib: pip install matplotlib") from None
+    from matplotlib.figure import Figure
+
     panels = {
         "loss (ITC + ITM)": lambda point: point["loss_itc"] + point["loss_itm"],
         "true pairs that the matching head calls a match": lambda point: point["itm_accuracy_positive"],
@@ -235,9 +237,9 @@ if __name__ == "__main__":
     if IN_8_BITS in sys.argv[1:2]:
         del sys.argv[1]
         Float8Towers.emulate = True
-        sys.exit(train.main())
+        main_with_usage_errors("train.py", train.main)
     if PLAINLY in sys.argv[1:2]:
         del sys.argv[1]
         with plain_training():
-            sys.exit(train.main())
+            main_with_usage_errors("train.py", train.main)
     main()
