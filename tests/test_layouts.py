@@ -208,6 +208,9 @@ def test_lists_called_as_splits_are(tmp_path):
     for any_split in (True, False):
         with pytest.raises(UsageError, match=r"has no list of the split 'test': there are 'train' \(8\), 'val' \(4\)"):
             open_at(tmp_path, "test", any_split=any_split)
+    (tmp_path / "products.json").write_text(json.dumps(document | {"validation": records()[10:]}))
+    with pytest.raises(UsageError, match=r"has 2 lists of the split 'validation' \('val', 'validation'\): join them"):
+        open_at(tmp_path, "validation")
     with pytest.raises(UsageError, match="holds several lists of records"):
         opened(tmp_path, json.dumps({"train": records()[:8], "mugs": records()[8:]}), "products.json")
 

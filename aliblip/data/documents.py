@@ -341,6 +341,12 @@ def _of_split(lists: dict[str, list[dict]], split: str, name: str) -> Document:
     wanted = [(key, records) for key, records in lists.items() if split in (key, split_word(key))]
     if not wanted:
         raise UsageError(f"{name} has no list of the split '{split}': there are {there}")
+    if len(wanted) > 1:
+        keys = ", ".join(repr(key) for key, _ in wanted)
+        raise UsageError(
+            f"{name} has {len(wanted)} lists of the split '{split}' ({keys}): join them, or rename "
+            "those that are not meant"
+        )
     key, records = wanted[0]
     return Document(records, [f"the records are under the key '{key}', of {there}"], split)
 
