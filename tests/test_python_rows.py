@@ -38,7 +38,7 @@ class TitleStub(StubProcessor):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
+    folder = tmp_path_factory.mktemp("rows")  # folders called as those of photos are found by other tests' tables
     for i in range(5):
         (folder / f"{i}.png").write_bytes(encoded(photo(i)))
     return folder

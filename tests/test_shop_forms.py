@@ -104,9 +104,11 @@ DEEP = "<item>" + "<g:a>" * 40 + "</g:a>" * 40 + "</item>"
     ],
 )
 def test_what_is_no_feed_is_refused_in_one_line(tmp_path, data, told):
-    (tmp_path / "feed.xml").write_bytes(data)
+    shop = tmp_path / "shop"  # its neighbours are looked into for photos
+    shop.mkdir()
+    (shop / "feed.xml").write_bytes(data)
     with pytest.raises(UsageError, match=told) as caught:
-        opened(tmp_path / "feed.xml")
+        opened(shop / "feed.xml")
     assert "\n" not in str(caught.value) and "root:" not in str(caught.value)
 
 
