@@ -97,7 +97,8 @@ def main(command_line: Sequence[str] | None = None) -> None:
     if args.picture is not None:
         draw(report, args.picture)
     means = [statistics.mean(result["mean_of_six"] for result in by_seed.values()) for by_seed in report.values()]
-    settings = {name: str(value) for name, value in vars(args).items() if name not in ("json", "folder")}
+    told_paths = {name: str(value).removeprefix(f"{ROOT}/") for name, value in vars(args).items()}
+    settings = {name: value for name, value in told_paths.items() if name not in ("json", "folder", "picture")}
     finish("training", means[0] / means[-1], {"sides": report, "settings": settings}, args.json)
 
 
