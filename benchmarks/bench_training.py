@@ -1,7 +1,7 @@
 """Whole training runs: the plain way to compute a step against ours, or a recipe with one technique changed at a time.
 
     python benchmarks/bench_training.py --json benchmarks/results/training.json --picture docs/training-both-ways.png
-    python benchmarks/bench_training.py --change itm_listwise=0 itm_queue_titles=0 in_batch_itc=0 \
+    python benchmarks/bench_training.py --change itm_listwise=0 itm_queue_titles=0 \
         --json benchmarks/results/techniques.json --picture docs/techniques.png
     python benchmarks/bench_training.py --also mixed_precision=bf16 --change fp8=true --seeds 42      # needs torchao
     python benchmarks/bench_training.py --epochs 0.1 --seeds 42       # a minute, to try it
@@ -15,8 +15,9 @@ them apart as two seeds are apart. With `--change` the recipe stands beside itse
 
 Measured is the model after the last step on the split `test`: recall@1 of both directions before and after re-ranking
 with the model's own weight, the mean of the six recalls, and the step at which the matching head calls half of the true
-pairs a match. Finished runs in `--folder` are not run again, so that ours is trained once for both tables. The ratio is
-the mean of the six recalls of ours over that of the last side, by means over the seeds.
+pairs a match. Runs in `--folder` that were finished with the very same command are not run again, so that ours is
+trained once for both tables. The ratio is the mean of the six recalls of ours over that of the last side, by means over
+the seeds.
 """
 
 from __future__ import annotations
@@ -119,20 +120,21 @@ def told(side: str, results: list[dict]) -> str:
 def run_one(args, side: str, seed: int, flags: list[str]) -> dict:
     """Train, unless that is done, and measure."""
     output = args.folder / f"{side}-{seed}".replace(" ", "-").replace("/", "-")
-    spent = output / "cpu_seconds.txt"
-    if not spent.exists():
-        special = [flag for flag in flags if flag in (PLAINLY, IN_8_BITS)]
-        program = [str(Path(__file__).resolve()), *special] if special else [str(ROOT / "train.py")]
-        command = [
-            *program,
-            *("--config", str(args.config), "--data_dir", args.data_dir, "--tokenizer_name", args.tokenizer_name),
-            *("--output_dir", str(output), "--overwrite_output_dir", "true", "--seed", str(seed)),
-            *("--per_device_train_batch_size", str(args.rows), "--negatives_from_all_ranks", "false"),
-            *(("--num_train_epochs", str(args.epochs)) if args.epochs else ()),
-            *(flag for flag in flags if flag not in special),
-        ]
-        seconds = run_process(command, args.folder / f"{output.name}.log")
-        spent.write_text(f"{seconds}\n")
+    special = [flag for flag in flags if flag in (PLAINLY, IN_8_BITS)]
+    program = [str(Path(__file__).resolve()), *special] if special else [str(ROOT / "train.py")]
+    command = [
+        *program,
+        *("--config", str(args.config), "--data_dir", args.data_dir, "--tokenizer_name", args.tokenizer_name),
+        *("--output_dir", str(output), "--overwrite_output_dir", "true", "--seed", str(seed)),
+        *("--per_device_train_batch_size", str(args.rows), "--negatives_from_all_ranks", "false"),
+        *(("--num_train_epochs", str(args.epochs)) if args.epochs else ()),
+        *(flag for flag in flags if flag not in special),
+    ]
+    file = output / "finished.json"
+    finished = json.loads(file.read_text()) if file.exists() else {}
+    if finished.get("command") != command:
+        finished = {"command": command, "cpu_seconds": run_process(command, args.folder / f"{output.name}.log")}
+        file.write_text(json.dumps(finished))
     evaluation = output / "measured"
     command = [str(ROOT / "evaluate_retrieval.py"), "--model_name_or_path", str(output / "last")]
     command += ["--data_dir", args.data_dir, "--split_name", args.split_name, "--output_dir", str(evaluation)]
@@ -156,7 +158,7 @@ def run_one(args, side: str, seed: int, flags: list[str]) -> dict:
         "mean_of_six": statistics.mean(six),
         "gain_of_six": statistics.mean(six) - statistics.mean(itc_six),
         "awake": head.awake_at,
-        "cpu_minutes": float(spent.read_text()) / 60,
+        "cpu_minutes": finished["cpu_seconds"] / 60,
         "curves": curves,
     }
 

@@ -273,25 +273,19 @@ class _Examination:
         if started_alone() and not torch.cuda.is_available():
             self.findings.warning(STARTED_ALONE)
         if self.args.compile:
-            self._compiler()
+            self._device("--compile", check_compiler, "layers can be compiled on {}")
         if self.args.fp8:
-            self._products_in_8_bits()
+            self._device("--fp8", check_fp8_device, "{} multiplies in 8 bits")
         if self.args.deterministic:
             self.findings.check(self._order_of_sums, name="--deterministic")
 
-    def _compiler(self) -> None:
+    def _device(self, flag: str, check: Callable[[torch.device], None], told: str) -> None:
+        """Whether the device can do what a flag asks for."""
         device = launched_device()
         if self.plan_args.device_memory_gb is not None and device.type == "cpu":
-            self.findings.skipped("--compile: the GPUs that are planned for are not here")
+            self.findings.skipped(f"{flag}: the GPUs that are planned for are not here")
             return
-        self.findings.check(lambda: check_compiler(device), lambda _: f"--compile: layers can be compiled on {device}")
-
-    def _products_in_8_bits(self) -> None:
-        device = launched_device()
-        if self.plan_args.device_memory_gb is not None and device.type == "cpu":
-            self.findings.skipped("--fp8: the GPUs that are planned for are not here")
-            return
-        self.findings.check(lambda: check_fp8_device(device), lambda _: f"--fp8: {device} multiplies in 8 bits")
+        self.findings.check(lambda: check(device), lambda _: f"{flag}: {told.format(device)}")
 
     def _order_of_sums(self) -> None:
         if self.launch.on_gpu:
